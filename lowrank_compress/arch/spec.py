@@ -1,0 +1,65 @@
+"""What a table entry says about an architecture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
+Reads = Literal["attn", "context", "mlp", "hidden"]
+Layout = Literal["blocked", "interleaved"]
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """One weight matrix of a transformer block.
+
+    Parameters
+    ----------
+    path
+        Module path below the block.
+    parts
+        Roles of the matrices that the weight holds, in the order of its output rows; one unless the weight is fused.
+    reads
+        Input tensor of the module: ``"attn"`` is read by q, k and v, ``"context"`` by o, ``"mlp"`` by gate and up,
+        ``"hidden"`` by down. Projections of a block with the same `reads` receive the very same tensor.
+    layout
+        Order of the output rows of a fused weight: ``"blocked"`` is all of the first part, then all of the next;
+        ``"interleaved"`` is, head by head, that head's rows of every part.
+    conv1d
+        Whether the module is a ``transformers.pytorch_utils.Conv1D``, whose weight is stored as (in, out).
+    """
+
+    path: str
+    parts: tuple[Role, ...]
+    reads: Reads
+    layout: Layout = "blocked"
+    conv1d: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """A family of models whose blocks hold the same projections at the same paths.
+
+    Parameters
+    ----------
+    name
+        Name in the table.
+    model_types
+        The ``config.model_type`` values that it describes.
+    blocks
+        Path of the blocks' ``ModuleList`` below the base model.
+    projections
+        The claimed matrices of every block, in the order of computation.
+    ignored
+        Shell patterns, relative to the block, of parameters with two or more dimensions that stay as they are.
+    head_norms
+        Whether queries and keys are normalised head by head, which forbids removing single dimensions of a head.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    blocks: str
+    projections: tuple[Projection, ...]
+    ignored: tuple[str, ...] = ()
+    head_norms: bool = False

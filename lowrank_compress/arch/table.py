@@ -1,0 +1,128 @@
+"""The supported architectures. One entry each; nothing else in the package names a model type."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lowrank_compress.arch.spec import Architecture, Projection
+from lowrank_compress.errors import UnsupportedError
+from lowrank_compress.registry import Registry, unknown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+_ATTENTION = (
+    Projection("self_attn.q_proj", ("q",), "attn"),
+    Projection("self_attn.k_proj", ("k",), "attn"),
+    Projection("self_attn.v_proj", ("v",), "attn"),
+    Projection("self_attn.o_proj", ("o",), "context"),
+)
+_GATED = (
+    *_ATTENTION,
+    Projection("mlp.gate_proj", ("gate",), "mlp"),
+    Projection("mlp.up_proj", ("up",), "mlp"),
+    Projection("mlp.down_proj", ("down",), "hidden"),
+)
+_PHI3 = (
+    Projection("self_attn.qkv_proj", ("q", "k", "v"), "attn"),
+    Projection("self_attn.o_proj", ("o",), "context"),
+    Projection("mlp.gate_up_proj", ("gate", "up"), "mlp"),
+    Projection("mlp.down_proj", ("down",), "hidden"),
+)
+_GPT2 = (
+    Projection("attn.c_attn", ("q", "k", "v"), "attn", conv1d=True),
+    Projection("attn.c_proj", ("o",), "context", conv1d=True),
+    Projection("mlp.c_fc", ("up",), "mlp", conv1d=True),
+    Projection("mlp.c_proj", ("down",), "hidden", conv1d=True),
+)
+_GPT_NEOX = (
+    Projection("attention.query_key_value", ("q", "k", "v"), "attn", layout="interleaved"),
+    Projection("attention.dense", ("o",), "context"),
+    Projection("mlp.dense_h_to_4h", ("up",), "mlp"),
+    Projection("mlp.dense_4h_to_h", ("down",), "hidden"),
+)
+_OPT = (
+    Projection("self_attn.q_proj", ("q",), "attn"),
+    Projection("self_attn.k_proj", ("k",), "attn"),
+    Projection("self_attn.v_proj", ("v",), "attn"),
+    Projection("self_attn.out_proj", ("o",), "context"),
+    Projection("fc1", ("up",), "mlp"),
+    Projection("fc2", ("down",), "hidden"),
+)
+_BERT = (
+    Projection("attention.self.query", ("q",), "attn"),
+    Projection("attention.self.key", ("k",), "attn"),
+    Projection("attention.self.value", ("v",), "attn"),
+    Projection("attention.output.dense", ("o",), "context"),
+    Projection("intermediate.dense", ("up",), "mlp"),
+    Projection("output.dense", ("down",), "hidden"),
+)
+_DISTILBERT = (
+    Projection("attention.q_lin", ("q",), "attn"),
+    Projection("attention.k_lin", ("k",), "attn"),
+    Projection("attention.v_lin", ("v",), "attn"),
+    Projection("attention.out_lin", ("o",), "context"),
+    Projection("ffn.lin1", ("up",), "mlp"),
+    Projection("ffn.lin2", ("down",), "hidden"),
+)
+
+_ENTRIES = (
+    Architecture("llama", ("llama",), "layers", _GATED),
+    Architecture("mistral", ("mistral",), "layers", _GATED),
+    Architecture("qwen2", ("qwen2",), "layers", _GATED),
+    Architecture("qwen3", ("qwen3",), "layers", _GATED, head_norms=True),
+    Architecture("gemma2", ("gemma2",), "layers", _GATED),
+    Architecture("gemma3_text", ("gemma3_text",), "layers", _GATED, head_norms=True),
+    Architecture("phi3", ("phi3",), "layers", _PHI3),
+    Architecture("gpt2", ("gpt2",), "h", _GPT2),
+    Architecture("gpt_neox", ("gpt_neox",), "layers", _GPT_NEOX),
+    Architecture("opt", ("opt",), "decoder.layers", _OPT),
+    Architecture("bert", ("bert",), "encoder.layer", _BERT),
+    Architecture("roberta", ("roberta",), "encoder.layer", _BERT),
+    Architecture("distilbert", ("distilbert",), "transformer.layer", _DISTILBERT),
+)
+
+ARCHITECTURES: Registry[Architecture] = Registry(
+    "architecture", "lowrank_compress.architectures", {entry.name: entry for entry in _ENTRIES}, Architecture
+)
+
+# The names under which the configurations of transformers keep the number of experts and the other modalities.
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_MODALITIES = ("vision_config", "audio_config")
+
+
+def architecture_of(config: PreTrainedConfig) -> Architecture:
+    """Return the table entry that describes models of this configuration.
+
+    Only ``config.model_type`` chooses the entry; nothing is guessed from module names.
+
+    Raises
+    ------
+    UnsupportedError
+        Mixture-of-experts, multimodal, encoder-decoder and cross-attention models, and model types that no entry
+        lists (the message names all that are).
+    """
+    declared: dict[str, Any] = config.to_dict()
+    text: dict[str, Any] = declared | (declared.get("text_config") or {})
+    name = config.model_type
+    experts = next((key for key in _EXPERT_COUNTS if isinstance(text.get(key), int) and text[key] > 1), None)
+    if experts:
+        raise UnsupportedError(
+            f"Mixture-of-experts models are not supported yet: model type {name!r} has {experts}={text[experts]}. "
+            "Choose a dense checkpoint."
+        )
+    modality = next((key for key in _MODALITIES if declared.get(key)), None)
+    if modality:
+        raise UnsupportedError(
+            f"Multimodal models are not supported: model type {name!r} has a {modality}. Extract the language model "
+            "into a checkpoint of its own (for gemma3, one of model type 'gemma3_text') and compress that."
+        )
+    known = {model_type: entry for entry in ARCHITECTURES.values() for model_type in entry.model_types}
+    if name not in known:
+        raise UnsupportedError(unknown("model type", name, known))
+    if declared.get("is_encoder_decoder") or declared.get("add_cross_attention"):
+        raise UnsupportedError(
+            f"Models with cross-attention are not supported: this {name!r} configuration sets "
+            "is_encoder_decoder or add_cross_attention. Choose a checkpoint that is only a decoder or only an encoder."
+        )
+    return known[name]

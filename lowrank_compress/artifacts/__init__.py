@@ -1,0 +1,1 @@
+"""What stages leave on disk: manifests, block files and the lock. Standard library and safetensors only."""

@@ -1,0 +1,93 @@
+"""Per-block tensor files: the finished pieces from which a stage resumes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lowrank_compress.artifacts.files import write_atomically
+from lowrank_compress.errors import ArtifactError
+
+
+class BlockFiles:
+    """A folder of one safetensors file a block, each marked with the id of the result it belongs to.
+
+    A file carries in its header the id and a SHA-256 over its tensors, so that a rerun can tell a finished block of
+    this very result from a damaged one, or from one that another recipe left behind.
+
+    Parameters
+    ----------
+    directory
+        Where the files lie.
+    id
+        Identity of the result, usually a stage's id.
+    prefix
+        First part of the file names.
+    """
+
+    def __init__(self, directory: Path, id: str, prefix: str = "block") -> None:
+        self.directory = directory
+        self.id = id
+        self._prefix = prefix
+
+    def name(self, block: int) -> str:
+        """File name of a block."""
+        return f"{self._prefix}-{block:04d}.safetensors"
+
+    def path(self, block: int) -> Path:
+        """Path of a block's file."""
+        return self.directory / self.name(block)
+
+    def write(self, block: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write a finished block; it appears whole or not at all."""
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
+        # One metadata key only: safetensors does not keep the order of several, and bytes must repeat.
+        header = {"lrc": json.dumps({"digest": _digest(plain), "id": self.id}, sort_keys=True)}
+        write_atomically(self.path(block), lambda path: save_file(plain, path, metadata=header))
+
+    def finished(self, block: int) -> bool:
+        """Tell whether a block of this result is on disk with the bytes it was written with."""
+        header = self._header(block)
+        if header is None or header.get("id") != self.id:
+            return False
+        return _digest(load_file(self.path(block))) == header.get("digest")
+
+    def _header(self, block: int) -> dict[str, str] | None:
+        try:
+            with safe_open(self.path(block), framework="pt") as handle:
+                return json.loads((handle.metadata() or {}).get("lrc", "{}"))
+        except (FileNotFoundError, SafetensorError, ValueError):
+            return None
+
+    def read(self, block: int) -> dict[str, Tensor]:
+        """Read a block.
+
+        Raises
+        ------
+        ArtifactError
+            The file is missing, damaged or of another result.
+        """
+        header = self._header(block)
+        if header is None:
+            raise ArtifactError(f"{self.path(block)} is missing or damaged. Repeat the stage that writes it.")
+        if header.get("id") != self.id:
+            raise ArtifactError(
+                f"{self.path(block)} belongs to another result ({header.get('id')}; expected {self.id}). "
+                "Repeat the stage that writes it."
+            )
+        return load_file(self.path(block))
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy() if tensor.numel() else b"")
+    return digest.hexdigest()

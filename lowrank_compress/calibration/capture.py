@@ -1,0 +1,243 @@
+"""Take each block's statistics with one block in memory: forwards, and backwards where gradients are asked for.
+
+Without gradients: one forward sweep that takes the statistics on its way. With gradients: a forward sweep that keeps what
+enters each block; the head's loss and its gradient; then a reverse sweep that recomputes each block and takes all its
+statistics at once. A block's statistics are handed on as soon as they are complete.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_compress.arch.resolve import Target
+from lowrank_compress.calibration.moments import STATISTICS, Moments, Seen
+from lowrank_compress.errors import NumericsError
+from lowrank_compress.model import weights
+from lowrank_compress.model.replay import Batch, Replay, lm_chunks, token_loss
+from lowrank_compress.model.skeleton import Skeleton
+
+Wanted = Mapping[str, frozenset[str]]
+Advance = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class BlockStatistics:
+    """The complete statistics of one block.
+
+    Attributes
+    ----------
+    block
+        Its index.
+    means
+        ``<target or shared input>/<statistic>`` -> float64 tensor on the CPU.
+    """
+
+    block: int
+    means: dict[str, Tensor]
+
+
+def needs_gradient(wanted: Wanted) -> bool:
+    """Whether any statistic is one of gradients."""
+    return any(STATISTICS[name].gradient for names in wanted.values() for name in names)
+
+
+def sweep_order(blocks: int, wanted: Wanted) -> range:
+    """The order in which blocks become complete: reversed where gradients are taken."""
+    return range(blocks - 1, -1, -1) if needs_gradient(wanted) else range(blocks)
+
+
+def capture(
+    skeleton: Skeleton,
+    batches: Sequence[Batch],
+    wanted: Wanted,
+    *,
+    skip: Callable[[int], bool],
+    clip: float | None = None,
+    advance: Advance = lambda step, done, total: None,
+) -> Iterator[BlockStatistics]:
+    """Yield the statistics of each block, in `sweep_order`.
+
+    Parameters
+    ----------
+    skeleton
+        The dense model.
+    batches
+        The calibration set.
+    wanted
+        Target name -> the statistics it needs (`moments.STATISTICS`).
+    skip
+        Tells which blocks are finished already: they are run, but not measured nor yielded.
+    clip
+        Scale token gradients whose norm exceeds `clip` times the mean norm of the non-zero ones of the same tap and batch
+        down to that; None clips nothing.
+    advance
+        Called with (step, done, total) as work proceeds.
+
+    Raises
+    ------
+    NumericsError
+        Logits, activations or gradients are NaN or infinite.
+    """
+    replay = Replay(skeleton, batches)
+    count = len(skeleton.resolved.blocks)
+    hidden = replay.start()
+    if needs_gradient(wanted):
+        yield from _backward(replay, hidden, wanted, skip, clip, advance)
+        return
+    tokens = sum(batch.tokens for batch in batches)
+    last = max((i for i in range(count) if not skip(i)), default=-1)
+    for index in range(last + 1):
+        with torch.no_grad(), skeleton.block(index) as block:
+            moments = None if skip(index) else Moments(skeleton.resolved.of_block(index), wanted)
+            for number, batch in enumerate(batches):
+                if moments is None:
+                    hidden[number] = replay.step(index, block, number, hidden[number])
+                else:
+                    with _tapped(skeleton, index, moments, batch, clip=None):
+                        hidden[number] = replay.step(index, block, number, hidden[number])
+        advance("forward", index + 1, count)
+        if moments is not None:
+            yield BlockStatistics(index, moments.means(tokens, losses=1))
+
+
+def _backward(
+    replay: Replay,
+    hidden: list[Tensor],
+    wanted: Wanted,
+    skip: Callable[[int], bool],
+    clip: float | None,
+    advance: Advance,
+) -> Iterator[BlockStatistics]:
+    skeleton, batches = replay.skeleton, replay.batches
+    count = len(skeleton.resolved.blocks)
+    first = min((i for i in range(count) if not skip(i)), default=count)
+    inputs: list[list[Tensor]] = []
+    for index in range(count):
+        inputs.append(list(hidden))
+        with torch.no_grad(), skeleton.block(index) as block:
+            hidden = [replay.step(index, block, number, states) for number, states in enumerate(hidden)]
+        advance("forward", index + 1, count)
+    gradients = []
+    for number, batch in enumerate(batches):
+        gradients.append(head_gradient(replay, batch, hidden[number]))
+        advance("loss", number + 1, len(batches))
+    tokens = sum(batch.tokens for batch in batches)
+    losses = sum(loss_terms(batch) for batch in batches)
+    for index in range(count - 1, first - 1, -1):
+        moments = None if skip(index) else Moments(skeleton.resolved.of_block(index), wanted)
+        entering = inputs.pop()
+        with skeleton.block(index) as block:
+            for number, batch in enumerate(batches):
+                x = entering[number].detach().requires_grad_()
+                with _tapped(skeleton, index, moments, batch, clip), torch.enable_grad():
+                    out = replay.step(index, block, number, x)
+                    (gradients[number],) = torch.autograd.grad(out, x, gradients[number])
+        advance("backward", count - index, count)
+        if moments is not None:
+            yield BlockStatistics(index, moments.means(tokens, losses))
+
+
+def loss_terms(batch: Batch) -> int:
+    """How many terms the summed loss of a batch has: scored tokens, or examples."""
+    if batch.labels is not None:
+        return len(batch.labels)
+    return batch.ids.shape[0] * (batch.ids.shape[1] - batch.scored_from)
+
+
+def head_gradient(replay: Replay, batch: Batch, hidden: Tensor) -> Tensor:
+    """Gradient of the summed loss in the hidden states that leave the last block, (sequences, length, width).
+
+    The logits of a language model are made for a chunk of positions at a time.
+
+    Raises
+    ------
+    NumericsError
+        A logit is not finite.
+    """
+    if batch.labels is not None:
+        leaf = hidden.detach().requires_grad_()
+        with torch.enable_grad():
+            loss = token_loss(replay.head(batch, leaf), batch.labels, "the calibration set")
+        return torch.autograd.grad(loss, leaf)[0]
+    gradient = torch.zeros_like(hidden)
+    for start, stop in lm_chunks(batch):
+        leaf = hidden[:, start:stop].detach().requires_grad_()
+        padded = Batch(batch.ids[:, start:stop])
+        with torch.enable_grad():
+            loss = token_loss(replay.head(padded, leaf), batch.ids[:, start + 1 : stop + 1], "the calibration set")
+        gradient[:, start:stop] = torch.autograd.grad(loss, leaf)[0]
+    return gradient
+
+
+@contextmanager
+def _tapped(
+    skeleton: Skeleton, index: int, moments: Moments | None, batch: Batch, clip: float | None
+) -> Iterator[None]:
+    """Let every claimed module of a block add what it sees to `moments` while inside."""
+    handles = []
+    if moments is not None:
+        for path, targets in skeleton.resolved.modules().items():
+            if targets[0].block == index:
+                module = skeleton.model.get_submodule(path)
+                handles.append(module.register_forward_hook(_tap(targets, moments, batch, clip)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _tap(targets: tuple[Target, ...], moments: Moments, batch: Batch, clip: float | None):
+    """Build a forward hook that measures a module now, and its output's gradient when that is known."""
+    shape = batch.ids.shape
+    mask = None if batch.mask is None else batch.mask.bool()[..., None]
+
+    def measured(values: Tensor, device: torch.device) -> Tensor:
+        values = values.detach().reshape(*shape, -1)
+        return values if mask is None else values * mask.to(device)
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        x = measured(args[0], out.device)
+        stored_bias: Tensor | None = getattr(module, "bias", None)
+        y = out.detach() if stored_bias is None else out.detach() - stored_bias
+        y = measured(y, out.device)
+        rows = {target.name: target.rows.index().to(out.device) for target in targets} if len(targets) > 1 else {}
+
+        def add(gradient: Tensor | None) -> None:
+            for target in targets:
+                index = rows.get(target.name)
+                part = y if index is None else y[..., index]
+                g = None if gradient is None else gradient if index is None else gradient[..., index]
+                seen = Seen(x, part, g, weights.read(module.weight.detach(), target))
+                moments.add(target, seen, gradient=gradient is not None)
+
+        def on_gradient(gradient: Tensor) -> None:
+            if not torch.isfinite(gradient).all():
+                raise NumericsError(
+                    f"The gradient at {targets[0].module} is NaN or infinite on the calibration data. Check the checkpoint, or "
+                    "calibrate in float32."
+                )
+            add(clipped(measured(gradient, gradient.device), clip))
+
+        add(None)
+        if out.requires_grad:
+            out.register_hook(on_gradient)
+
+    return hook
+
+
+def clipped(g: Tensor, clip: float | None) -> Tensor:
+    """Scale rows of g, (…, out), whose norm exceeds `clip` × the mean norm of the non-zero rows down to that norm."""
+    if clip is None:
+        return g
+    norms = g.norm(dim=-1, keepdim=True)
+    nonzero = norms[norms > 0]
+    if nonzero.numel() == 0:
+        return g
+    limit = clip * nonzero.mean()
+    return torch.where(norms > limit, g * (limit / norms.clamp_min(torch.finfo(g.dtype).tiny)), g)

@@ -1,0 +1,125 @@
+"""Commands that look: show, list, verify."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lowrank_compress.cli.terminal import console, number, print_json, sparkline, table
+from lowrank_compress.errors import ArtifactError, InputError
+from lowrank_compress.registry import unknown
+
+LISTS = ("methods", "allocators", "architectures")
+
+
+def list_entries(what: str, as_json: bool) -> None:
+    """Print one of the tables."""
+    rows: list[list[str]]
+    if what == "methods":
+        from lowrank_compress.methods.table import METHODS
+
+        columns = ["method", "output side", "input side", "ranks", "storage", "what it does", "paper"]
+        rows = [
+            [name, m.left.name, m.right.name, m.allocate, m.storage, m.help, m.paper] for name, m in METHODS.items()
+        ]
+    elif what == "allocators":
+        from lowrank_compress.allocation.table import ALLOCATORS
+
+        columns = ["allocator", "how ranks are chosen"]
+        rows = [[name, allocator.help] for name, allocator in ALLOCATORS.items()]
+    elif what == "architectures":
+        from lowrank_compress.arch.table import ARCHITECTURES
+
+        columns = ["architecture", "model types", "compressed matrices of a block"]
+        rows = [
+            [name, ", ".join(a.model_types), ", ".join(f"{p.path} ({'+'.join(p.parts)})" for p in a.projections)]
+            for name, a in ARCHITECTURES.items()
+        ]
+    else:
+        raise InputError(unknown("list", what, LISTS))
+    if as_json:
+        print_json({what: [dict(zip(columns, row, strict=True)) for row in rows]})
+    else:
+        console().print(table(what.capitalize(), columns, rows, left=len(columns)))
+
+
+def show(target: str, as_json: bool) -> None:
+    """Print every matrix of a run or compressed checkpoint."""
+    from lowrank_compress.cli.commands import read_report
+    from lowrank_compress.stages.common import Run
+
+    run = Run(Path(target))
+    is_run = run.recipe.exists()
+    report = read_report(run.final_model() if is_run else Path(target))
+    spectra = _spectra(run) if is_run else {}
+    if as_json:
+        print_json(report | {"spectra": spectra})
+        return
+    nats = report["unit"] == "nats"
+    rows = []
+    for name, matrix in report["matrices"].items():
+        elements = matrix["shape"][0] * matrix["shape"][1]
+        rows.append(
+            [
+                name,
+                sparkline(spectra.get(name, [])),
+                "N-LRC" if matrix["format"] == "dense" else "LRC",
+                matrix["format"],
+                "×".join(map(str, matrix["shape"])),
+                "–" if matrix["rank"] is None else str(matrix["rank"]),
+                f"{matrix['stored'] / elements:.1%}",
+                number(matrix["predicted_loss"]),
+            ]
+        )
+    loss = "loss, nats/token" if nats else "loss, share"
+    columns = ["matrix", "spectrum (6 decades)", "kind", "format", "shape", "rank", "kept", loss]
+    out = console()
+    out.print(table(f"{target}: {report['method']}", columns, rows, left=4))
+    dense = sum(matrix["format"] == "dense" for matrix in report["matrices"].values())
+    total = sum(matrix["predicted_loss"] for matrix in report["matrices"].values())
+    out.print(
+        f"{len(rows) - dense} matrices are low-rank (LRC), {dense} stay dense (N-LRC). Removed {report['reached_ratio']:.2%} of the "
+        f"{report['ratio_of']} parameters (asked: {report['asked_ratio']:.2%})."
+    )
+    if nats:
+        out.print(f"Predicted loss increase: {total:.4g} nats a token (second order: too low at large ratios).")
+    else:
+        out.print(
+            "Losses are shares of each matrix's own total in the method's metric; they do not compare between matrices."
+        )
+
+
+def _spectra(run: Any) -> dict[str, list[float]]:
+    """Squared singular values in the method's metric, by matrix."""
+    from safetensors import safe_open
+
+    spectra = {}
+    for path in sorted(run.scores.glob("basis-*.safetensors")):
+        with safe_open(path, framework="np") as handle:
+            for name in handle.keys():  # noqa: SIM118  not a mapping
+                if name.endswith("/values"):
+                    spectra[name.removesuffix("/values")] = handle.get_tensor(name).tolist()
+    return spectra
+
+
+def verify(path: Path, as_json: bool) -> None:
+    """Check a run's files; exits with code 2 where one is damaged."""
+    from lowrank_compress.stages.verification import verify as check
+
+    findings = check(path)
+    bad = [
+        finding
+        for finding in findings
+        if finding["state"] not in ("intact", "edited by hand", "not there yet", "dropped")
+    ]
+    if as_json:
+        print_json({"run": str(path), "ok": not bad, "files": findings})
+    else:
+        rows = [[finding["stage"], finding["file"], finding["state"]] for finding in findings]
+        console().print(table(str(path), ["stage", "file", "state"], rows, left=3))
+    if bad:
+        first = bad[0]
+        raise ArtifactError(
+            f"{len(bad)} of {len(findings)} files are not what was written, the first {first['file']} ({first['state']}). "
+            f"Repeat the {first['stage']} stage with --overwrite."
+        )

@@ -1,0 +1,295 @@
+"""`lrc`: compress Hugging Face checkpoints by low-rank factorization."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lowrank_compress.cli import options as o
+from lowrank_compress.cli.terminal import friendly, print_json, quiet_libraries, reported
+from lowrank_compress.config import EvaluateConfig, Recipe, load_recipe
+
+app = typer.Typer(
+    name="lrc",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="""Compress Hugging Face transformer checkpoints by low-rank factorization.
+
+    The pipeline is calibrate → score → factorize → evaluate. [bold]lrc compress[/] runs the first three; each also runs alone
+    on the same run directory. After any interruption the same command continues where it stopped.
+
+    [dim]lrc compress meta-llama/Llama-3.2-1B --ratio 0.3            the recommendation, calibrated on WikiText-2[/]
+
+    [dim]lrc compress ./model --method fwsvd --calibration my.txt    a paper's method, on your own text[/]
+
+    [dim]lrc eval runs/Llama-3.2-1B-auto-0.3 --perplexity my-test.txt[/]
+    """,
+)
+
+
+def _recipe(config: Path | None, given: dict[str, Any]) -> Recipe:
+    return load_recipe(config, given)
+
+
+@app.command()
+def compress(
+    model: o.Model = None,
+    ratio: o.Ratio = None,
+    ratio_of: o.RatioOf = None,
+    method: o.Method = None,
+    allocate: o.Allocate = None,
+    storage: o.Storage = None,
+    calibration: o.Calibration = None,
+    text_column: o.TextColumn = None,
+    label_column: o.LabelColumn = None,
+    samples: o.Samples = None,
+    seq_len: o.SeqLen = None,
+    seed: o.Seed = None,
+    micro_batch: o.MicroBatch = None,
+    damping_fisher: o.DampingFisher = None,
+    damping_gram: o.DampingGram = None,
+    alpha: o.Alpha = None,
+    clip: o.Clip = None,
+    floor: o.Floor = None,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    revision: o.Revision = None,
+    trust_remote_code: o.Trust = None,
+    out: o.Out = None,
+    config: o.Config = None,
+    keep_statistics: Annotated[
+        bool, typer.Option("--keep-statistics", help="Keep the statistics in RUN/stats.", rich_help_panel=o.WHERE)
+    ] = False,
+    overwrite: o.Overwrite = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Print budget, ranks, memory and disk, and write nothing.", rich_help_panel=o.WHERE
+        ),
+    ] = False,
+    json: o.Json = False,
+    debug: o.Debug = False,
+) -> None:
+    """Compress a checkpoint: calibrate, score, factorize. The result is RUN/model."""
+    given = {name: value for name, value in locals().items() if name in Recipe.model_fields}
+    with friendly(debug):
+        from lowrank_compress.cli import commands
+
+        quiet_libraries()
+        recipe = _recipe(config, given)
+        if dry_run:
+            commands.dry_run(recipe, json)
+            return
+        with reported() as reporter:
+            result = commands.compress(recipe, out, keep_statistics, overwrite, reporter)
+        commands.print_result(result, json)
+
+
+@app.command()
+def calibrate(
+    model: o.Model = None,
+    method: o.Method = None,
+    calibration: o.Calibration = None,
+    text_column: o.TextColumn = None,
+    label_column: o.LabelColumn = None,
+    samples: o.Samples = None,
+    seq_len: o.SeqLen = None,
+    seed: o.Seed = None,
+    micro_batch: o.MicroBatch = None,
+    clip: o.Clip = None,
+    device: o.Device = None,
+    revision: o.Revision = None,
+    trust_remote_code: o.Trust = None,
+    out: o.Out = None,
+    config: o.Config = None,
+    overwrite: o.Overwrite = False,
+    json: o.Json = False,
+    debug: o.Debug = False,
+) -> None:
+    """Stage 1: take the statistics that a method needs, block by block, into RUN/stats."""
+    given = {name: value for name, value in locals().items() if name in Recipe.model_fields}
+    with friendly(debug):
+        from lowrank_compress.cli import commands
+
+        quiet_libraries()
+        with reported() as reporter:
+            result = commands.calibrate(_recipe(config, given), out, overwrite, reporter)
+        commands.print_stage(result, json)
+
+
+@app.command()
+def score(
+    run: o.RunDir,
+    allocate: o.Allocate = None,
+    ratio: o.Ratio = None,
+    ratio_of: o.RatioOf = None,
+    storage: o.Storage = None,
+    damping_fisher: o.DampingFisher = None,
+    damping_gram: o.DampingGram = None,
+    alpha: o.Alpha = None,
+    floor: o.Floor = None,
+    overwrite: o.Overwrite = False,
+    json: o.Json = False,
+    debug: o.Debug = False,
+) -> None:
+    """Stage 2: decompose every matrix and choose ranks, into RUN/scores (ranks.json may be edited by hand)."""
+    given = {name: value for name, value in locals().items() if name in Recipe.model_fields}
+    with friendly(debug):
+        from lowrank_compress.cli import commands
+
+        quiet_libraries()
+        with reported() as reporter:
+            result = commands.score(run, given, overwrite, reporter)
+        commands.print_stage(result, json)
+
+
+@app.command()
+def factorize(
+    run: o.RunDir,
+    storage: o.Storage = None,
+    dtype: o.Dtype = None,
+    overwrite: o.Overwrite = False,
+    json: o.Json = False,
+    debug: o.Debug = False,
+) -> None:
+    """Stage 3: write the compressed checkpoint RUN/model with the ranks that RUN/scores/ranks.json has now."""
+    given = {name: value for name, value in locals().items() if name in Recipe.model_fields}
+    with friendly(debug):
+        from lowrank_compress.cli import commands
+
+        quiet_libraries()
+        with reported() as reporter:
+            result = commands.factorize(run, given, overwrite, reporter)
+        commands.print_result(result, json)
+
+
+@app.command("eval")
+def evaluate(
+    target: Annotated[
+        str, typer.Argument(help="A run directory, a checkpoint directory or a hub name.", show_default=False)
+    ],
+    perplexity: Annotated[
+        list[str] | None, typer.Option("--perplexity", help="Text to measure perplexity on; may be repeated.")
+    ] = None,
+    classification: Annotated[
+        str | None, typer.Option("--classification", help="Table of labelled examples to measure accuracy on.")
+    ] = None,
+    text_column: o.TextColumn = None,
+    label_column: o.LabelColumn = None,
+    tasks: Annotated[str | None, typer.Option("--tasks", help="lm-eval tasks, separated by commas.")] = None,
+    include_path: Annotated[
+        Path | None, typer.Option("--include-path", help="Directory of lm-eval task YAML files of your own.")
+    ] = None,
+    seq_len: Annotated[
+        int | None, typer.Option("--seq-len", min=2, help="Tokens a window. [default: 2048, or the model's longest]")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Windows or examples a text or task.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Windows or examples at once.")] = 8,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of lm-eval.")] = 0,
+    device: o.Device = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Evaluate on the calibration file all the same; the result will flatter.")
+    ] = False,
+    trust_remote_code: o.Trust = None,
+    json: o.Json = False,
+    debug: o.Debug = False,
+) -> None:
+    """Stage 4: measure perplexity, accuracy, lm-eval tasks and size; for a run, the dense original beside it."""
+    with friendly(debug):
+        from lowrank_compress.cli import commands
+
+        quiet_libraries()
+        config = EvaluateConfig(
+            perplexity=tuple(perplexity or ()),
+            classification=classification,
+            text_column=text_column,
+            label_column=label_column,
+            tasks=tuple(name for name in (tasks or "").split(",") if name),
+            include_path=None if include_path is None else str(include_path),
+            seq_len=seq_len,
+            limit=limit,
+            batch_size=batch_size,
+            seed=seed,
+            device=commands.device_name(device),
+            trust_remote_code=bool(trust_remote_code),
+        )
+        with reported() as reporter:
+            metrics = commands.evaluate(target, config, force, reporter)
+        if json:
+            print_json(metrics)
+        else:
+            commands.print_metrics(target, metrics)
+
+
+@app.command()
+def show(
+    target: Annotated[str, typer.Argument(help="A run directory or a compressed checkpoint.", show_default=False)],
+    json: o.Json = False,
+    debug: o.Debug = False,
+) -> None:
+    """Show each matrix: shape, rank, format, kept share, predicted loss and spectrum."""
+    with friendly(debug):
+        from lowrank_compress.cli import inspection
+
+        quiet_libraries()
+        inspection.show(target, json)
+
+
+@app.command("list")
+def list_entries(
+    what: Annotated[str, typer.Argument(help="methods, allocators or architectures.", show_default=False)],
+    json: o.Json = False,
+    debug: o.Debug = False,
+) -> None:
+    """List what there is to choose from, plug-ins included."""
+    with friendly(debug):
+        from lowrank_compress.cli import inspection
+
+        inspection.list_entries(what, json)
+
+
+@app.command()
+def verify(run: o.RunDir, json: o.Json = False, debug: o.Debug = False) -> None:
+    """Check every file of a run against its manifests; exit code 2 if one is damaged."""
+    with friendly(debug):
+        from lowrank_compress.cli import inspection
+
+        quiet_libraries()
+        inspection.verify(run, json)
+
+
+@app.command()
+def export(
+    target: Annotated[str, typer.Argument(help="A run directory or a compressed checkpoint.", show_default=False)],
+    dense: Annotated[Path, typer.Option("--dense", help="New directory for a dense checkpoint.", show_default=False)],
+    overwrite: o.Overwrite = False,
+    debug: o.Debug = False,
+) -> None:
+    """Write the compressed weights as an ordinary dense checkpoint that needs nothing of this package."""
+    with friendly(debug):
+        from lowrank_compress.cli import commands
+
+        quiet_libraries()
+        with reported() as reporter:
+            commands.export_dense(target, dense, overwrite, reporter)
+
+
+@app.command()
+def demo(
+    ratio: Annotated[float, typer.Option("--ratio", help="Share of parameters to remove.")] = 0.3,
+    out: Annotated[Path, typer.Option("--out", help="Directory for the runs.")] = Path("runs/demo"),
+    json: o.Json = False,
+    debug: o.Debug = False,
+) -> None:
+    """Compress the small model that comes with the package by fwsvd and by auto, and measure both on held-out text."""
+    with friendly(debug):
+        from lowrank_compress.cli import commands
+
+        quiet_libraries()
+        with reported() as reporter:
+            rows = commands.demo(ratio, out, reporter)
+        commands.print_demo(rows, json)

@@ -1,0 +1,173 @@
+"""What people see: one progress bar a step, tables, and errors without tracebacks."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from lowrank_compress.errors import LrcError
+
+# Errors, warnings and progress go to stderr: stdout is for results, and for nothing but the object under --json.
+messages = Console(stderr=True, highlight=False)
+BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+class TerminalReporter:
+    """Shows a stage's progress as bars with the time left; where stderr is no terminal, one line a finished step."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description:<22}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=messages,
+            disable=not messages.is_terminal,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._warned: set[str] = set()
+
+    def advance(self, step: str, done: int, total: int) -> None:
+        """Move a step's bar, adding it when it first appears."""
+        if step not in self._tasks:
+            self._tasks[step] = self._progress.add_task(step, total=total)
+        self._progress.update(self._tasks[step], completed=done, total=total)
+        if done == total and not messages.is_terminal:
+            messages.print(f"{step}: done ({total})")
+
+    def warn(self, text: str) -> None:
+        """Print a warning once."""
+        if text not in self._warned:
+            self._warned.add(text)
+            messages.print(f"[yellow]Warning:[/] {text}", soft_wrap=True)
+
+    def __enter__(self) -> TerminalReporter:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+
+@contextmanager
+def reported() -> Iterator[TerminalReporter]:
+    """Show progress while inside."""
+    with TerminalReporter() as reporter:
+        yield reporter
+
+
+@contextmanager
+def friendly(debug: bool) -> Iterator[None]:
+    """Turn errors that the user can act on into one paragraph and exit code 2; everything else keeps its traceback.
+
+    Parameters
+    ----------
+    debug
+        Show the traceback of every error.
+    """
+    try:
+        yield
+    except LrcError as problem:
+        if debug:
+            raise
+        messages.print(f"[bold red]Error:[/] {_escape(str(problem))}", soft_wrap=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        messages.print("Interrupted. The same command continues from the finished blocks.")
+        raise typer.Exit(130) from None
+    except OSError as problem:
+        from lowrank_compress.artifacts.files import is_disk_full
+
+        if debug or not (is_disk_full(problem) or isinstance(problem, PermissionError)):
+            raise
+        what = "The disk is full" if is_disk_full(problem) else "Permission denied"
+        messages.print(f"[bold red]Error:[/] {what}: {_escape(str(problem))}. Nothing half-written counts as finished.")
+        raise typer.Exit(2) from None
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own bars and hints off the screen, and their network use to what is asked for."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def print_json(value: object) -> None:
+    """Print one JSON object on stdout."""
+    sys.stdout.write(json.dumps(_finite(value), indent=2, ensure_ascii=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """Replace what JSON cannot say (infinity) by null."""
+    if isinstance(value, Mapping):
+        return {str(name): _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    return value
+
+
+def console() -> Console:
+    """Console of results; wide where stdout is no terminal, so that nothing is cut off in a file or pipe."""
+    plain = Console(highlight=False)
+    return plain if plain.is_terminal else Console(highlight=False, width=200)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> Table:
+    """Make a table: the first `left` columns are text, the others numbers."""
+    made = Table(title=title, title_justify="left", header_style="bold")
+    for number, name in enumerate(columns):
+        made.add_column(name, justify="left" if number < left else "right", overflow="fold")
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def sparkline(values: Sequence[float], width: int = 24) -> str:
+    """Draw positive values on a logarithmic scale of six decades, in `width` characters."""
+    import math
+
+    if not values or max(values) <= 0:
+        return ""
+    top = max(values)
+    step = max(1, len(values) // width)
+    shown = list(values)[::step][:width]
+    heights = [max(0.0, 1 + math.log10(max(value, top * 1e-6) / top) / 6) for value in shown]
+    return "".join(BLOCKS[min(len(BLOCKS) - 1, int(height * (len(BLOCKS) - 1) + 0.5))] for height in heights)
+
+
+def number(value: float | None) -> str:
+    """Format a measure with four significant digits."""
+    if value is None:
+        return "–"
+    return f"{value:.4g}" if abs(value) < 1e5 else f"{value:.3g}"

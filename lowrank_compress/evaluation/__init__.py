@@ -1,0 +1,1 @@
+"""Measures of a checkpoint: perplexity, accuracy, size, lm-eval tasks."""

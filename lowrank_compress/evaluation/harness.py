@@ -1,0 +1,97 @@
+"""Tasks of lm-eval, through its Python API."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lowrank_compress.errors import InputError
+
+# lm-eval draws this many bootstrap samples for standard errors; its default costs seconds a task.
+BOOTSTRAP = 1000
+
+
+def run_tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    *,
+    include_path: Path | None,
+    limit: int | None,
+    batch_size: int,
+    seed: int,
+) -> dict[str, dict[str, float]]:
+    """Evaluate a model on lm-eval tasks.
+
+    Parameters
+    ----------
+    model, tokenizer
+        A causal language model in memory.
+    tasks
+        Names of tasks.
+    include_path
+        A directory of task YAML files. The built-in tasks are indexed only where a name is not found there.
+    limit
+        Examples a task; None for all.
+    batch_size, seed
+        Passed on; all of lm-eval's seeds are set.
+
+    Returns
+    -------
+    dict
+        Task -> metric -> value.
+
+    Raises
+    ------
+    InputError
+        lm-eval is not installed, a task is unknown, or its data cannot be had.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as problem:
+        raise InputError(
+            f"--tasks needs lm-eval, which is not installed ({problem}). Install it: pip install 'lowrank_compress[tasks]'."
+        ) from problem
+    if include_path is not None and not include_path.is_dir():
+        raise InputError(f"--include-path {include_path} is no directory; expected one with lm-eval task YAML files.")
+    local = TaskManager(include_path=str(include_path), include_defaults=False) if include_path else None
+    manager = local if local and all(task in local.all_tasks for task in tasks) else None
+    if manager is None:
+        manager = TaskManager(include_path=str(include_path) if include_path else None)
+    missing = [task for task in tasks if task not in manager.all_tasks]
+    if missing:
+        own = ", ".join(sorted(local.all_tasks)) if local else "none: no --include-path was given"
+        raise InputError(
+            f"lm-eval knows no task {', '.join(map(repr, missing))}. Tasks of --include-path: {own}. "
+            "`lm_eval ls tasks` prints the built-in ones."
+        )
+    adapter = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)  # pyright: ignore[reportArgumentType]
+    try:
+        found: Any = simple_evaluate(
+            model=adapter,
+            tasks=list(tasks),
+            task_manager=manager,
+            limit=limit,
+            bootstrap_iters=BOOTSTRAP,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+            verbosity="ERROR",
+        )
+    except (OSError, ConnectionError, ValueError) as problem:
+        first = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
+        raise InputError(f"lm-eval could not run {', '.join(tasks)}: {first}") from problem
+    return {
+        task: {
+            name.removesuffix(",none"): float(value)
+            for name, value in metrics.items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        }
+        for task, metrics in found["results"].items()
+    }

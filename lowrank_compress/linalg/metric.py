@@ -1,0 +1,232 @@
+"""The metrics L and R of ‖L (W − Ŵ) R‖_F, each held as its square.
+
+On the side that is only measured (the far side) a metric is needed as a quadratic form and may be of any rank. On the
+side that is decomposed (the near side) it is needed as an invertible root C, C Cᵀ = metric + damping. The choice of
+root does not matter: another root is C Q with Q orthogonal, and Q cancels in every result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from lowrank_compress.errors import InputError, NumericsError
+
+# Relative to the mean diagonal. A pivot of the root below FLOOR is rounding, not information; jitter lifts it.
+JITTERS = (0.0, 1e-12, 1e-10, 1e-8, 1e-6, 1e-4)
+FLOOR = 1e-13
+
+
+class Root(Protocol):
+    """An invertible root C of a metric: C Cᵀ = metric + damping. All tensors are float64 and share a device."""
+
+    def congruence(self, form: Tensor) -> Tensor:
+        """Return Cᵀ P C for the symmetric form P, both (k, k)."""
+        ...
+
+    def expand(self, vectors: Tensor) -> Tensor:
+        """Return C⁻ᵀ U for U of shape (k, r)."""
+        ...
+
+    def contract(self, vectors: Tensor) -> Tensor:
+        """Return Uᵀ Cᵀ, of shape (r, k), for U of shape (k, r)."""
+        ...
+
+
+@dataclass(frozen=True)
+class IdentityRoot:
+    """C = I."""
+
+    def congruence(self, form: Tensor) -> Tensor:
+        """Return P itself."""
+        return form
+
+    def expand(self, vectors: Tensor) -> Tensor:
+        """Return U itself."""
+        return vectors
+
+    def contract(self, vectors: Tensor) -> Tensor:
+        """Return Uᵀ."""
+        return vectors.mT
+
+
+@dataclass(frozen=True, eq=False)
+class DiagonalRoot:
+    """C = diag(scale), scale of shape (k,) and positive."""
+
+    scale: Tensor
+
+    def congruence(self, form: Tensor) -> Tensor:
+        """Return Cᵀ P C."""
+        return (form * self.scale).mul_(self.scale[:, None])
+
+    def expand(self, vectors: Tensor) -> Tensor:
+        """Return C⁻ᵀ U."""
+        return vectors / self.scale[:, None]
+
+    def contract(self, vectors: Tensor) -> Tensor:
+        """Return Uᵀ Cᵀ."""
+        return vectors.mT * self.scale
+
+
+@dataclass(frozen=True, eq=False)
+class TriangularRoot:
+    """C = lower, a (k, k) lower triangular matrix with a positive diagonal."""
+
+    lower: Tensor
+
+    def congruence(self, form: Tensor) -> Tensor:
+        """Return Cᵀ P C."""
+        return self.lower.mT @ form @ self.lower
+
+    def expand(self, vectors: Tensor) -> Tensor:
+        """Return C⁻ᵀ U."""
+        return torch.linalg.solve_triangular(self.lower.mT, vectors, upper=True)
+
+    def contract(self, vectors: Tensor) -> Tensor:
+        """Return Uᵀ Cᵀ."""
+        return (self.lower @ vectors).mT
+
+
+@dataclass(frozen=True)
+class Identity:
+    """The metric I: every output (or input) counts the same."""
+
+    def form(self, weight: Tensor) -> Tensor:
+        """Return W Wᵀ, (p, p) float64, for W of shape (p, k)."""
+        weight = weight.double()
+        return weight @ weight.mT
+
+    def root(self) -> Root:
+        """Return the root I; there is nothing to damp."""
+        return IdentityRoot()
+
+
+@dataclass(frozen=True, eq=False)
+class Diagonal:
+    """The metric diag(weights).
+
+    Parameters
+    ----------
+    weights
+        (k,), non-negative: the *squares* of the entries of L or R.
+    shrinkage
+        α in [0, 1]: as a root, weights become (1 − α) weights + α · mean(weights).
+
+    Raises
+    ------
+    InputError
+        For a wrong shape or a shrinkage outside [0, 1].
+    NumericsError
+        For weights that are negative or not finite.
+    """
+
+    weights: Tensor
+    shrinkage: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.weights.ndim != 1:
+            raise InputError(f"A diagonal metric needs weights of shape (k,), got {tuple(self.weights.shape)}.")
+        _check(self.weights, self.shrinkage, "diagonal metric")
+        if bool((self.weights < 0).any()):
+            raise NumericsError(
+                f"The weights of a diagonal metric are squares and cannot be negative; the least one is "
+                f"{self.weights.min().item():.3g}. Check the statistic they were made from."
+            )
+
+    def form(self, weight: Tensor) -> Tensor:
+        """Return W diag(weights) Wᵀ without damping, (p, p) float64, for W of shape (p, k)."""
+        weight = weight.double()
+        return (weight * self.weights.double()) @ weight.mT
+
+    def root(self) -> Root:
+        """Return diag(√weights) after shrinkage; weights that are still zero get the least jitter that lifts them."""
+        weights = self.weights.double()
+        scale = _scale(weights)
+        damped = (1 - self.shrinkage) * weights + self.shrinkage * scale
+        if bool(damped.min() <= FLOOR * scale):
+            damped += JITTERS[1] * scale
+        return DiagonalRoot(damped.sqrt_())
+
+
+@dataclass(frozen=True, eq=False)
+class Full:
+    """A full second moment as metric, for instance a Gram matrix E[x xᵀ] or a Fisher matrix E[g gᵀ].
+
+    Parameters
+    ----------
+    moment
+        (k, k), symmetric and positive semi-definite, of any rank.
+    shrinkage
+        α in [0, 1]: as a root, M becomes (1 − α) M + α · mean(diag M) · I. It is what makes directions that were
+        never seen in the sample cost something: a pseudo-inverse would delete them.
+
+    Raises
+    ------
+    InputError
+        For a wrong shape or a shrinkage outside [0, 1].
+    NumericsError
+        For a moment that is not finite.
+    """
+
+    moment: Tensor
+    shrinkage: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.moment.ndim != 2 or self.moment.shape[0] != self.moment.shape[1]:
+            raise InputError(f"A full metric needs a moment of shape (k, k), got {tuple(self.moment.shape)}.")
+        _check(self.moment, self.shrinkage, "full metric")
+
+    def form(self, weight: Tensor) -> Tensor:
+        """Return W M Wᵀ without damping, (p, p) float64, for W of shape (p, k)."""
+        weight = weight.double()
+        return weight @ self.moment.double() @ weight.mT
+
+    def root(self) -> Root:
+        """Return the Cholesky factor of the damped moment.
+
+        Where shrinkage alone does not make the moment positive definite, jitter is added to the diagonal and
+        escalates (a habit of linear_operator, ``utils/cholesky.py``).
+
+        Raises
+        ------
+        NumericsError
+            If the moment is still not positive definite at the last jitter.
+        """
+        moment = self.moment.double()
+        scale = _scale(moment.diagonal())
+        damped = (moment + moment.mT).mul_((1 - self.shrinkage) / 2)
+        undamped = damped.diagonal().clone()
+        for jitter in JITTERS:
+            damped.diagonal().copy_(undamped + (self.shrinkage + jitter) * scale)
+            lower, info = torch.linalg.cholesky_ex(damped)
+            if int(info) == 0 and bool(lower.diagonal().square().min() > FLOOR * scale):
+                return TriangularRoot(lower)
+        raise NumericsError(
+            f"A {len(moment)}x{len(moment)} second moment is not positive definite: expected a Cholesky factor after "
+            f"a shrinkage of {self.shrinkage:g}, got none even with {JITTERS[-1]:g} of its mean diagonal added. Use "
+            "more calibration tokens or a larger shrinkage."
+        )
+
+
+Metric: TypeAlias = Identity | Diagonal | Full
+
+
+def _scale(diagonal: Tensor) -> float:
+    """Return the mean of a moment's diagonal, the unit of damping; 1 if there is none to speak of."""
+    mean = diagonal.mean().item()
+    return mean if mean > 0 else 1.0
+
+
+def _check(moment: Tensor, shrinkage: float, what: str) -> None:
+    if not 0 <= shrinkage <= 1:
+        raise InputError(f"The shrinkage of a {what} must lie in [0, 1], got {shrinkage}.")
+    if not bool(torch.isfinite(moment).all()):
+        bad = int((~torch.isfinite(moment)).sum())
+        raise NumericsError(
+            f"A {what} must be finite, but {bad} of its {moment.numel()} entries are not. Activations or gradients "
+            "overflowed while the statistics were taken: calibrate in float32 or bfloat16."
+        )

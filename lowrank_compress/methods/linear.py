@@ -1,0 +1,213 @@
+"""Linear methods: each minimises ‖L (W − Ŵ) R‖_F over Ŵ of rank r, and is two metrics in a table.
+
+Everything happens on the smaller side of W, (out, in): with out ≤ in the far side is the input, and its metric enters as the
+product W R Rᵀ Wᵀ = E[y yᵀ]; with out > in the far side is the output, and Wᵀ LᵀL W = E[δ δᵀ] enters. So no statistic and
+no decomposition is larger than min(out, in).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowrank_compress.arch.resolve import Target
+from lowrank_compress.calibration.moments import statistic_key
+from lowrank_compress.linalg.metric import Diagonal, Full, Identity, Metric
+from lowrank_compress.linalg.weighted import Projector, decompose, smaller_side
+
+
+@dataclass(frozen=True)
+class Side:
+    """The metric on one side of the weight, and the statistics it is made of.
+
+    Attributes
+    ----------
+    near
+        Statistics needed where this side is the smaller one (the metric itself).
+    far
+        Statistics needed where it is the larger one (the metric's product with the weight).
+    power
+        The metric is diag(mean abs activation)^power where set.
+    """
+
+    name: str
+    near: tuple[str, ...] = ()
+    far: tuple[str, ...] = ()
+    diagonal: bool = False
+    centred: bool = False
+
+
+# Output side (L)
+PLAIN = Side("I")
+ROW_FISHER = Side("diag √(row sums of E[(∂ℒ/∂W)²])", ("row_fisher",), ("row_fisher",), diagonal=True)
+FISHER = Side("Fisher^½", ("out_fisher",), ("in_fisher", "out_square"))
+# Input side (R)
+ABSOLUTE = Side("diag (mean abs activation)^α", ("in_abs",), ("in_abs",), diagonal=True)
+GRAM = Side("Gram^½", ("in_gram",), ("out_gram", "in_square"))
+CENTRED_GRAM = Side("centred Gram^½", ("in_gram", "in_mean"), ("out_gram", "in_mean", "in_square"), centred=True)
+
+
+@dataclass(frozen=True)
+class LinearMethod:
+    """A linear method.
+
+    Attributes
+    ----------
+    left, right
+        Metrics of the output and of the input side.
+    allocate, storage
+        What the method uses where nothing else is asked for.
+    unit
+        "nats": half the tail estimates the loss increase in nats per token, so the losses of all matrices compare.
+        "relative": a tail means something only as a share of the matrix's own total.
+    paper
+        Source.
+    """
+
+    name: str
+    left: Side
+    right: Side
+    paper: str
+    help: str
+    allocate: str = "uniform"
+    storage: str = "pair"
+    unit: str = "relative"
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether any statistic is needed."""
+        return bool(self.left.near or self.right.near)
+
+    def sides(self, target: Target) -> tuple[Side, Side]:
+        """(near, far): the metric of the smaller side and that of the larger."""
+        return (self.left, self.right) if smaller_side(target.shape) == "out" else (self.right, self.left)
+
+    def restores_mean(self, target: Target) -> bool:
+        """Whether the mean input is restored through the bias; only where the layer has one."""
+        return self.right.centred and target.has_bias
+
+    def statistics(self, target: Target) -> frozenset[str]:
+        """Names of the statistics that a target needs."""
+        near, far = self.sides(target)
+        names = {*near.near, *far.far}
+        return frozenset(names if self.restores_mean(target) else names - {"in_mean"})
+
+
+@dataclass(frozen=True)
+class Damping:
+    """How moments become metrics.
+
+    Attributes
+    ----------
+    fisher, gram
+        Relative shrinkage (1−α)M + α·mean(diag M)·I of the Fisher or Gram matrix that is inverted.
+    power
+        Exponent α of `asvd`.
+    """
+
+    fisher: float = 1e-4
+    gram: float = 1e-6
+    power: float = 0.5
+
+
+def needed(method: LinearMethod, targets: tuple[Target, ...]) -> dict[str, frozenset[str]]:
+    """Target name -> names of the statistics it needs."""
+    return {target.name: method.statistics(target) for target in targets}
+
+
+def decompose_target(
+    method: LinearMethod,
+    target: Target,
+    weight: Tensor,
+    means: Mapping[str, Tensor],
+    damping: Damping,
+    keep: int | None = None,
+) -> Projector:
+    """Decompose one weight in a method's metric.
+
+    Parameters
+    ----------
+    weight
+        W, (out, in), any floating dtype; computed in float64.
+    means
+        Statistics of the target's block, by `statistic_key`.
+    keep
+        Largest rank wanted; None for all.
+
+    Raises
+    ------
+    NumericsError
+        A decomposition failed.
+    """
+    near, far = method.sides(target)
+    wide = weight.double() if smaller_side(target.shape) == "out" else weight.double().T
+    lookup = {
+        name: means[statistic_key(target, name)].to(weight.device, torch.float64) for name in method.statistics(target)
+    }
+    return decompose(_product(far, wide, lookup, damping), _near(near, lookup, damping), keep)
+
+
+def _near(side: Side, means: Mapping[str, Tensor], damping: Damping) -> Metric:
+    """The metric of the smaller side itself."""
+    if not side.near:
+        return Identity()
+    moment = means[side.near[0]]
+    if side.diagonal:
+        return Diagonal(_diagonal(side, moment, damping), _shrinkage(side, damping))
+    if side.centred and "in_mean" in means:
+        moment = moment - torch.outer(means["in_mean"], means["in_mean"])
+    return Full(moment, _shrinkage(side, damping))
+
+
+def _product(side: Side, wide: Tensor, means: Mapping[str, Tensor], damping: Damping) -> Tensor:
+    """The metric of the larger side, multiplied from both sides with the weight (small, large)."""
+    if not side.far:
+        return Identity().form(wide)
+    moment = means[side.far[0]]
+    if side.diagonal:
+        return Diagonal(_diagonal(side, moment, damping)).form(wide)
+    if side.centred and "in_mean" in means:
+        mean = wide @ means["in_mean"]
+        moment = moment - torch.outer(mean, mean)
+    return moment
+
+
+def _diagonal(side: Side, moment: Tensor, damping: Damping) -> Tensor:
+    """Squared weights of a diagonal metric: the moment itself (a Fisher), or |activation|^(2α)."""
+    return moment.pow(2 * damping.power) if side is ABSOLUTE else moment
+
+
+def _shrinkage(side: Side, damping: Damping) -> float:
+    return damping.fisher if side in (FISHER, ROW_FISHER) else damping.gram
+
+
+def sensitivities(
+    method: LinearMethod, target: Target, means: Mapping[str, Tensor], damping: Damping
+) -> tuple[Tensor, Tensor]:
+    """Diagonals of LᵀL, (out,), and of R Rᵀ, (in,), float64: what an error of single elements costs.
+
+    For an error E with independent elements, such as rounding, ‖L E R‖²_F is Σ_ij out_i E_ij² in_j in expectation, so the
+    full metrics need not be kept for it.
+    """
+    rows, columns = target.shape
+    near, far = method.sides(target)
+    lookup = {name: means[statistic_key(target, name)].double() for name in method.statistics(target)}
+    small = _sensitivity(near, near.near, lookup, min(rows, columns), damping)
+    large = _sensitivity(far, far.far, lookup, max(rows, columns), damping)
+    return (small, large) if smaller_side(target.shape) == "out" else (large, small)
+
+
+def _sensitivity(
+    side: Side, names: tuple[str, ...], means: Mapping[str, Tensor], size: int, damping: Damping
+) -> Tensor:
+    if not names:
+        return torch.ones(size, dtype=torch.float64)
+    if side.diagonal:
+        return _diagonal(side, means[names[0]], damping)
+    square = next((means[name] for name in names if name in ("in_square", "out_square")), None)
+    if square is None:
+        square = means[names[0]].diagonal()
+    return square - means["in_mean"].square() if side.centred and "in_mean" in means else square

@@ -1,0 +1,1 @@
+"""Models as they are read, changed and written: the only code that knows checkpoints and modules."""

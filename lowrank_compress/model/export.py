@@ -1,0 +1,121 @@
+"""Write Hugging Face checkpoints, a shard at a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lowrank_compress.arch.resolve import Resolved
+from lowrank_compress.errors import CheckpointError
+from lowrank_compress.model.checkpoint import INDEX, SINGLE, Checkpoint
+from lowrank_compress.model.layers import LowRankConfig
+
+
+class ShardWriter:
+    """Collects tensors and writes them as safetensors shards of at most `limit` bytes each.
+
+    Parameters
+    ----------
+    directory
+        An empty directory.
+    limit
+        Bytes a shard; a tensor that is larger has one of its own.
+    """
+
+    def __init__(self, directory: Path, limit: int) -> None:
+        self.directory, self.limit = directory, limit
+        self._pending: dict[str, Tensor] = {}
+        self._bytes = 0
+        self._shards: list[list[str]] = []
+        self._total = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Add a tensor; those added before may go to disk."""
+        size = tensor.numel() * tensor.element_size()
+        if self._pending and self._bytes + size > self.limit:
+            self._flush()
+        self._pending[name] = tensor.detach().cpu().contiguous()
+        self._bytes += size
+        self._total += size
+
+    def _flush(self) -> None:
+        # The number of shards is known only at the end: names are given then.
+        save_file(self._pending, self.directory / _draft(len(self._shards)), metadata={"format": "pt"})
+        self._shards.append(list(self._pending))
+        self._pending, self._bytes = {}, 0
+
+    def close(self) -> list[str]:
+        """Write what is left, name the shards and write the index; return the shards' names."""
+        if self._pending:
+            self._flush()
+        count = len(self._shards)
+        names = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        for number, name in enumerate(names):
+            (self.directory / _draft(number)).rename(self.directory / name)
+        if count > 1:
+            index = {
+                "metadata": {"total_size": self._total},
+                "weight_map": {key: name for name, keys in zip(names, self._shards, strict=True) for key in keys},
+            }
+            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+            (self.directory / INDEX).write_text(text, encoding="utf-8")
+        return names
+
+
+def _draft(number: int) -> str:
+    return f"draft-{number:05d}.safetensors"
+
+
+def outside_tensors(
+    checkpoint: Checkpoint, model: nn.Module, resolved: Resolved, dtype: torch.dtype
+) -> dict[str, Callable[[], Tensor]]:
+    """Name the tensors outside the blocks in the model's order, each with a function that reads and casts it.
+
+    Tied tensors appear once, under the name of the one that the others are tied to.
+
+    Raises
+    ------
+    CheckpointError
+        The checkpoint lacks one.
+    """
+    inside = tuple(f"{name}." for name in resolved.blocks)
+    tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
+    prefix: str = model.base_model_prefix  # pyright: ignore[reportAssignmentType]
+    found: dict[str, Callable[[], Tensor]] = {}
+    for name in model.state_dict():
+        if name.startswith(inside) or name in tied:
+            continue
+        stored = checkpoint.name_on_disk(name, prefix)
+        if stored is None:
+            raise CheckpointError(f"{checkpoint.path} has no tensor {name}, which its config asks for.")
+        found[name] = lambda stored=stored: _cast(checkpoint.read(stored), dtype)
+    return found
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def config_json(
+    checkpoint: Checkpoint, dtype: str, modules: Mapping[str, Any], auto_map: Mapping[str, str]
+) -> dict[str, Any]:
+    """Make the compressed checkpoint's config.json from the dense one's."""
+    settings = {name: value for name, value in checkpoint.raw_config.items() if name not in ("torch_dtype", "auto_map")}
+    return settings | {
+        "dtype": dtype,
+        "auto_map": dict(auto_map),
+        "quantization_config": LowRankConfig(modules=modules).to_dict(),
+    }
+
+
+def write_companions(checkpoint: Checkpoint, directory: Path) -> None:
+    """Copy tokenizer, generation config and chat template."""
+    for path in checkpoint.companions():
+        shutil.copyfile(path, directory / path.name)

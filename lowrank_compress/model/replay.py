@@ -1,0 +1,193 @@
+"""Run a model block by block over batches: record once what each block is called with, then replay.
+
+Every block's `forward` is stubbed while the real model runs once a batch. The stubs keep the exact arguments that the model
+passes (masks and rotary tables differ by layer type in some families), so that a block can later be called by itself, with
+the same result, when it is the only one in memory. The part after the blocks (final norm, head, soft-cap, pooling) is run
+the same way: the real model, every block stubbed to hand back the given hidden states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_compress.errors import NumericsError, UnsupportedError
+from lowrank_compress.model.skeleton import Skeleton
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids of several sequences of one length.
+
+    Attributes
+    ----------
+    ids
+        (sequences, length) int64.
+    mask
+        (sequences, length) int64, 1 for real tokens; None where nothing is padded.
+    labels
+        (sequences,) int64 class labels; None for language models, whose labels are the ids themselves.
+    scored_from
+        Position of the first token that is scored (language models); a context token before it is not.
+    """
+
+    ids: Tensor
+    mask: Tensor | None = None
+    labels: Tensor | None = None
+    scored_from: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens, padding not counted."""
+        return self.ids.numel() if self.mask is None else int(self.mask.sum())
+
+    def real(self) -> Tensor | None:
+        """(sequences · length,) bool: which flattened positions are no padding; None if all."""
+        return None if self.mask is None else self.mask.bool().flatten()
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The arguments of one block call besides the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Replay:
+    """Replays a skeleton's blocks over batches.
+
+    Parameters
+    ----------
+    skeleton
+        The model.
+    batches
+        The data; on any device.
+    """
+
+    def __init__(self, skeleton: Skeleton, batches: Sequence[Batch]) -> None:
+        self.skeleton = skeleton
+        self.batches = batches
+        self._calls: list[list[_Call]] = []
+        # Without padding the arguments depend on the shape alone, and masks are large: keep one set a shape.
+        self._by_shape: dict[tuple[int, ...], list[_Call]] = {}
+
+    def embed(self, batch: Batch) -> Tensor:
+        """Run what lies before the blocks: the first block's input (sequences, length, width); records all calls."""
+        first: list[Tensor] = []
+        calls: list[_Call] = []
+
+        def stub(hidden: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+            if hidden is None:
+                hidden = kwargs.pop("hidden_states")
+            first.append(hidden)  # pyright: ignore[reportArgumentType]
+            calls.append(_Call(args, kwargs))
+            return hidden  # pyright: ignore[reportReturnType]
+
+        with torch.no_grad(), self._stubbed(stub):
+            self._model(batch)
+        known = self._by_shape.get(tuple(batch.ids.shape)) if batch.mask is None else None
+        self._calls.append(known or calls)
+        if batch.mask is None:
+            self._by_shape[tuple(batch.ids.shape)] = self._calls[-1]
+        return first[0]
+
+    def start(self) -> list[Tensor]:
+        """Embed every batch and record every call; the hidden states that enter block 0."""
+        self._calls.clear()
+        return [self.embed(batch) for batch in self.batches]
+
+    def step(self, index: int, block: nn.Module, number: int, hidden: Tensor) -> Tensor:
+        """Run block `index` on the hidden states (sequences, length, width) of batch `number`."""
+        call = self._calls[number][index]
+        out = block(hidden, *call.args, **call.kwargs)
+        if not isinstance(out, Tensor):
+            raise UnsupportedError(
+                f"Block {index} of {type(self.skeleton.model).__name__} returns a {type(out).__name__}; expected the hidden "
+                "states alone, as transformers 5 does. Upgrade transformers."
+            )
+        return out
+
+    def sweep(self, hidden: list[Tensor], advance: Callable[[int], None] | None = None) -> list[Tensor]:
+        """Run all blocks over all batches, one block in memory at a time; replaces `hidden` in place."""
+        for index in range(len(self.skeleton.resolved.blocks)):
+            with torch.no_grad(), self.skeleton.block(index) as block:
+                for number, states in enumerate(hidden):
+                    hidden[number] = self.step(index, block, number, states)
+            if advance is not None:
+                advance(index)
+        return hidden
+
+    def head(self, batch: Batch, hidden: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """Logits from the hidden states that leave the last block.
+
+        Parameters
+        ----------
+        batch
+            The batch they belong to.
+        hidden
+            (sequences, length, width).
+        start, stop
+            Positions wanted (language models only): their logits (sequences, stop − start, vocabulary). A classifier's
+            logits (examples, classes) need the whole batch.
+        """
+        part = slice(start, stop)
+        given = hidden[:, part]
+
+        def stub(*_: Any, **__: Any) -> Tensor:
+            return given
+
+        with self._stubbed(stub):
+            if self.skeleton.task == "classification":
+                return self._model(batch).logits
+            return self._model(Batch(batch.ids[:, part])).logits
+
+    def _model(self, batch: Batch) -> Any:
+        device = self.skeleton.device
+        mask = {} if batch.mask is None else {"attention_mask": batch.mask.to(device)}
+        return self.skeleton.model(input_ids=batch.ids.to(device), **mask)
+
+    @contextmanager
+    def _stubbed(self, forward: Callable[..., Tensor]) -> Iterator[None]:
+        blocks = self.skeleton.blocks
+        for block in blocks:
+            block.forward = forward  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            for block in blocks:
+                del block.forward
+
+
+HEAD_TOKENS = 512  # logits of this many tokens at a time stand in memory
+
+
+def lm_chunks(batch: Batch) -> Iterator[tuple[int, int]]:
+    """Ranges of positions whose next token is scored, small enough for the logits of a large vocabulary."""
+    sequences, length = batch.ids.shape
+    width = max(1, HEAD_TOKENS // sequences)
+    for start in range(batch.scored_from - 1, length - 1, width):
+        yield start, min(start + width, length - 1)
+
+
+def token_loss(logits: Tensor, targets: Tensor, what: str) -> Tensor:
+    """Summed cross-entropy in nats, in float32 or better.
+
+    Raises
+    ------
+    NumericsError
+        A logit is NaN or infinite: it would spoil, or if dropped embellish, the result.
+    """
+    logits = logits.flatten(0, -2)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if not torch.isfinite(logits.detach()).all():
+        raise NumericsError(
+            f"The model gave NaN or infinite logits on {what}. Nothing is dropped from a loss here: check the checkpoint, "
+            "or compute in float32 (--dtype concerns only what is written)."
+        )
+    return nn.functional.cross_entropy(logits, targets.flatten().to(logits.device), reduction="sum")

@@ -1,0 +1,92 @@
+"""Turn factors into the tensors and the config entry of a compressed module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_compress.arch.resolve import Target
+from lowrank_compress.model import weights
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One matrix in a storage format.
+
+    Attributes
+    ----------
+    format
+        "pair", "pivot" or "dense".
+    rank
+        r; the number of rows for "dense".
+    inner
+        What goes into the stacked first product: B (r, in), the pivot rows (r, in), or W itself (out, in).
+    outer
+        A (out, r), the coefficients (out − r, r), or None.
+    index
+        Pivot rows, (r,) int64 ascending, or None.
+    """
+
+    format: str
+    rank: int
+    inner: Tensor
+    outer: Tensor | None = None
+    index: Tensor | None = None
+
+    def rebuild(self) -> Tensor:
+        """The matrix (out, in) that it stands for, float64."""
+        inner = self.inner.double()
+        if self.outer is None:
+            return inner
+        rest = self.outer.double() @ inner
+        if self.index is None:
+            return rest
+        whole = inner.new_empty(len(inner) + len(rest), inner.shape[1])
+        others = torch.ones(len(whole), dtype=torch.bool)
+        others[self.index] = False
+        whole[self.index], whole[others] = inner, rest
+        return whole
+
+    def cast(self, dtype: torch.dtype) -> Encoded:
+        """Round to the dtype in which it will be stored."""
+        outer = None if self.outer is None else self.outer.to(dtype)
+        return Encoded(self.format, self.rank, self.inner.to(dtype), outer, self.index)
+
+
+def module_entry(targets: Sequence[Target], parts: Sequence[Encoded]) -> dict[str, Any]:
+    """Describe a compressed module as `quantization_config.modules` of config.json does."""
+    first = targets[0]
+    return {
+        "in_features": first.shape[1],
+        "out_features": first.rows.total,
+        "bias": first.has_bias,
+        "heads": first.rows.groups,
+        "parts": [
+            {"rows": target.shape[0], "format": part.format, "rank": part.rank}
+            for target, part in zip(targets, parts, strict=True)
+        ],
+    }
+
+
+def module_tensors(targets: Sequence[Target], parts: Sequence[Encoded], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Name the tensors of a compressed module by their leaf names (see `layers.CompressedLinear`), without the bias."""
+    tensors = {
+        "lr_in.weight": torch.cat([part.inner for part in parts]).to(dtype),
+        "weight": torch.empty(0, dtype=dtype),
+    }
+    for number, part in enumerate(parts):
+        suffix = "" if len(parts) == 1 else f"_{number}"
+        if part.outer is not None:
+            tensors[f"lr_out{suffix}.weight"] = part.outer.to(dtype)
+        if part.index is not None:
+            tensors[f"lr_index{suffix}"] = part.index
+    return tensors
+
+
+def dense_part(weight: Tensor, target: Target) -> Encoded:
+    """Take a matrix as it is from its module's stored weight."""
+    return Encoded("dense", target.shape[0], weights.read(weight, target))

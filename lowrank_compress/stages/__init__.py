@@ -1,0 +1,1 @@
+"""The stages: pure functions of a config and of the directories they read."""

@@ -1,0 +1,194 @@
+"""Stage 1: take from the calibration set the statistics that a method needs.
+
+Reads a checkpoint and a text; writes one safetensors file of means a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lowrank_compress.artifacts.manifest import Key, Manifest, commit, committed
+from lowrank_compress.artifacts.tensors import BlockFiles
+from lowrank_compress.calibration.capture import capture, needs_gradient
+from lowrank_compress.calibration.tokens import (
+    Source,
+    batches_hash,
+    bos_of,
+    calibration_windows,
+    encode,
+    example_batches,
+    load_tokenizer,
+    read_examples,
+    read_text,
+    shuffled,
+    window_batches,
+)
+from lowrank_compress.config import CalibrateConfig
+from lowrank_compress.errors import InputError
+from lowrank_compress.methods.linear import needed
+from lowrank_compress.methods.table import METHODS
+from lowrank_compress.model.checkpoint import Checkpoint
+from lowrank_compress.model.replay import Batch
+from lowrank_compress.model.skeleton import Skeleton, Task, meta_model, task_of
+from lowrank_compress.stages.common import Reporter, Silent, checkpoint_id, environment, source_id
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the stage reads: a dense checkpoint (the text is named in the config)."""
+
+    checkpoint: Checkpoint
+
+
+class Sink(Protocol):
+    """Takes a block's statistics as soon as they are complete."""
+
+    def finished(self, block: int) -> bool:
+        """Whether the block has been taken by this or an earlier process."""
+        ...
+
+    def take(self, block: int, means: Mapping[str, Tensor]) -> None:
+        """Take the statistics of a block."""
+        ...
+
+
+class FileSink:
+    """Keeps statistics in the stage's directory."""
+
+    def __init__(self, files: BlockFiles) -> None:
+        self.files = files
+
+    def finished(self, block: int) -> bool:
+        """Whether the block's file is on disk, whole and of this calibration."""
+        return self.files.finished(block)
+
+    def take(self, block: int, means: Mapping[str, Tensor]) -> None:
+        """Write the block's file."""
+        self.files.write(block, means)
+
+
+def key(config: CalibrateConfig, inputs: Inputs) -> Key:
+    """Everything the statistics depend on; a text counts by its content, not by its path."""
+    found = {"checkpoint": checkpoint_id(inputs.checkpoint)}
+    if METHODS[config.method].needs_data:
+        found["text"] = source_id(_source(config))
+    settings = config.model_dump(mode="json", exclude={"source", "method"})
+    method = METHODS[config.method]
+    settings["metric"] = [method.left.name, method.right.name]
+    return Key("calibrate", VERSION, settings, found)
+
+
+def run(
+    config: CalibrateConfig,
+    inputs: Inputs,
+    out_dir: Path,
+    reporter: Reporter | None = None,
+    *,
+    sink: Sink | None = None,
+    overwrite: bool = False,
+) -> Manifest:
+    """Calibrate.
+
+    Parameters
+    ----------
+    config, inputs
+        What to do on what.
+    out_dir
+        Directory for the manifest and, without a `sink`, the statistics.
+    reporter
+        Told about progress and warnings.
+    sink
+        Takes the statistics instead of files in `out_dir`; the manifest then says that they were not kept.
+    overwrite
+        Replace another result in `out_dir`.
+
+    Raises
+    ------
+    LrcError
+        Bad data, an unsupported or damaged checkpoint, another result in `out_dir`.
+    """
+    reporter = reporter or Silent()
+    identity = key(config, inputs)
+    found = committed(out_dir, identity, overwrite=overwrite)
+    kept = sink is None
+    method = METHODS[config.method]
+    model, resolved = meta_model(inputs.checkpoint)
+    files = BlockFiles(out_dir, identity.id)
+    receiver = sink or FileSink(files)
+    blocks = range(len(resolved.blocks))
+    complete = all(receiver.finished(block) for block in blocks)
+    if found is not None and complete and (found.report["kept"] or not kept):
+        return found
+    wanted = needed(method, resolved.targets)
+    report: dict[str, object] = {"kept": kept, "tokens": 0, "windows": 0, "tokens_sha256": None}
+    outputs = [files.name(block) for block in blocks] if kept else []
+    if not method.needs_data:
+        for block in blocks:
+            if not receiver.finished(block):
+                receiver.take(block, {})
+            reporter.advance("blocks", block + 1, len(blocks))
+        return commit(out_dir, identity, outputs, report, environment(config.device))
+    batches = calibration_batches(config, inputs.checkpoint, task_of(model.config))
+    if needs_gradient(wanted) and any(batch.labels is None for batch in batches) and task_of(model.config) != "lm":
+        raise InputError(
+            f"The method {config.method} takes gradients of a classifier's loss, which needs labels. Pass a table with "
+            "--text-column and --label-column."
+        )
+    tokens = sum(batch.tokens for batch in batches)
+    report |= {
+        "tokens": tokens,
+        "windows": sum(len(batch.ids) for batch in batches),
+        "tokens_sha256": batches_hash(batches),
+    }
+    largest = max(min(target.shape) for target in resolved.targets)
+    if tokens < largest:
+        reporter.warn(
+            f"The calibration set has {tokens} tokens, fewer than the largest decomposed dimension ({largest}): its moments "
+            "are rank-deficient. The result is well defined, but more text (--samples, --seq-len) will make it better."
+        )
+    if method.right.centred and not all(target.has_bias for target in resolved.targets):
+        reporter.warn(
+            f"{config.method} restores the mean through biases, and some layers of this model have none: there it uses the "
+            "uncentred Gram matrix and restores no mean."
+        )
+    if not complete:
+        skeleton = Skeleton(inputs.checkpoint, torch.device(config.device), torch.float32)
+        for statistics in capture(
+            skeleton, batches, wanted, skip=receiver.finished, clip=config.clip, advance=reporter.advance
+        ):
+            receiver.take(statistics.block, statistics.means)
+    return commit(out_dir, identity, outputs, report, environment(config.device))
+
+
+def _source(config: CalibrateConfig) -> Source:
+    if config.source is None:
+        raise InputError(f"The method {config.method} needs calibration data; name a text with --calibration.")
+    return Source(config.source, config.text_column, config.label_column)
+
+
+def calibration_batches(config: CalibrateConfig, checkpoint: Checkpoint, task: Task) -> list[Batch]:
+    """Make the calibration set of a config: windows of text, or examples for a classifier.
+
+    Raises
+    ------
+    CalibrationError, InputError
+        The data are missing, empty, too short or have no such column.
+    """
+    tokenizer = load_tokenizer(checkpoint.path, checkpoint.trust_remote_code)
+    source = _source(config)
+    if task == "classification":
+        if config.label_column is not None:
+            examples = shuffled(read_examples(source), config.samples, config.seed)
+            labels = {str(label): number for label, number in (checkpoint.config.label2id or {}).items()}
+            return example_batches(tokenizer, examples, labels, config.seq_len, config.micro_batch)
+    ids = encode(tokenizer, read_text(source))
+    windows = calibration_windows(ids, config.seq_len, config.samples, config.seed, bos_of(tokenizer))
+    return window_batches(list(windows), config.micro_batch)

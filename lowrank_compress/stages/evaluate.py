@@ -1,0 +1,234 @@
+"""Stage 4: measure a checkpoint, and for a run the dense original beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowrank_compress.artifacts.files import read_json, sha256, write_json
+from lowrank_compress.artifacts.manifest import Key, commit, committed
+from lowrank_compress.calibration.tokens import (
+    Source,
+    bos_of,
+    encode,
+    evaluation_windows,
+    example_batches,
+    load_tokenizer,
+    read_examples,
+    read_text,
+    window_batches,
+)
+from lowrank_compress.config import EvaluateConfig
+from lowrank_compress.errors import CalibrationError, InputError
+from lowrank_compress.evaluation.replayed import accuracy, perplexity
+from lowrank_compress.evaluation.size import measure_size
+from lowrank_compress.model.checkpoint import Checkpoint
+from lowrank_compress.model.replay import Batch
+from lowrank_compress.model.skeleton import Skeleton, longest_input, task_of
+from lowrank_compress.stages.common import Reporter, Silent, checkpoint_id, environment, source_id
+
+VERSION = 1
+METRICS = "metrics.json"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the stage reads.
+
+    Attributes
+    ----------
+    checkpoint
+        The checkpoint to measure.
+    dense
+        The dense original to measure beside it; None for a plain checkpoint, which then counts as dense itself.
+    sizes
+        Asked and reached ratio of a run, for the report.
+    """
+
+    checkpoint: Checkpoint
+    dense: Checkpoint | None = None
+    sizes: Mapping[str, Any] | None = None
+
+
+def key(config: EvaluateConfig, inputs: Inputs) -> Key:
+    """Everything that the numbers depend on; texts count by content."""
+    found = {"checkpoint": checkpoint_id(inputs.checkpoint)}
+    if inputs.dense is not None:
+        found["dense"] = checkpoint_id(inputs.dense)
+    for name in config.perplexity:
+        found[f"perplexity:{name}"] = source_id(Source(name, config.text_column))
+    if config.classification is not None:
+        found[f"classification:{config.classification}"] = source_id(Source(config.classification))
+    if config.include_path is not None:
+        for path in sorted(Path(config.include_path).rglob("*.yaml")):
+            found[f"task:{path.name}"] = sha256(path)
+    return Key("evaluate", VERSION, config.model_dump(mode="json"), found)
+
+
+def run(
+    config: EvaluateConfig, inputs: Inputs, out_dir: Path | None, reporter: Reporter | None = None
+) -> dict[str, Any]:
+    """Evaluate, and where there is a directory for it, keep the result.
+
+    Parameters
+    ----------
+    config, inputs
+        What to measure on what.
+    out_dir
+        The run's ``eval/``: each evaluation goes to ``<id>/`` below it and into the merged ``metrics.json``. None (a
+        plain checkpoint) writes nothing.
+    reporter
+        Told about progress.
+
+    Returns
+    -------
+    dict
+        ``perplexity``, ``classification``, ``tasks``, ``size``: see the command's ``--json``.
+
+    Raises
+    ------
+    LrcError
+        Data are missing or do not fit the model, or the model gives numbers that are not finite.
+    """
+    reporter = reporter or Silent()
+    identity = key(config, inputs)
+    if out_dir is not None:
+        found = committed(out_dir / identity.id, identity)
+        if found is not None:
+            return read_json(out_dir / identity.id / METRICS)
+    metrics: dict[str, Any] = {"perplexity": {}, "classification": {}, "tasks": {}}
+    models = _models(inputs)
+    for role, checkpoint in models.items():
+        measured = _measure(config, checkpoint, role, reporter)
+        for kind in metrics:
+            for name, values in measured[kind].items():
+                slot = metrics[kind].setdefault(name, {})
+                shared = {name: values.pop(name) for name in ("tokens", "n") if name in values}
+                slot |= {role: values["value"]} | shared
+    metrics["size"] = size_report(inputs)
+    if out_dir is not None:
+        write_json(out_dir / identity.id / METRICS, metrics)
+        commit(out_dir / identity.id, identity, [METRICS], {}, environment(config.device))
+        _merge(out_dir)
+    return metrics
+
+
+def _models(inputs: Inputs) -> dict[str, Checkpoint]:
+    if inputs.dense is None:
+        return {"dense": inputs.checkpoint}
+    return {"compressed": inputs.checkpoint, "dense": inputs.dense}
+
+
+def _measure(
+    config: EvaluateConfig, checkpoint: Checkpoint, role: str, reporter: Reporter
+) -> dict[str, dict[str, Any]]:
+    """Measure one checkpoint: kind -> name -> {"value", "tokens" or "n"}."""
+    measured: dict[str, dict[str, Any]] = {"perplexity": {}, "classification": {}, "tasks": {}}
+    device = torch.device(config.device)
+    replayed = bool(config.perplexity or config.classification)
+    skeleton = Skeleton(checkpoint, device, torch.float32) if replayed else None
+    if skeleton is not None:
+        tokenizer = load_tokenizer(checkpoint.path, checkpoint.trust_remote_code)
+        longest = longest_input(skeleton.model)
+        seq_len = config.seq_len or min(2048, longest)
+        if seq_len > longest:
+            raise InputError(f"--seq-len {seq_len} is more than the model's {longest} positions.")
+        for name in config.perplexity:
+            batches = text_batches(config, tokenizer, Source(name, config.text_column), seq_len)
+            if task_of(checkpoint.config) != "lm":
+                raise InputError("Perplexity needs a causal language model; for a classifier use --classification.")
+            found = perplexity(skeleton, batches, _labelled(reporter, f"{role} perplexity"))
+            measured["perplexity"][name] = {"value": found.value, "tokens": found.tokens}
+        if config.classification is not None:
+            if task_of(checkpoint.config) != "classification":
+                raise InputError("--classification needs a sequence classifier; for a language model use --perplexity.")
+            examples = read_examples(Source(config.classification, config.text_column, config.label_column))
+            labels = {str(label): number for label, number in (checkpoint.config.label2id or {}).items()}
+            batches = example_batches(tokenizer, examples, labels, seq_len, config.batch_size)
+            if config.limit is not None:
+                batches = batches[: -(-config.limit // config.batch_size)]
+            value = accuracy(skeleton, batches, _labelled(reporter, f"{role} accuracy"))
+            measured["classification"][config.classification] = {
+                "value": value,
+                "n": sum(len(batch.ids) for batch in batches),
+            }
+    if config.tasks:
+        measured["tasks"] = _run_tasks(config, checkpoint, role, reporter)
+    return measured
+
+
+def _labelled(reporter: Reporter, step: str) -> Callable[[int, int], None]:
+    return lambda done, total: reporter.advance(step, done, total)
+
+
+def text_batches(config: EvaluateConfig, tokenizer: Any, source: Source, seq_len: int) -> list[Batch]:
+    """Windows of an evaluation text.
+
+    Raises
+    ------
+    CalibrationError
+        The text is empty or has a single token.
+    """
+    bos = bos_of(tokenizer)
+    windows = evaluation_windows(encode(tokenizer, read_text(source)), seq_len, bos)[: config.limit]
+    windows = [window for window in windows if len(window) > 1]
+    if not windows:
+        raise CalibrationError(f"{source.name} has too few tokens to measure perplexity on. Pass a longer text.")
+    return window_batches(windows, config.batch_size)
+
+
+def _run_tasks(
+    config: EvaluateConfig, checkpoint: Checkpoint, role: str, reporter: Reporter
+) -> dict[str, dict[str, Any]]:
+    from transformers import AutoModelForCausalLM
+
+    from lowrank_compress.evaluation.harness import run_tasks
+
+    reporter.advance(f"{role} tasks", 0, 1)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=checkpoint.dtype).to(config.device).eval()
+    found = run_tasks(
+        model,
+        load_tokenizer(checkpoint.path, checkpoint.trust_remote_code),
+        config.tasks,
+        include_path=None if config.include_path is None else Path(config.include_path),
+        limit=config.limit,
+        batch_size=config.batch_size,
+        seed=config.seed,
+    )
+    reporter.advance(f"{role} tasks", 1, 1)
+    return {task: {"value": values} for task, values in found.items()}
+
+
+def size_report(inputs: Inputs) -> dict[str, Any]:
+    """Sizes of the dense and the compressed checkpoint, and the share removed."""
+    sizes = {role: measure_size(checkpoint) for role, checkpoint in _models(inputs).items()}
+    report: dict[str, Any] = {
+        scope: {role: getattr(size, field) for role, size in sizes.items()}
+        for scope, field in (
+            ("blocks", "blocks"),
+            ("model", "model"),
+            ("bytes", "bytes"),
+            ("kv_bytes_per_token", "kv_bytes_per_token"),
+        )
+    }
+    if "compressed" in sizes:
+        for values in report.values():
+            values["ratio"] = 1 - values["compressed"] / values["dense"] if values["dense"] else 0.0
+    if inputs.sizes is not None:
+        report |= {name: inputs.sizes[name] for name in ("asked_ratio", "reached_ratio", "ratio_of")}
+    return report
+
+
+def _merge(out_dir: Path) -> None:
+    """Gather all evaluations of a run, by their ids, in one file."""
+    merged: dict[str, Any] = {}
+    for path in sorted(out_dir.glob(f"*/{METRICS}")):
+        if (path.parent / "manifest.json").exists():
+            settings = json.loads((path.parent / "manifest.json").read_text(encoding="utf-8"))["key"]["config"]
+            merged[path.parent.name] = {"config": settings, **read_json(path)}
+    write_json(out_dir / METRICS, {"schema": 1, "evaluations": merged})

@@ -1,0 +1,100 @@
+"""What a run will need, computed from shapes alone: the plan that `--dry-run` prints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lowrank_compress.calibration.capture import needs_gradient
+from lowrank_compress.calibration.moments import STATISTICS, statistic_key
+from lowrank_compress.methods.linear import needed
+from lowrank_compress.methods.table import METHODS
+from lowrank_compress.model.skeleton import meta_model
+from lowrank_compress.stages import score
+from lowrank_compress.stages.common import Run
+from lowrank_compress.stages.pipeline import Plan, inputs_of_score
+
+DOUBLE, SINGLE = 8, 4
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes a run needs.
+
+    Attributes
+    ----------
+    memory
+        Name -> bytes that are in memory at once.
+    disk
+        Name -> bytes on disk.
+    """
+
+    memory: dict[str, int]
+    disk: dict[str, int]
+
+
+def dry_run(plan: Plan, run: Run) -> dict[str, Any]:
+    """Budget, ranks that need no data, memory and disk of a run; reads headers only and writes nothing.
+
+    Raises
+    ------
+    InputError
+        The ratio is out of reach.
+    """
+    bases = score.Bases(plan.score, inputs_of_score(plan, run), run.scores)
+    targets = bases.resolved.targets
+    uniform = score.Bases(
+        plan.score.model_copy(update={"allocate": "uniform"}), inputs_of_score(plan, run), run.scores
+    ).keep
+    need = estimate(plan, bases)
+    return {
+        "recipe": plan.resolved().model_dump(mode="json"),
+        "run": str(run.path),
+        "budget": {
+            "ratio": plan.score.ratio,
+            "ratio_of": plan.score.ratio_of,
+            "denominator": bases.budget.denominator,
+            "claimed_elements": sum(target.elements for target in targets),
+            "largest_stored": bases.budget.limit,
+        },
+        "uniform_ranks": {target.name: uniform[target.name] or None for target in targets},
+        "ranks_need_data": plan.score.allocate != "uniform",
+        "memory": need.memory,
+        "disk": need.disk,
+    }
+
+
+def estimate(plan: Plan, bases: score.Bases) -> Need:
+    """Estimate memory and disk from shapes."""
+    model, resolved = meta_model(plan.checkpoint)
+    method = METHODS[plan.recipe.method]
+    wanted = needed(method, resolved.targets)
+    block = sum(p.numel() for p in model.get_submodule(resolved.blocks[0]).parameters())
+    outside = sum(p.numel() for p in model.parameters()) - block * len(resolved.blocks)
+    sizes: dict[str, int] = {}
+    for target in resolved.of_block(0):
+        for name in wanted[target.name]:
+            side = target.shape[1] if STATISTICS[name].size == "in" else target.shape[0]
+            sizes[statistic_key(target, name)] = side * side if STATISTICS[name].square else side
+    tokens = plan.recipe.samples * plan.seq_len if method.needs_data else 0
+    copies = len(resolved.blocks) + 2 if needs_gradient(wanted) else 1
+    kept = {target.name: bases.keep[target.name] for target in resolved.targets}
+    basis = sum(
+        kept[target.name] * min(target.shape) * (2 if method.sides(target)[0].near else 1)
+        for target in resolved.targets
+    )
+    width: int = plan.checkpoint.dtype.itemsize
+    largest = max(min(target.shape) for target in resolved.targets)
+    return Need(
+        memory={
+            "outside the blocks": outside * SINGLE,
+            "one block": block * SINGLE,
+            "its statistics": sum(sizes.values()) * DOUBLE,
+            "hidden states": tokens * model.config.hidden_size * SINGLE * copies,
+            "largest decomposition": 4 * largest * largest * DOUBLE,
+        },
+        disk={
+            "bases": basis * SINGLE,
+            "compressed checkpoint": 2 * (outside + bases.budget.limit) * width,
+        },
+    )

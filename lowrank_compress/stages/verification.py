@@ -1,0 +1,70 @@
+"""Compare a run's files with what its manifests say was written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from lowrank_compress.artifacts.manifest import altered, read_manifest
+from lowrank_compress.errors import ArtifactError, LrcError
+from lowrank_compress.model.checkpoint import Checkpoint, locate
+from lowrank_compress.model.skeleton import meta_model
+from lowrank_compress.stages.common import Run
+from lowrank_compress.stages.score import RANKS, read_ranks
+
+
+def verify(path: Path) -> list[dict[str, str]]:
+    """Check every file of a run.
+
+    Returns
+    -------
+    list of dict
+        ``stage``, ``file``, ``state``: "intact", "missing or altered", "damaged manifest", "edited by hand" (ranks.json that
+        parses and fits), "not there yet", "dropped" (statistics).
+
+    Raises
+    ------
+    ArtifactError
+        The directory is no run.
+    """
+    run = Run(path)
+    if not run.recipe.exists():
+        raise ArtifactError(f"{path} is no run: it has no recipe.yaml. Pass the directory that --out named.")
+    findings: list[dict[str, str]] = []
+    stages = [("calibrate", run.statistics), ("score", run.scores), ("factorize", run.model)]
+    stages += [("eval", directory) for directory in sorted(run.evaluations.glob("*")) if directory.is_dir()]
+    for stage, directory in stages:
+        findings += _verify_stage(run, stage, directory)
+    return findings
+
+
+def _verify_stage(run: Run, stage: str, directory: Path) -> list[dict[str, str]]:
+    where = str(directory.relative_to(run.path))
+    try:
+        manifest = read_manifest(directory)
+    except ArtifactError:
+        return [{"stage": stage, "file": f"{where}/manifest.json", "state": "damaged manifest"}]
+    if manifest is None:
+        return [{"stage": stage, "file": where, "state": "not there yet"}]
+    wrong = set(altered(directory, manifest))
+    findings = []
+    for name in manifest.outputs:
+        state = "missing or altered" if name in wrong else "intact"
+        if name == RANKS and name in wrong and _fits(run, directory / name):
+            state = "edited by hand"
+        findings.append({"stage": stage, "file": f"{where}/{name}", "state": state})
+    if stage == "calibrate" and not manifest.report.get("kept"):
+        findings.append({"stage": stage, "file": where, "state": "dropped"})
+    return findings
+
+
+def _fits(run: Run, ranks: Path) -> bool:
+    """Whether edited ranks parse and fit the model."""
+    try:
+        recipe = yaml.safe_load(run.recipe.read_text(encoding="utf-8"))
+        _, resolved = meta_model(Checkpoint(locate(recipe["model"], recipe.get("revision"))))
+        read_ranks(ranks, resolved.targets)
+    except LrcError:
+        return False
+    return True

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModel, PreTrainedConfig
+
+from lowrank_compress.arch.table import ARCHITECTURES, architecture_of
+from lowrank_compress.errors import UnsupportedError
+from tests.tiny import TINY, tiny_config
+
+
+def test_every_model_type_has_a_tiny_model() -> None:
+    listed = [model_type for entry in ARCHITECTURES.values() for model_type in entry.model_types]
+    assert sorted(listed) == sorted(TINY), "every model type of the table needs an entry in tests/tiny.py, once"
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_entry_is_consistent(name: str) -> None:
+    entry = ARCHITECTURES[name]
+    roles = [role for projection in entry.projections for role in projection.parts]
+    gated = ["gate"] if "gate" in roles else []
+    assert entry.name == name
+    assert roles == ["q", "k", "v", "o", *gated, "up", "down"]
+    reads = {"q": "attn", "k": "attn", "v": "attn", "o": "context", "gate": "mlp", "up": "mlp", "down": "hidden"}
+    assert all(projection.reads == reads[role] for projection in entry.projections for role in projection.parts)
+
+
+@pytest.mark.parametrize("model_type", TINY)
+def test_entry_found_and_head_norms_true_to_the_model(model_type: str) -> None:
+    config = tiny_config(model_type)
+    entry = architecture_of(config)
+    assert model_type in entry.model_types
+    with torch.device("meta"):
+        names = [name for name, _ in AutoModel.from_config(config).named_parameters()]
+    assert entry.head_norms == any(name.endswith(("q_norm.weight", "k_norm.weight")) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "field"),
+    [
+        ("mixtral", "num_local_experts=8"),
+        ("qwen2_moe", "num_experts=60"),
+        ("qwen3_moe", "num_local_experts=128"),
+        ("gpt_oss", "num_local_experts=128"),
+        ("deepseek_v3", "n_routed_experts=256"),
+        ("ernie4_5_moe", "moe_num_experts=64"),
+        ("llama4", "num_local_experts=16"),
+    ],
+)
+def test_mixtures_of_experts_are_refused(model_type: str, field: str) -> None:
+    with pytest.raises(UnsupportedError, match=f"Mixture-of-experts models are not supported yet.*{field}"):
+        architecture_of(CONFIG_MAPPING[model_type]())
+
+
+def test_experts_of_a_known_type_are_refused() -> None:
+    with pytest.raises(UnsupportedError, match=r"Mixture-of-experts.*'llama' has num_experts=4"):
+        architecture_of(tiny_config("llama", num_experts=4))
+
+
+def test_one_expert_is_a_dense_model() -> None:
+    assert architecture_of(tiny_config("llama", num_experts=1)).name == "llama"
+
+
+@pytest.mark.parametrize("model_type", ["gemma3", "llava", "qwen2_vl"])
+def test_multimodal_models_are_refused(model_type: str) -> None:
+    with pytest.raises(UnsupportedError, match=f"Multimodal.*'{model_type}' has a vision_config.*gemma3_text"):
+        architecture_of(CONFIG_MAPPING[model_type]())
+
+
+def test_unknown_type_lists_the_known() -> None:
+    with pytest.raises(
+        UnsupportedError, match=r"Unknown model type 'gpt_neo'.*Did you mean 'gpt_neox'.*Known: .*roberta"
+    ):
+        architecture_of(CONFIG_MAPPING["gpt_neo"]())
+
+
+def test_configuration_without_a_type_is_unknown() -> None:
+    with pytest.raises(UnsupportedError, match=r"Unknown model type ''"):
+        architecture_of(PreTrainedConfig())
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "bert", "roberta"])
+def test_cross_attention_is_refused(model_type: str) -> None:
+    with pytest.raises(UnsupportedError, match=r"cross-attention are not supported.*add_cross_attention"):
+        architecture_of(tiny_config(model_type, is_decoder=True, add_cross_attention=True))

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from lowrank_compress.errors import InputError, NumericsError
+from lowrank_compress.linalg.metric import Diagonal, Full, Identity, Metric
+from tests import reference
+
+SIZE = 6
+
+
+def moment(rank: int = SIZE, seed: int = 0) -> torch.Tensor:
+    sample = torch.randn(rank, SIZE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return sample.mT @ sample / rank
+
+
+def cases() -> list[tuple[str, Metric, torch.Tensor]]:
+    weights = torch.linspace(0.5, 2, SIZE, dtype=torch.float64)
+    diagonal = torch.diag(weights)
+    return [
+        ("identity", Identity(), torch.eye(SIZE, dtype=torch.float64)),
+        ("diagonal", Diagonal(weights), diagonal),
+        ("diagonal, shrunk", Diagonal(weights, 0.1), torch.from_numpy(reference.damp(diagonal.numpy(), 0.1))),
+        ("full", Full(moment()), moment()),
+        ("full, shrunk", Full(moment(), 0.1), torch.from_numpy(reference.damp(moment().numpy(), 0.1))),
+        ("rank-deficient, shrunk", Full(moment(2), 0.1), torch.from_numpy(reference.damp(moment(2).numpy(), 0.1))),
+    ]
+
+
+@pytest.mark.parametrize(("metric", "dense"), [case[1:] for case in cases()], ids=[case[0] for case in cases()])
+def test_root_is_a_root_of_the_damped_metric(metric: Metric, dense: torch.Tensor) -> None:
+    root = metric.root()
+    eye = torch.eye(SIZE, dtype=torch.float64)
+    c = root.contract(eye).mT
+    torch.testing.assert_close(c @ c.mT, dense, rtol=1e-12, atol=1e-12)
+    form = moment(seed=1)
+    torch.testing.assert_close(root.congruence(form), c.mT @ form @ c, rtol=1e-12, atol=1e-12)
+    vectors = torch.randn(SIZE, 3, dtype=torch.float64)
+    torch.testing.assert_close(root.expand(vectors), torch.linalg.inv(c).mT @ vectors, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(root.contract(vectors), vectors.mT @ c.mT, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("metric", "dense"),
+    [
+        (Identity(), torch.eye(SIZE, dtype=torch.float64)),
+        (Diagonal(torch.arange(SIZE), 0.5), torch.diag(torch.arange(SIZE, dtype=torch.float64))),
+        (Full(moment(2), 0.5), moment(2)),
+    ],
+    ids=["identity", "diagonal", "full"],
+)
+def test_form_is_not_damped(metric: Metric, dense: torch.Tensor) -> None:
+    weight = torch.randn(4, SIZE)
+    expected = weight.double() @ dense @ weight.double().mT
+    form = metric.form(weight)
+    assert form.dtype == torch.float64
+    torch.testing.assert_close(form, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_inputs_are_left_alone() -> None:
+    given, weights = moment(2), torch.ones(SIZE, dtype=torch.float64)
+    before = given.clone()
+    Full(given, 0.1).root()
+    Diagonal(weights, 0.1).root()
+    assert torch.equal(given, before)
+    assert torch.equal(weights, torch.ones(SIZE, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("metric", [Full(torch.zeros(3, 3), 0.1), Diagonal(torch.zeros(3), 0.1)])
+def test_a_metric_of_nothing_is_damped_to_a_multiple_of_the_identity(metric: Metric) -> None:
+    eye = torch.eye(3, dtype=torch.float64)
+    torch.testing.assert_close(metric.root().congruence(eye), 0.1 * eye)
+
+
+def test_without_shrinkage_jitter_makes_a_rank_deficient_metric_invertible() -> None:
+    for metric, dense in (
+        (Full(moment(2)), moment(2)),
+        (Diagonal(torch.tensor([0.0, 1, 2])), torch.diag(torch.tensor([0.0, 1, 2]))),
+    ):
+        c = metric.root().contract(torch.eye(len(dense), dtype=torch.float64)).mT
+        torch.testing.assert_close(c @ c.mT, dense.double(), rtol=1e-6, atol=1e-6)
+        assert np.linalg.eigvalsh((c @ c.mT).numpy()).min() > 0
+
+
+def test_an_indefinite_moment_names_the_last_jitter() -> None:
+    with pytest.raises(NumericsError, match=r"3x3 second moment is not positive definite.*even with 0\.0001 of"):
+        Full(torch.diag(torch.tensor([1.0, 1.0, -1.0])), 0.01).root()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite(bad: float) -> None:
+    with pytest.raises(NumericsError, match="full metric must be finite, but 1 of its 9 entries"):
+        Full(torch.diag(torch.tensor([1.0, bad, 1.0])))
+    with pytest.raises(NumericsError, match="diagonal metric must be finite, but 1 of its 3 entries"):
+        Diagonal(torch.tensor([1.0, bad, 1.0]))
+
+
+def test_impossible_metrics() -> None:
+    with pytest.raises(NumericsError, match=r"cannot be negative; the least one is -2"):
+        Diagonal(torch.tensor([1.0, -2.0]))
+    with pytest.raises(InputError, match=r"shape \(k,\), got \(2, 2\)"):
+        Diagonal(torch.ones(2, 2))
+    with pytest.raises(InputError, match=r"shape \(k, k\), got \(2, 3\)"):
+        Full(torch.ones(2, 3))
+    with pytest.raises(InputError, match=r"shrinkage of a full metric must lie in \[0, 1\], got 1.5"):
+        Full(torch.eye(2), 1.5)
+    with pytest.raises(InputError, match=r"shrinkage of a diagonal metric must lie in \[0, 1\], got -1"):
+        Diagonal(torch.ones(2), -1)

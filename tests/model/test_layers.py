@@ -1,0 +1,391 @@
+from __future__ import annotations
+
+import copy
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lowrank_compress.model.layers import (
+    PACKAGE,
+    REMOTE_FILE,
+    CompressedLinear,
+    LowRankConfig,
+    Stock,
+    restore_modules,
+    swap_modules,
+    write_remote_code,
+)
+
+torch.set_num_threads(1)
+
+PAIR, PIVOT, DENSE = "pair", "pivot", "dense"
+# rows, format, rank of each part, and the heads they are interleaved over
+LAYOUTS: dict[str, tuple[int, list[tuple[int, str, int]]]] = {
+    "pair": (1, [(12, PAIR, 5)]),
+    "pivot": (1, [(12, PIVOT, 5)]),
+    "pivot of rank one": (1, [(12, PIVOT, 1)]),
+    "pivot but one row": (1, [(12, PIVOT, 11)]),
+    "fused pairs": (1, [(12, PAIR, 5), (6, PAIR, 3), (6, PAIR, 1)]),
+    "fused mix": (1, [(12, PIVOT, 5), (6, DENSE, 6), (6, PAIR, 3)]),
+    "interleaved pairs": (2, [(12, PAIR, 5), (12, PAIR, 3), (12, PAIR, 4)]),
+    "interleaved mix": (3, [(12, PIVOT, 5), (6, DENSE, -1), (9, PIVOT, 3)]),
+    "interleaved one part": (4, [(12, PIVOT, 5)]),
+}
+
+
+def entry(layout: str, bias: bool = False, in_features: int = 10) -> dict[str, Any]:
+    heads, parts = LAYOUTS[layout]
+    return {
+        "in_features": in_features,
+        "out_features": sum(rows for rows, _, _ in parts),
+        "bias": bias,
+        "heads": heads,
+        "parts": [{"rows": rows, "format": form, "rank": rank} for rows, form, rank in parts],
+    }
+
+
+def fill(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Random factors; pivot rows that are not the first ones."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    for layer in module.modules():
+        if isinstance(layer, CompressedLinear):
+            state = {
+                f"lr_index{part.suffix}": torch.randperm(part.rows, generator=generator)[: part.width].sort().values
+                for part in layer.parts
+                if part.format == PIVOT
+            }
+            layer.load_state_dict(state, strict=False)
+    return module
+
+
+def layer(layout: str, bias: bool = False, dtype: torch.dtype = torch.float64) -> CompressedLinear:
+    module = CompressedLinear(**entry(layout, bias), dtype=dtype)
+    fill(module)
+    return module
+
+
+def weight_by_loops(module: CompressedLinear) -> torch.Tensor:
+    """Each row of the weight, put where it belongs one at a time."""
+    weight = torch.full((module.out_features, module.in_features), torch.nan, dtype=torch.float64)
+    state = {name: value.double() for name, value in module.state_dict().items()}
+    start, offset = 0, 0
+    for part in module.parts:
+        b = state["lr_in.weight"][start : start + part.width]
+        start += part.width
+        if part.format == PAIR:
+            rows = list(state[f"lr_out{part.suffix}.weight"] @ b)
+        elif part.format == DENSE:
+            rows = list(b)
+        else:
+            pivots = [int(i) for i in state[f"lr_index{part.suffix}"]]
+            others = iter(state[f"lr_out{part.suffix}.weight"] @ b)
+            rows = [b[pivots.index(i)] if i in pivots else next(others) for i in range(part.rows)]
+        size = part.rows // module.heads
+        for i, row in enumerate(rows):
+            weight[(i // size) * (module.out_features // module.heads) + offset + i % size] = row
+        offset += size
+    return weight
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_forward_and_dense_weight_equal_the_weight_built_row_by_row(layout: str, bias: bool) -> None:
+    module = layer(layout, bias)
+    reference = weight_by_loops(module)
+    torch.testing.assert_close(module.dense_weight(), reference, rtol=1e-13, atol=1e-13)
+    for shape in [(10,), (1, 10), (2, 7, 10), (0, 10)]:
+        x = torch.randn(shape, dtype=torch.float64)
+        torch.testing.assert_close(module(x), nn.functional.linear(x, reference, module.bias), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bfloat16(layout: str) -> None:
+    module = layer(layout, True, torch.bfloat16)
+    dense = module.dense_weight()
+    assert dense.dtype == torch.bfloat16
+    torch.testing.assert_close(dense.double(), weight_by_loops(module), rtol=2**-8, atol=1e-6)
+    x = torch.randn(5, 10, dtype=torch.bfloat16)
+    exact = nn.functional.linear(x.double(), weight_by_loops(module), module.get_parameter("bias").double())
+    torch.testing.assert_close(module(x).double(), exact, rtol=0.05, atol=0.25)
+
+
+def test_the_product_of_half_precision_factors_is_rounded_once() -> None:
+    module = layer("pair", dtype=torch.bfloat16)
+    wide = module.dense_weight(torch.float32)
+    assert wide.dtype == torch.float32
+    torch.testing.assert_close(wide.double(), weight_by_loops(module), rtol=1e-5, atol=1e-5)
+    assert torch.equal(wide.bfloat16(), module.dense_weight())
+
+
+@pytest.mark.parametrize("layout", ["pivot", "fused mix", "interleaved mix"])
+def test_gradients_equal_those_of_the_dense_layer(layout: str) -> None:
+    module = layer(layout, True)
+    x = torch.randn(4, 10, dtype=torch.float64, requires_grad=True)
+    with torch.inference_mode():
+        module(x)
+    assert torch.autograd.gradcheck(module, (x,))
+    module(x).square().sum().backward()
+    gradients = {name: p.grad for name, p in module.named_parameters()}
+    assert all(g is not None and g.abs().sum() > 0 for g in gradients.values())
+    assert set(gradients) == set(dict(module.named_parameters()))
+
+
+def test_casts_leave_the_indices_alone() -> None:
+    module = layer("fused mix")
+    index = module.get_buffer("lr_index_0").clone()
+    for cast in (module.bfloat16, module.half, module.float):
+        cast()
+        assert module.get_buffer("lr_index_0").dtype == torch.int64
+        assert torch.equal(module.get_buffer("lr_index_0"), index)
+        assert module.weight.dtype == module.lr_in.get_parameter("weight").dtype
+
+
+def test_new_indices_replace_the_remembered_order() -> None:
+    module, other = layer("pivot"), layer("pivot")
+    fill(other, seed=1)
+    x = torch.randn(3, 10, dtype=torch.float64)
+    before = module(x)
+    module.load_state_dict(other.state_dict())
+    assert torch.equal(module(x), other(x))
+    assert not torch.equal(module(x), before)
+    module.load_state_dict(layer("pivot").state_dict(), assign=True)
+    assert torch.equal(module(x), before)
+
+
+def test_the_order_survives_casts_and_not_to_empty() -> None:
+    module = layer("fused mix")
+    module.remember_order()
+    order = module._order
+    assert order is not None
+    assert module.half()._order is order
+    module.to_empty(device="cpu")
+    assert module._order is None or torch.equal(module._order, order)
+    unordered = layer("fused pairs")
+    unordered.remember_order()
+    assert unordered._order is None
+
+
+def test_meta_and_back() -> None:
+    module = layer("interleaved mix", True)
+    x = torch.randn(3, 10, dtype=torch.float64)
+    expected, state = module(x), copy.deepcopy(module.state_dict())
+    module.to("meta")
+    assert module._order is None
+    assert module(x.to("meta")).shape == expected.shape
+    module.load_state_dict(state, assign=True)
+    assert torch.equal(module(x), expected)
+
+
+def test_state_holds_exactly_the_agreed_names() -> None:
+    assert set(layer("pivot", True).state_dict()) == {"lr_in.weight", "lr_out.weight", "lr_index", "bias", "weight"}
+    assert {name: tuple(value.shape) for name, value in layer("fused mix").state_dict().items()} == {
+        "lr_in.weight": (14, 10),
+        "lr_out_0.weight": (7, 5),
+        "lr_index_0": (5,),
+        "lr_out_2.weight": (6, 3),
+        "weight": (0,),
+    }
+
+
+@pytest.mark.parametrize("layout", ["pair", "pivot", "fused mix", "interleaved mix"])
+def test_compiles_to_one_graph(layout: str) -> None:
+    torch._dynamo.reset()
+    x = torch.randn(3, 10, dtype=torch.float64)
+    for warm in (False, True):
+        module = layer(layout, True)
+        if warm:
+            module(x)
+        compiled = torch.compile(module, fullgraph=True, backend="eager")
+        y = compiled(x)
+        assert warm or module._order is None  # a graph's own tensors may not outlive it
+        torch.testing.assert_close(y, module(x))
+    module = layer(layout, True)
+    program = torch.export.export(module, (x,))
+    assert module._order is None
+    torch.testing.assert_close(program.module()(x), module(x))
+
+
+def test_repr_shows_the_parts() -> None:
+    assert "bias=True, parts=12:pivot:5, 6:dense:6, 6:pair:3" in repr(layer("fused mix", True))
+
+
+# ---- configuration
+
+
+def test_config_survives_its_dict() -> None:
+    config = LowRankConfig({"a.b": entry("fused mix")}, {"c": [3, 4]})
+    assert config.to_dict() == {
+        "quant_method": "lowrank",
+        "version": 1,
+        "factor_quantization": None,
+        "modules": {"a.b": entry("fused mix")},
+        "dense_shapes": {"c": [3, 4]},
+    }
+    assert LowRankConfig(**config.to_dict()).to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "of low-rank format version 2, but this code reads version 1"),
+        ({"quant_method": "gptq"}, "expected quant_method 'lowrank', got 'gptq'"),
+        ({"factor_quantization": {"bits": 8}}, "uses factor_quantization, unknown to this code"),
+        ({"rotation": 1}, "uses rotation, unknown to this code"),
+    ],
+)
+def test_config_of_another_make(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LowRankConfig.from_dict({**LowRankConfig().to_dict(), **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"parts": [{"rows": 12, "format": "tucker", "rank": 2}]},
+            r"modules\['x'\]: unknown format 'tucker', expected",
+        ),
+        ({"parts": [{"rows": 12, "format": "pivot", "rank": 12}]}, "rank of a pivot part of 12 rows is from 1 to 11"),
+        ({"parts": [{"rows": 12, "format": "pair", "rank": 0}]}, "rank of a pair part of 12 rows is from 1 to 12"),
+        ({"parts": [{"rows": 11, "format": "pair", "rank": 1}]}, "parts have 11 rows in all, out_features is 12"),
+        ({"parts": [{"rows": 12, "format": "pair"}]}, "expected a part to have the keys rows, format and rank"),
+        ({"heads": 5}, "12 rows cannot be shared by 5 heads"),
+        ({"sparse": True}, "expected the keys"),
+    ],
+)
+def test_config_with_a_bad_module(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LowRankConfig({"x": {**entry("pair"), **change}})
+
+
+# ---- swapping
+
+
+class Base(nn.Module):
+    base_model_prefix = "base"
+
+    def __init__(self, width: int = 12) -> None:
+        super().__init__()
+        self.up = nn.Linear(10, width, bias=False)
+        self.down = Conv1D(10, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.relu(self.up(x)))
+
+
+class Head(nn.Module):
+    base_model_prefix = "base"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = Base()
+        self.norm = nn.LayerNorm(10)
+
+
+def conv_entry() -> dict[str, Any]:
+    part = {"rows": 10, "format": "pivot", "rank": 3}
+    return {"in_features": 12, "out_features": 10, "bias": True, "heads": 1, "parts": [part]}
+
+
+@pytest.mark.parametrize("saved", ["base.", ""])
+@pytest.mark.parametrize("built", [Base, Head])
+def test_swap_finds_modules_with_or_without_the_prefix(built: type, saved: str) -> None:
+    state = torch.get_rng_state()
+    with torch.device("meta"):
+        model = built()
+    model.half()
+    swap_modules(model, LowRankConfig({f"{saved}up": entry("pivot"), f"{saved}down": conv_entry()}))
+    base = model.base if built is Head else model
+    assert isinstance(base.up, CompressedLinear)
+    assert isinstance(base.down, CompressedLinear)
+    assert base.up.stock == Stock(12, 10, False, False)
+    assert base.down.stock == Stock(10, 12, True, True)
+    assert {t.device.type for t in base.state_dict().values()} == {"meta"}
+    assert {t.dtype for t in base.parameters()} == {torch.float16}
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("modules", "message"),
+    [
+        (
+            {"base.gate": "pair"},
+            "names the module base.gate, which Head does not have, with or without the prefix 'base'",
+        ),
+        ({"norm": "pair"}, "norm of the low-rank config is a LayerNorm, expected nn.Linear or Conv1D"),
+        ({"base.up": "fused mix"}, r"base.up is \(12, 10\) .* in the model, but \(24, 10\)"),
+    ],
+)
+def test_swap_refuses(modules: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        swap_modules(Head(), LowRankConfig({path: entry(layout) for path, layout in modules.items()}))
+
+
+def test_restore_is_the_inverse_of_swap() -> None:
+    model = Base().double()
+    swap_modules(model, LowRankConfig({"up": entry("pivot"), "down": conv_entry()}))
+    fill(model)
+    x = torch.randn(4, 10, dtype=torch.float64)
+    expected = model(x)
+    restore_modules(model)
+    assert type(model.up) is nn.Linear
+    assert type(model.down) is Conv1D
+    assert {name: value.shape for name, value in model.state_dict().items()} == {
+        name: value.shape for name, value in Base().state_dict().items()
+    }
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_smaller_dense_and_smaller_factorized_modules_are_padded_back() -> None:
+    model = Base().double()
+    shapes = {"up": [8, 10], "down": [10, 8]}
+    swap_modules(model, LowRankConfig({"down": {**conv_entry(), "in_features": 8}}, shapes))
+    assert type(model.up) is nn.Linear
+    assert model.up.weight.shape == (8, 10)
+    fill(model)
+    x = torch.randn(4, 10, dtype=torch.float64)
+    expected = model(x)
+    restore_modules(model)
+    assert model.up.weight.shape == (12, 10)
+    assert type(model.down) is Conv1D
+    assert model.down.weight.shape == (12, 10)
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_smaller_conv1d() -> None:
+    model = Base().double()
+    swap_modules(model, LowRankConfig({}, {"up": [8, 10], "down": [10, 8]}))
+    assert type(model.down) is Conv1D
+    assert model.down.weight.shape == (8, 10)
+    fill(model)
+    x = torch.randn(4, 10, dtype=torch.float64)
+    expected = model(x)
+    restore_modules(model)
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_restore_refuses_a_bias_without_a_place_and_weights_elsewhere() -> None:
+    model = Base()
+    swap_modules(model, LowRankConfig({"up": entry("pair", bias=True)}))
+    with pytest.raises(ValueError, match="up has a bias of its own, which a stock Base has no place for"):
+        restore_modules(model)
+    model = Base()
+    swap_modules(model, LowRankConfig({"up": entry("pair")}))
+    with pytest.raises(ValueError, match="the weights of up are not in memory"):
+        restore_modules(model.to("meta"))
+    assert isinstance(model.up, CompressedLinear)
+
+
+def test_remote_code_is_this_file(tmp_path: Any) -> None:
+    written = write_remote_code(tmp_path / "new")
+    assert written.name == REMOTE_FILE
+    source = sys.modules[PACKAGE].__file__
+    assert source is not None
+    with open(source, "rb") as file:
+        assert written.read_bytes() == file.read()

@@ -40,16 +40,16 @@ class Recipe(Strict):
     calibration: str | None = None
     text_column: str | None = None
     label_column: str | None = None
-    samples: int = Field(128, ge=1)
-    seq_len: int | None = Field(None, ge=8)
-    seed: int = Field(0, ge=0)
-    micro_batch: int | None = Field(None, ge=1)
+    samples: int = Field(default=128, ge=1)
+    seq_len: int | None = Field(default=None, ge=8)
+    seed: int = Field(default=0, ge=0)
+    micro_batch: int | None = Field(default=None, ge=1)
 
-    damping_fisher: float = Field(1e-4, ge=0, lt=1)
-    damping_gram: float = Field(1e-6, ge=0, lt=1)
-    alpha: float = Field(0.5, gt=0)
-    clip: float | None = Field(None, gt=0)
-    floor: float = Field(0.0, ge=0, le=1)
+    damping_fisher: float = Field(default=1e-4, ge=0, lt=1)
+    damping_gram: float = Field(default=1e-6, ge=0, lt=1)
+    alpha: float = Field(default=0.5, gt=0)
+    clip: float | None = Field(default=None, gt=0)
+    floor: float = Field(default=0.0, ge=0, le=1)
 
     device: str = "auto"
     dtype: str | None = None
@@ -84,10 +84,8 @@ def load_recipe(path: Path | None, options: dict[str, Any]) -> Recipe:
     if path is not None:
         try:
             found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except OSError as problem:
-            raise InputError(
-                f"The recipe {path} cannot be read ({problem.strerror}). Pass an existing YAML file."
-            ) from None
+        except (OSError, UnicodeDecodeError) as problem:
+            raise InputError(f"The recipe {path} cannot be read ({problem}). Pass an existing YAML file.") from None
         except yaml.YAMLError as problem:
             raise InputError(f"The recipe {path} is not YAML: {problem}") from None
         if not isinstance(found, dict):

@@ -31,6 +31,7 @@ from lowrank_compress.demo.text import part
 BOS, EOS = "<s>", "</s>"
 VOCABULARY = 1024
 SEQ_LEN = 256
+HIDDEN = 128
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class Recipe:
     warmup_steps: int = 100
     final_share: float = 0.02
     clip_norm: float = 1.0
-    evaluate_every: int = 200
-    patience: int = 8
+    evaluate_every: int = 100
+    patience: int = 6
 
     def rate(self, progress: float, step: int) -> float:
         """Return the learning rate: a linear warm-up, then a cosine from the peak to `final_share` of it."""
@@ -85,12 +86,13 @@ def new_model(vocabulary: int, bos: int, eos: int) -> LlamaForCausalLM:
     """Return a randomly initialised Llama in float32: grouped queries (8 heads over 4), tied embeddings."""
     config = LlamaConfig(
         vocab_size=vocabulary,
-        hidden_size=128,
+        hidden_size=HIDDEN,
         intermediate_size=256,
         num_hidden_layers=4,
         num_attention_heads=8,
         num_key_value_heads=4,
         max_position_embeddings=SEQ_LEN,
+        initializer_range=HIDDEN**-0.5,  # keeps the variance; 0.02 is for models ten times as wide
         tie_word_embeddings=True,
         bos_token_id=bos,
         eos_token_id=eos,

@@ -84,11 +84,7 @@ def read_json(path: Path) -> dict:
 def sha256(path: Path) -> str:
     """Hash a file's bytes."""
     with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(handle)
-
-
-def _sha256(handle) -> str:  # Python 3.10
-    digest = hashlib.sha256()
-    while chunk := handle.read(1 << 20):
-        digest.update(chunk)
+        digest = hashlib.sha256()
+        while chunk := handle.read(1 << 20):
+            digest.update(chunk)
     return digest.hexdigest()

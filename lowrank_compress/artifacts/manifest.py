@@ -1,8 +1,8 @@
 """The manifest of a stage: its content-addressed id, its outputs, and the commit marker.
 
 The id of a stage is the SHA-256 of the canonical form (sorted keys, no blanks) of everything that changes its result:
-stage name, stage version, config and the ids of its inputs. The manifest is written last, by rename: a directory without
-one holds unfinished work.
+stage name, stage version, config and the ids of its inputs. The manifest is written last, by rename: a directory
+without one holds unfinished work.
 """
 
 from __future__ import annotations
@@ -84,14 +84,13 @@ def read_manifest(directory: Path) -> Manifest | None:
     found = read_json(path)
     try:
         manifest = Manifest(Key(**found["key"]), found["outputs"], found["report"], found["environment"])
-        intact = manifest.id == found["id"]
+        if manifest.id == found["id"]:
+            return manifest
     except (KeyError, TypeError):
-        intact = False
-    if not intact:
-        raise ArtifactError(
-            f"{path} is damaged or was written by another version of this program. Repeat the stage with --overwrite."
-        )
-    return manifest  # pyright: ignore[reportPossiblyUnbound]
+        pass
+    raise ArtifactError(
+        f"{path} is damaged or was written by another version of this program. Repeat the stage with --overwrite."
+    )
 
 
 def commit(
@@ -110,7 +109,7 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def committed(directory: Path, key: Key, *, overwrite: bool = False) -> Manifest | None:
-    """Return the manifest if this very result is on disk, None if there is none.
+    """Return the manifest if this very result is on disk, None if there is none or it lacks a file.
 
     Parameters
     ----------
@@ -119,7 +118,7 @@ def committed(directory: Path, key: Key, *, overwrite: bool = False) -> Manifest
     key
         What is to be computed.
     overwrite
-        Remove a result of another key instead of refusing it.
+        Remove a result of another key instead of refusing it, and one of this key whose bytes have changed.
 
     Raises
     ------
@@ -127,8 +126,13 @@ def committed(directory: Path, key: Key, *, overwrite: bool = False) -> Manifest
         Another result is there; the message names the first key that differs.
     """
     found = read_manifest(directory) if not overwrite else _lenient(directory)
-    if found is None or found.id == key.id:
+    if found is None:
+        return None
+    if found.id == key.id and not (altered(directory, found) if overwrite else missing(directory, found)):
         return found
+    if found.id == key.id:
+        (directory / MANIFEST).unlink()  # the stage verifies and reuses what is whole
+        return None
     if overwrite:
         shutil.rmtree(directory)
         return None
@@ -158,6 +162,11 @@ def difference(there: Mapping[str, Any], asked: Mapping[str, Any], path: str = "
             return difference(left, right, where)
         return f"{where} is {left!r} there and {right!r} here"
     return "nothing differs"
+
+
+def missing(directory: Path, manifest: Manifest) -> list[str]:
+    """Name the outputs that are not there; much quicker than `altered`."""
+    return [name for name in manifest.outputs if not (directory / name).exists()]
 
 
 def altered(directory: Path, manifest: Manifest) -> list[str]:

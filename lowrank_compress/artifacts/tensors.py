@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -45,11 +46,13 @@ class BlockFiles:
         """Path of a block's file."""
         return self.directory / self.name(block)
 
-    def write(self, block: int, tensors: Mapping[str, Tensor]) -> None:
-        """Write a finished block; it appears whole or not at all."""
+    def write(self, block: int, tensors: Mapping[str, Tensor], notes: Mapping[str, Any] | None = None) -> None:
+        """Write a finished block, with JSON notes in its header; it appears whole or not at all."""
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
         # One metadata key only: safetensors does not keep the order of several, and bytes must repeat.
-        header = {"lrc": json.dumps({"digest": _digest(plain), "id": self.id}, sort_keys=True)}
+        header = {
+            "lrc": json.dumps({"digest": _digest(plain), "id": self.id, "notes": dict(notes or {})}, sort_keys=True)
+        }
         write_atomically(self.path(block), lambda path: save_file(plain, path, metadata=header))
 
     def finished(self, block: int) -> bool:
@@ -59,7 +62,11 @@ class BlockFiles:
             return False
         return _digest(load_file(self.path(block))) == header.get("digest")
 
-    def _header(self, block: int) -> dict[str, str] | None:
+    def notes(self, block: int) -> dict[str, Any]:
+        """Read the notes of a block that `read` accepts."""
+        return (self._header(block) or {}).get("notes", {})
+
+    def _header(self, block: int) -> dict[str, Any] | None:
         try:
             with safe_open(self.path(block), framework="pt") as handle:
                 return json.loads((handle.metadata() or {}).get("lrc", "{}"))
@@ -89,5 +96,5 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy() if tensor.numel() else b"")
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data if tensor.numel() else b"")
     return digest.hexdigest()

@@ -1,8 +1,8 @@
 """Take each block's statistics with one block in memory: forwards, and backwards where gradients are asked for.
 
-Without gradients: one forward sweep that takes the statistics on its way. With gradients: a forward sweep that keeps what
-enters each block; the head's loss and its gradient; then a reverse sweep that recomputes each block and takes all its
-statistics at once. A block's statistics are handed on as soon as they are complete.
+Without gradients: one forward sweep that takes the statistics on its way. With gradients: a forward sweep that keeps
+what enters each block; the head's loss and its gradient; then a reverse sweep that recomputes each block and takes
+all its statistics at once. A block's statistics are handed on as soon as they are complete.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def capture(
     skip
         Tells which blocks are finished already: they are run, but not measured nor yielded.
     clip
-        Scale token gradients whose norm exceeds `clip` times the mean norm of the non-zero ones of the same tap and batch
-        down to that; None clips nothing.
+        Scale token gradients whose norm exceeds `clip` times the mean norm of the non-zero ones of the same tap and
+        batch down to that; None clips nothing.
     advance
         Called with (step, done, total) as work proceeds.
 
@@ -199,7 +199,7 @@ def _tap(targets: tuple[Target, ...], moments: Moments, batch: Batch, clip: floa
 
     def measured(values: Tensor, device: torch.device) -> Tensor:
         values = values.detach().reshape(*shape, -1)
-        return values if mask is None else values * mask.to(device)
+        return values if mask is None else values.masked_fill(~mask.to(device), 0)
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
         x = measured(args[0], out.device)
@@ -213,14 +213,14 @@ def _tap(targets: tuple[Target, ...], moments: Moments, batch: Batch, clip: floa
                 index = rows.get(target.name)
                 part = y if index is None else y[..., index]
                 g = None if gradient is None else gradient if index is None else gradient[..., index]
-                seen = Seen(x, part, g, weights.read(module.weight.detach(), target))
+                seen = Seen(x, part, g, weights.read(module.get_parameter("weight").detach(), target))
                 moments.add(target, seen, gradient=gradient is not None)
 
         def on_gradient(gradient: Tensor) -> None:
             if not torch.isfinite(gradient).all():
                 raise NumericsError(
-                    f"The gradient at {targets[0].module} is NaN or infinite on the calibration data. Check the checkpoint, or "
-                    "calibrate in float32."
+                    f"The gradient at {targets[0].module} is NaN or infinite on the calibration data. Check the "
+                    "checkpoint, or calibrate in float32."
                 )
             add(clipped(measured(gradient, gradient.device), clip))
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -56,10 +57,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Examples:
-    """Labelled texts."""
+    """Texts, labelled or not."""
 
     texts: list[str]
-    labels: list[str]
+    labels: list[str] | None
 
 
 def load_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -103,29 +104,31 @@ def read_text(source: Source) -> str:
 
 
 def read_examples(source: Source) -> Examples:
-    """Read labelled texts from a table or data set.
+    """Read texts, and labels if their column is named, from a table or data set.
 
     Raises
     ------
     CalibrationError, InputError
         Not a table, a column is missing, or there are no rows.
     """
-    if source.text_column is None or source.label_column is None:
-        raise InputError(
-            f"Labelled examples need --text-column and --label-column (got {source.text_column!r} and "
-            f"{source.label_column!r}) and a .jsonl, .csv or .tsv file or an hf: data set."
-        )
+    if source.text_column is None:
+        raise InputError("Examples need --text-column and a .jsonl, .csv or .tsv file or an hf: data set.")
     rows = _hub_rows(source) if source.is_hub else _file_rows(source)
     texts = _column(rows, source.text_column, source)
-    labels = _column(rows, source.label_column, source)
+    labels = None if source.label_column is None else _column(rows, source.label_column, source)
     if not texts:
-        raise CalibrationError(f"{source.name} has no rows. Pass a file with labelled examples in it.")
+        raise CalibrationError(f"{source.name} has no rows. Pass a file with examples in it.")
+    if labels is not None and not len(texts) == len(labels) == len(rows):
+        raise CalibrationError(
+            f"{source.name} has {len(texts)} texts and {len(labels)} labels in {len(rows)} rows. Fill in or remove the "
+            "incomplete rows."
+        )
     return Examples(texts, labels)
 
 
 def _read_file(source: Source) -> str:
     try:
-        return Path(source.name).read_text(encoding="utf-8")
+        return Path(source.name).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise CalibrationError(
             f"The text file {source.name} does not exist. Pass an existing file, or hf:NAME[:CONFIG[:SPLIT]]."
@@ -134,15 +137,17 @@ def _read_file(source: Source) -> str:
         raise CalibrationError(f"{source.name} cannot be read as UTF-8 text ({problem}).") from problem
 
 
-def _file_rows(source: Source) -> list[dict[str, object]]:
+def _file_rows(source: Source) -> list[dict[Any, Any]]:
     if source.suffix not in TABLES and source.suffix != ".jsonl":
         raise InputError(f"{source.name} is no table; a column can be named for .jsonl, .csv and .tsv files only.")
-    lines = _read_file(source).splitlines()
+    text = _read_file(source)
     if source.suffix in TABLES:
         quoting = csv.QUOTE_NONE if source.suffix == ".tsv" else csv.QUOTE_MINIMAL
-        return list(csv.DictReader(lines, delimiter=TABLES[source.suffix], quoting=quoting))
+        csv.field_size_limit(max(len(text), csv.field_size_limit()))
+        return list(csv.DictReader(io.StringIO(text), delimiter=TABLES[source.suffix], quoting=quoting))
     rows = []
-    for number, line in enumerate(lines, 1):
+    # Not `splitlines`: JSON may hold other line ends, such as U+2028, within a string.
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -157,7 +162,7 @@ def _file_rows(source: Source) -> list[dict[str, object]]:
     return rows
 
 
-def _column(rows: Sequence[dict[str, object]], column: str, source: Source) -> list[str]:
+def _column(rows: Sequence[dict[Any, Any]], column: str, source: Source) -> list[str]:
     if rows and column not in rows[0]:
         raise InputError(f"{source.name} has no column {column!r}; it has {', '.join(map(str, rows[0]))}.")
     return [str(row[column]) for row in rows if row.get(column) is not None]
@@ -185,7 +190,7 @@ def load_hub(source: Source) -> datasets.Dataset:
     return cast("datasets.Dataset", data)
 
 
-def _hub_rows(source: Source) -> list[dict[str, object]]:
+def _hub_rows(source: Source) -> list[dict[Any, Any]]:
     return [dict(row) for row in load_hub(source)]
 
 
@@ -216,8 +221,8 @@ def calibration_windows(ids: Tensor, seq_len: int, samples: int, seed: int, bos:
     count = len(ids) // body
     if count == 0:
         raise CalibrationError(
-            f"The calibration text has {len(ids)} tokens; one window of --seq-len {seq_len} needs {body}. Pass more text "
-            "or a smaller --seq-len."
+            f"The calibration text has {len(ids)} tokens; one window of --seq-len {seq_len} needs {body}. Pass more "
+            "text or a smaller --seq-len."
         )
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:samples]
     windows = ids[: count * body].view(count, body)[order]
@@ -227,9 +232,9 @@ def calibration_windows(ids: Tensor, seq_len: int, samples: int, seed: int, bos:
 def evaluation_windows(ids: Tensor, seq_len: int, bos: int | None) -> list[Tensor]:
     """Cut a text so that every token is scored once: windows (length,) int64, at most `seq_len` long.
 
-    With a bos each window is [bos] + tokens and all its tokens are scored. Without one, consecutive windows overlap by one
-    token of context, so that all tokens but the very first of the text are scored. In both cases a window scores all its
-    positions but the first.
+    With a bos each window is [bos] + tokens and all its tokens are scored. Without one, consecutive windows overlap
+    by one token of context, so that all tokens but the very first of the text are scored. In both cases a window
+    scores all its positions but the first.
     """
     if bos is not None:
         return [torch.cat([torch.tensor([bos]), part]) for part in ids.split(seq_len - 1)]
@@ -249,7 +254,7 @@ def window_batches(windows: Sequence[Tensor], size: int) -> list[Batch]:
 
 
 def example_batches(
-    tokenizer: PreTrainedTokenizerBase, examples: Examples, label_ids: dict[str, int], seq_len: int, size: int
+    tokenizer: PreTrainedTokenizerBase, examples: Examples, label_ids: Mapping[str, int], seq_len: int, size: int
 ) -> list[Batch]:
     """Tokenise labelled texts as the model expects them (special tokens included), padded within each batch.
 
@@ -260,23 +265,24 @@ def example_batches(
     """
     if tokenizer.pad_token_id is None:
         raise InputError("The tokenizer has no padding token, which batches of a classifier need. Set `pad_token`.")
-    labels = [_label(label, label_ids) for label in examples.labels]
+    labels = None if examples.labels is None else [_label(label, label_ids) for label in examples.labels]
     batches = []
-    for part in _chunks(range(len(labels)), size):
+    for part in _chunks(range(len(examples.texts)), size):
         encoded = tokenizer(
             [examples.texts[i] for i in part], padding=True, truncation=True, max_length=seq_len, return_tensors="pt"
         )
         mask: Tensor = encoded["attention_mask"]  # pyright: ignore[reportAssignmentType]
         ids: Tensor = encoded["input_ids"]  # pyright: ignore[reportAssignmentType]
-        batches.append(Batch(ids, mask, torch.tensor([labels[i] for i in part])))
+        batches.append(Batch(ids, mask, None if labels is None else torch.tensor([labels[i] for i in part])))
     return batches
 
 
-def _label(label: str, label_ids: dict[str, int]) -> int:
+def _label(label: str, label_ids: Mapping[str, int]) -> int:
     if label in label_ids:
         return label_ids[label]
-    if label.lstrip("-").isdigit() and int(label) in label_ids.values():
-        return int(label)
+    numbers = {str(number): number for number in label_ids.values()}
+    if label in numbers:
+        return numbers[label]
     known = ", ".join(f"{name} ({number})" for name, number in label_ids.items())
     raise InputError(f"The label {label!r} is none of the model's classes: {known}. Check --label-column.")
 
@@ -289,7 +295,8 @@ def _chunks(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
 def shuffled(examples: Examples, samples: int, seed: int) -> Examples:
     """Take the first `samples` examples after a seeded shuffle."""
     order = torch.randperm(len(examples.texts), generator=torch.Generator().manual_seed(seed))[:samples].tolist()
-    return Examples([examples.texts[i] for i in order], [examples.labels[i] for i in order])
+    labels = None if examples.labels is None else [examples.labels[i] for i in order]
+    return Examples([examples.texts[i] for i in order], labels)
 
 
 def batches_hash(batches: Sequence[Batch]) -> str:
@@ -299,5 +306,5 @@ def batches_hash(batches: Sequence[Batch]) -> str:
         for part in (batch.ids, batch.mask, batch.labels):
             if part is not None:
                 digest.update(f"{tuple(part.shape)}".encode())
-                digest.update(part.to(torch.int64).contiguous().numpy())
+                digest.update(part.to(torch.int64).contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -13,7 +13,7 @@ from lowrank_compress.artifacts.files import read_json, sha256
 from lowrank_compress.artifacts.lock import locked
 from lowrank_compress.artifacts.manifest import Manifest
 from lowrank_compress.cli.terminal import TerminalReporter, console, messages, number, print_json, table
-from lowrank_compress.config import EvaluateConfig, Recipe
+from lowrank_compress.config import EvaluateConfig, Recipe, load_recipe
 from lowrank_compress.demo import text as demo_text
 from lowrank_compress.errors import ArtifactError, CalibrationError, InputError
 from lowrank_compress.model.checkpoint import Checkpoint
@@ -76,8 +76,7 @@ def _changed_plan(run: Run, given: dict[str, Any], overwrite: bool) -> pipeline.
         raise ArtifactError(
             f"{run.path} is no run: it has no recipe.yaml. Make one with `lrc calibrate` or `lrc compress`."
         )
-    there = yaml.safe_load(run.recipe.read_text(encoding="utf-8"))
-    return pipeline.plan(Recipe(**(there | {name: value for name, value in given.items() if value is not None})))
+    return pipeline.plan(load_recipe(run.recipe, given))
 
 
 def score(path: Path, given: dict[str, Any], overwrite: bool, reporter: TerminalReporter) -> dict[str, Any]:
@@ -98,6 +97,7 @@ def factorize(path: Path, given: dict[str, Any], overwrite: bool, reporter: Term
     plan = _changed_plan(run, given, overwrite)
     with locked(run.path):
         manifest = pipeline.finish(plan, run, reporter, overwrite=overwrite)
+        pipeline.claim(run, plan, overwrite=True)
     return _result(run, manifest)
 
 
@@ -120,8 +120,8 @@ def _refuse_calibration_text(run: Run, config: EvaluateConfig, force: bool) -> N
             same = sha256(Path(used)) == sha256(Path(name))
         if same and not force:
             raise CalibrationError(
-                f"{name} is the text that this run was calibrated on: measured on it, the compressed model looks better than "
-                "it is. Evaluate on another text, or pass --force."
+                f"{name} is the text that this run was calibrated on: measured on it, the compressed model looks "
+                "better than it is. Evaluate on another text, or pass --force."
             )
 
 
@@ -129,6 +129,10 @@ def export_dense(target: str, out: Path, overwrite: bool, reporter: TerminalRepo
     """Write the dense checkpoint of compressed weights."""
     run = Run(Path(target))
     source = Checkpoint(run.final_model() if run.recipe.exists() else Path(target))
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--dense {out} is a file; expected a directory, existing or not.")
+    if out.resolve() in (source.path.resolve(), run.path.resolve()):
+        raise InputError(f"--dense {out} is what is to be made dense. Choose another directory.")
     if out.exists() and any(out.iterdir()):
         if not overwrite:
             raise ArtifactError(f"{out} is not empty. Choose another directory, or pass --overwrite to replace it.")
@@ -141,27 +145,30 @@ def export_dense(target: str, out: Path, overwrite: bool, reporter: TerminalRepo
     console().print(f"Dense checkpoint: {out}")
 
 
-def dry_run(recipe: Recipe, as_json: bool) -> None:
+def dry_run(recipe: Recipe, out: Path | None, as_json: bool) -> None:
     """Print what a run would need."""
     plan = pipeline.plan(recipe)
-    found = plan_sizes(plan, Run(pipeline.default_run(recipe)))
+    found = plan_sizes(plan, Run(out or pipeline.default_run(recipe)))
     if as_json:
         print_json(found)
         return
-    out = console()
+    screen = console()
     budget = found["budget"]
-    out.print(
+    screen.print(
         f"Remove {budget['ratio']:.1%} of {budget['denominator']:,} {budget['ratio_of']} parameters: the "
-        f"{budget['claimed_elements']:,} weights inside the blocks may keep {budget['largest_stored']:,} stored elements."
+        f"{budget['claimed_elements']:,} weights inside the blocks may keep {budget['largest_stored']:,} stored "
+        "elements."
     )
     ranks = {name: rank for name, rank in found["uniform_ranks"].items()}
     note = " (uniform; the allocator asked for needs the scores)" if found["ranks_need_data"] else ""
-    out.print(table(f"Ranks{note}", ["matrix", "rank"], [[name, str(rank or "dense")] for name, rank in ranks.items()]))
+    screen.print(
+        table(f"Ranks{note}", ["matrix", "rank"], [[name, str(rank or "dense")] for name, rank in ranks.items()])
+    )
     for title in ("memory", "disk"):
         rows = [[name, filesize.decimal(size)] for name, size in found[title].items()]
         rows.append(["together", filesize.decimal(sum(found[title].values()))])
-        out.print(table(title.capitalize(), ["what", "size"], rows))
-    out.print("Nothing was written.")
+        screen.print(table(title.capitalize(), ["what", "size"], rows))
+    screen.print("Nothing was written.")
 
 
 def print_stage(result: dict[str, Any], as_json: bool) -> None:
@@ -185,11 +192,11 @@ def print_result(result: dict[str, Any], as_json: bool) -> None:
         print_json(result)
         return
     console().print(
-        f"Removed {result['reached_ratio']:.2%} of the {result['ratio_of']} parameters (asked: {result['asked_ratio']:.2%}): "
-        f"{result['claimed_elements']:,} weights became {result['stored_elements']:,} stored elements.\n"
-        f"Checkpoint: {result['model']}"
+        f"Removed {result['reached_ratio']:.2%} of the {result['ratio_of']} parameters (asked: "
+        f"{result['asked_ratio']:.2%}): {result['claimed_elements']:,} weights became {result['stored_elements']:,} "
+        f"stored elements.\nCheckpoint: {result['model']}"
     )
-    messages.print(f"Next: lrc eval {result['run']} --perplexity YOUR_TEXT.txt", style="dim")
+    messages.print(f"Next: lrc eval {result['run']} --perplexity YOUR_TEXT.txt", style="dim", markup=False)
 
 
 def print_metrics(target: str, metrics: dict[str, Any]) -> None:
@@ -234,7 +241,8 @@ def print_metrics(target: str, metrics: dict[str, Any]) -> None:
     out.print(table(target, ["", "compressed", "dense", ""], rows))
     if "asked_ratio" in size:
         out.print(
-            f"Asked: {size['asked_ratio']:.2%} of the {size['ratio_of']} parameters; reached: {size['reached_ratio']:.2%}."
+            f"Asked: {size['asked_ratio']:.2%} of the {size['ratio_of']} parameters; reached: "
+            f"{size['reached_ratio']:.2%}."
         )
 
 

@@ -78,8 +78,8 @@ def show(target: str, as_json: bool) -> None:
     dense = sum(matrix["format"] == "dense" for matrix in report["matrices"].values())
     total = sum(matrix["predicted_loss"] for matrix in report["matrices"].values())
     out.print(
-        f"{len(rows) - dense} matrices are low-rank (LRC), {dense} stay dense (N-LRC). Removed {report['reached_ratio']:.2%} of the "
-        f"{report['ratio_of']} parameters (asked: {report['asked_ratio']:.2%})."
+        f"{len(rows) - dense} matrices are low-rank (LRC), {dense} stay dense (N-LRC). Removed "
+        f"{report['reached_ratio']:.2%} of the {report['ratio_of']} parameters (asked: {report['asked_ratio']:.2%})."
     )
     if nats:
         out.print(f"Predicted loss increase: {total:.4g} nats a token (second order: too low at large ratios).")
@@ -120,6 +120,6 @@ def verify(path: Path, as_json: bool) -> None:
     if bad:
         first = bad[0]
         raise ArtifactError(
-            f"{len(bad)} of {len(findings)} files are not what was written, the first {first['file']} ({first['state']}). "
-            f"Repeat the {first['stage']} stage with --overwrite."
+            f"{len(bad)} of {len(findings)} files are not what was written, the first {first['file']} "
+            f"({first['state']}). Repeat the {first['stage']} stage with --overwrite."
         )

@@ -19,8 +19,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="""Compress Hugging Face transformer checkpoints by low-rank factorization.
 
-    The pipeline is calibrate → score → factorize → evaluate. [bold]lrc compress[/] runs the first three; each also runs alone
-    on the same run directory. After any interruption the same command continues where it stopped.
+    The pipeline is calibrate → score → factorize → evaluate. [bold]lrc compress[/] runs the first three; each also
+    runs alone on the same run directory. After any interruption the same command continues where it stopped.
 
     [dim]lrc compress meta-llama/Llama-3.2-1B --ratio 0.3            the recommendation, calibrated on WikiText-2[/]
 
@@ -82,7 +82,7 @@ def compress(
         quiet_libraries()
         recipe = _recipe(config, given)
         if dry_run:
-            commands.dry_run(recipe, json)
+            commands.dry_run(recipe, out, json)
             return
         with reported() as reporter:
             result = commands.compress(recipe, out, keep_statistics, overwrite, reporter)

@@ -57,7 +57,7 @@ class TerminalReporter:
         """Print a warning once."""
         if text not in self._warned:
             self._warned.add(text)
-            messages.print(f"[yellow]Warning:[/] {text}", soft_wrap=True)
+            messages.print(f"[yellow]Warning:[/] {_escape(text)}", soft_wrap=True)
 
     def __enter__(self) -> TerminalReporter:
         self._progress.start()
@@ -93,7 +93,7 @@ def friendly(debug: bool) -> Iterator[None]:
     except KeyboardInterrupt:
         messages.print("Interrupted. The same command continues from the finished blocks.")
         raise typer.Exit(130) from None
-    except OSError as problem:
+    except Exception as problem:  # safetensors reports a full disk by an exception of its own
         from lowrank_compress.artifacts.files import is_disk_full
 
         if debug or not (is_disk_full(problem) or isinstance(problem, PermissionError)):
@@ -139,8 +139,8 @@ def _finite(value: Any) -> Any:
 
 def console() -> Console:
     """Console of results; wide where stdout is no terminal, so that nothing is cut off in a file or pipe."""
-    plain = Console(highlight=False)
-    return plain if plain.is_terminal else Console(highlight=False, width=200)
+    plain = Console(highlight=False, markup=False)
+    return plain if plain.is_terminal else Console(highlight=False, markup=False, width=200)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from lowrank_compress.errors import InputError
 
 # lm-eval draws this many bootstrap samples for standard errors; its default costs seconds a task.
 BOOTSTRAP = 1000
+# Imported when called: they take seconds, and lm-eval is an optional dependency.
+_MODULES = ("lm_eval", "lm_eval.tasks", "lm_eval.models.huggingface")
 
 
 def run_tasks(
@@ -50,19 +53,18 @@ def run_tasks(
         lm-eval is not installed, a task is unknown, or its data cannot be had.
     """
     try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
+        lm_eval, harness, huggingface = map(importlib.import_module, _MODULES)
     except ImportError as problem:
         raise InputError(
-            f"--tasks needs lm-eval, which is not installed ({problem}). Install it: pip install 'lowrank_compress[tasks]'."
+            f"--tasks needs lm-eval, which is not installed ({problem}). Install it: pip install "
+            "'lowrank_compress[tasks]'."
         ) from problem
     if include_path is not None and not include_path.is_dir():
         raise InputError(f"--include-path {include_path} is no directory; expected one with lm-eval task YAML files.")
-    local = TaskManager(include_path=str(include_path), include_defaults=False) if include_path else None
+    local = harness.TaskManager(include_path=str(include_path), include_defaults=False) if include_path else None
     manager = local if local and all(task in local.all_tasks for task in tasks) else None
     if manager is None:
-        manager = TaskManager(include_path=str(include_path) if include_path else None)
+        manager = harness.TaskManager(include_path=str(include_path) if include_path else None)
     missing = [task for task in tasks if task not in manager.all_tasks]
     if missing:
         own = ", ".join(sorted(local.all_tasks)) if local else "none: no --include-path was given"
@@ -70,9 +72,9 @@ def run_tasks(
             f"lm-eval knows no task {', '.join(map(repr, missing))}. Tasks of --include-path: {own}. "
             "`lm_eval ls tasks` prints the built-in ones."
         )
-    adapter = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)  # pyright: ignore[reportArgumentType]
+    adapter = huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     try:
-        found: Any = simple_evaluate(
+        found: Any = lm_eval.simple_evaluate(
             model=adapter,
             tasks=list(tasks),
             task_manager=manager,

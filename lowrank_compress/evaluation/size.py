@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
+from lowrank_compress.model.blueprint import blueprint, task_of
 from lowrank_compress.model.checkpoint import Checkpoint
-from lowrank_compress.model.skeleton import meta_model, task_of
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Size:
     model
         Elements of the whole model; tied tensors count once.
     bytes
-        Bytes of all tensors in the checkpoint's files.
+        Bytes of these tensors on disk.
     kv_bytes_per_token
         Bytes that one token adds to the key-value cache, in the checkpoint's dtype; 0 for a model without one.
     """
@@ -33,32 +34,16 @@ class Size:
 
 def measure_size(checkpoint: Checkpoint) -> Size:
     """Count from the headers of the files; no tensor is read."""
-    model, resolved = meta_model(checkpoint)
-    prefix = model.base_model_prefix
-    claimed_modules = tuple(f"{path}." for path in resolved.modules())
-    names = set(model.state_dict())
+    plan = blueprint(checkpoint)
+    claimed = tuple(f"{path}." for path in plan.resolved.modules())
+    names = plan.outside() + [name for block in range(len(plan.resolved.blocks)) for name in plan.inside(block)]
     blocks = elements = total = 0
-    for stored in checkpoint.files:
-        shape, size = checkpoint.stored(stored)
-        count = 1
-        for dimension in shape:
-            count *= dimension
-        name = next(
-            (name for name in (stored, f"{prefix}.{stored}", stored.removeprefix(f"{prefix}.")) if name in names),
-            stored,
-        )
-        claimed = stored.startswith(claimed_modules) or f"{prefix}.{stored}".startswith(claimed_modules)
-        if name not in names and not claimed:
-            legacy = checkpoint.raw_config.get("quantization_config") is None and not stored.endswith(
-                (".gamma", ".beta")
-            )
-            if legacy:
-                continue  # a buffer that old checkpoints carry
-        if name in (getattr(model, "all_tied_weights_keys", {}) or {}):
-            continue
+    for name in names:
+        shape, size = checkpoint.stored(plan.name_on_disk(name))
+        count = math.prod(shape)
         elements += count
         total += size
-        if claimed and not stored.endswith(".bias"):
+        if name.startswith(claimed) and not name.endswith(".bias"):
             blocks += count
     return Size(blocks, elements, total, kv_bytes(checkpoint))
 

@@ -1,8 +1,8 @@
 """Linear methods: each minimises ‖L (W − Ŵ) R‖_F over Ŵ of rank r, and is two metrics in a table.
 
-Everything happens on the smaller side of W, (out, in): with out ≤ in the far side is the input, and its metric enters as the
-product W R Rᵀ Wᵀ = E[y yᵀ]; with out > in the far side is the output, and Wᵀ LᵀL W = E[δ δᵀ] enters. So no statistic and
-no decomposition is larger than min(out, in).
+Everything happens on the smaller side of W, (out, in): with out ≤ in the far side is the input, and its metric enters
+as the product W R Rᵀ Wᵀ = E[y yᵀ]; with out > in the far side is the output, and Wᵀ LᵀL W = E[δ δᵀ] enters. So no
+statistic and no decomposition is larger than min(out, in).
 """
 
 from __future__ import annotations
@@ -189,8 +189,8 @@ def sensitivities(
 ) -> tuple[Tensor, Tensor]:
     """Diagonals of LᵀL, (out,), and of R Rᵀ, (in,), float64: what an error of single elements costs.
 
-    For an error E with independent elements, such as rounding, ‖L E R‖²_F is Σ_ij out_i E_ij² in_j in expectation, so the
-    full metrics need not be kept for it.
+    For an error E with independent elements, such as rounding, ‖L E R‖²_F is Σ_ij out_i E_ij² in_j in expectation, so
+    the full metrics need not be kept for it.
     """
     rows, columns = target.shape
     near, far = method.sides(target)

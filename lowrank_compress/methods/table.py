@@ -13,32 +13,62 @@ from lowrank_compress.methods.linear import (
 )
 from lowrank_compress.registry import Registry
 
+_OWN = (
+    LinearMethod(
+        name="svd",
+        left=PLAIN,
+        right=PLAIN,
+        paper="Eckart & Young, 1936",
+        help="plain truncated SVD of the weight; needs no data",
+    ),
+    LinearMethod(
+        name="fwsvd",
+        left=ROW_FISHER,
+        right=PLAIN,
+        paper="FWSVD, ICLR 2022",
+        help="rows weighted by the Fisher information of their weights",
+    ),
+    LinearMethod(
+        name="asvd",
+        left=PLAIN,
+        right=ABSOLUTE,
+        paper="ASVD, 2023",
+        help="columns weighted by the mean absolute activation",
+    ),
+    LinearMethod(
+        name="afm",
+        left=PLAIN,
+        right=CENTRED_GRAM,
+        paper="Atomic Feature Mimicking, CVPR 2022",
+        help="principal components of the layer's outputs, mean restored through the bias",
+    ),
+    LinearMethod(
+        name="svd-llm",
+        left=PLAIN,
+        right=GRAM,
+        paper="SVD-LLM, ICLR 2025",
+        help="least output error on the calibration set",
+    ),
+    LinearMethod(
+        name="kfac",
+        left=FISHER,
+        right=GRAM,
+        paper="K-FAC (Martens & Grosse, ICML 2015); GFWSVD, 2025",
+        help="least loss increase to second order (Kronecker-factored Fisher)",
+        unit="nats",
+    ),
+    LinearMethod(
+        name="auto",
+        left=FISHER,
+        right=GRAM,
+        paper="this toolkit",
+        help="the recommendation: the kfac metric, ranks by predicted loss, pivot or pair storage",
+        allocate="loss",
+        storage="auto",
+        unit="nats",
+    ),
+)
+
 METHODS: Registry[LinearMethod] = Registry(
-    "method",
-    "lowrank_compress.methods",
-    {
-        method.name: method
-        for method in (
-            LinearMethod("svd", PLAIN, PLAIN, "Eckart & Young, 1936", "plain truncated SVD of the weight; needs no data"),
-            LinearMethod(
-                "fwsvd", ROW_FISHER, PLAIN, "FWSVD, ICLR 2022", "rows weighted by the Fisher information of their weights"
-            ),
-            LinearMethod("asvd", PLAIN, ABSOLUTE, "ASVD, 2023", "columns weighted by the mean absolute activation"),
-            LinearMethod(
-                "afm", PLAIN, CENTRED_GRAM, "Atomic Feature Mimicking, CVPR 2022",
-                "principal components of the layer's outputs, mean restored through the bias",
-            ),
-            LinearMethod("svd-llm", PLAIN, GRAM, "SVD-LLM, ICLR 2025", "least output error on the calibration set"),
-            LinearMethod(
-                "kfac", FISHER, GRAM, "K-FAC (Martens & Grosse, ICML 2015); GFWSVD, 2025",
-                "least loss increase to second order (Kronecker-factored Fisher)", unit="nats",
-            ),
-            LinearMethod(
-                "auto", FISHER, GRAM, "this toolkit: kfac metric, loss-aware ranks, the cheaper storage",
-                "the recommendation: kfac with ranks by predicted loss and pivot storage",
-                allocate="loss", storage="auto", unit="nats",
-            ),
-        )
-    },
-    LinearMethod,
-)  # fmt: skip
+    "method", "lowrank_compress.methods", {method.name: method for method in _OWN}, LinearMethod
+)

@@ -33,8 +33,6 @@ COMPANIONS = (
     "chat_template.json",
     "generation_config.json",
 )
-# Names that old checkpoints use for norms (BERT).
-LEGACY = ((".LayerNorm.weight", ".LayerNorm.gamma"), (".LayerNorm.bias", ".LayerNorm.beta"))
 
 
 def locate(model: str, revision: str | None = None) -> Path:
@@ -126,9 +124,9 @@ class Checkpoint:
             pickled = sorted(path.name for path in self.path.iterdir() if path.suffix in PICKLED)
             if pickled:
                 raise CheckpointError(
-                    f"{self.path} has pickled weights only ({', '.join(pickled[:3])}); loading a pickle can run any code. "
-                    "Convert it first: load it with transformers where you trust it and `save_pretrained` it, which "
-                    "writes safetensors."
+                    f"{self.path} has pickled weights only ({', '.join(pickled[:3])}); loading a pickle can run any "
+                    "code. Convert it first: load it with transformers where you trust it and `save_pretrained` it, "
+                    "which writes safetensors."
                 )
             raise CheckpointError(f"{self.path} has no weights; expected {SINGLE} or shards with {INDEX}.")
         found: dict[str, Path] = {}
@@ -149,21 +147,6 @@ class Checkpoint:
             raise CheckpointError(
                 f"{path} is not a whole safetensors file ({problem}); it may be truncated. Download it again."
             ) from problem
-
-    def name_on_disk(self, name: str, prefix: str) -> str | None:
-        """Find the stored name of a model tensor: as it is, without or with the base model's prefix, or a legacy one.
-
-        Parameters
-        ----------
-        name
-            Name in the model's state dict.
-        prefix
-            The family's `base_model_prefix`, without a dot.
-        """
-        candidates = [name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"]
-        for new, old in LEGACY:
-            candidates += [candidate.replace(new, old) for candidate in candidates if new in candidate]
-        return next((candidate for candidate in candidates if candidate in self.files), None)
 
     def read(self, stored_name: str) -> Tensor:
         """Read one tensor by its name on disk.
@@ -200,6 +183,11 @@ class Checkpoint:
         largest = max(self.files, key=lambda name: self.stored(name)[1])
         with self._open(self.files[largest]) as handle:
             return handle.get_tensor(largest).dtype
+
+    @property
+    def class_ids(self) -> dict[str, int]:
+        """A classifier's labels and their numbers."""
+        return {str(label): int(number) for label, number in (self.config.label2id or {}).items()}
 
     def identity(self) -> dict[str, Path]:
         """Return the files that make the checkpoint what it is: config, weights, tokenizer; by name."""

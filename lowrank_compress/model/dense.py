@@ -8,13 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers.pytorch_utils import Conv1D
 
 from lowrank_compress.errors import CheckpointError
 from lowrank_compress.model.checkpoint import Checkpoint
-from lowrank_compress.model.export import ShardWriter, outside_tensors, write_companions
+from lowrank_compress.model.export import ShardWriter, write_companions
 from lowrank_compress.model.layers import CompressedLinear
-from lowrank_compress.model.skeleton import Skeleton, meta_model
+from lowrank_compress.model.skeleton import Skeleton
 
 SHARD_BYTES = 1_000_000_000
 
@@ -47,27 +46,27 @@ def write_dense(
 
 
 def _write(checkpoint: Checkpoint, out: Path, advance: Callable[[int, int], None]) -> None:
-    model, resolved = meta_model(checkpoint)
-    writer = ShardWriter(out, SHARD_BYTES)
-    for name, read in outside_tensors(checkpoint, model, resolved, checkpoint.dtype).items():
-        writer.add(name, read())
     skeleton = Skeleton(checkpoint, torch.device("cpu"), checkpoint.dtype)
-    stock = {name for name in model.state_dict()}
-    for index, prefix in enumerate(resolved.blocks):
+    plan = skeleton.blueprint
+    writer = ShardWriter(out, SHARD_BYTES)
+    for name in plan.outside():
+        writer.add(plan.name_on_disk(name), plan.read(name))
+    for index, prefix in enumerate(plan.resolved.blocks):
         with skeleton.block(index) as block:
+            written = set()
             for path, module in block.named_modules():
                 if isinstance(module, CompressedLinear):
+                    name = f"{prefix}.{path}.weight"
                     weight = module.dense_weight(checkpoint.dtype)
-                    dense = model.get_submodule(f"{prefix}.{path}")
-                    writer.add(f"{prefix}.{path}.weight", weight.T if isinstance(dense, Conv1D) else weight)
-            for name, tensor in block.state_dict().items():
-                compressed = name.endswith(".weight") and tensor.numel() == 0
-                if f"{prefix}.{name}" in stock and not compressed:
-                    writer.add(f"{prefix}.{name}", tensor)
-        advance(index + 1, len(resolved.blocks))
+                    writer.add(plan.name_on_disk(name), weight.T if module.stock.conv1d else weight)
+                    written |= {f"{prefix}.{path}.{leaf}" for leaf in module.state_dict() if leaf != "bias"}
+            for name in plan.inside(index):
+                if name not in written:
+                    writer.add(plan.name_on_disk(name), plan.read(name))
+        advance(index + 1, len(plan.resolved.blocks))
     writer.close()
     dropped = ("quantization_config", "auto_map")
     settings = {name: value for name, value in checkpoint.raw_config.items() if name not in dropped}
-    text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+    text = json.dumps(settings, indent=2) + "\n"
     (out / "config.json").write_text(text, encoding="utf-8")
     write_companions(checkpoint, out)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from lowrank_compress.arch.resolve import Resolved
-from lowrank_compress.errors import CheckpointError
 from lowrank_compress.model.checkpoint import INDEX, SINGLE, Checkpoint
 from lowrank_compress.model.layers import LowRankConfig
 
@@ -71,36 +68,6 @@ class ShardWriter:
 
 def _draft(number: int) -> str:
     return f"draft-{number:05d}.safetensors"
-
-
-def outside_tensors(
-    checkpoint: Checkpoint, model: nn.Module, resolved: Resolved, dtype: torch.dtype
-) -> dict[str, Callable[[], Tensor]]:
-    """Name the tensors outside the blocks in the model's order, each with a function that reads and casts it.
-
-    Tied tensors appear once, under the name of the one that the others are tied to.
-
-    Raises
-    ------
-    CheckpointError
-        The checkpoint lacks one.
-    """
-    inside = tuple(f"{name}." for name in resolved.blocks)
-    tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
-    prefix: str = model.base_model_prefix  # pyright: ignore[reportAssignmentType]
-    found: dict[str, Callable[[], Tensor]] = {}
-    for name in model.state_dict():
-        if name.startswith(inside) or name in tied:
-            continue
-        stored = checkpoint.name_on_disk(name, prefix)
-        if stored is None:
-            raise CheckpointError(f"{checkpoint.path} has no tensor {name}, which its config asks for.")
-        found[name] = lambda stored=stored: _cast(checkpoint.read(stored), dtype)
-    return found
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def config_json(

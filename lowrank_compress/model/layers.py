@@ -147,7 +147,12 @@ class CompressedLinear(nn.Module):
         super()._apply(fn, *args, **kwargs)
         moved = None if order is None else fn(order)
         # What to_empty or a move to the meta device leaves is no order.
-        if type(moved) is Tensor and moved.device.type != "meta" and torch.equal(moved.cpu(), order.cpu()):
+        if (
+            order is not None
+            and type(moved) is Tensor
+            and moved.device.type != "meta"
+            and order.cpu().equal(moved.cpu())
+        ):
             self._order = moved
         return self
 
@@ -423,7 +428,7 @@ class LowRankQuantizer(HfQuantizer):
         model = self._dequantize(model)
         for owner, name in ((model, "hf_quantizer"), (model, "quantization_method"), (model, "save_pretrained")):
             owner.__dict__.pop(name, None)
-        for name in ("quantization_config", "auto_map"):
+        for name in ("quantization_config", "auto_map", "_pre_quantization_dtype"):  # the last: transformers 4
             model.config.__dict__.pop(name, None)
         model.is_quantized = False
         return model if dtype is None else model.to(dtype)
@@ -471,9 +476,11 @@ class _Remote:
     def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
         """Register this copy's quantizer, unless the package's is, and load with the native class."""
         register()
-        return getattr(transformers, cls.auto_class).from_pretrained(
-            path, *args, **{**kwargs, "trust_remote_code": False}
-        )
+        # An auto class that has found an adapter hands over the base model's path; the native one finds both again.
+        adapter_kwargs = dict(kwargs.pop("adapter_kwargs", None) or {})
+        path = adapter_kwargs.pop("_adapter_model_path", path)
+        kwargs |= {"adapter_kwargs": adapter_kwargs, "trust_remote_code": False}
+        return getattr(transformers, cls.auto_class).from_pretrained(path, *args, **kwargs)
 
     @classmethod
     def _from_config(cls, config: Any, **kwargs: Any) -> Any:

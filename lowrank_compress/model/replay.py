@@ -1,9 +1,9 @@
 """Run a model block by block over batches: record once what each block is called with, then replay.
 
-Every block's `forward` is stubbed while the real model runs once a batch. The stubs keep the exact arguments that the model
-passes (masks and rotary tables differ by layer type in some families), so that a block can later be called by itself, with
-the same result, when it is the only one in memory. The part after the blocks (final norm, head, soft-cap, pooling) is run
-the same way: the real model, every block stubbed to hand back the given hidden states.
+Every block's `forward` is stubbed while the real model runs once a batch. The stubs keep the exact arguments that the
+model passes (masks and rotary tables differ by layer type in some families), so that a block can later be called by
+itself, with the same result, when it is the only one in memory. The part after the blocks (final norm, head,
+soft-cap, pooling) is run the same way: the real model, every block stubbed to hand back the given hidden states.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ class Replay:
         out = block(hidden, *call.args, **call.kwargs)
         if not isinstance(out, Tensor):
             raise UnsupportedError(
-                f"Block {index} of {type(self.skeleton.model).__name__} returns a {type(out).__name__}; expected the hidden "
-                "states alone, as transformers 5 does. Upgrade transformers."
+                f"Block {index} of {type(self.skeleton.model).__name__} returns a {type(out).__name__}; expected the "
+                "hidden states alone, as transformers 5 does. Upgrade transformers."
             )
         return out
 
@@ -187,7 +187,7 @@ def token_loss(logits: Tensor, targets: Tensor, what: str) -> Tensor:
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if not torch.isfinite(logits.detach()).all():
         raise NumericsError(
-            f"The model gave NaN or infinite logits on {what}. Nothing is dropped from a loss here: check the checkpoint, "
-            "or compute in float32 (--dtype concerns only what is written)."
+            f"The model gave NaN or infinite logits on {what}. Nothing is dropped from a loss here: check the "
+            "checkpoint, or compute in float32 (--dtype concerns only what is written)."
         )
     return nn.functional.cross_entropy(logits, targets.flatten().to(logits.device), reduction="sum")

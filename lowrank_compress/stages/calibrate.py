@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lowrank_compress.artifacts.manifest import Key, Manifest, commit, committed
+from lowrank_compress.artifacts.manifest import Key, Manifest, commit, committed, read_manifest
 from lowrank_compress.artifacts.tensors import BlockFiles
 from lowrank_compress.calibration.capture import capture, needs_gradient
 from lowrank_compress.calibration.tokens import (
@@ -30,12 +30,13 @@ from lowrank_compress.calibration.tokens import (
     window_batches,
 )
 from lowrank_compress.config import CalibrateConfig
-from lowrank_compress.errors import InputError
+from lowrank_compress.errors import ArtifactError, InputError
 from lowrank_compress.methods.linear import needed
 from lowrank_compress.methods.table import METHODS
+from lowrank_compress.model.blueprint import Task, blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.replay import Batch
-from lowrank_compress.model.skeleton import Skeleton, Task, meta_model, task_of
+from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.stages.common import Reporter, Silent, checkpoint_id, environment, source_id
 
 VERSION = 1
@@ -120,7 +121,8 @@ def run(
     found = committed(out_dir, identity, overwrite=overwrite)
     kept = sink is None
     method = METHODS[config.method]
-    model, resolved = meta_model(inputs.checkpoint)
+    plan = blueprint(inputs.checkpoint)
+    resolved = plan.resolved
     files = BlockFiles(out_dir, identity.id)
     receiver = sink or FileSink(files)
     blocks = range(len(resolved.blocks))
@@ -136,8 +138,8 @@ def run(
                 receiver.take(block, {})
             reporter.advance("blocks", block + 1, len(blocks))
         return commit(out_dir, identity, outputs, report, environment(config.device))
-    batches = calibration_batches(config, inputs.checkpoint, task_of(model.config))
-    if needs_gradient(wanted) and any(batch.labels is None for batch in batches) and task_of(model.config) != "lm":
+    batches = calibration_batches(config, inputs.checkpoint, plan.task)
+    if needs_gradient(wanted) and any(batch.labels is None for batch in batches) and plan.task != "lm":
         raise InputError(
             f"The method {config.method} takes gradients of a classifier's loss, which needs labels. Pass a table with "
             "--text-column and --label-column."
@@ -151,13 +153,14 @@ def run(
     largest = max(min(target.shape) for target in resolved.targets)
     if tokens < largest:
         reporter.warn(
-            f"The calibration set has {tokens} tokens, fewer than the largest decomposed dimension ({largest}): its moments "
-            "are rank-deficient. The result is well defined, but more text (--samples, --seq-len) will make it better."
+            f"The calibration set has {tokens} tokens, fewer than the largest decomposed dimension ({largest}): its "
+            "moments are rank-deficient. The result is well defined, but more text (--samples, --seq-len) will make it "
+            "better."
         )
     if method.right.centred and not all(target.has_bias for target in resolved.targets):
         reporter.warn(
-            f"{config.method} restores the mean through biases, and some layers of this model have none: there it uses the "
-            "uncentred Gram matrix and restores no mean."
+            f"{config.method} restores the mean through biases, and some layers of this model have none: there it uses "
+            "the uncentred Gram matrix and restores no mean."
         )
     if not complete:
         skeleton = Skeleton(inputs.checkpoint, torch.device(config.device), torch.float32)
@@ -166,6 +169,15 @@ def run(
         ):
             receiver.take(statistics.block, statistics.means)
     return commit(out_dir, identity, outputs, report, environment(config.device))
+
+
+def kept(directory: Path, identity: Key) -> bool:
+    """Whether the statistics of a calibration were kept in a directory."""
+    try:
+        found = read_manifest(directory)
+    except ArtifactError:
+        return False
+    return found is not None and found.id == identity.id and found.report["kept"]
 
 
 def _source(config: CalibrateConfig) -> Source:
@@ -184,11 +196,9 @@ def calibration_batches(config: CalibrateConfig, checkpoint: Checkpoint, task: T
     """
     tokenizer = load_tokenizer(checkpoint.path, checkpoint.trust_remote_code)
     source = _source(config)
-    if task == "classification":
-        if config.label_column is not None:
-            examples = shuffled(read_examples(source), config.samples, config.seed)
-            labels = {str(label): number for label, number in (checkpoint.config.label2id or {}).items()}
-            return example_batches(tokenizer, examples, labels, config.seq_len, config.micro_batch)
+    if task == "classification" and config.text_column is not None:
+        examples = shuffled(read_examples(source), config.samples, config.seed)
+        return example_batches(tokenizer, examples, checkpoint.class_ids, config.seq_len, config.micro_batch)
     ids = encode(tokenizer, read_text(source))
     windows = calibration_windows(ids, config.seq_len, config.samples, config.seed, bos_of(tokenizer))
     return window_batches(list(windows), config.micro_batch)

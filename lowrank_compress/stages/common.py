@@ -110,6 +110,8 @@ def compute_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise InputError(f"Unknown device {name!r}; expected auto, cpu, cuda or cuda:N.") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"The device {name} is not supported; expected auto, cpu, cuda or cuda:N.")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"The device {name} was asked for, but this torch sees no GPU. Use --device cpu.")
     return device

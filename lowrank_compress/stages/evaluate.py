@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from lowrank_compress.artifacts.files import read_json, sha256, write_json
 from lowrank_compress.artifacts.manifest import Key, commit, committed
@@ -25,11 +26,12 @@ from lowrank_compress.calibration.tokens import (
 )
 from lowrank_compress.config import EvaluateConfig
 from lowrank_compress.errors import CalibrationError, InputError
+from lowrank_compress.evaluation.harness import run_tasks
 from lowrank_compress.evaluation.replayed import accuracy, perplexity
 from lowrank_compress.evaluation.size import measure_size
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.replay import Batch
-from lowrank_compress.model.skeleton import Skeleton, longest_input, task_of
+from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.stages.common import Reporter, Silent, checkpoint_id, environment, source_id
 
 VERSION = 1
@@ -134,22 +136,21 @@ def _measure(
     skeleton = Skeleton(checkpoint, device, torch.float32) if replayed else None
     if skeleton is not None:
         tokenizer = load_tokenizer(checkpoint.path, checkpoint.trust_remote_code)
-        longest = longest_input(skeleton.model)
+        longest = skeleton.blueprint.longest_input()
         seq_len = config.seq_len or min(2048, longest)
         if seq_len > longest:
             raise InputError(f"--seq-len {seq_len} is more than the model's {longest} positions.")
         for name in config.perplexity:
             batches = text_batches(config, tokenizer, Source(name, config.text_column), seq_len)
-            if task_of(checkpoint.config) != "lm":
+            if skeleton.task != "lm":
                 raise InputError("Perplexity needs a causal language model; for a classifier use --classification.")
             found = perplexity(skeleton, batches, _labelled(reporter, f"{role} perplexity"))
             measured["perplexity"][name] = {"value": found.value, "tokens": found.tokens}
         if config.classification is not None:
-            if task_of(checkpoint.config) != "classification":
+            if skeleton.task != "classification":
                 raise InputError("--classification needs a sequence classifier; for a language model use --perplexity.")
             examples = read_examples(Source(config.classification, config.text_column, config.label_column))
-            labels = {str(label): number for label, number in (checkpoint.config.label2id or {}).items()}
-            batches = example_batches(tokenizer, examples, labels, seq_len, config.batch_size)
+            batches = example_batches(tokenizer, examples, checkpoint.class_ids, seq_len, config.batch_size)
             if config.limit is not None:
                 batches = batches[: -(-config.limit // config.batch_size)]
             value = accuracy(skeleton, batches, _labelled(reporter, f"{role} accuracy"))
@@ -185,14 +186,10 @@ def text_batches(config: EvaluateConfig, tokenizer: Any, source: Source, seq_len
 def _run_tasks(
     config: EvaluateConfig, checkpoint: Checkpoint, role: str, reporter: Reporter
 ) -> dict[str, dict[str, Any]]:
-    from transformers import AutoModelForCausalLM
-
-    from lowrank_compress.evaluation.harness import run_tasks
-
     reporter.advance(f"{role} tasks", 0, 1)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=checkpoint.dtype).to(config.device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=checkpoint.dtype)
     found = run_tasks(
-        model,
+        model.to(config.device).eval(),
         load_tokenizer(checkpoint.path, checkpoint.trust_remote_code),
         config.tasks,
         include_path=None if config.include_path is None else Path(config.include_path),

@@ -18,8 +18,8 @@ from lowrank_compress.config import CalibrateConfig, EvaluateConfig, FactorizeCo
 from lowrank_compress.errors import ArtifactError, InputError, UnsupportedError
 from lowrank_compress.methods.linear import needed
 from lowrank_compress.methods.table import METHODS
+from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint, locate
-from lowrank_compress.model.skeleton import longest_input, meta_model, task_of
 from lowrank_compress.registry import unknown
 from lowrank_compress.stages import calibrate, evaluate, factorize, score
 from lowrank_compress.stages.common import Reporter, Run, Silent, checkpoint_id, compute_device, display_name
@@ -128,16 +128,15 @@ def plan(recipe: Recipe) -> Plan:
         raise UnsupportedError(
             f"{recipe.model} is already compressed or quantized ({kind}); start from the dense checkpoint."
         )
-    model, _ = meta_model(checkpoint)
-    _ = checkpoint.files
+    design = blueprint(checkpoint)
     if method.needs_data and recipe.calibration is None:
-        if task_of(checkpoint.config) == "classification" and needs_labels(recipe.method, checkpoint):
+        if design.task == "classification" and needs_gradient(needed(method, design.resolved.targets)):
             raise InputError(
                 f"The method {recipe.method} needs labelled examples of a classifier: pass --calibration FILE.tsv with "
                 "--text-column and --label-column."
             )
         recipe = recipe.model_copy(update={"calibration": PAPERS_DATA})
-    longest = longest_input(model)
+    longest = design.longest_input()
     seq_len = recipe.seq_len or min(PAPERS_SEQ_LEN, longest)
     if seq_len > longest:
         raise InputError(
@@ -147,12 +146,6 @@ def plan(recipe: Recipe) -> Plan:
         load_tokenizer(checkpoint.path, recipe.trust_remote_code)
     dtype = recipe.dtype or str(checkpoint.dtype).removeprefix("torch.")
     return Plan(recipe, checkpoint, seq_len, device, dtype)
-
-
-def needs_labels(method: str, checkpoint: Checkpoint) -> bool:
-    """Whether a method takes gradients, which for a classifier need labels."""
-    _, resolved = meta_model(checkpoint)
-    return needs_gradient(needed(METHODS[method], resolved.targets))
 
 
 def default_run(recipe: Recipe) -> Path:
@@ -172,10 +165,11 @@ def claim(run: Run, plan: Plan, *, overwrite: bool) -> None:
     if run.recipe.exists():
         there = yaml.safe_load(run.recipe.read_text(encoding="utf-8")) or {}
         asked = mine.model_dump(mode="json")
-        if there != asked and not overwrite:
+        begun = any(path.name not in (".lock", run.recipe.name) for path in run.path.iterdir())
+        if there != asked and begun and not overwrite:
             raise ArtifactError(
-                f"{run.path} is the run of another recipe: {difference(there, asked)}. Choose another directory with --out, "
-                "or pass --overwrite to replace it."
+                f"{run.path} is the run of another recipe: {difference(there, asked)}. Choose another directory with "
+                "--out, or pass --overwrite to replace it."
             )
     elif run.path.exists() and any(path.name != ".lock" for path in run.path.iterdir()):
         raise ArtifactError(
@@ -212,6 +206,7 @@ def compress(
     inputs = inputs_of_score(plan, run)
     found = score.committed_scores(run.scores, score.key(plan.score, inputs), overwrite=overwrite)
     if found is None:
+        keep_statistics = keep_statistics or calibrate.kept(run.statistics, inputs.calibration)
         bases = score.Bases(plan.score, inputs, run.scores)
         calibrate.run(
             plan.calibrate,
@@ -262,8 +257,8 @@ def evaluation_inputs(target: str, trust_remote_code: bool) -> tuple[evaluate.In
     dense = Checkpoint(locate(index["base"], index.get("revision")), trust_remote_code)
     if checkpoint_id(dense) != index["base_id"]:
         raise ArtifactError(
-            f"{index['base']} is not the checkpoint that {target} was made from: its files have changed since. Restore it, "
-            f"or evaluate {final} by itself."
+            f"{index['base']} is not the checkpoint that {target} was made from: its files have changed since. Restore "
+            f"it, or evaluate {final} by itself."
         )
     return evaluate.Inputs(Checkpoint(final), dense, manifest.report), run.evaluations
 

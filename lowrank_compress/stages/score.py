@@ -5,12 +5,11 @@ Writes a basis file a block (kept up to the largest rank that can pay) and ranks
 
 from __future__ import annotations
 
-import json
+import contextlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,8 +20,8 @@ from lowrank_compress.allocation.curve import DENSE, Curve, linear_curve
 from lowrank_compress.allocation.storage import STORAGES, cost, largest_rank
 from lowrank_compress.allocation.table import ALLOCATORS
 from lowrank_compress.arch.resolve import Target
-from lowrank_compress.artifacts.files import read_json, sha256, write_text
-from lowrank_compress.artifacts.manifest import Key, Manifest, canonical_hash, commit, committed, read_manifest
+from lowrank_compress.artifacts.files import sha256
+from lowrank_compress.artifacts.manifest import Key, Manifest, altered, canonical_hash, commit, committed, read_manifest
 from lowrank_compress.artifacts.tensors import BlockFiles
 from lowrank_compress.config import ScoreConfig
 from lowrank_compress.errors import ArtifactError, InputError
@@ -30,15 +29,13 @@ from lowrank_compress.linalg.eigen import eigh
 from lowrank_compress.linalg.weighted import Projector
 from lowrank_compress.methods.linear import Damping, decompose_target, sensitivities
 from lowrank_compress.methods.table import METHODS
-from lowrank_compress.model import weights
+from lowrank_compress.model.blueprint import Blueprint, blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
-from lowrank_compress.model.skeleton import meta_model
 from lowrank_compress.registry import unknown
 from lowrank_compress.stages.common import Reporter, Silent, environment
+from lowrank_compress.stages.ranks import RANKS, RANKS_BACKUP, Choice, write_ranks
 
 VERSION = 1
-RANKS = "ranks.json"
-RANKS_BACKUP = "ranks.json.bak"
 
 
 @dataclass(frozen=True)
@@ -60,38 +57,17 @@ class Inputs:
     statistics: Path
 
 
-@dataclass(frozen=True)
-class Choice:
-    """How one matrix is to be stored.
-
-    Attributes
-    ----------
-    format
-        "pair", "pivot", "auto" (the better of both at the count of the cheaper) or "dense".
-    rank
-        r; None for dense.
-    """
-
-    format: str
-    rank: int | None
-
-    def stored(self, shape: tuple[int, int]) -> int:
-        """Stored elements."""
-        return shape[0] * shape[1] if self.rank is None else int(cost(self.format, shape, self.rank))
-
-
 class Bases:
     """The decompositions of a run, block by block; as a `calibrate.Sink` it makes each from the statistics at once."""
 
     def __init__(self, config: ScoreConfig, inputs: Inputs, out_dir: Path) -> None:
         self.config = config
-        self.checkpoint = inputs.checkpoint
         self.method = METHODS[config.method]
         self.device = torch.device(config.device)
         self.damping = Damping(config.damping_fisher, config.damping_gram, config.alpha)
-        model, self.resolved = meta_model(inputs.checkpoint)
-        self._prefix = model.base_model_prefix
-        self.budget = budget_of(config, inputs.checkpoint)
+        self.blueprint = blueprint(inputs.checkpoint)
+        self.resolved = self.blueprint.resolved
+        self.budget = budget_of(config, self.blueprint)
         self.keep = self._largest_ranks()
         identity = {
             "calibration": inputs.calibration.id,
@@ -108,26 +84,18 @@ class Bases:
         storage, targets = self.config.storage, self.resolved.targets
         paying = {target.name: _paying(storage, target.shape) for target in targets}
         allocator = ALLOCATORS[self.config.allocate]
-        if allocator.needs_loss or allocator.needs_spectrum:
-            return paying
         curves = [
             linear_curve(target.name, target.shape, np.zeros(paying[target.name] + 1), _cost(storage, target.shape))
             for target in targets
         ]
         self.budget.check(curves)
+        if allocator.needs_loss or allocator.needs_spectrum:
+            return paying
         chosen = allocator.allocate(curves, self.budget.limit, **_options(self.config))
         return {
             curve.name: 0 if curve.ranks[point] == DENSE else int(curve.ranks[point])
             for curve, point in zip(curves, chosen, strict=True)
         }
-
-    def weight(self, target: Target) -> Tensor:
-        """W of a target, (out, in), as stored, on the computing device."""
-        name = f"{target.module}.weight"
-        stored = self.checkpoint.name_on_disk(name, self._prefix)
-        if stored is None:
-            raise ArtifactError(f"{self.checkpoint.path} has no tensor {name}; it is not the checkpoint of this run.")
-        return weights.read(self.checkpoint.read(stored), target).to(self.device)
 
     def finished(self, block: int) -> bool:
         """Whether the block is decomposed."""
@@ -138,7 +106,12 @@ class Bases:
         tensors: dict[str, Tensor] = {}
         for target in self.resolved.of_block(block):
             projector = decompose_target(
-                self.method, target, self.weight(target), means, self.damping, max(self.keep[target.name], 1)
+                self.method,
+                target,
+                self.blueprint.weight(target).to(self.device),
+                means,
+                self.damping,
+                max(self.keep[target.name], 1),
             )
             keep = self.keep[target.name]
             rows, columns = sensitivities(self.method, target, means, self.damping)
@@ -160,7 +133,7 @@ class Bases:
         """Keep the singular values of a block's weights themselves."""
         tensors = {}
         for target in self.resolved.of_block(block):
-            weight = self.weight(target).double()
+            weight = self.blueprint.weight(target).to(self.device).double()
             small = weight @ weight.T if weight.shape[0] <= weight.shape[1] else weight.T @ weight
             tensors[f"{target.name}/singular_values"] = eigh(small)[0].sqrt()
         self.spectra.write(block, tensors)
@@ -222,7 +195,7 @@ def _options(config: ScoreConfig) -> dict[str, float]:
     return {"floor": config.floor} if config.allocate == "loss" else {}
 
 
-def budget_of(config: ScoreConfig, checkpoint: Checkpoint) -> Budget:
+def budget_of(config: ScoreConfig, plan: Blueprint) -> Budget:
     """The budget that a ratio means for a checkpoint.
 
     Raises
@@ -230,9 +203,8 @@ def budget_of(config: ScoreConfig, checkpoint: Checkpoint) -> Budget:
     InputError
         The ratio is not between 0 and 1.
     """
-    model, resolved = meta_model(checkpoint)
-    claimed = sum(target.elements for target in resolved.targets)
-    whole = sum(parameter.numel() for parameter in model.parameters())
+    claimed = sum(target.elements for target in plan.resolved.targets)
+    whole = sum(parameter.numel() for parameter in plan.model.parameters())
     denominator = claimed if config.ratio_of == "blocks" else whole
     return Budget(config.ratio, denominator, denominator - claimed)
 
@@ -329,13 +301,15 @@ def run(
 
 
 def committed_scores(out_dir: Path, identity: Key, *, overwrite: bool) -> Manifest | None:
-    """As `manifest.committed`, but an overwritten result leaves its bases: the same ones are often wanted again."""
+    """As `manifest.committed`, but an overwritten result leaves its bases, and edited ranks are no damage."""
     if overwrite and (out_dir / "manifest.json").exists():
-        try:
-            return committed(out_dir, identity)
-        except ArtifactError:
-            (out_dir / "manifest.json").unlink()
-            return None
+        with contextlib.suppress(ArtifactError):
+            found = committed(out_dir, identity)
+            if found is not None and set(altered(out_dir, found)) <= {RANKS}:
+                return found
+        _save_edited_ranks(out_dir)
+        (out_dir / "manifest.json").unlink(missing_ok=True)
+        return None
     return committed(out_dir, identity)
 
 
@@ -346,53 +320,9 @@ def _save_edited_ranks(out_dir: Path) -> None:
         return
     try:
         manifest = read_manifest(out_dir)
+        edited = manifest is not None and manifest.outputs[RANKS]["sha256"] != sha256(ranks)
     except ArtifactError:
-        manifest = None
-    if manifest is None or manifest.outputs.get(RANKS, {}).get("sha256") != sha256(ranks):
+        edited = True  # perhaps
+    if edited:
         shutil.move(ranks, out_dir / RANKS_BACKUP)
         (out_dir / "manifest.json").unlink(missing_ok=True)
-
-
-def write_ranks(path: Path, targets: Sequence[Target], choices: Mapping[str, Choice]) -> None:
-    """Write ranks.json: one matrix a line, for people to read and edit."""
-    lines = [
-        f"    {json.dumps(target.name)}: "
-        + json.dumps({"shape": list(target.shape), "format": choice.format, "rank": choice.rank})
-        for target in targets
-        for choice in [choices[target.name]]
-    ]
-    write_text(path, '{\n  "schema": 1,\n  "matrices": {\n' + ",\n".join(lines) + "\n  }\n}\n")
-
-
-def read_ranks(path: Path, targets: Sequence[Target]) -> dict[str, Choice]:
-    """Read ranks.json and check that it fits a model.
-
-    Raises
-    ------
-    ArtifactError
-        It does not parse, names other matrices, or a rank or format does not fit; the message says which.
-    """
-    found = read_json(path)
-    matrices: dict[str, Any] = found.get("matrices", {})
-    missing = [target.name for target in targets if target.name not in matrices]
-    extra = sorted(set(matrices) - {target.name for target in targets})
-    if missing or extra:
-        raise ArtifactError(
-            f"{path} does not fit the model: "
-            + (f"it lacks {missing[0]}" if missing else f"it names {extra[0]}, which the model does not have")
-            + ". Correct it, or repeat `lrc score` with --overwrite."
-        )
-    choices = {}
-    for target in targets:
-        entry = matrices[target.name]
-        form, rank = entry.get("format"), entry.get("rank")
-        if form == "dense" and rank is None:
-            choices[target.name] = Choice("dense", None)
-            continue
-        if form not in STORAGES or not isinstance(rank, int) or not 1 <= rank < min(target.shape):
-            raise ArtifactError(
-                f"{path}: {target.name} has format {form!r} and rank {rank!r}; expected one of {', '.join(STORAGES)} with a "
-                f'rank from 1 to {min(target.shape) - 1}, or "dense" with rank null.'
-            )
-        choices[target.name] = Choice(form, rank)
-    return choices

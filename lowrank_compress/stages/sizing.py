@@ -9,7 +9,6 @@ from lowrank_compress.calibration.capture import needs_gradient
 from lowrank_compress.calibration.moments import STATISTICS, statistic_key
 from lowrank_compress.methods.linear import needed
 from lowrank_compress.methods.table import METHODS
-from lowrank_compress.model.skeleton import meta_model
 from lowrank_compress.stages import score
 from lowrank_compress.stages.common import Run
 from lowrank_compress.stages.pipeline import Plan, inputs_of_score
@@ -66,7 +65,7 @@ def dry_run(plan: Plan, run: Run) -> dict[str, Any]:
 
 def estimate(plan: Plan, bases: score.Bases) -> Need:
     """Estimate memory and disk from shapes."""
-    model, resolved = meta_model(plan.checkpoint)
+    model, resolved = bases.blueprint.model, bases.resolved
     method = METHODS[plan.recipe.method]
     wanted = needed(method, resolved.targets)
     block = sum(p.numel() for p in model.get_submodule(resolved.blocks[0]).parameters())

@@ -8,10 +8,10 @@ import yaml
 
 from lowrank_compress.artifacts.manifest import altered, read_manifest
 from lowrank_compress.errors import ArtifactError, LrcError
+from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint, locate
-from lowrank_compress.model.skeleton import meta_model
 from lowrank_compress.stages.common import Run
-from lowrank_compress.stages.score import RANKS, read_ranks
+from lowrank_compress.stages.ranks import RANKS, read_ranks
 
 
 def verify(path: Path) -> list[dict[str, str]]:
@@ -20,8 +20,8 @@ def verify(path: Path) -> list[dict[str, str]]:
     Returns
     -------
     list of dict
-        ``stage``, ``file``, ``state``: "intact", "missing or altered", "damaged manifest", "edited by hand" (ranks.json that
-        parses and fits), "not there yet", "dropped" (statistics).
+        ``stage``, ``file``, ``state``: "intact", "missing or altered", "damaged manifest", "edited by hand"
+        (ranks.json that parses and fits), "not there yet", "dropped" (statistics).
 
     Raises
     ------
@@ -63,8 +63,8 @@ def _fits(run: Run, ranks: Path) -> bool:
     """Whether edited ranks parse and fit the model."""
     try:
         recipe = yaml.safe_load(run.recipe.read_text(encoding="utf-8"))
-        _, resolved = meta_model(Checkpoint(locate(recipe["model"], recipe.get("revision"))))
-        read_ranks(ranks, resolved.targets)
+        plan = blueprint(Checkpoint(locate(recipe["model"], recipe.get("revision"))))
+        read_ranks(ranks, plan.resolved.targets)
     except LrcError:
         return False
     return True

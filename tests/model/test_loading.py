@@ -466,6 +466,22 @@ WITHOUT_PACKAGE = """
     assert base.dtype == torch.bfloat16 and type(base).__name__ == "LlamaModel"
     assert models[places[0][1]].dequantize().model.layers[0].mlp.up_proj.weight.shape == (72, 32)
 
+    # An adapter's directory names the checkpoint it belongs to.
+    try:
+        import peft
+    except ImportError:
+        pass
+    else:
+        name, directory = places[0]
+        lora = peft.LoraConfig(r=2, target_modules=["lr_in", "lr_out"], init_lora_weights=False)
+        adapted = peft.get_peft_model(
+            getattr(transformers, name).from_pretrained(directory, trust_remote_code=True), lora
+        )
+        adapted.save_pretrained(directory + "-adapter")
+        again = getattr(transformers, name).from_pretrained(directory + "-adapter", trust_remote_code=True)
+        with torch.no_grad():
+            torch.testing.assert_close(again(input_ids=ids).logits, adapted(input_ids=ids).logits)
+
     # The package, imported later, takes over, and keeps its place when remote code is run again.
     del sys.modules["lowrank_compress"]
     sys.path.insert(0, sys.argv[3])

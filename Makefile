@@ -1,0 +1,53 @@
+# `make demo` and `make test` work as the first command in a fresh clone; they set up .venv themselves.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-done
+TEST_WORKERS ?= 2
+
+# One thread a process: pinned for reproducibility, and with xdist also the fastest.
+THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+# Tests make every model and text they need.
+OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format bench hooks clean
+
+help:  ## List the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' | awk -F'|' '{printf "make %-8s %s\n", $$1, $$2}'
+
+setup: $(STAMP)  ## Make .venv with everything in it (again when pyproject.toml or constraints.txt change)
+
+# torch comes first and alone, so that a CPU wheel offered by the user's pip settings is taken as it is.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "lrc needs Python 3.10 or newer: make PYTHON=python3.11 setup")'
+	@echo "Setting up $(VENV); the first time this downloads torch and takes a few minutes."
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)  ## Compress the embedded model two ways and compare, in about a minute
+	$(BIN)/lrc demo
+
+test: $(STAMP)  ## Run the tests: no GPU, no network
+	$(THREADS) $(OFFLINE) $(BIN)/python -m pytest -n $(TEST_WORKERS) $(PYTEST_OPTIONS)
+
+check: $(STAMP)  ## Format, lint and types; the same in the git hook and in CI
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(STAMP)  ## Format the code and mend what ruff can mend
+	$(BIN)/ruff check --fix --quiet . || true
+	$(BIN)/ruff format .
+
+bench: $(STAMP)  ## Measure the README's table of methods anew and write it there (minutes)
+	$(BIN)/python scripts/methods_table.py --write README.md
+
+hooks:  ## Run `make check` before every commit
+	git config core.hooksPath .githooks
+
+clean:  ## Remove .venv, runs and caches
+	rm -rf $(VENV) runs build dist .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,200 @@
+"""A checkpoint's model without its weights: modules on the meta device, targets, and where each tensor lies on disk.
+
+Names in memory and on disk may differ: a checkpoint of the base model lacks a prefix, GPT-NeoX stores its head under
+another name, old BERTs have `gamma` and `beta`. transformers' own renaming rules translate; nothing else in this
+package sees a name on disk.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+from lowrank_compress.arch.resolve import Resolved, Target, resolve
+from lowrank_compress.arch.table import architecture_of
+from lowrank_compress.errors import CheckpointError, UnsupportedError
+from lowrank_compress.model import weights
+from lowrank_compress.model.checkpoint import Checkpoint
+from lowrank_compress.model.layers import QUANT_METHOD, LowRankConfig, swap_modules
+
+Task = Literal["lm", "classification"]
+
+
+def task_of(config: PretrainedConfig) -> Task:
+    """Tell a causal language model from a sequence classifier by the config's `architectures`.
+
+    Raises
+    ------
+    UnsupportedError
+        It is neither.
+    """
+    named = (getattr(config, "architectures", None) or ["(none)"])[0]
+    if named.endswith(("ForCausalLM", "LMHeadModel")):
+        return "lm"
+    if named.endswith("ForSequenceClassification"):
+        return "classification"
+    raise UnsupportedError(
+        f"The checkpoint's head is {named}; supported are causal language models (…ForCausalLM, …LMHeadModel) and "
+        "sequence classifiers (…ForSequenceClassification), as `architectures` of config.json names them."
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Blueprint:
+    """A model on the meta device and where its tensors are stored.
+
+    Attributes
+    ----------
+    checkpoint
+        The checkpoint it was made from.
+    model
+        All modules, with no memory for weights; compressed modules are in place where the checkpoint has such.
+    resolved
+        The blocks and the compressible matrices of the dense model.
+    stored
+        Tensor name in the model -> name on disk. Tied tensors appear once, under the name of the one that the others
+        are tied to, whichever of them is stored.
+    ties
+        Further names on disk of tensors that are tied: name on disk -> that of the one they are tied to.
+    """
+
+    checkpoint: Checkpoint
+    model: PreTrainedModel
+    resolved: Resolved
+    stored: Mapping[str, str]
+    ties: Mapping[str, str]
+
+    @property
+    def task(self) -> Task:
+        """What the head is for."""
+        return task_of(self.model.config)
+
+    def read(self, name: str) -> Tensor:
+        """Read a tensor by its name in the model.
+
+        Raises
+        ------
+        CheckpointError
+            It is not stored, or not finite.
+        """
+        return self.checkpoint.read(self.name_on_disk(name))
+
+    def weight(self, target: Target) -> Tensor:
+        """Read the matrix of a target, (out, in), as stored."""
+        return weights.read(self.read(f"{target.module}.weight"), target)
+
+    def name_on_disk(self, name: str) -> str:
+        """Look up where a tensor is stored.
+
+        Raises
+        ------
+        CheckpointError
+            It is not.
+        """
+        if name not in self.stored:
+            raise CheckpointError(
+                f"{self.checkpoint.path} has no tensor {name}, which its config asks for. The checkpoint is "
+                "incomplete, or its config.json belongs to another one."
+            )
+        return self.stored[name]
+
+    def outside(self) -> list[str]:
+        """Names of the tensors outside the blocks, in the model's order, tied ones once."""
+        inside = tuple(f"{path}." for path in self.resolved.blocks)
+        return [
+            name
+            for name in self.model.state_dict()
+            if not name.startswith(inside) and name not in self.model.all_tied_weights_keys
+        ]
+
+    def inside(self, block: int) -> list[str]:
+        """Names of the tensors of a block, in the model's order."""
+        prefix = f"{self.resolved.blocks[block]}."
+        return [name for name in self.model.state_dict() if name.startswith(prefix)]
+
+    def check_ties(self) -> None:
+        """Make sure that tied tensors which are stored more than once agree.
+
+        Raises
+        ------
+        CheckpointError
+            They do not.
+        """
+        for other, one in self.ties.items():
+            if not torch.equal(self.checkpoint.read(one), self.checkpoint.read(other)):
+                raise CheckpointError(
+                    f"{self.checkpoint.path} stores different values in {one} and {other}, which its config.json ties. "
+                    "Set tie_word_embeddings to false there if the weights are right."
+                )
+
+    def longest_input(self) -> int:
+        """Length of the longest sequence, special tokens included, that the model has positions for."""
+        limit = int(getattr(self.model.config, "max_position_embeddings", None) or 1 << 20)
+        for name, module in self.model.named_modules():
+            # RoBERTa counts positions from behind the padding index.
+            if isinstance(module, nn.Embedding) and name.endswith("position_embeddings"):
+                if module.padding_idx is not None:
+                    limit = min(limit, module.num_embeddings - module.padding_idx - 1)
+        return limit
+
+
+def blueprint(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Blueprint:
+    """Build a checkpoint's model on the meta device, resolve its targets and look up its tensors; reads headers only.
+
+    Parameters
+    ----------
+    checkpoint
+        Dense, or compressed by this package.
+    dtype
+        Of the model; None for what config.json says.
+
+    Raises
+    ------
+    UnsupportedError
+        The family or the head is not supported, or the weights are quantized.
+    CheckpointError
+        The files are not a whole checkpoint.
+    """
+    config = copy.deepcopy(checkpoint.config)
+    architecture_of(config)
+    settings = checkpoint.raw_config.get("quantization_config")
+    if settings is not None and settings.get("quant_method") != QUANT_METHOD:
+        raise UnsupportedError(
+            f"{checkpoint.path} is quantized ({settings.get('quant_method')}); expected plain floating-point weights. "
+            "Compress the unquantized checkpoint."
+        )
+    config.use_cache = False
+    auto = AutoModelForCausalLM if task_of(config) == "lm" else AutoModelForSequenceClassification
+    with torch.device("meta"):
+        model: PreTrainedModel = auto.from_config(config, dtype=config.dtype if dtype is None else dtype)
+    resolved = resolve(model)
+    if settings is not None:
+        swap_modules(model, LowRankConfig(**settings))
+    model.eval().requires_grad_(False)
+    return Blueprint(checkpoint, model, resolved, *_locations(checkpoint, model))
+
+
+def _locations(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[dict[str, str], dict[str, str]]:
+    """Map names in the model to names on disk, and further names of tied tensors to those."""
+    renamings = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
+    state = model.state_dict()
+    found: dict[str, str] = {}
+    for stored in checkpoint.files:
+        name, _ = rename_source_key(stored, renamings, [], model.base_model_prefix, state)
+        if name in state:
+            found[name] = stored
+    ties: dict[str, str] = {}
+    for name, source in model.all_tied_weights_keys.items():
+        if name in found and source in found:
+            ties[found.pop(name)] = found[source]
+        elif name in found:
+            found[source] = found.pop(name)
+    return found, ties

@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowrank_compress.errors import NumericsError
+from lowrank_compress.model.checkpoint import Checkpoint
+from lowrank_compress.model.replay import HEAD_TOKENS, Batch, Replay, lm_chunks, token_loss
+from lowrank_compress.model.skeleton import Skeleton
+from tests.ordinary import LM, Saved, load, padded, task, tokens
+from tests.tiny import MODELS
+
+CPU = torch.device("cpu")
+# The same numbers, summed in another order where they lie elsewhere in memory. Parts of all models compute in float32
+# whatever their dtype, so that even in float64 a sum may, rarely, round to another float32.
+ROUNDING = {torch.float32: 5e-6, torch.float64: 1e-12}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    return Saved(tmp_path_factory.mktemp("models"))
+
+
+def replayed(replay: Replay) -> list[Tensor]:
+    hidden = replay.sweep(replay.start())
+    with torch.no_grad():
+        return [replay.head(batch, states) for batch, states in zip(replay.batches, hidden, strict=True)]
+
+
+def some_batches(either_side: bool = True) -> list[Batch]:
+    """Without padding, of another length, with padding on the right and perhaps on the left."""
+    return [
+        Batch(torch.stack(tokens(13, 13, seed=1))),
+        Batch(torch.stack(tokens(17, seed=2))),
+        Batch(*padded(tokens(13, 7, 9, seed=3), left=[1] if either_side else [])),
+        Batch(torch.stack(tokens(13, 13, seed=4))),
+        Batch(*padded(tokens(8, 13, 11, seed=5), left=[2] if either_side else [])),
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", MODELS)
+def test_equals_the_whole_model(case: str, dtype: torch.dtype, saved: Saved) -> None:
+    model = load(saved(case), task(case), dtype)
+    # In float64 Gemma 2 itself makes NaN of positions that may look at nothing, those before the first token among them.
+    batches = some_batches(either_side=dtype == torch.float32)
+    found = replayed(Replay(Skeleton(Checkpoint(saved(case)), CPU, dtype), batches))
+    for batch, logits in zip(batches, found, strict=True):
+        with torch.no_grad():
+            expected = model(input_ids=batch.ids, attention_mask=batch.mask).logits
+        assert logits.dtype == expected.dtype == dtype
+        assert (logits - expected).abs().max() <= ROUNDING[dtype] * expected.abs().max()
+
+
+def test_the_masks_of_sliding_windows_matter_here(saved: Saved) -> None:
+    """The sequences above are long enough that a sliding window, taken for full attention, would be noticed."""
+    for case in ("mistral-lm", "qwen2-lm", "gemma2-lm", "gemma3_text-lm"):
+        model = load(saved(case), "lm")
+        ids = torch.stack(tokens(13, 13, seed=1))
+        changed = ids.clone()
+        changed[:, 0] = 95 - (changed[:, 0] - 4)
+        sliding = model.config.layer_types if case != "mistral-lm" else ["sliding_attention"]
+        assert "sliding_attention" in sliding
+        with torch.no_grad():
+            full = load(saved(case, sliding_window=40), "lm")(input_ids=ids).logits
+            assert (model(input_ids=ids).logits - full).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_only_one_block_is_in_memory(case: str, saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    skeleton = Skeleton(Checkpoint(saved(case)), CPU, torch.float32)
+    visits: list[int] = []
+
+    def in_memory() -> list[int]:
+        return [
+            index
+            for index, block in enumerate(skeleton.blocks)
+            if any(not tensor.is_meta for tensor in [*block.parameters(), *block.buffers()])
+        ]
+
+    def step(replay: Replay, index: int, block: torch.nn.Module, number: int, hidden: Tensor) -> Tensor:
+        assert in_memory() == [index]
+        assert not any(tensor.is_meta for tensor in block.state_dict().values())
+        visits.append(index)
+        return ordinary_step(replay, index, block, number, hidden)
+
+    ordinary_step = Replay.step
+    monkeypatch.setattr(Replay, "step", step)
+    replay = Replay(skeleton, some_batches())
+    hidden = replay.start()
+    assert in_memory() == []
+    hidden = replay.sweep(hidden)
+    assert in_memory() == []
+    replay.head(replay.batches[0], hidden[0])
+    assert in_memory() == []
+    blocks = range(len(skeleton.blocks))
+    assert visits == [index for index in blocks for _ in replay.batches]
+
+
+def test_a_replay_may_start_again(saved: Saved) -> None:
+    replay = Replay(Skeleton(Checkpoint(saved("gemma2-lm")), CPU, torch.float32), some_batches())
+    for first, second in zip(replayed(replay), replayed(replay), strict=True):
+        assert (first - second).abs().max() <= ROUNDING[torch.float32] * first.abs().max()
+
+
+@pytest.mark.parametrize("case", LM)
+def test_logits_of_some_positions(case: str, saved: Saved) -> None:
+    batch = Batch(torch.stack(tokens(13, 13)))
+    replay = Replay(Skeleton(Checkpoint(saved(case)), CPU, torch.float64), [batch])
+    hidden = replay.sweep(replay.start())[0]
+    whole = replay.head(batch, hidden)
+    part = replay.head(batch, hidden, 4, 9)
+    assert part.shape == (2, 5, whole.shape[-1])
+    assert (part - whole[:, 4:9]).abs().max() <= 1e-13 * whole.abs().max()
+
+
+@pytest.mark.parametrize("sequences", [1, 3, 700])
+@pytest.mark.parametrize("length", [2, 3, 600])
+@pytest.mark.parametrize("scored_from", [1, 2])
+def test_chunks_cover_what_is_scored(sequences: int, length: int, scored_from: int) -> None:
+    batch = Batch(torch.zeros(sequences, length, dtype=torch.long), scored_from=scored_from)
+    chunks = list(lm_chunks(batch))
+    covered: Sequence[int] = [position for start, stop in chunks for position in range(start, stop)]
+    assert covered == list(range(scored_from - 1, length - 1))
+    assert all(0 < (stop - start) * sequences <= max(HEAD_TOKENS, sequences) for start, stop in chunks)
+
+
+def test_loss_is_a_sum_in_nats() -> None:
+    logits = torch.tensor([[[1.0, 2.0, 4.0], [0.0, 0.0, 0.0]]], dtype=torch.bfloat16)
+    loss = token_loss(logits, torch.tensor([[2, 0]]), "this text")
+    expected = torch.tensor([1.0, 2.0, 4.0]).logsumexp(0) - 4 + torch.tensor(3.0).log()
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_logit_that_is_not_finite_is_an_error(bad: float) -> None:
+    logits = torch.zeros(1, 4, 7)
+    logits[0, 2, 3] = bad
+    with pytest.raises(NumericsError, match="NaN or infinite logits on this text"):
+        token_loss(logits, torch.zeros(1, 4, dtype=torch.long), "this text")
+
+
+def test_real_tokens_are_counted() -> None:
+    ids, mask = padded(tokens(5, 9, 2), left=[2])
+    batch = Batch(ids, mask)
+    assert batch.tokens == 16
+    real = batch.real()
+    assert real is not None
+    assert real.tolist() == [i < 5 for i in range(9)] + [True] * 9 + [i >= 7 for i in range(9)]
+    assert Batch(ids).tokens == 27
+    assert Batch(ids).real() is None

@@ -1,0 +1,115 @@
+"""Run commands in process, and look at what they leave."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from typer.testing import CliRunner
+
+from lowrank_compress.artifacts.files import sha256
+from lowrank_compress.cli.main import app
+
+FEW = ("--samples", "8", "--seq-len", "32")
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a command said."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """The one JSON value that stdout must be."""
+        return json.loads(self.out)
+
+    @property
+    def text(self) -> str:
+        """The message on stderr in one line."""
+        return " ".join(self.err.split())
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A checkpoint, a text to calibrate on and another to evaluate on."""
+
+    model: Path
+    text: Path
+    heldout: Path
+
+    def options(self, run: Path, method: str = "auto") -> list[str]:
+        """Arguments of `lrc compress`."""
+        return [*map(str, (self.model, "--method", method, "--calibration", self.text, *FEW, "--out", run))]
+
+
+def lrc(*arguments: object) -> Said:
+    """Run a command in process; an error that it does not turn into a message is raised."""
+    found = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if found.exception is not None and not isinstance(found.exception, SystemExit):
+        raise found.exception
+    return Said(found.exit_code, found.stdout, found.stderr)
+
+
+def done(*arguments: object) -> Said:
+    """Run a command that must succeed."""
+    said = lrc(*arguments)
+    assert said.code == 0, said.err
+    return said
+
+
+def refused(*arguments: object) -> str:
+    """Run a command that must fail with exit code 2 and one paragraph on stderr; return that."""
+    said = lrc(*arguments)
+    assert said.code == 2, said
+    assert said.out == ""
+    paragraph = said.err[said.err.index("Error:") :]
+    assert paragraph.count("\n") == 1, paragraph
+    assert "Traceback" not in said.err
+    return paragraph
+
+
+def contents(directory: Path) -> dict[str, str]:
+    """Hash every file below a directory."""
+    return {str(path.relative_to(directory)): sha256(path) for path in sorted(directory.rglob("*")) if path.is_file()}
+
+
+def results(run: Path) -> dict[str, str]:
+    """Hash everything in a run that must repeat byte for byte."""
+    return {
+        f"{part}/{name}": digest for part in ("scores", "model") for name, digest in contents(run / part).items()
+    }
+
+
+def times(directory: Path) -> dict[str, int]:
+    """When each file below a directory was written."""
+    return {str(path.relative_to(directory)): path.stat().st_mtime_ns for path in directory.rglob("*") if path.is_file()}
+
+
+def looks_finished(run: Path) -> list[str]:
+    """Name the stages of a run that claim to be complete."""
+    return [path.parent.name for path in run.rglob("manifest.json")]
+
+
+def forked(work: Callable[[], object], *, kill_after: float | None = None) -> int:
+    """Do work in a forked process, perhaps killed after so many seconds; return its status, negative for a signal."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    if kill_after is not None:
+        import time
+
+        time.sleep(kill_after)
+        os.kill(pid, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

@@ -1,0 +1,154 @@
+"""ranks.json may be edited by hand: the edit is an input, it is kept, and never lost silently."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.runs import Tiny, contents, done, refused
+
+Finished = Callable[[str], Path]
+NAME = "model.layers.1.mlp.down_proj"
+
+
+def edit(run: Path, change: Callable[[dict], None]) -> str:
+    path = run / "scores" / "ranks.json"
+    ranks = json.loads(path.read_text())
+    change(ranks["matrices"])
+    path.write_text(json.dumps(ranks))
+    return path.read_text()
+
+
+def lower(matrices: dict) -> None:
+    matrices[NAME] |= {"format": "pair", "rank": 5}
+
+
+def stored(run: Path) -> dict:
+    return json.loads((run / "model" / "lowrank.json").read_text())["matrices"]
+
+
+def states(run: Path) -> dict[str, str]:
+    return {entry["file"]: entry["state"] for entry in done("verify", run, "--json").json["files"]}
+
+
+def test_an_edit_is_used_kept_and_told_from_damage(tiny: Tiny, finished: Finished):
+    run = finished("auto")
+    others = {name: matrix for name, matrix in stored(run).items() if name != NAME}
+    edited = edit(run, lower)
+    assert states(run)["scores/ranks.json"] == "edited by hand"
+
+    before = contents(run / "model")
+    for command in (["factorize", run], ["compress", *tiny.options(run)]):
+        message = refused(*command)
+        assert "made from other ranks than" in message
+        assert "--overwrite" in message
+        assert contents(run / "model") == before
+
+    done("factorize", run, "--overwrite", "--storage", "auto")
+    assert stored(run)[NAME]["rank"] >= 5
+    assert {name: matrix for name, matrix in stored(run).items() if name != NAME} == others
+    again = contents(run / "model")
+    done("compress", *tiny.options(run))
+    assert contents(run / "model") == again
+    assert (run / "scores" / "ranks.json").read_text() == edited
+    assert states(run)["scores/ranks.json"] == "edited by hand"
+
+
+def test_a_compress_that_overwrites_keeps_the_edit_too(tiny: Tiny, finished: Finished):
+    run = finished("svd")
+    edited = edit(run, lower)
+    done("compress", *tiny.options(run, "svd"), "--overwrite")
+    assert (stored(run)[NAME]["format"], stored(run)[NAME]["rank"]) == ("pair", 5)
+    assert (run / "scores" / "ranks.json").read_text() == edited
+
+
+def test_an_edit_between_score_and_factorize_needs_no_overwrite(tiny: Tiny, tmp_path: Path):
+    run = tmp_path / "run"
+    done("calibrate", *tiny.options(run, "svd"))
+    done("score", run)
+    edit(run, lower)
+    done("factorize", run)
+    assert stored(run)[NAME]["rank"] == 5
+    done("compress", *tiny.options(run, "svd"))
+    assert stored(run)[NAME]["rank"] == 5
+
+
+def test_the_report_says_what_an_edit_reaches(finished: Finished):
+    run = finished("svd")
+    edit(run, lambda matrices: [entry.update(format="dense", rank=None) for entry in matrices.values()])
+    said = done("factorize", run, "--overwrite", "--json").json
+    assert said["reached_ratio"] == 0
+    assert said["stored_elements"] == said["claimed_elements"]
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.5])
+def test_new_ranks_move_an_edit_aside(finished: Finished, ratio: float):
+    run = finished("auto")
+    original = (run / "scores" / "ranks.json").read_text()
+    edited = edit(run, lower)
+    done("score", run, "--ratio", ratio, "--overwrite")
+    assert (run / "scores" / "ranks.json.bak").read_text() == edited
+    assert ((run / "scores" / "ranks.json").read_text() == original) == (ratio == 0.3)
+
+
+def test_another_recipe_moves_an_edit_aside(tiny: Tiny, finished: Finished):
+    run = finished("auto")
+    edited = edit(run, lower)
+    done("compress", *tiny.options(run), "--ratio", 0.5, "--overwrite")
+    assert (run / "scores" / "ranks.json.bak").read_text() == edited
+
+
+def test_ranks_that_nobody_edited_leave_no_copy(tiny: Tiny, finished: Finished):
+    run = finished("auto")
+    (run / "scores" / "ranks.json.bak").write_text("precious")
+    done("compress", *tiny.options(run), "--ratio", 0.5, "--overwrite")
+    assert (run / "scores" / "ranks.json.bak").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.pop(NAME), f"it lacks {NAME}"),
+        (lambda m: m.update(other=m[NAME]), "it names other, which the model does not have"),
+        (lambda m: m[NAME].update(rank=0), "rank from 1 to 31"),
+        (lambda m: m[NAME].update(rank=32), "rank from 1 to 31"),
+        (lambda m: m[NAME].update(rank=True), "rank True"),
+        (lambda m: m[NAME].update(rank=2.5), "rank 2.5"),
+        (lambda m: m[NAME].update(format="pear"), "format 'pear'"),
+        (lambda m: m[NAME].update(format="dense"), "with rank null"),
+        (lambda m: m.update({NAME: 5}), "does not have the form"),
+    ],
+)
+def test_ranks_that_do_not_fit_are_refused_and_damage(finished: Finished, change: Callable[[dict], None], message: str):
+    run = finished("svd")
+    before = contents(run / "model")
+    edit(run, change)
+    assert message in refused("factorize", run, "--overwrite")
+    assert contents(run / "model") == before or not (run / "model").exists()
+    said = refused_verification(run)
+    assert "scores/ranks.json (missing or altered)" in said
+
+
+def refused_verification(run: Path) -> str:
+    from tests.runs import lrc
+
+    said = lrc("verify", run)
+    assert said.code == 2
+    return said.text
+
+
+def test_a_rank_above_the_kept_basis_is_refused(finished: Finished):
+    run = finished("svd")
+    edit(run, lambda matrices: matrices[NAME].update(rank=30))
+    message = refused("factorize", run, "--overwrite")
+    assert f"{NAME} asks for rank 30, but its basis was kept up to rank 15" in message
+    assert "--allocate loss" in message
+
+
+def test_unreadable_ranks_are_an_error(finished: Finished):
+    run = finished("svd")
+    (run / "scores" / "ranks.json").write_text("{")
+    assert "ranks.json cannot be read as JSON" in refused("factorize", run, "--overwrite")
+    (run / "scores" / "ranks.json").unlink()
+    assert "holds no finished scores" in refused("factorize", run, "--overwrite")

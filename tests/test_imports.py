@@ -1,0 +1,104 @@
+"""Imports go one way, nothing hides inside functions, and the command line starts without torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import lowrank_compress
+
+PACKAGE = "lowrank_compress"
+ROOT = Path(lowrank_compress.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+ANYWHERE = {"errors", "registry", "config", "__init__"}
+BELOW = {
+    "cli": {"stages", "methods", "calibration", "evaluation", "allocation", "linalg", "model", "arch", "artifacts", "demo"},
+    "stages": {"methods", "calibration", "evaluation", "allocation", "linalg", "model", "arch", "artifacts"},
+    "methods": {"calibration", "allocation", "linalg", "model", "arch"},
+    "calibration": {"model", "arch"},
+    "evaluation": {"model", "arch"},
+    "model": {"arch"},
+    "arch": set(),
+    "allocation": set(),
+    "linalg": set(),
+    "artifacts": set(),
+    "demo": set(),
+    **dict.fromkeys(ANYWHERE, set()),
+}  # fmt: skip
+# `import lowrank_compress` registers a quantizer as transformers is imported, so this one import goes up.
+REGISTERS = {("__init__", "model")}
+
+
+def imports(file: Path) -> Iterator[tuple[str, bool]]:
+    """Modules that a file imports, and whether inside a function."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    inside = {id(node) for function in functions for node in ast.walk(function)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((name.name, id(node) in inside) for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file} has a relative import in line {node.lineno}"
+            base = node.module or ""
+            names = [f"{base}.{name.name}" for name in node.names] if base == PACKAGE else [base]
+            yield from ((name, id(node) in inside) for name in names)
+
+
+def part(module: str) -> str:
+    """The folder or file of the package that a module of it is in."""
+    return [*module.split("."), "__init__"][1]
+
+
+def part_of(file: Path) -> str:
+    return file.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def test_every_folder_has_its_place():
+    assert {part_of(file) for file in FILES} == set(BELOW)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_imports_go_down(file: Path):
+    here = part_of(file)
+    for module, _ in imports(file):
+        if module.split(".")[0] == PACKAGE and (here, part(module)) not in REGISTERS:
+            known = part(module) if part(module) in BELOW else "__init__"  # a name of the package itself
+            assert known in BELOW[here] | ANYWHERE | {here}, f"{here} imports {module}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_the_package_imports_itself_at_the_top_of_files_only(file: Path):
+    if part_of(file) == "cli":
+        pytest.skip("commands import what is slow when they run")
+    lazy = [module for module, inside in imports(file) if inside and module.split(".")[0] == PACKAGE]
+    assert lazy == []
+
+
+def test_the_file_shipped_in_checkpoints_needs_only_torch_and_transformers():
+    roots = {module.split(".")[0] for module, _ in imports(ROOT / "model" / "layers.py")}
+    assert roots - set(sys.stdlib_module_names) <= {"torch", "transformers"}
+
+
+@pytest.mark.parametrize("module", [PACKAGE, f"{PACKAGE}.cli.main", f"{PACKAGE}.config"])
+def test_nothing_slow_is_imported_at_start(module: str):
+    slow = ("torch", "transformers", "numpy", "scipy", "datasets", "safetensors", "lm_eval", "accelerate")
+    code = f"import sys, {module}; print([name for name in {slow} if name in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+def test_help_is_quick():
+    def seconds() -> float:
+        start = time.perf_counter()
+        code = f"from {PACKAGE}.cli.main import app; app(['--help'])"
+        said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        assert "compress" in said
+        return time.perf_counter() - start
+
+    # Half a second on an idle core; the bound here only tells it from the seconds that torch takes.
+    assert min(seconds() for _ in range(3)) < 1.5

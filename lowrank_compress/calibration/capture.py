@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from lowrank_compress.errors import NumericsError
 from lowrank_compress.model import weights
 from lowrank_compress.model.replay import Batch, Replay, lm_chunks, token_loss
 from lowrank_compress.model.skeleton import Skeleton
+from lowrank_compress.model.states import StateStore, free_memory
 
 Wanted = Mapping[str, frozenset[str]]
 Advance = Callable[[str, int, int], None]
@@ -59,6 +61,8 @@ def capture(
     skip: Callable[[int], bool],
     clip: float | None = None,
     advance: Advance = lambda step, done, total: None,
+    spill_to: Path | None = None,
+    memory: int | None = None,
 ) -> Iterator[BlockStatistics]:
     """Yield the statistics of each block, in `sweep_order`.
 
@@ -77,13 +81,19 @@ def capture(
         batch down to that; None clips nothing.
     advance
         Called with (step, done, total) as work proceeds.
+    spill_to
+        Directory for hidden states that do not fit in memory; None for the system's temporary one.
+    memory
+        Bytes that hidden states may take; None for half of what is free. It changes no result.
 
     Raises
     ------
     NumericsError
         Logits, activations or gradients are NaN or infinite.
     """
-    replay = Replay(skeleton, batches)
+    needed = state_bytes(skeleton, batches, wanted)
+    store = StateStore(needed > (free_memory() // 2 if memory is None else memory), spill_to)
+    replay = Replay(skeleton, batches, store)
     count = len(skeleton.resolved.blocks)
     hidden = replay.start()
     if needs_gradient(wanted):
@@ -96,10 +106,10 @@ def capture(
             moments = None if skip(index) else Moments(skeleton.resolved.of_block(index), wanted)
             for number, batch in enumerate(batches):
                 if moments is None:
-                    hidden[number] = replay.step(index, block, number, hidden[number])
+                    hidden[number] = replay.advance(index, block, number, hidden[number])
                 else:
                     with _tapped(skeleton, index, moments, batch, clip=None):
-                        hidden[number] = replay.step(index, block, number, hidden[number])
+                        hidden[number] = replay.advance(index, block, number, hidden[number])
         advance("forward", index + 1, count)
         if moments is not None:
             yield BlockStatistics(index, moments.means(tokens, losses=1))
@@ -120,11 +130,11 @@ def _backward(
     for index in range(count):
         inputs.append(list(hidden))
         with torch.no_grad(), skeleton.block(index) as block:
-            hidden = [replay.step(index, block, number, states) for number, states in enumerate(hidden)]
+            hidden = [replay.advance(index, block, number, states) for number, states in enumerate(hidden)]
         advance("forward", index + 1, count)
     gradients = []
     for number, batch in enumerate(batches):
-        gradients.append(head_gradient(replay, batch, hidden[number]))
+        gradients.append(replay.store.keep(head_gradient(replay, batch, hidden[number].to(skeleton.device))))
         advance("loss", number + 1, len(batches))
     tokens = sum(batch.tokens for batch in batches)
     losses = sum(loss_terms(batch) for batch in batches)
@@ -133,13 +143,21 @@ def _backward(
         entering = inputs.pop()
         with skeleton.block(index) as block:
             for number, batch in enumerate(batches):
-                x = entering[number].detach().requires_grad_()
+                x = entering[number].to(skeleton.device).detach().requires_grad_()
                 with _tapped(skeleton, index, moments, batch, clip), torch.enable_grad():
                     out = replay.step(index, block, number, x)
-                    (gradients[number],) = torch.autograd.grad(out, x, gradients[number])
+                    (gradient,) = torch.autograd.grad(out, x, gradients[number].to(skeleton.device))
+                gradients[number] = replay.store.keep(gradient)
         advance("backward", count - index, count)
         if moments is not None:
             yield BlockStatistics(index, moments.means(tokens, losses))
+
+
+def state_bytes(skeleton: Skeleton, batches: Sequence[Batch], wanted: Wanted) -> int:
+    """Bytes of all hidden states that a capture keeps at once: one boundary's, or with gradients every block's."""
+    positions = sum(batch.ids.numel() for batch in batches)
+    boundaries = len(skeleton.resolved.blocks) + 2 if needs_gradient(wanted) else 1
+    return positions * skeleton.model.config.hidden_size * skeleton.dtype.itemsize * boundaries
 
 
 def loss_terms(batch: Batch) -> int:

@@ -288,8 +288,8 @@ def print_demo(rows: list[dict[str, Any]], as_json: bool) -> None:
         ]
         for row in rows
     ]
-    title = f"Demo: perplexity on held-out Python documentation ({rows[0]['perplexity']['tokens']:,} tokens)"
-    console().print(table(title, ["method", "perplexity", "parameters in blocks", "removed"], body))
+    console().print(f"Perplexity on held-out Python documentation ({rows[0]['perplexity']['tokens']:,} tokens)")
+    console().print(table("", ["method", "perplexity", "parameters in blocks", "removed"], body))
     console().print(
         f"The checkpoints are in {Path(rows[0]['run']).parent}; look into one with: lrc show {rows[-1]['run']}"
     )

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from lowrank_compress.cli import options as o
-from lowrank_compress.cli.terminal import friendly, print_json, quiet_libraries, reported
+from lowrank_compress.cli.terminal import friendly, print_json, prepare_libraries, reported
 from lowrank_compress.config import EvaluateConfig, Recipe, load_recipe
 
 app = typer.Typer(
@@ -79,7 +79,7 @@ def compress(
     with friendly(debug):
         from lowrank_compress.cli import commands
 
-        quiet_libraries()
+        prepare_libraries()
         recipe = _recipe(config, given)
         if dry_run:
             commands.dry_run(recipe, out, json)
@@ -115,7 +115,7 @@ def calibrate(
     with friendly(debug):
         from lowrank_compress.cli import commands
 
-        quiet_libraries()
+        prepare_libraries()
         with reported() as reporter:
             result = commands.calibrate(_recipe(config, given), out, overwrite, reporter)
         commands.print_stage(result, json)
@@ -141,7 +141,7 @@ def score(
     with friendly(debug):
         from lowrank_compress.cli import commands
 
-        quiet_libraries()
+        prepare_libraries()
         with reported() as reporter:
             result = commands.score(run, given, overwrite, reporter)
         commands.print_stage(result, json)
@@ -161,7 +161,7 @@ def factorize(
     with friendly(debug):
         from lowrank_compress.cli import commands
 
-        quiet_libraries()
+        prepare_libraries()
         with reported() as reporter:
             result = commands.factorize(run, given, overwrite, reporter)
         commands.print_result(result, json)
@@ -202,7 +202,7 @@ def evaluate(
     with friendly(debug):
         from lowrank_compress.cli import commands
 
-        quiet_libraries()
+        prepare_libraries()
         config = EvaluateConfig(
             perplexity=tuple(perplexity or ()),
             classification=classification,
@@ -235,7 +235,7 @@ def show(
     with friendly(debug):
         from lowrank_compress.cli import inspection
 
-        quiet_libraries()
+        prepare_libraries()
         inspection.show(target, json)
 
 
@@ -258,7 +258,7 @@ def verify(run: o.RunDir, json: o.Json = False, debug: o.Debug = False) -> None:
     with friendly(debug):
         from lowrank_compress.cli import inspection
 
-        quiet_libraries()
+        prepare_libraries()
         inspection.verify(run, json)
 
 
@@ -273,7 +273,7 @@ def export(
     with friendly(debug):
         from lowrank_compress.cli import commands
 
-        quiet_libraries()
+        prepare_libraries()
         with reported() as reporter:
             commands.export_dense(target, dense, overwrite, reporter)
 
@@ -289,7 +289,7 @@ def demo(
     with friendly(debug):
         from lowrank_compress.cli import commands
 
-        quiet_libraries()
+        prepare_libraries()
         with reported() as reporter:
             rows = commands.demo(ratio, out, reporter)
         commands.print_demo(rows, json)

@@ -109,8 +109,16 @@ def _escape(text: str) -> str:
     return escape(text)
 
 
-def quiet_libraries() -> None:
-    """Keep the libraries' own bars and hints off the screen, and their network use to what is asked for."""
+def prepare_libraries() -> None:
+    """Keep the libraries' own bars and hints off the screen, and pin their threads.
+
+    Sums depend on the number of threads in the last bits: it is one for the whole process (that of the environment,
+    or one thread a core), and the manifests record it.
+    """
+    cores = str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    threads = os.environ.setdefault("OMP_NUM_THREADS", cores)
+    os.environ.setdefault("MKL_NUM_THREADS", threads)
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", threads)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -145,7 +153,7 @@ def console() -> Console:
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> Table:
     """Make a table: the first `left` columns are text, the others numbers."""
-    made = Table(title=title, title_justify="left", header_style="bold")
+    made = Table(title=title or None, title_justify="left", header_style="bold")
     for number, name in enumerate(columns):
         made.add_column(name, justify="left" if number < left else "right", overflow="fold")
     for row in rows:

@@ -140,9 +140,10 @@ class Blueprint:
         limit = int(getattr(self.model.config, "max_position_embeddings", None) or 1 << 20)
         for name, module in self.model.named_modules():
             # RoBERTa counts positions from behind the padding index.
-            if isinstance(module, nn.Embedding) and name.endswith("position_embeddings"):
-                if module.padding_idx is not None:
-                    limit = min(limit, module.num_embeddings - module.padding_idx - 1)
+            if not isinstance(module, nn.Embedding) or not name.endswith("position_embeddings"):
+                continue
+            if module.padding_idx is not None:
+                limit = min(limit, module.num_embeddings - module.padding_idx - 1)
         return limit
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lowrank_compress.errors import NumericsError, UnsupportedError
 from lowrank_compress.model.skeleton import Skeleton
+from lowrank_compress.model.states import StateStore
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,14 @@ class Replay:
         The model.
     batches
         The data; on any device.
+    store
+        Keeps the hidden states between blocks.
     """
 
-    def __init__(self, skeleton: Skeleton, batches: Sequence[Batch]) -> None:
+    def __init__(self, skeleton: Skeleton, batches: Sequence[Batch], store: StateStore | None = None) -> None:
         self.skeleton = skeleton
         self.batches = batches
+        self.store = store or StateStore()
         self._calls: list[list[_Call]] = []
         # Without padding the arguments depend on the shape alone, and masks are large: keep one set a shape.
         self._by_shape: dict[tuple[int, ...], list[_Call]] = {}
@@ -100,7 +104,7 @@ class Replay:
     def start(self) -> list[Tensor]:
         """Embed every batch and record every call; the hidden states that enter block 0."""
         self._calls.clear()
-        return [self.embed(batch) for batch in self.batches]
+        return [self.store.keep(self.embed(batch)) for batch in self.batches]
 
     def step(self, index: int, block: nn.Module, number: int, hidden: Tensor) -> Tensor:
         """Run block `index` on the hidden states (sequences, length, width) of batch `number`."""
@@ -113,12 +117,16 @@ class Replay:
             )
         return out
 
+    def advance(self, index: int, block: nn.Module, number: int, states: Tensor) -> Tensor:
+        """Run block `index` on kept states, and keep what leaves it."""
+        return self.store.keep(self.step(index, block, number, states.to(self.skeleton.device)))
+
     def sweep(self, hidden: list[Tensor], advance: Callable[[int], None] | None = None) -> list[Tensor]:
         """Run all blocks over all batches, one block in memory at a time; replaces `hidden` in place."""
         for index in range(len(self.skeleton.resolved.blocks)):
             with torch.no_grad(), self.skeleton.block(index) as block:
                 for number, states in enumerate(hidden):
-                    hidden[number] = self.step(index, block, number, states)
+                    hidden[number] = self.advance(index, block, number, states)
             if advance is not None:
                 advance(index)
         return hidden
@@ -137,7 +145,7 @@ class Replay:
             logits (examples, classes) need the whole batch.
         """
         part = slice(start, stop)
-        given = hidden[:, part]
+        given = hidden[:, part].to(self.skeleton.device)
 
         def stub(*_: Any, **__: Any) -> Tensor:
             return given

@@ -164,8 +164,15 @@ def run(
         )
     if not complete:
         skeleton = Skeleton(inputs.checkpoint, torch.device(config.device), torch.float32)
+        out_dir.mkdir(parents=True, exist_ok=True)
         for statistics in capture(
-            skeleton, batches, wanted, skip=receiver.finished, clip=config.clip, advance=reporter.advance
+            skeleton,
+            batches,
+            wanted,
+            skip=receiver.finished,
+            clip=config.clip,
+            advance=reporter.advance,
+            spill_to=out_dir,
         ):
             receiver.take(statistics.block, statistics.means)
     return commit(out_dir, identity, outputs, report, environment(config.device))

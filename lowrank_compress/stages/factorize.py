@@ -80,16 +80,16 @@ def run(
         Scores are missing or do not fit, the disk is full, or another result is in `out_dir`.
     """
     reporter = reporter or Silent()
+    plan = blueprint(inputs.checkpoint)
+    scores = scores_manifest(inputs.scores)
+    choices = read_ranks(inputs.scores / RANKS, plan.resolved.targets)  # before anything is removed
     identity = key(config, inputs)
     if not overwrite:
         _refuse_other_ranks(out_dir, identity, inputs.scores / RANKS)
     found = committed(out_dir, identity, overwrite=overwrite)
     if found is not None:
         return found
-    plan = blueprint(inputs.checkpoint)
     method = METHODS[config.method]
-    scores = scores_manifest(inputs.scores)
-    choices = read_ranks(inputs.scores / RANKS, plan.resolved.targets)
     bases = BlockFiles(inputs.scores, scores.report["bases"], "basis")
     work = BlockFiles(out_dir.parent / "work", identity.id, "factors")
     encoder = Encoder(plan, config)

@@ -266,7 +266,7 @@ def run(
     statistics = BlockFiles(inputs.statistics, inputs.calibration.id)
     for block in blocks:
         if not bases.finished(block):
-            bases.take(block, statistics.read(block) if bases.method.needs_data else {})
+            bases.take(block, _means(statistics, block) if bases.method.needs_data else {})
         if ALLOCATORS[config.allocate].needs_spectrum and not bases.spectra.finished(block):
             bases.take_spectrum(block)
         reporter.advance("score", block + 1, len(blocks))
@@ -298,6 +298,16 @@ def run(
     if ALLOCATORS[config.allocate].needs_spectrum:
         outputs += [bases.spectra.name(block) for block in blocks]
     return commit(out_dir, identity, outputs, report, environment(config.device))
+
+
+def _means(statistics: BlockFiles, block: int) -> Mapping[str, Tensor]:
+    if not statistics.path(block).exists():
+        raise ArtifactError(
+            f"{statistics.directory} has no statistics of block {block}, and no basis that was kept serves these "
+            "options (`lrc compress` drops statistics, and keeps only the ranks that it needs). Repeat `lrc calibrate` "
+            "with the same recipe, or `lrc compress` with --keep-statistics."
+        )
+    return statistics.read(block)
 
 
 def committed_scores(out_dir: Path, identity: Key, *, overwrite: bool) -> Manifest | None:

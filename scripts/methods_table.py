@@ -1,0 +1,135 @@
+"""Measure the README's tables of methods, each method as its paper has it, and print or write them as markdown.
+
+Usage, from the root of the repository::
+
+    python scripts/methods_table.py                        # print
+    python scripts/methods_table.py --write README.md      # replace what stands between the markers
+
+A table stands between ``<!-- methods:NAME -->`` and ``<!-- /methods:NAME -->``. A model that is not there is passed
+over, with a line on stderr, and its table stays as it was.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from running import ASSETS, lrc, perplexity
+
+from lowrank_compress.demo import MODEL_DIRECTORY
+from lowrank_compress.demo.text import write_parts
+from lowrank_compress.methods.table import METHODS
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model with the texts to calibrate and to measure it on."""
+
+    name: str
+    title: str
+    model: Path
+    calibration: Path
+    text: Path
+    samples: int
+    seq_len: int = 256
+
+
+def cases(directory: Path) -> list[Case]:
+    """All cases; the demo's texts are written below `directory`."""
+    demo = write_parts(directory)
+    texts = ASSETS / "text"
+    return [
+        Case(
+            "demo",
+            "the model of `lrc demo` (Llama, 0.7 M parameters), held-out Python documentation",
+            MODEL_DIRECTORY,
+            demo["calibration"],
+            demo["heldout"],
+            256,
+        ),
+        Case(
+            "stories260k",
+            "stories260K (Llama, 0.26 M parameters, grouped-query attention), TinyStories",
+            ASSETS / "models" / "stories260k-llama-gqa",
+            texts / "tinystories-calibration.txt",
+            texts / "tinystories-dev.txt",
+            128,
+        ),
+    ]
+
+
+def measure(case: Case, ratios: Sequence[float], directory: Path) -> str:
+    """Compress by every method at every ratio, and return the table in markdown."""
+    lines = [
+        "| method | ranks | storage | " + " | ".join(f"{ratio:.0%} removed" for ratio in ratios) + " |",
+        "|---|---|---|" + "---:|" * len(ratios),
+    ]
+    length = ["--seq-len", case.seq_len]
+    data = ["--calibration", case.calibration, "--samples", case.samples, *length]
+    table: dict[str, list[float]] = {}
+    for method in METHODS:
+        for ratio in ratios:
+            run = directory / f"{case.name}-{method}-{ratio:g}"
+            lrc("compress", case.model, "--method", method, "--ratio", ratio, *data, "--out", run)
+            table.setdefault(method, []).append(perplexity(run / "model", case.text, *length))
+        typer.echo(f"{case.name} · {method}: {', '.join(f'{value:.3f}' for value in table[method])}", err=True)
+    least = [min(column) for column in zip(*table.values(), strict=True)]
+    for method, values in table.items():
+        cells = [
+            f"**{value:.2f}**" if value == best else f"{value:.2f}" for value, best in zip(values, least, strict=True)
+        ]
+        entry = METHODS[method]
+        lines.append(f"| `{method}` | {entry.allocate} | {entry.storage} | {' | '.join(cells)} |")
+    dense = perplexity(case.model, case.text, *length)
+    title = f"Perplexity of {case.title}; {case.samples} × {case.seq_len} calibration tokens; dense: {dense:.2f}."
+    return "\n".join([title, "", *lines])
+
+
+def replace_between(text: str, name: str, content: str) -> str:
+    """Replace what stands between a pair of markers.
+
+    Raises
+    ------
+    ValueError
+        The markers are not there.
+    """
+    opening, closing = f"<!-- methods:{name} -->", f"<!-- /methods:{name} -->"
+    pattern = re.compile(f"(?<={re.escape(opening)}\n).*?(?={re.escape(closing)})", re.DOTALL)
+    replaced, count = pattern.subn(lambda _: f"{content}\n", text)
+    if count != 1:
+        raise ValueError(f"expected {opening} … {closing} once, found it {count} times")
+    return replaced
+
+
+def main(
+    write: Annotated[Path | None, typer.Option(help="Markdown file with the markers to write between.")] = None,
+    ratios: Annotated[str, typer.Option(help="Ratios, separated by commas.")] = "0.2,0.3",
+    only: Annotated[str | None, typer.Option(help="One model: demo or stories260k. [default: all there are]")] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+) -> None:
+    """Measure, then print the tables or write them into a file."""
+    torch.set_num_threads(threads)
+    numbers = [float(ratio) for ratio in ratios.split(",")]
+    with tempfile.TemporaryDirectory() as temporary:
+        for case in cases(Path(temporary) / "text"):
+            if only not in (None, case.name):
+                continue
+            if not (case.model / "config.json").exists():
+                typer.echo(f"{case.name} is passed over: there is no {case.model}", err=True)
+                continue
+            content = measure(case, numbers, Path(temporary))
+            if write is None:
+                typer.echo(f"{content}\n")
+            else:
+                before = write.read_text(encoding="utf-8")
+                write.write_text(replace_between(before, case.name, content), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -87,7 +87,7 @@ def load_recipe(path: Path | None, options: dict[str, Any]) -> Recipe:
         except (OSError, UnicodeDecodeError) as problem:
             raise InputError(f"The recipe {path} cannot be read ({problem}). Pass an existing YAML file.") from None
         except yaml.YAMLError as problem:
-            raise InputError(f"The recipe {path} is not YAML: {problem}") from None
+            raise InputError(f"The recipe {path} is not YAML: {' '.join(str(problem).split())}") from None
         if not isinstance(found, dict):
             raise InputError(f"The recipe {path} holds a {type(found).__name__}; expected `option: value` lines.")
         fields |= found

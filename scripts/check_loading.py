@@ -111,7 +111,9 @@ def main(
                 difference = float(np.abs(outcome.logits - reference).max() / np.abs(reference).max())
                 found, good = f"logits differ by {difference:.1e}", works and difference <= tolerance
             failed |= not good
-            table.add_row(way, "the same logits" if works else "an error", found, "ok" if good else "[bold red]FAILED[/]")
+            table.add_row(
+                way, "the same logits" if works else "an error", found, "ok" if good else "[bold red]FAILED[/]"
+            )
     console = Console(highlight=False)
     (console if console.is_terminal else Console(highlight=False, width=160)).print(table)
     if failed:

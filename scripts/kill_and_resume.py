@@ -29,13 +29,17 @@ def main() -> int:
     """Run the experiment and return the exit code."""
     options = arguments()
     chooser = random.Random(options.seed)
-    made = Table("run", "kills", "seconds into the work, and what was finished then", "model/ and scores/", title=title(options))
+    made = Table(
+        "run", "kills", "seconds into the work, and what was finished then", "model/ and scores/", title=title(options)
+    )
     wrong = 0
     with tempfile.TemporaryDirectory(prefix="kill-and-resume-") as place:
         reference = Path(place) / "undisturbed"
         begun, process = start(options, reference)
+        while process.poll() is None and not (reference / "run.json").exists():
+            time.sleep(0.002)
+        work = time.monotonic() - begun  # without the process's own end
         finish(process)
-        work = time.monotonic() - begun
         expected = contents(reference)
         for number in range(options.runs):
             run = Path(place) / f"run-{number:02d}"

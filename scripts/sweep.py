@@ -104,7 +104,8 @@ def show(rows: Sequence[dict[str, Any]], verdicts: Sequence[dict[str, Any]], den
     """Print every combination, a column a ratio, and what it says about the recommendation."""
     console = Console(highlight=False)
     console = console if console.is_terminal else Console(highlight=False, width=140)
-    table = Table(title=f"{title}; dense: {dense:.4f}", title_justify="left", header_style="bold")
+    console.print(f"{title}; dense: {dense:.4f}")
+    table = Table(header_style="bold")
     for name in ("method", "allocator", "storage"):
         table.add_column(name)
     least = {}

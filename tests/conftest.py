@@ -1,21 +1,20 @@
-"""What all tests share: one thread, no network, no file outside temporary directories, and runs on a tiny checkpoint."""
+"""What all tests share: one thread, no network, files in temporary directories only, and runs on a tiny checkpoint."""
 
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
-for name, value in {
+# Read when the libraries are imported, hence before them.
+os.environ |= {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
-}.items():
-    os.environ[name] = value
-
-import shutil
-from collections.abc import Callable, Iterator
-from pathlib import Path
+}
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What the package computes block by block, computed the ordinary way: the whole stock model in memory, hooks, autograd.
+"""What the package computes block by block, computed the ordinary way: the whole model in memory, hooks, autograd.
 
 Nothing here uses the package, its table of architectures included: where the parts of a fused weight are is said again.
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,14 +84,13 @@ def contents(directory: Path) -> dict[str, str]:
 
 def results(run: Path) -> dict[str, str]:
     """Hash everything in a run that must repeat byte for byte."""
-    return {
-        f"{part}/{name}": digest for part in ("scores", "model") for name, digest in contents(run / part).items()
-    }
+    return {f"{part}/{name}": digest for part in ("scores", "model") for name, digest in contents(run / part).items()}
 
 
 def times(directory: Path) -> dict[str, int]:
     """When each file below a directory was written."""
-    return {str(path.relative_to(directory)): path.stat().st_mtime_ns for path in directory.rglob("*") if path.is_file()}
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    return {str(path.relative_to(directory)): path.stat().st_mtime_ns for path in files}
 
 
 def looks_finished(run: Path) -> list[str]:
@@ -108,8 +108,6 @@ def forked(work: Callable[[], object], *, kill_after: float | None = None) -> in
         except BaseException:
             os._exit(1)
     if kill_after is not None:
-        import time
-
         time.sleep(kill_after)
         os.kill(pid, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

@@ -17,9 +17,10 @@ PACKAGE = "lowrank_compress"
 ROOT = Path(lowrank_compress.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 ANYWHERE = {"errors", "registry", "config", "__init__"}
-BELOW = {
-    "cli": {"stages", "methods", "calibration", "evaluation", "allocation", "linalg", "model", "arch", "artifacts", "demo"},
-    "stages": {"methods", "calibration", "evaluation", "allocation", "linalg", "model", "arch", "artifacts"},
+STAGES_USE = {"methods", "calibration", "evaluation", "allocation", "linalg", "model", "arch", "artifacts"}
+BELOW: dict[str, set[str]] = {
+    "cli": {"stages", "demo", *STAGES_USE},
+    "stages": STAGES_USE,
     "methods": {"calibration", "allocation", "linalg", "model", "arch"},
     "calibration": {"model", "arch"},
     "evaluation": {"model", "arch"},
@@ -29,8 +30,8 @@ BELOW = {
     "linalg": set(),
     "artifacts": set(),
     "demo": set(),
-    **dict.fromkeys(ANYWHERE, set()),
-}  # fmt: skip
+    **{name: set() for name in ANYWHERE},
+}
 # `import lowrank_compress` registers a quantizer as transformers is imported, so this one import goes up.
 REGISTERS = {("__init__", "model")}
 

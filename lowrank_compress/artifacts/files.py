@@ -28,6 +28,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         write(temporary)
         with open(temporary, "rb+") as handle:
             os.fsync(handle.fileno())
+        # safetensors makes files that nobody else can read; who may enter the directory may read what is in it.
+        temporary.chmod(path.parent.stat().st_mode & 0o666)
         os.replace(temporary, path)
     except BaseException as problem:
         temporary.unlink(missing_ok=True)

@@ -62,6 +62,10 @@ class Examples:
     texts: list[str]
     labels: list[str] | None
 
+    def first(self, count: int | None) -> Examples:
+        """Return the first `count` examples; None for all."""
+        return Examples(self.texts[:count], None if self.labels is None else self.labels[:count])
+
 
 def load_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load a checkpoint's tokenizer.

@@ -47,7 +47,7 @@ def _refuse_foreign(run: Run) -> None:
     """Refuse a directory that is something else before even a lock file is put into it."""
     if run.path.exists() and not run.path.is_dir():
         raise InputError(f"--out {run.path} is a file; expected a directory, existing or not.")
-    if run.path.is_dir() and not run.recipe.exists() and any(path.name != ".lock" for path in run.path.iterdir()):
+    if not run.recipe.exists() and run.begun():
         raise ArtifactError(
             f"{run.path} is not empty and is no run of this program. Choose another directory with --out."
         )

@@ -15,7 +15,8 @@ from typing import Any, Protocol
 import torch
 
 import lowrank_compress
-from lowrank_compress.artifacts.files import read_json, sha256, write_json
+from lowrank_compress.artifacts.files import TEMPORARY, read_json, sha256, write_json
+from lowrank_compress.artifacts.lock import LOCK
 from lowrank_compress.artifacts.manifest import canonical_hash
 from lowrank_compress.calibration.tokens import Source, load_hub
 from lowrank_compress.errors import ArtifactError, CalibrationError, InputError
@@ -80,6 +81,11 @@ class Run:
     def index(self) -> Path:
         """run.json: which directory is the final checkpoint, and what it was made from."""
         return self.path / "run.json"
+
+    def begun(self) -> bool:
+        """Whether the directory holds more than a recipe: work, or something else's files."""
+        own = (LOCK, self.recipe.name, self.recipe.name + TEMPORARY)
+        return self.path.exists() and any(path.name not in own for path in self.path.iterdir())
 
     def final_model(self) -> Path:
         """The directory of the final checkpoint, as run.json names it.

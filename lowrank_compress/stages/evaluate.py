@@ -149,10 +149,11 @@ def _measure(
         if config.classification is not None:
             if skeleton.task != "classification":
                 raise InputError("--classification needs a sequence classifier; for a language model use --perplexity.")
+            if config.label_column is None:
+                raise InputError("--classification needs the column of the labels: pass --label-column.")
             examples = read_examples(Source(config.classification, config.text_column, config.label_column))
+            examples = examples.first(config.limit)
             batches = example_batches(tokenizer, examples, checkpoint.class_ids, seq_len, config.batch_size)
-            if config.limit is not None:
-                batches = batches[: -(-config.limit // config.batch_size)]
             value = accuracy(skeleton, batches, _labelled(reporter, f"{role} accuracy"))
             measured["classification"][config.classification] = {
                 "value": value,

@@ -165,13 +165,12 @@ def claim(run: Run, plan: Plan, *, overwrite: bool) -> None:
     if run.recipe.exists():
         there = yaml.safe_load(run.recipe.read_text(encoding="utf-8")) or {}
         asked = mine.model_dump(mode="json")
-        begun = any(path.name not in (".lock", run.recipe.name) for path in run.path.iterdir())
-        if there != asked and begun and not overwrite:
+        if there != asked and run.begun() and not overwrite:
             raise ArtifactError(
                 f"{run.path} is the run of another recipe: {difference(there, asked)}. Choose another directory with "
                 "--out, or pass --overwrite to replace it."
             )
-    elif run.path.exists() and any(path.name != ".lock" for path in run.path.iterdir()):
+    elif run.begun():
         raise ArtifactError(
             f"{run.path} is not empty and is no run of this program. Choose another directory with --out."
         )

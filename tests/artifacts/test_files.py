@@ -30,8 +30,13 @@ def test_a_failed_write_changes_nothing(tmp_path: Path, there: str | None):
 
 @pytest.mark.parametrize(
     "problem",
-    [OSError(errno.ENOSPC, "full"), OSError(errno.EDQUOT, "quota"), OSError(errno.EFBIG, "big"), RuntimeError("I/O error: No space left (os error 28)")],
-)  # fmt: skip
+    [
+        OSError(errno.ENOSPC, "full"),
+        OSError(errno.EDQUOT, "quota"),
+        OSError(errno.EFBIG, "big"),
+        RuntimeError("I/O error: No space left (os error 28)"),
+    ],
+)
 def test_a_full_disk_is_said_so(tmp_path: Path, problem: Exception):
     with pytest.raises(ArtifactError, match=r"disk is full: .*file could not be written.*finished blocks are kept"):
         files.write_atomically(tmp_path / "file", fail(problem))
@@ -51,8 +56,13 @@ def test_json_keeps_order_and_letters(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "does not exist"), (b"{", "cannot be read as JSON"), (b"\xff", "cannot be read"), (b"[]", "JSON list; expected an object")],
-)  # fmt: skip
+    [
+        (None, "does not exist"),
+        (b"{", "cannot be read as JSON"),
+        (b"\xff", "cannot be read"),
+        (b"[]", "JSON list; expected an object"),
+    ],
+)
 def test_what_is_no_json_object_is_refused(tmp_path: Path, content: bytes | None, message: str):
     if content is not None:
         (tmp_path / "a.json").write_bytes(content)

@@ -12,9 +12,12 @@ from tests.runs import forked
 
 
 def test_a_second_holder_is_refused_by_the_name_of_the_first(tmp_path: Path):
-    with locked(tmp_path / "run"), pytest.raises(LockedError, match=rf"in use by another process \(pid {os.getpid()}\)"):  # noqa: SIM117
-        with locked(tmp_path / "run"):
-            pass
+    with (
+        locked(tmp_path / "run"),
+        pytest.raises(LockedError, match=rf"in use by another process \(pid {os.getpid()}\)"),
+        locked(tmp_path / "run"),
+    ):
+        pass
     with locked(tmp_path / "run"):
         pass
 

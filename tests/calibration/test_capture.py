@@ -256,9 +256,11 @@ def test_progress_is_told(saved: Saved) -> None:
 
 
 @pytest.mark.parametrize("names", [FORWARD, frozenset({"out_fisher"})], ids=["forwards", "backwards"])
-def test_infinite_activations_are_an_error(names: frozenset[str], saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_infinite_activations_are_an_error(
+    names: frozenset[str], saved: Saved, monkeypatch: pytest.MonkeyPatch
+) -> None:
     skeleton = skeleton_of(saved, "llama-lm", torch.float32)
     embedding: Any = skeleton.model.get_input_embeddings()
     embedding.weight.data[int(sequences_of("llama-lm")[2][5])] = float("inf")
-    with pytest.raises(NumericsError, match="finite|NaN"):
+    with pytest.raises(NumericsError, match=r"finite|NaN"):
         measured(skeleton, batches_of("llama-lm"), everything(skeleton, names))

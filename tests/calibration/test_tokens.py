@@ -356,3 +356,10 @@ def test_examples_are_drawn_by_the_seed() -> None:
     assert found.texts != shuffled(examples, 30, 1).texts
     assert sorted(shuffled(examples, 100, 1).texts) == sorted(examples.texts)
     assert shuffled(Examples(examples.texts, None), 30, 0) == Examples(found.texts, None)
+
+
+def test_the_first_examples() -> None:
+    examples = Examples(["a", "b", "c"], ["0", "1", "2"])
+    assert examples.first(2) == Examples(["a", "b"], ["0", "1"])
+    assert examples.first(None) == examples.first(9) == examples
+    assert Examples(["a", "b"], None).first(1) == Examples(["a"], None)

@@ -33,10 +33,10 @@ def replayed(replay: Replay) -> list[Tensor]:
 def some_batches(either_side: bool = True) -> list[Batch]:
     """Without padding, of another length, with padding on the right and perhaps on the left."""
     return [
-        Batch(torch.stack(tokens(13, 13, seed=1))),
+        Batch(torch.stack(tokens(13, 13, 13, seed=1))),
         Batch(torch.stack(tokens(17, seed=2))),
         Batch(*padded(tokens(13, 7, 9, seed=3), left=[1] if either_side else [])),
-        Batch(torch.stack(tokens(13, 13, seed=4))),
+        Batch(torch.stack(tokens(13, 13, 13, seed=4))),
         Batch(*padded(tokens(8, 13, 11, seed=5), left=[2] if either_side else [])),
     ]
 
@@ -45,7 +45,7 @@ def some_batches(either_side: bool = True) -> list[Batch]:
 @pytest.mark.parametrize("case", MODELS)
 def test_equals_the_whole_model(case: str, dtype: torch.dtype, saved: Saved) -> None:
     model = load(saved(case), task(case), dtype)
-    # In float64 Gemma 2 itself makes NaN of positions that may look at nothing, those before the first token among them.
+    # In float64 Gemma 2 itself makes NaN of positions that may look at nothing, such as those before the first token.
     batches = some_batches(either_side=dtype == torch.float32)
     found = replayed(Replay(Skeleton(Checkpoint(saved(case)), CPU, dtype), batches))
     for batch, logits in zip(batches, found, strict=True):

@@ -1,4 +1,4 @@
-"""Stages are pure functions: the same recipe gives the same bytes, whichever way it is run, and a second run does nothing."""
+"""Stages are pure functions: a recipe gives the same bytes whichever way it is run, and a second run does nothing."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -69,7 +69,9 @@ def test_the_recipe_of_a_run_repeats_it(pristine: Finished, tmp_path: Path):
 
 
 def test_an_option_wins_over_the_recipe(pristine: Finished, tmp_path: Path):
-    said = done("compress", "--config", pristine("svd") / "recipe.yaml", "--ratio", 0.5, "--out", tmp_path / "r", "--json")
+    said = done(
+        "compress", "--config", pristine("svd") / "recipe.yaml", "--ratio", 0.5, "--out", tmp_path / "r", "--json"
+    )
     assert said.json["asked_ratio"] == 0.5 <= said.json["reached_ratio"]
 
 
@@ -128,7 +130,8 @@ def test_ranks_of_another_allocator_from_kept_statistics(tiny: Tiny, tmp_path: P
 def test_scores_that_need_dropped_statistics_are_refused(finished: Finished):
     run = finished("auto")
     message = refused("score", run, "--damping-gram", 0.01, "--overwrite")
-    assert "block-0000.safetensors is missing" in message
+    assert "has no statistics of block 0" in message
+    assert "--keep-statistics" in message
 
 
 def test_another_output_dtype_needs_no_new_scores(tiny: Tiny, finished: Finished, tmp_path: Path):

@@ -1,0 +1,180 @@
+"""What the looking commands print, for people and with --json, and what they leave alone."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from lowrank_compress.allocation.table import ALLOCATORS
+from lowrank_compress.arch.table import ARCHITECTURES
+from lowrank_compress.config import Recipe
+from lowrank_compress.methods.table import METHODS
+from tests.runs import FEW, Tiny, contents, done, refused
+from tests.tiny import save_tiny
+
+Finished = Callable[[str], Path]
+NAME = "model.layers.1.mlp.down_proj"
+
+
+@pytest.mark.parametrize(
+    ("what", "table"), [("methods", METHODS), ("allocators", ALLOCATORS), ("architectures", ARCHITECTURES)]
+)
+def test_list(what: str, table):
+    rows = done("list", what, "--json").json[what]
+    assert [row[what[:-1]] for row in rows] == list(table)
+    assert all(value for row in rows for value in row.values())
+    printed = done("list", what).out
+    assert all(name in printed for name in table)
+
+
+def test_list_of_something_else():
+    assert "Unknown list 'method'. Did you mean 'methods'?" in refused("list", "method")
+
+
+@pytest.mark.parametrize("method", ["svd", "auto"])
+def test_show(pristine: Finished, method: str):
+    run = pristine(method)
+    report = json.loads((run / "model" / "lowrank.json").read_text())
+    found = done("show", run, "--json").json
+    spectra = found.pop("spectra")
+    assert found == report
+    assert set(spectra) == set(report["matrices"])
+    assert all(values == sorted(values, reverse=True) for values in spectra.values())
+    printed = done("show", run).out
+    assert all(name in printed for name in report["matrices"])
+    dense = sum(matrix["format"] == "dense" for matrix in report["matrices"].values())
+    assert f"{len(report['matrices']) - dense} matrices are low-rank (LRC), {dense} stay dense (N-LRC)" in printed
+    assert ("nats a token" in printed) == (method == "auto")
+    assert done("show", run / "model", "--json").json == report | {"spectra": {}}
+
+
+def test_show_of_a_dense_checkpoint(tiny: Tiny):
+    assert "is no compressed checkpoint: it has no lowrank.json" in refused("show", tiny.model)
+
+
+def test_verify(pristine: Finished):
+    found = done("verify", pristine("svd"), "--json").json
+    states = {entry["file"]: entry["state"] for entry in found["files"]}
+    assert found["ok"] is True
+    assert states.pop("stats") == "dropped"
+    assert set(states.values()) == {"intact"}
+    assert {"scores/ranks.json", "model/config.json", "model/model.safetensors"} <= set(states)
+    assert "intact" in done("verify", pristine("svd")).out
+
+
+def test_verify_of_a_run_that_has_begun(tiny: Tiny, tmp_path: Path):
+    done("calibrate", *tiny.options(tmp_path / "run"))
+    states = {entry["file"]: entry["state"] for entry in done("verify", tmp_path / "run", "--json").json["files"]}
+    assert states["scores"] == states["model"] == "not there yet"
+
+
+def test_compress_says_what_it_reached(tiny: Tiny, tmp_path: Path):
+    run = tmp_path / "run"
+    said = done("compress", *tiny.options(run))
+    report = json.loads((run / "model" / "lowrank.json").read_text())
+    assert f"Removed {report['reached_ratio']:.2%} of the blocks parameters (asked: 30.00%)" in said.out
+    assert f"Checkpoint: {run / 'model'}" in said.out.replace("\n", "")
+    assert "Next: lrc eval" in said.err
+    assert "factorize: done (2)" in said.err
+
+
+@pytest.mark.parametrize("command", ["compress", "calibrate", "score", "factorize"])
+def test_stages_print_one_json_object(tiny: Tiny, tmp_path: Path, command: str):
+    run = tmp_path / "run"
+    done("compress", *tiny.options(run), "--keep-statistics")
+    found = done(command, *(tiny.options(run) if command in ("compress", "calibrate") else [run]), "--json").json
+    assert found["run"] == str(run)
+    assert len(found["id"]) == 64
+
+
+def test_the_recipe_says_everything(pristine: Finished):
+    recipe = yaml.safe_load((pristine("auto") / "recipe.yaml").read_text())
+    assert list(recipe) == list(Recipe.model_fields)
+    decided = set(recipe) - {"revision", "text_column", "label_column", "clip"}
+    assert all(recipe[name] is not None for name in decided)
+
+
+@pytest.mark.parametrize("method", ["svd", "auto"])
+def test_dry_run_writes_nothing(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str):
+    monkeypatch.chdir(tmp_path)
+    before = contents(tiny.model.parent)
+    said = done("compress", *tiny.options(tmp_path / "run", method), "--dry-run")
+    assert "Nothing was written." in said.out
+    found = done("compress", *tiny.options(tmp_path / "run", method), "--dry-run", "--json").json
+    assert found["run"] == str(tmp_path / "run")
+    assert found["budget"]["denominator"] == 19968
+    assert found["budget"]["largest_stored"] == 19968 - 5991  # ⌈0.3 · 19968⌉
+    assert found["ranks_need_data"] == (method == "auto")
+    assert found["memory"]["one block"] == 4 * (19968 // 2 + 2 * 32)  # float32 weights and norms
+    assert (found["memory"]["its statistics"] > 0) == (method == "auto")
+    assert contents(tiny.model.parent) == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_ranks_are_those_of_the_run(tiny: Tiny, pristine: Finished):
+    found = done("compress", *tiny.options(Path("unused"), "svd"), "--dry-run", "--json").json
+    report = json.loads((pristine("svd") / "model" / "lowrank.json").read_text())
+    assert found["uniform_ranks"] == {name: matrix["rank"] for name, matrix in report["matrices"].items()}
+
+
+def test_dry_run_refuses_what_the_run_would(tiny: Tiny, tmp_path: Path):
+    message = refused("compress", *tiny.options(tmp_path / "run"), "--dry-run", "--ratio", 0.999)
+    assert "out of reach" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+ALONE = """
+import json, sys
+from transformers import AutoModelForCausalLM
+import torch
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+with torch.no_grad():
+    logits = model(torch.arange(4, 24).view(2, 10)).logits
+assert "lowrank_compress" not in sys.modules
+print(json.dumps([type(model).__name__, logits.tolist()]))
+"""
+
+
+def test_a_dense_export_needs_nothing_of_this_package(tiny: Tiny, tmp_path: Path):
+    model, run, dense = save_tiny("gpt2", tmp_path / "model"), tmp_path / "run", tmp_path / "dense"
+    done("compress", model, "--calibration", tiny.text, *FEW, "--out", run)
+    assert f"Dense checkpoint: {dense}" in done("export", run, "--dense", dense).out.replace("\n", "")
+    assert "quantization_config" not in (settings := json.loads((dense / "config.json").read_text()))
+    assert "auto_map" not in settings
+    assert {path.name for path in dense.iterdir()} == {path.name for path in model.iterdir()}
+    done("export", run / "model", "--dense", tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(dense)
+
+    # -I: neither this directory nor the environment can bring the package in; site-packages may have it, unimported.
+    name, logits = json.loads(subprocess.check_output([sys.executable, "-I", "-c", ALONE, str(dense)], text=True))
+    compressed = AutoModelForCausalLM.from_pretrained(run / "model").eval()
+    with torch.no_grad():
+        expected = compressed(torch.arange(4, 24).view(2, 10)).logits
+        original = AutoModelForCausalLM.from_pretrained(model).eval()(torch.arange(4, 24).view(2, 10)).logits
+    assert name == type(AutoModelForCausalLM.from_pretrained(model)).__name__
+    torch.testing.assert_close(torch.tensor(logits), expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(expected, original, rtol=1e-3, atol=1e-3)
+
+
+def test_export_replaces_checkpoints_only_and_only_when_told(tiny: Tiny, finished: Finished, tmp_path: Path):
+    run, out = finished("svd"), tmp_path / "dense"
+    out.mkdir()
+    (out / "notes.txt").write_text("precious")
+    assert "is not empty" in refused("export", run, "--dense", out)
+    assert "is no checkpoint; it is not replaced" in refused("export", run, "--dense", out, "--overwrite")
+    assert list(contents(out)) == ["notes.txt"]
+    done("export", run, "--dense", tmp_path / "new")
+    assert "pass --overwrite" in refused("export", run, "--dense", tmp_path / "new")
+    done("export", run, "--dense", tmp_path / "new", "--overwrite")
+
+    before = contents(run)
+    assert "is what is to be made dense" in refused("export", run, "--dense", run / "model", "--overwrite")
+    assert "is a file" in refused("export", run, "--dense", run / "recipe.yaml", "--overwrite")
+    assert "nothing to make dense" in refused("export", tiny.model, "--dense", tmp_path / "no")
+    assert contents(run) == before

@@ -1,0 +1,112 @@
+"""What the README says can be done: its commands parse, its paths and targets exist, its Python works."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from lowrank_compress.allocation.storage import STORAGES
+from lowrank_compress.allocation.table import ALLOCATORS, Allocator
+from lowrank_compress.arch.spec import Architecture
+from lowrank_compress.cli.main import app
+from lowrank_compress.methods.linear import LinearMethod
+from lowrank_compress.methods.table import METHODS
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
+INLINE = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", TEXT, flags=re.DOTALL | re.MULTILINE))
+SHELL = [line for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()]
+COMMANDS = sorted({line.strip() for line in [*SHELL, *INLINE] if line.strip().startswith("lrc ")})
+PATH = re.compile(
+    r"^(\.\w+/)?(configs|scripts|tests|lowrank_compress|\.ci|\.githooks|[\w-]+\.(yaml|txt|md|toml))(/[\w./-]+)?$"
+)
+# Names in examples that stand for the reader's own files, and files of a run.
+EXAMPLES = {"my-text.txt", "other-text.txt", "recipe.yaml", "lowrank_compress"}
+
+
+def parse(words: list[str]) -> Any:
+    """Parse a command line as the program does, and run nothing."""
+    group: Any = typer.main.get_command(app)
+    name, *rest = words
+    assert name in group.commands, f"lrc has no command {name!r}"
+    return group.commands[name].make_context(name, rest)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_parses(command: str) -> None:
+    words = shlex.split(command, comments=True)[1:]
+    context = parse(words)
+    given = context.params
+    assert given.get("method") in {None, *METHODS}
+    assert given.get("allocate") in {None, *ALLOCATORS}
+    assert given.get("storage") in {None, *STORAGES}
+    if given.get("config") is not None:
+        assert (ROOT / given["config"]).is_file()
+
+
+def test_there_are_commands() -> None:
+    assert {command.split()[1] for command in COMMANDS} >= {
+        "compress",
+        "calibrate",
+        "score",
+        "factorize",
+        "eval",
+        "show",
+    }
+
+
+@pytest.mark.parametrize("word", sorted({word for word in INLINE if re.match(r"--[a-z-]+", word)}))
+def test_option_exists(word: str) -> None:
+    group: Any = typer.main.get_command(app)
+    known = {o for command in group.commands.values() for parameter in command.params for o in parameter.opts}
+    assert word.split()[0] in known
+
+
+@pytest.mark.parametrize("path", sorted({word for word in INLINE if PATH.match(word)} - EXAMPLES))
+def test_path_exists(path: str) -> None:
+    assert (ROOT / path).exists() or (ROOT / "configs" / path).exists()
+
+
+@pytest.mark.parametrize("script", sorted(set(re.findall(r"python (scripts/\w+\.py)", TEXT))))
+def test_script_exists(script: str) -> None:
+    assert (ROOT / script).is_file()
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"(?:^|`)make (\w+)", TEXT, re.MULTILINE))))
+def test_make_target_exists(target: str) -> None:
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def test_every_recipe_is_named() -> None:
+    assert {path.name for path in (ROOT / "configs").glob("*.yaml")} <= set(INLINE)
+
+
+def test_every_method_and_allocator_is_explained() -> None:
+    own = {name for table in (METHODS, ALLOCATORS) for name in table} | set(STORAGES)
+    assert own <= set(INLINE)
+
+
+@pytest.mark.parametrize(
+    "code", [block for kind, block in BLOCKS if kind == "python"], ids=lambda code: code.split()[1]
+)
+def test_python_compiles(code: str) -> None:
+    compile(code, "README.md", "exec")
+
+
+def test_plug_ins_are_what_the_tables_take() -> None:
+    (code,) = (block for kind, block in BLOCKS if kind == "python" and "METHOD" in block)
+    made: dict[str, Any] = {}
+    exec(code, made)
+    assert isinstance(made["METHOD"], LinearMethod)
+    assert isinstance(made["ALLOCATOR"], Allocator)
+    assert isinstance(made["ARCHITECTURE"], Architecture)
+    (toml,) = (block for kind, block in BLOCKS if kind == "toml")
+    for group, name in re.findall(r'\[project\.entry-points\."([\w.]+)"\]\n[\w-]+ = "my_package:(\w+)"', toml):
+        assert group in {"lowrank_compress.methods", "lowrank_compress.allocators", "lowrank_compress.architectures"}
+        assert name in made

@@ -87,8 +87,8 @@ def measure(case: Case, ratios: Sequence[float], directory: Path) -> str:
         entry = METHODS[method]
         lines.append(f"| `{method}` | {entry.allocate} | {entry.storage} | {' | '.join(cells)} |")
     dense = perplexity(case.model, case.text, *length)
-    data = f"{case.samples} × {case.seq_len} calibration tokens; perplexity of the dense model: {dense:.2f}."
-    return "\n".join([f"Perplexity of {case.title};", data, "", *lines])
+    amount = f"{case.samples} × {case.seq_len} calibration tokens; perplexity of the dense model: {dense:.2f}."
+    return "\n".join([f"Perplexity of {case.title};", amount, "", *lines])
 
 
 def replace_between(text: str, name: str, content: str) -> str:

@@ -41,4 +41,4 @@ def perplexity(checkpoint: Path, text: Path, *options: object) -> float:
     """Perplexity of one checkpoint, whatever it is, without a dense original beside it."""
     metrics = lrc("eval", checkpoint, "--perplexity", text, *options)
     (values,) = metrics["perplexity"].values()
-    return values["dense"]
+    return values.get("compressed", values.get("dense"))

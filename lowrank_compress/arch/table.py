@@ -117,12 +117,21 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
             f"Multimodal models are not supported: model type {name!r} has a {modality}. Extract the language model "
             "into a checkpoint of its own (for gemma3, one of model type 'gemma3_text') and compress that."
         )
-    known = {model_type: entry for entry in ARCHITECTURES.values() for model_type in entry.model_types}
+    known = _by_model_type()
     if name not in known:
-        raise UnsupportedError(unknown("model type", name, known))
+        raise UnsupportedError(unknown_model_type(name))
     if declared.get("is_encoder_decoder") or declared.get("add_cross_attention"):
         raise UnsupportedError(
             f"Models with cross-attention are not supported: this {name!r} configuration sets "
             "is_encoder_decoder or add_cross_attention. Choose a checkpoint that is only a decoder or only an encoder."
         )
     return known[name]
+
+
+def unknown_model_type(name: str) -> str:
+    """Compose the message for a model type that no entry lists: the nearest one that is known, then all."""
+    return unknown("model type", name, _by_model_type())
+
+
+def _by_model_type() -> dict[str, Architecture]:
+    return {model_type: entry for entry in ARCHITECTURES.values() for model_type in entry.model_types}

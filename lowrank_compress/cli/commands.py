@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.progress import filesize
 
 from lowrank_compress.artifacts.files import read_json, sha256
 from lowrank_compress.artifacts.lock import locked
 from lowrank_compress.artifacts.manifest import Manifest
-from lowrank_compress.cli.terminal import TerminalReporter, console, messages, number, print_json, table
+from lowrank_compress.cli.terminal import TerminalReporter, console
 from lowrank_compress.config import EvaluateConfig, Recipe, load_recipe
 from lowrank_compress.demo import text as demo_text
 from lowrank_compress.errors import ArtifactError, CalibrationError, InputError
@@ -70,7 +69,7 @@ def calibrate(recipe: Recipe, out: Path | None, overwrite: bool, reporter: Termi
     return {"run": str(run.path), "stage": "calibrate", "id": manifest.id, **manifest.report}
 
 
-def _changed_plan(run: Run, given: dict[str, Any], overwrite: bool) -> pipeline.Plan:
+def _changed_plan(run: Run, given: dict[str, Any]) -> pipeline.Plan:
     """The plan of an existing run with some options changed; the run's recipe follows."""
     if not run.recipe.exists():
         raise ArtifactError(
@@ -82,7 +81,7 @@ def _changed_plan(run: Run, given: dict[str, Any], overwrite: bool) -> pipeline.
 def score(path: Path, given: dict[str, Any], overwrite: bool, reporter: TerminalReporter) -> dict[str, Any]:
     """Run the second stage on an existing run."""
     run = Run(path)
-    plan = _changed_plan(run, given, overwrite)
+    plan = _changed_plan(run, given)
     with locked(run.path):
         manifest = score_stage.run(
             plan.score, pipeline.inputs_of_score(plan, run), run.scores, reporter, overwrite=overwrite
@@ -94,10 +93,11 @@ def score(path: Path, given: dict[str, Any], overwrite: bool, reporter: Terminal
 def factorize(path: Path, given: dict[str, Any], overwrite: bool, reporter: TerminalReporter) -> dict[str, Any]:
     """Run the third stage on an existing run."""
     run = Run(path)
-    plan = _changed_plan(run, given, overwrite)
+    plan = _changed_plan(run, given)
     with locked(run.path):
         manifest = pipeline.finish(plan, run, reporter, overwrite=overwrite)
-        pipeline.claim(run, plan, overwrite=True)
+        # Another storage than the ranks were chosen for is no recipe: it would choose other ranks.
+        pipeline.claim(run, _changed_plan(run, {"dtype": given["dtype"]}), overwrite=True)
     return _result(run, manifest)
 
 
@@ -145,105 +145,10 @@ def export_dense(target: str, out: Path, overwrite: bool, reporter: TerminalRepo
     console().print(f"Dense checkpoint: {out}")
 
 
-def dry_run(recipe: Recipe, out: Path | None, as_json: bool) -> None:
-    """Print what a run would need."""
+def dry_run(recipe: Recipe, out: Path | None) -> dict[str, Any]:
+    """Compute what a run would need; write nothing."""
     plan = pipeline.plan(recipe)
-    found = plan_sizes(plan, Run(out or pipeline.default_run(recipe)))
-    if as_json:
-        print_json(found)
-        return
-    screen = console()
-    budget = found["budget"]
-    screen.print(
-        f"Remove {budget['ratio']:.1%} of {budget['denominator']:,} {budget['ratio_of']} parameters: the "
-        f"{budget['claimed_elements']:,} weights inside the blocks may keep {budget['largest_stored']:,} stored "
-        "elements."
-    )
-    ranks = {name: rank for name, rank in found["uniform_ranks"].items()}
-    note = " (uniform; the allocator asked for needs the scores)" if found["ranks_need_data"] else ""
-    screen.print(
-        table(f"Ranks{note}", ["matrix", "rank"], [[name, str(rank or "dense")] for name, rank in ranks.items()])
-    )
-    for title in ("memory", "disk"):
-        rows = [[name, filesize.decimal(size)] for name, size in found[title].items()]
-        rows.append(["together", filesize.decimal(sum(found[title].values()))])
-        screen.print(table(title.capitalize(), ["what", "size"], rows))
-    screen.print("Nothing was written.")
-
-
-def print_stage(result: dict[str, Any], as_json: bool) -> None:
-    """Print what a single stage reports."""
-    if as_json:
-        print_json(result)
-        return
-    rows = [[name.replace("_", " "), _plain(value)] for name, value in result.items() if value is not None]
-    console().print(table(f"{result['stage']}: done", ["what", "value"], rows))
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-
-def print_result(result: dict[str, Any], as_json: bool) -> None:
-    """Print what a finished run reached."""
-    if as_json:
-        print_json(result)
-        return
-    console().print(
-        f"Removed {result['reached_ratio']:.2%} of the {result['ratio_of']} parameters (asked: "
-        f"{result['asked_ratio']:.2%}): {result['claimed_elements']:,} weights became {result['stored_elements']:,} "
-        f"stored elements.\nCheckpoint: {result['model']}"
-    )
-    messages.print(f"Next: lrc eval {result['run']} --perplexity YOUR_TEXT.txt", style="dim", markup=False)
-
-
-def print_metrics(target: str, metrics: dict[str, Any]) -> None:
-    """Print an evaluation, compressed and dense side by side."""
-    out = console()
-    rows: list[list[str]] = []
-    for name, values in metrics["perplexity"].items():
-        note = f"{values['tokens']:,} tokens"
-        rows.append(
-            [f"perplexity · {Path(name).name}", number(values.get("compressed")), number(values.get("dense")), note]
-        )
-    for name, values in metrics["classification"].items():
-        note = f"{values['n']:,} examples"
-        rows.append(
-            [f"accuracy · {Path(name).name}", number(values.get("compressed")), number(values.get("dense")), note]
-        )
-    for name, values in metrics["tasks"].items():
-        for metric, value in values["dense"].items():
-            if "stderr" not in metric:
-                error = values["dense"].get(
-                    metric.partition(",")[0] + "_stderr,none", values["dense"].get(f"{metric}_stderr")
-                )
-                compressed = values.get("compressed", {}).get(metric)
-                note = "" if error is None else f"± {error:.3g}"
-                rows.append([f"{name} · {metric}", number(compressed), number(value), note])
-    size = metrics["size"]
-    for scope, title in (("blocks", "parameters in blocks"), ("model", "parameters in all")):
-        values = size[scope]
-        note = f"−{values['ratio']:.2%}" if "ratio" in values else ""
-        rows.append(
-            [title, f"{values['compressed']:,}" if "compressed" in values else "–", f"{values['dense']:,}", note]
-        )
-    values = size["bytes"]
-    note = f"−{values['ratio']:.2%}" if "ratio" in values else ""
-    small = filesize.decimal(values["compressed"]) if "compressed" in values else "–"
-    rows.append(["bytes of weights", small, filesize.decimal(values["dense"]), note])
-    values = size["kv_bytes_per_token"]
-    if values["dense"]:
-        rows.append(
-            ["KV cache bytes a token", f"{values.get('compressed', values['dense']):,}", f"{values['dense']:,}", ""]
-        )
-    out.print(table(target, ["", "compressed", "dense", ""], rows))
-    if "asked_ratio" in size:
-        out.print(
-            f"Asked: {size['asked_ratio']:.2%} of the {size['ratio_of']} parameters; reached: "
-            f"{size['reached_ratio']:.2%}."
-        )
+    return plan_sizes(plan, Run(out or pipeline.default_run(recipe)))
 
 
 def demo(ratio: float, out: Path, reporter: TerminalReporter) -> list[dict[str, Any]]:
@@ -270,29 +175,6 @@ def demo(ratio: float, out: Path, reporter: TerminalReporter) -> list[dict[str, 
             {"method": method, "run": str(run.path), **manifest.report, "size": metrics["size"], "perplexity": values}
         )
     return rows
-
-
-def print_demo(rows: list[dict[str, Any]], as_json: bool) -> None:
-    """Print the demo's table."""
-    if as_json:
-        print_json({"demo": rows})
-        return
-    size = rows[0]["size"]
-    body = [["dense", number(rows[0]["perplexity"]["dense"]), f"{size['blocks']['dense']:,}", "0 %"]]
-    body += [
-        [
-            row["method"],
-            number(row["perplexity"]["compressed"]),
-            f"{row['size']['blocks']['compressed']:,}",
-            f"{row['reached_ratio']:.2%}",
-        ]
-        for row in rows
-    ]
-    console().print(f"Perplexity on held-out Python documentation ({rows[0]['perplexity']['tokens']:,} tokens)")
-    console().print(table("", ["method", "perplexity", "parameters in blocks", "removed"], body))
-    console().print(
-        f"The checkpoints are in {Path(rows[0]['run']).parent}; look into one with: lrc show {rows[-1]['run']}"
-    )
 
 
 def read_report(path: Path) -> dict[str, Any]:

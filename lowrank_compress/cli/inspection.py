@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lowrank_compress.cli.terminal import console, number, print_json, sparkline, table
+from lowrank_compress.cli.terminal import console, number, print_json, share_of, sparkline, table
 from lowrank_compress.errors import ArtifactError, InputError
 from lowrank_compress.registry import unknown
 
@@ -79,7 +79,7 @@ def show(target: str, as_json: bool) -> None:
     total = sum(matrix["predicted_loss"] for matrix in report["matrices"].values())
     out.print(
         f"{len(rows) - dense} matrices are low-rank (LRC), {dense} stay dense (N-LRC). Removed "
-        f"{report['reached_ratio']:.2%} of the {report['ratio_of']} parameters (asked: {report['asked_ratio']:.2%})."
+        f"{report['reached_ratio']:.2%} of {share_of(report['ratio_of'])} (asked: {report['asked_ratio']:.2%})."
     )
     if nats:
         out.print(f"Predicted loss increase: {total:.4g} nats a token (second order: too low at large ratios).")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from lowrank_compress.cli import options as o
-from lowrank_compress.cli.terminal import friendly, print_json, prepare_libraries, reported
+from lowrank_compress.cli.terminal import friendly, prepare_libraries, print_json, reported
 from lowrank_compress.config import EvaluateConfig, Recipe, load_recipe
 
 app = typer.Typer(
@@ -77,16 +77,16 @@ def compress(
     """Compress a checkpoint: calibrate, score, factorize. The result is RUN/model."""
     given = {name: value for name, value in locals().items() if name in Recipe.model_fields}
     with friendly(debug):
-        from lowrank_compress.cli import commands
+        from lowrank_compress.cli import commands, printing
 
         prepare_libraries()
         recipe = _recipe(config, given)
         if dry_run:
-            commands.dry_run(recipe, out, json)
+            printing.print_dry_run(commands.dry_run(recipe, out), json)
             return
         with reported() as reporter:
             result = commands.compress(recipe, out, keep_statistics, overwrite, reporter)
-        commands.print_result(result, json)
+        printing.print_result(result, json)
 
 
 @app.command()
@@ -113,12 +113,12 @@ def calibrate(
     """Stage 1: take the statistics that a method needs, block by block, into RUN/stats."""
     given = {name: value for name, value in locals().items() if name in Recipe.model_fields}
     with friendly(debug):
-        from lowrank_compress.cli import commands
+        from lowrank_compress.cli import commands, printing
 
         prepare_libraries()
         with reported() as reporter:
             result = commands.calibrate(_recipe(config, given), out, overwrite, reporter)
-        commands.print_stage(result, json)
+        printing.print_stage(result, json)
 
 
 @app.command()
@@ -139,12 +139,12 @@ def score(
     """Stage 2: decompose every matrix and choose ranks, into RUN/scores (ranks.json may be edited by hand)."""
     given = {name: value for name, value in locals().items() if name in Recipe.model_fields}
     with friendly(debug):
-        from lowrank_compress.cli import commands
+        from lowrank_compress.cli import commands, printing
 
         prepare_libraries()
         with reported() as reporter:
             result = commands.score(run, given, overwrite, reporter)
-        commands.print_stage(result, json)
+        printing.print_stage(result, json)
 
 
 @app.command()
@@ -159,12 +159,12 @@ def factorize(
     """Stage 3: write the compressed checkpoint RUN/model with the ranks that RUN/scores/ranks.json has now."""
     given = {name: value for name, value in locals().items() if name in Recipe.model_fields}
     with friendly(debug):
-        from lowrank_compress.cli import commands
+        from lowrank_compress.cli import commands, printing
 
         prepare_libraries()
         with reported() as reporter:
             result = commands.factorize(run, given, overwrite, reporter)
-        commands.print_result(result, json)
+        printing.print_result(result, json)
 
 
 @app.command("eval")
@@ -200,7 +200,7 @@ def evaluate(
 ) -> None:
     """Stage 4: measure perplexity, accuracy, lm-eval tasks and size; for a run, the dense original beside it."""
     with friendly(debug):
-        from lowrank_compress.cli import commands
+        from lowrank_compress.cli import commands, printing
 
         prepare_libraries()
         config = EvaluateConfig(
@@ -222,7 +222,7 @@ def evaluate(
         if json:
             print_json(metrics)
         else:
-            commands.print_metrics(target, metrics)
+            printing.print_metrics(target, metrics)
 
 
 @app.command()
@@ -285,11 +285,11 @@ def demo(
     json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
-    """Compress the small model that comes with the package by fwsvd and by auto, and measure both on held-out text."""
+    """Compress the small model that comes with the package by svd, fwsvd and auto; measure on held-out text."""
     with friendly(debug):
-        from lowrank_compress.cli import commands
+        from lowrank_compress.cli import commands, printing
 
         prepare_libraries()
         with reported() as reporter:
             rows = commands.demo(ratio, out, reporter)
-        commands.print_demo(rows, json)
+        printing.print_demo(rows, json)

@@ -123,6 +123,8 @@ def prepare_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if not messages.is_terminal:
+        os.environ.setdefault("TQDM_DISABLE", "1")
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -179,3 +181,9 @@ def number(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:.4g}" if abs(value) < 1e5 else f"{value:.3g}"
+
+
+def share_of(ratio_of: str, count: int | None = None) -> str:
+    """Say in words what a ratio is a share of."""
+    parameters = "the parameters" if count is None else f"the {count:,} parameters"
+    return f"{parameters} {'inside the blocks' if ratio_of == 'blocks' else 'of the model'}"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import logging
+import re
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,25 @@ from lowrank_compress.errors import InputError
 
 # lm-eval draws this many bootstrap samples for standard errors; its default costs seconds a task.
 BOOTSTRAP = 1000
+# Names of data files in a task's YAML.
+_FILE_NAMES = re.compile(r"[^\s\"',\[\]{}]+\.(?:jsonl?|csv|tsv|txt|parquet)")
 # Imported when called: they take seconds, and lm-eval is an optional dependency.
 _MODULES = ("lm_eval", "lm_eval.tasks", "lm_eval.models.huggingface")
+
+
+def harness_version() -> str:
+    """Version of the installed lm-eval; "none" without it."""
+    try:
+        return version("lm_eval")
+    except PackageNotFoundError:
+        return "none"
+
+
+def task_files(directory: Path) -> list[Path]:
+    """List the task files below a directory and the local data files that they name."""
+    files = sorted(directory.rglob("*.yaml"))
+    named = [name for path in files for name in _FILE_NAMES.findall(path.read_text(encoding="utf-8"))]
+    return files + sorted({Path(name) for name in named if Path(name).is_file()})
 
 
 def run_tasks(
@@ -59,6 +79,7 @@ def run_tasks(
             f"--tasks needs lm-eval, which is not installed ({problem}). Install it: pip install "
             "'lowrank_compress[tasks]'."
         ) from problem
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if include_path is not None and not include_path.is_dir():
         raise InputError(f"--include-path {include_path} is no directory; expected one with lm-eval task YAML files.")
     local = harness.TaskManager(include_path=str(include_path), include_defaults=False) if include_path else None
@@ -93,7 +114,7 @@ def run_tasks(
         task: {
             name.removesuffix(",none"): float(value)
             for name, value in metrics.items()
-            if isinstance(value, int | float) and not isinstance(value, bool)
+            if isinstance(value, int | float) and name != "sample_len"
         }
         for task, metrics in found["results"].items()
     }

@@ -29,8 +29,10 @@ class Side:
         Statistics needed where this side is the smaller one (the metric itself).
     far
         Statistics needed where it is the larger one (the metric's product with the weight).
-    power
-        The metric is diag(mean abs activation)^power where set.
+    diagonal
+        The metric is a diagonal matrix, made of a vector of statistics.
+    centred
+        The mean input is taken out of the moments where a bias can restore it.
     """
 
     name: str

@@ -39,7 +39,7 @@ _OWN = (
         name="afm",
         left=PLAIN,
         right=CENTRED_GRAM,
-        paper="Atomic Feature Mimicking, CVPR 2022",
+        paper="Atomic Feature Mimicking (Yu & Wu), AAAI 2023",
         help="principal components of the layer's outputs, mean restored through the bias",
     ),
     LinearMethod(

@@ -40,6 +40,17 @@ def task_of(config: PretrainedConfig) -> Task:
     if named.endswith(("ForCausalLM", "LMHeadModel")):
         return "lm"
     if named.endswith("ForSequenceClassification"):
+        kind = getattr(config, "problem_type", None) or "single_label_classification"
+        if kind != "single_label_classification" or len(config.id2label or {}) < 2:
+            raise UnsupportedError(
+                f"The classifier's problem_type is {kind} with {len(config.id2label or {})} labels; supported is one "
+                "label of several (single_label_classification), whose loss is the cross-entropy."
+            )
+        if getattr(config, "pad_token_id", None) is None:
+            raise CheckpointError(
+                "The classifier's config.json has no pad_token_id, without which batches of texts cannot be told from "
+                "padding. Set it to the tokenizer's padding token."
+            )
         return "classification"
     raise UnsupportedError(
         f"The checkpoint's head is {named}; supported are causal language models (…ForCausalLM, …LMHeadModel) and "

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
-from lowrank_compress.errors import CheckpointError, InputError
+from lowrank_compress.arch.table import unknown_model_type
+from lowrank_compress.errors import CheckpointError, InputError, UnsupportedError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -89,6 +90,8 @@ class Checkpoint:
     @cached_property
     def config(self) -> PretrainedConfig:
         """The model's configuration."""
+        if self.raw_config.get("model_type") not in CONFIG_MAPPING and "auto_map" not in self.raw_config:
+            raise UnsupportedError(unknown_model_type(str(self.raw_config.get("model_type"))))
         try:
             return AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
         except Exception as problem:  # transformers raises many types here

@@ -16,17 +16,14 @@ from torch import Tensor
 from lowrank_compress.artifacts.manifest import Key, Manifest, commit, committed, read_manifest
 from lowrank_compress.artifacts.tensors import BlockFiles
 from lowrank_compress.calibration.capture import capture, needs_gradient
+from lowrank_compress.calibration.sources import Source, read_examples, read_text, shuffled
 from lowrank_compress.calibration.tokens import (
-    Source,
     batches_hash,
     bos_of,
     calibration_windows,
     encode,
     example_batches,
     load_tokenizer,
-    read_examples,
-    read_text,
-    shuffled,
     window_batches,
 )
 from lowrank_compress.config import CalibrateConfig

@@ -18,7 +18,7 @@ import lowrank_compress
 from lowrank_compress.artifacts.files import TEMPORARY, read_json, sha256, write_json
 from lowrank_compress.artifacts.lock import LOCK
 from lowrank_compress.artifacts.manifest import canonical_hash
-from lowrank_compress.calibration.tokens import Source, load_hub
+from lowrank_compress.calibration.sources import Source, load_hub
 from lowrank_compress.errors import ArtifactError, CalibrationError, InputError
 from lowrank_compress.model.checkpoint import Checkpoint
 

@@ -18,8 +18,8 @@ from lowrank_compress.linalg.weighted import Projector, factors
 from lowrank_compress.model import weights
 from lowrank_compress.model.blueprint import Blueprint
 from lowrank_compress.model.surgery import Encoded, dense_part, module_entry, module_tensors
+from lowrank_compress.stages.bases import projector_of
 from lowrank_compress.stages.ranks import Choice
-from lowrank_compress.stages.score import projector_of
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,20 +12,18 @@ from transformers import AutoModelForCausalLM
 
 from lowrank_compress.artifacts.files import read_json, sha256, write_json
 from lowrank_compress.artifacts.manifest import Key, commit, committed
+from lowrank_compress.calibration.sources import Source, read_examples, read_text
 from lowrank_compress.calibration.tokens import (
-    Source,
     bos_of,
     encode,
     evaluation_windows,
     example_batches,
     load_tokenizer,
-    read_examples,
-    read_text,
     window_batches,
 )
 from lowrank_compress.config import EvaluateConfig
 from lowrank_compress.errors import CalibrationError, InputError
-from lowrank_compress.evaluation.harness import run_tasks
+from lowrank_compress.evaluation.harness import harness_version, run_tasks, task_files
 from lowrank_compress.evaluation.replayed import accuracy, perplexity
 from lowrank_compress.evaluation.size import measure_size
 from lowrank_compress.model.checkpoint import Checkpoint
@@ -47,7 +44,7 @@ class Inputs:
     checkpoint
         The checkpoint to measure.
     dense
-        The dense original to measure beside it; None for a plain checkpoint, which then counts as dense itself.
+        The dense original to measure beside it; None to measure the checkpoint alone.
     sizes
         Asked and reached ratio of a run, for the report.
     """
@@ -66,9 +63,11 @@ def key(config: EvaluateConfig, inputs: Inputs) -> Key:
         found[f"perplexity:{name}"] = source_id(Source(name, config.text_column))
     if config.classification is not None:
         found[f"classification:{config.classification}"] = source_id(Source(config.classification))
-    if config.include_path is not None:
-        for path in sorted(Path(config.include_path).rglob("*.yaml")):
-            found[f"task:{path.name}"] = sha256(path)
+    if config.tasks:
+        found["lm_eval"] = harness_version()
+    if config.tasks and config.include_path is not None:
+        for path in task_files(Path(config.include_path)):
+            found[f"task:{path}"] = sha256(path)
     return Key("evaluate", VERSION, config.model_dump(mode="json"), found)
 
 
@@ -122,7 +121,8 @@ def run(
 
 def _models(inputs: Inputs) -> dict[str, Checkpoint]:
     if inputs.dense is None:
-        return {"dense": inputs.checkpoint}
+        compressed = "quantization_config" in inputs.checkpoint.raw_config
+        return {"compressed" if compressed else "dense": inputs.checkpoint}
     return {"compressed": inputs.checkpoint, "dense": inputs.dense}
 
 
@@ -214,7 +214,7 @@ def size_report(inputs: Inputs) -> dict[str, Any]:
             ("kv_bytes_per_token", "kv_bytes_per_token"),
         )
     }
-    if "compressed" in sizes:
+    if len(sizes) == 2:
         for values in report.values():
             values["ratio"] = 1 - values["compressed"] / values["dense"] if values["dense"] else 0.0
     if inputs.sizes is not None:
@@ -227,6 +227,6 @@ def _merge(out_dir: Path) -> None:
     merged: dict[str, Any] = {}
     for path in sorted(out_dir.glob(f"*/{METRICS}")):
         if (path.parent / "manifest.json").exists():
-            settings = json.loads((path.parent / "manifest.json").read_text(encoding="utf-8"))["key"]["config"]
-            merged[path.parent.name] = {"config": settings, **read_json(path)}
+            key = read_json(path.parent / "manifest.json")["key"]
+            merged[path.parent.name] = {"config": key["config"], "inputs": key["inputs"], **read_json(path)}
     write_json(out_dir / METRICS, {"schema": 1, "evaluations": merged})

@@ -13,8 +13,9 @@ from lowrank_compress.allocation.table import ALLOCATORS
 from lowrank_compress.artifacts.files import read_json, write_json, write_text
 from lowrank_compress.artifacts.manifest import Manifest, difference, read_manifest
 from lowrank_compress.calibration.capture import needs_gradient
-from lowrank_compress.calibration.tokens import PAPERS_DATA, load_tokenizer
-from lowrank_compress.config import CalibrateConfig, EvaluateConfig, FactorizeConfig, Recipe, ScoreConfig
+from lowrank_compress.calibration.sources import PAPERS_DATA
+from lowrank_compress.calibration.tokens import load_tokenizer
+from lowrank_compress.config import DTYPES, CalibrateConfig, EvaluateConfig, FactorizeConfig, Recipe, ScoreConfig
 from lowrank_compress.errors import ArtifactError, InputError, UnsupportedError
 from lowrank_compress.methods.linear import needed
 from lowrank_compress.methods.table import METHODS
@@ -22,6 +23,7 @@ from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint, locate
 from lowrank_compress.registry import unknown
 from lowrank_compress.stages import calibrate, evaluate, factorize, score
+from lowrank_compress.stages.bases import Bases
 from lowrank_compress.stages.common import Reporter, Run, Silent, checkpoint_id, compute_device, display_name
 
 # Tokens a micro-batch unless the recipe says otherwise: a result depends on it in the last bits, so it is in the key.
@@ -145,6 +147,8 @@ def plan(recipe: Recipe) -> Plan:
     if method.needs_data:
         load_tokenizer(checkpoint.path, recipe.trust_remote_code)
     dtype = recipe.dtype or str(checkpoint.dtype).removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise InputError(f"The checkpoint's weights are {dtype}; name an output --dtype: {', '.join(DTYPES)}.")
     return Plan(recipe, checkpoint, seq_len, device, dtype)
 
 
@@ -206,7 +210,7 @@ def compress(
     found = score.committed_scores(run.scores, score.key(plan.score, inputs), overwrite=overwrite)
     if found is None:
         keep_statistics = keep_statistics or calibrate.kept(run.statistics, inputs.calibration)
-        bases = score.Bases(plan.score, inputs, run.scores)
+        bases = Bases(plan.score, plan.checkpoint, inputs.calibration.id, run.scores)
         calibrate.run(
             plan.calibrate,
             calibrate.Inputs(plan.checkpoint),

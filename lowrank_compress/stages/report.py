@@ -13,7 +13,7 @@ from lowrank_compress.artifacts.manifest import Manifest
 from lowrank_compress.config import FactorizeConfig
 from lowrank_compress.errors import ArtifactError
 from lowrank_compress.methods.linear import LinearMethod
-from lowrank_compress.stages.score import predicted_losses
+from lowrank_compress.stages.bases import predicted_losses
 
 
 def block_losses(
@@ -84,6 +84,7 @@ def summary(
 
 def model_card(report: Mapping[str, Any]) -> str:
     """Write a short README.md for the checkpoint."""
+    where = "inside the blocks" if report["ratio_of"] == "blocks" else "of the model"
     return f"""---
 library_name: transformers
 tags: [low-rank, lowrank_compress]
@@ -91,7 +92,7 @@ tags: [low-rank, lowrank_compress]
 
 # A low-rank compressed checkpoint
 
-Method `{report["method"]}`: {report["reached_ratio"]:.2%} of the {report["ratio_of"]} parameters were removed
+Method `{report["method"]}`: {report["reached_ratio"]:.2%} of the parameters {where} were removed
 ({report["claimed_elements"]:,} weights inside the blocks became {report["stored_elements"]:,} stored elements).
 
 ```python

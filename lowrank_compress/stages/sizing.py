@@ -9,7 +9,7 @@ from lowrank_compress.calibration.capture import needs_gradient
 from lowrank_compress.calibration.moments import STATISTICS, statistic_key
 from lowrank_compress.methods.linear import needed
 from lowrank_compress.methods.table import METHODS
-from lowrank_compress.stages import score
+from lowrank_compress.stages.bases import Bases
 from lowrank_compress.stages.common import Run
 from lowrank_compress.stages.pipeline import Plan, inputs_of_score
 
@@ -40,11 +40,11 @@ def dry_run(plan: Plan, run: Run) -> dict[str, Any]:
     InputError
         The ratio is out of reach.
     """
-    bases = score.Bases(plan.score, inputs_of_score(plan, run), run.scores)
+    inputs = inputs_of_score(plan, run)
+    bases = Bases(plan.score, plan.checkpoint, inputs.calibration.id, run.scores)
     targets = bases.resolved.targets
-    uniform = score.Bases(
-        plan.score.model_copy(update={"allocate": "uniform"}), inputs_of_score(plan, run), run.scores
-    ).keep
+    flat = plan.score.model_copy(update={"allocate": "uniform"})
+    uniform = Bases(flat, plan.checkpoint, inputs.calibration.id, run.scores).keep
     need = estimate(plan, bases)
     return {
         "recipe": plan.resolved().model_dump(mode="json"),
@@ -63,7 +63,7 @@ def dry_run(plan: Plan, run: Run) -> dict[str, Any]:
     }
 
 
-def estimate(plan: Plan, bases: score.Bases) -> Need:
+def estimate(plan: Plan, bases: Bases) -> Need:
     """Estimate memory and disk from shapes."""
     model, resolved = bases.blueprint.model, bases.resolved
     method = METHODS[plan.recipe.method]

@@ -10,10 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from lowrank_compress.calibration import tokens
+from lowrank_compress.calibration.sources import PAPERS_DATA, Examples, Source, read_examples, read_text, shuffled
 from lowrank_compress.calibration.tokens import (
-    Examples,
-    Source,
     batches_hash,
     bos_of,
     calibration_windows,
@@ -21,9 +19,6 @@ from lowrank_compress.calibration.tokens import (
     evaluation_windows,
     example_batches,
     load_tokenizer,
-    read_examples,
-    read_text,
-    shuffled,
     window_batches,
 )
 from lowrank_compress.errors import CalibrationError, InputError
@@ -300,7 +295,7 @@ def test_a_data_set_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     with pytest.raises(CalibrationError, match=r"neither cached nor to be had from the hub \(no network\)"):
-        read_text(Source(tokens.PAPERS_DATA))
+        read_text(Source(PAPERS_DATA))
 
 
 # --- Examples for a classifier

@@ -118,7 +118,7 @@ def test_people_see_a_table(tiny: Tiny, finished: Finished):
     run = finished("auto")
     said = done("eval", run, "--perplexity", tiny.heldout)
     assert "perplexity · heldout.txt" in said.out
-    assert "Asked: 30.00% of the blocks parameters; reached: 30.0" in said.out
+    assert "Asked: 30.00% of the parameters inside the blocks; reached: 30.0" in said.out
     assert "perplexity · heldout.txt" in done("eval", tiny.model, "--perplexity", tiny.heldout).out
 
 

@@ -78,7 +78,7 @@ def test_compress_says_what_it_reached(tiny: Tiny, tmp_path: Path):
     run = tmp_path / "run"
     said = done("compress", *tiny.options(run))
     report = json.loads((run / "model" / "lowrank.json").read_text())
-    assert f"Removed {report['reached_ratio']:.2%} of the blocks parameters (asked: 30.00%)" in said.out
+    assert f"Removed {report['reached_ratio']:.2%} of the parameters inside the blocks (asked: 30.00%)" in said.out
     assert f"Checkpoint: {run / 'model'}" in said.out.replace("\n", "")
     assert "Next: lrc eval" in said.err
     assert "factorize: done (2)" in said.err

@@ -9,7 +9,7 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 
-from lowrank_compress.errors import CheckpointError, InputError
+from lowrank_compress.errors import CheckpointError, InputError, UnsupportedError
 from lowrank_compress.model.checkpoint import COMPANIONS, INDEX, SINGLE, Checkpoint, locate
 from tests.tiny import save_tiny
 
@@ -94,10 +94,19 @@ def test_a_config_that_is_no_json_object(text: str, message: str, path: Path) ->
         _ = Checkpoint(path).raw_config
 
 
-@pytest.mark.parametrize("config", [{"model_type": "nosuch"}, {}, {"model_type": "llama", "hidden_size": "wide"}])
-def test_a_config_that_transformers_cannot_read(config: dict[str, object], path: Path) -> None:
+def test_a_config_that_transformers_cannot_read(path: Path) -> None:
+    (path / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": "wide"}))
+    with pytest.raises(CheckpointError, match=r"transformers cannot read .*config\.json \(model_type 'llama'"):
+        _ = Checkpoint(path).config
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [({"model_type": "lama"}, r"'lama'\. Did you mean 'llama'\? Known: bert, distilbert"), ({}, "'None'")],
+)
+def test_a_model_type_that_nobody_knows(config: dict[str, object], message: str, path: Path) -> None:
     (path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"transformers cannot read .*config\.json \(model_type"):
+    with pytest.raises(UnsupportedError, match=f"Unknown model type {message}"):
         _ = Checkpoint(path).config
 
 

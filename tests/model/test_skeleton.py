@@ -226,7 +226,7 @@ def test_quantized_weights_are_refused(saved: Saved, tmp_path: Path) -> None:
     ],
 )
 def test_the_head_is_known_by_its_name(heads: list[str] | None, expected: str | None) -> None:
-    config = AutoConfig.for_model("llama", architectures=heads)
+    config = AutoConfig.for_model("llama", architectures=heads, pad_token_id=0)
     if expected is None:
         with pytest.raises(
             UnsupportedError, match=r"The checkpoint's head is .*; supported are causal language models"
@@ -234,6 +234,26 @@ def test_the_head_is_known_by_its_name(heads: list[str] | None, expected: str | 
             task_of(config)
     else:
         assert task_of(config) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "problem", "message"),
+    [
+        ({"num_labels": 1}, UnsupportedError, "with 1 labels; supported is one label of several"),
+        (
+            {"problem_type": "multi_label_classification"},
+            UnsupportedError,
+            "problem_type is multi_label_classification",
+        ),
+        ({"pad_token_id": None}, CheckpointError, "has no pad_token_id"),
+    ],
+)
+def test_classifiers_that_cross_entropy_does_not_fit(
+    options: dict[str, Any], problem: type[Exception], message: str
+) -> None:
+    head = {"architectures": ["LlamaForSequenceClassification"], "pad_token_id": 0}
+    with pytest.raises(problem, match=message):
+        task_of(AutoConfig.for_model("llama", **(head | options)))
 
 
 @pytest.mark.parametrize("case", MODELS)

@@ -1,0 +1,122 @@
+"""Results as people read them: the tables of the commands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.progress import filesize
+
+from lowrank_compress.cli.terminal import console, messages, number, print_json, share_of, table
+
+
+def print_dry_run(found: dict[str, Any], as_json: bool) -> None:
+    """Print what a run would need."""
+    if as_json:
+        print_json(found)
+        return
+    out = console()
+    budget = found["budget"]
+    out.print(
+        f"Remove {budget['ratio']:.1%} of {share_of(budget['ratio_of'], budget['denominator'])}: the "
+        f"{budget['claimed_elements']:,} weights inside the blocks may keep {budget['largest_stored']:,} stored "
+        "elements."
+    )
+    note = " (uniform; the allocator asked for needs the scores)" if found["ranks_need_data"] else ""
+    ranks = [[name, str(rank or "dense")] for name, rank in found["uniform_ranks"].items()]
+    out.print(table(f"Ranks{note}", ["matrix", "rank"], ranks))
+    for title in ("memory", "disk"):
+        rows = [[name, filesize.decimal(size)] for name, size in found[title].items()]
+        rows.append(["together", filesize.decimal(sum(found[title].values()))])
+        out.print(table(title.capitalize(), ["what", "size"], rows))
+    out.print("Nothing was written.")
+
+
+def print_stage(result: dict[str, Any], as_json: bool) -> None:
+    """Print what a single stage reports."""
+    if as_json:
+        print_json(result)
+        return
+    rows = [[name.replace("_", " "), _plain(value)] for name, value in result.items() if value is not None]
+    console().print(table(f"{result['stage']}: done", ["what", "value"], rows))
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def print_result(result: dict[str, Any], as_json: bool) -> None:
+    """Print what a finished run reached."""
+    if as_json:
+        print_json(result)
+        return
+    console().print(
+        f"Removed {result['reached_ratio']:.2%} of {share_of(result['ratio_of'])} (asked: "
+        f"{result['asked_ratio']:.2%}): {result['claimed_elements']:,} weights became {result['stored_elements']:,} "
+        f"stored elements.\nCheckpoint: {result['model']}"
+    )
+    messages.print(f"Next: lrc eval {result['run']} --perplexity YOUR_TEXT.txt", style="dim", markup=False)
+
+
+def print_metrics(target: str, metrics: dict[str, Any]) -> None:
+    """Print an evaluation, compressed and dense side by side."""
+    rows: list[list[str]] = []
+    for kind, title, unit in (("perplexity", "perplexity", "tokens"), ("classification", "accuracy", "n")):
+        for name, values in metrics[kind].items():
+            note = f"{values[unit]:,} {'tokens' if unit == 'tokens' else 'examples'}"
+            rows.append(_row(f"{title} · {Path(name).name}", values, number, note))
+    for name, values in metrics["tasks"].items():
+        some = next(iter(values.values()))
+        for metric in some:
+            if "stderr" not in metric:
+                error = some.get(f"{metric}_stderr")
+                by_role = {role: measured.get(metric) for role, measured in values.items()}
+                rows.append(_row(f"{name} · {metric}", by_role, number, "" if error is None else f"± {error:.3g}"))
+    size = metrics["size"]
+    for scope, title, shown in (
+        ("blocks", "parameters in blocks", "{:,}".format),
+        ("model", "parameters in all", "{:,}".format),
+        ("bytes", "bytes of weights", filesize.decimal),
+        ("kv_bytes_per_token", "KV cache bytes a token", "{:,}".format),
+    ):
+        values = size[scope]
+        if any(values.values()):
+            removed = values.get("ratio")
+            rows.append(_row(title, values, shown, f"−{removed:.2%}" if removed else ""))
+    out = console()
+    out.print(table(target, ["", "compressed", "dense", ""], rows))
+    if "asked_ratio" in size:
+        out.print(
+            f"Asked: {size['asked_ratio']:.2%} of {share_of(size['ratio_of'])}; reached: {size['reached_ratio']:.2%}."
+        )
+
+
+def _row(title: str, values: Mapping[str, Any], shown: Callable[[Any], str], note: str) -> list[str]:
+    cells = [shown(values[role]) if values.get(role) is not None else "–" for role in ("compressed", "dense")]
+    return [title, *cells, note]
+
+
+def print_demo(rows: list[dict[str, Any]], as_json: bool) -> None:
+    """Print the demo's table."""
+    if as_json:
+        print_json({"demo": rows})
+        return
+    size = rows[0]["size"]
+    body = [["dense", number(rows[0]["perplexity"]["dense"]), f"{size['blocks']['dense']:,}", "0 %"]]
+    body += [
+        [
+            row["method"],
+            number(row["perplexity"]["compressed"]),
+            f"{row['size']['blocks']['compressed']:,}",
+            f"{row['reached_ratio']:.2%}",
+        ]
+        for row in rows
+    ]
+    console().print(f"Perplexity on held-out Python documentation ({rows[0]['perplexity']['tokens']:,} tokens)")
+    console().print(table("", ["method", "perplexity", "parameters in blocks", "removed"], body))
+    console().print(
+        f"The checkpoints are in {Path(rows[0]['run']).parent}; look into one with: lrc show {rows[-1]['run']}"
+    )

@@ -77,9 +77,9 @@ def compress(
     """Compress a checkpoint: calibrate, score, factorize. The result is RUN/model."""
     given = {name: value for name, value in locals().items() if name in Recipe.model_fields}
     with friendly(debug):
+        prepare_libraries()
         from lowrank_compress.cli import commands, printing
 
-        prepare_libraries()
         recipe = _recipe(config, given)
         if dry_run:
             printing.print_dry_run(commands.dry_run(recipe, out), json)
@@ -113,9 +113,9 @@ def calibrate(
     """Stage 1: take the statistics that a method needs, block by block, into RUN/stats."""
     given = {name: value for name, value in locals().items() if name in Recipe.model_fields}
     with friendly(debug):
+        prepare_libraries()
         from lowrank_compress.cli import commands, printing
 
-        prepare_libraries()
         with reported() as reporter:
             result = commands.calibrate(_recipe(config, given), out, overwrite, reporter)
         printing.print_stage(result, json)
@@ -139,9 +139,9 @@ def score(
     """Stage 2: decompose every matrix and choose ranks, into RUN/scores (ranks.json may be edited by hand)."""
     given = {name: value for name, value in locals().items() if name in Recipe.model_fields}
     with friendly(debug):
+        prepare_libraries()
         from lowrank_compress.cli import commands, printing
 
-        prepare_libraries()
         with reported() as reporter:
             result = commands.score(run, given, overwrite, reporter)
         printing.print_stage(result, json)
@@ -159,9 +159,9 @@ def factorize(
     """Stage 3: write the compressed checkpoint RUN/model with the ranks that RUN/scores/ranks.json has now."""
     given = {name: value for name, value in locals().items() if name in Recipe.model_fields}
     with friendly(debug):
+        prepare_libraries()
         from lowrank_compress.cli import commands, printing
 
-        prepare_libraries()
         with reported() as reporter:
             result = commands.factorize(run, given, overwrite, reporter)
         printing.print_result(result, json)
@@ -200,9 +200,9 @@ def evaluate(
 ) -> None:
     """Stage 4: measure perplexity, accuracy, lm-eval tasks and size; for a run, the dense original beside it."""
     with friendly(debug):
+        prepare_libraries()
         from lowrank_compress.cli import commands, printing
 
-        prepare_libraries()
         config = EvaluateConfig(
             perplexity=tuple(perplexity or ()),
             classification=classification,
@@ -233,9 +233,9 @@ def show(
 ) -> None:
     """Show each matrix: shape, rank, format, kept share, predicted loss and spectrum."""
     with friendly(debug):
+        prepare_libraries()
         from lowrank_compress.cli import inspection
 
-        prepare_libraries()
         inspection.show(target, json)
 
 
@@ -256,9 +256,9 @@ def list_entries(
 def verify(run: o.RunDir, json: o.Json = False, debug: o.Debug = False) -> None:
     """Check every file of a run against its manifests; exit code 2 if one is damaged."""
     with friendly(debug):
+        prepare_libraries()
         from lowrank_compress.cli import inspection
 
-        prepare_libraries()
         inspection.verify(run, json)
 
 
@@ -271,9 +271,9 @@ def export(
 ) -> None:
     """Write the compressed weights as an ordinary dense checkpoint that needs nothing of this package."""
     with friendly(debug):
+        prepare_libraries()
         from lowrank_compress.cli import commands
 
-        prepare_libraries()
         with reported() as reporter:
             commands.export_dense(target, dense, overwrite, reporter)
 
@@ -287,9 +287,9 @@ def demo(
 ) -> None:
     """Compress the small model that comes with the package by svd, fwsvd and auto; measure on held-out text."""
     with friendly(debug):
+        prepare_libraries()
         from lowrank_compress.cli import commands, printing
 
-        prepare_libraries()
         with reported() as reporter:
             rows = commands.demo(ratio, out, reporter)
         printing.print_demo(rows, json)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -120,40 +121,53 @@ class Encoder:
         InputError
             The rank is above what the score stage kept.
         """
-        projector = projector_of(bases, target)
         assert choice.rank is not None
-        if choice.format != "auto":
-            return self._encode_as(choice.format, target, choice.rank, weight, projector)
-        count = cost("auto", target.shape, choice.rank)
-        candidates = []
-        for form in ("pivot", "pair"):
-            rank = min(largest_rank(form, target.shape, count), min(target.shape) - 1, projector.expand.shape[1])
-            if rank > 0:
-                part = self._encode_as(form, target, rank, weight, projector)
-                candidates.append((self._loss(target, part, weight, projector, bases), part))
-        return min(candidates, key=lambda candidate: candidate[0])[1]
+        projector = projector_of(bases, target)
+        ranks = self._ranks(target, choice, projector)
+        # Ranks are nested: the factors of a smaller one are leading parts of a larger one's.
+        left, right = (factor.cpu() for factor in factors(weight, projector, max(ranks.values())))
+        best, least = None, math.inf
+        for form, rank in ranks.items():
+            tail = float(projector.tail()[rank])
+            if best is not None and tail >= least:
+                continue
+            pair = left[:, :rank], right[:rank]
+            part = _encoded(form, *pair).cast(self.dtype)
+            loss = tail + _rounding_loss(target, part, *pair, bases) if len(ranks) > 1 else tail
+            if best is None or loss < least:
+                best, least = part, loss
+        assert best is not None
+        return best
 
-    def _encode_as(self, form: str, target: Target, rank: int, weight: Tensor, projector: Projector) -> Encoded:
-        largest = projector.expand.shape[1]
-        if rank > largest:
+    def _ranks(self, target: Target, choice: Choice, projector: Projector) -> dict[str, int]:
+        """Formats to try, and the rank of each at the choice's stored count."""
+        kept = projector.expand.shape[1]
+        assert choice.rank is not None
+        if choice.rank > kept:
             raise InputError(
-                f"{target.name} asks for rank {rank}, but its basis was kept up to rank {largest}. Repeat `lrc score` "
-                "with --allocate loss, which keeps every rank that can pay, or lower the rank in ranks.json."
+                f"{target.name} asks for rank {choice.rank}, but its basis was kept up to rank {kept}. Repeat `lrc "
+                "score` with --allocate loss, which keeps every rank that can pay, or lower the rank in ranks.json."
             )
-        left, right = (factor.cpu() for factor in factors(weight, projector, rank))
-        if form == "pair":
-            return Encoded("pair", rank, right, left).cast(self.dtype)
-        found = pivot(left, right)
-        return Encoded("pivot", rank, found.pivots, found.coefficients, found.index).cast(self.dtype)
+        if choice.format != "auto":
+            return {choice.format: choice.rank}
+        count = cost("auto", target.shape, choice.rank)
+        largest = min(min(target.shape) - 1, kept)
+        ranks = {form: min(largest_rank(form, target.shape, count), largest) for form in ("pivot", "pair")}
+        return {form: rank for form, rank in ranks.items() if rank > 0}
 
-    def _loss(
-        self, target: Target, part: Encoded, weight: Tensor, projector: Projector, bases: Mapping[str, Tensor]
-    ) -> float:
-        """Metric loss of truncation, plus that of rounding to the output dtype (see `methods.sensitivities`)."""
-        left, right = (factor.cpu() for factor in factors(weight, projector, part.rank))
-        error = part.rebuild() - left @ right
-        rounding = bases[f"{target.name}/out_sensitivity"] @ error.square() @ bases[f"{target.name}/in_sensitivity"]
-        return float(projector.tail()[part.rank] + rounding)
+
+def _encoded(form: str, left: Tensor, right: Tensor) -> Encoded:
+    """Store A B, A of shape (out, r) and B of shape (r, in), in a format."""
+    if form == "pair":
+        return Encoded("pair", len(right), right, left)
+    found = pivot(left, right)
+    return Encoded("pivot", len(right), found.pivots, found.coefficients, found.index)
+
+
+def _rounding_loss(target: Target, part: Encoded, left: Tensor, right: Tensor, bases: Mapping[str, Tensor]) -> float:
+    """Metric loss of rounding to the output dtype (see `methods.sensitivities`)."""
+    error = part.rebuild() - left @ right
+    return float(bases[f"{target.name}/out_sensitivity"] @ error.square() @ bases[f"{target.name}/in_sensitivity"])
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -185,7 +185,7 @@ def evaluate(
         Path | None, typer.Option("--include-path", help="Directory of lm-eval task YAML files of your own.")
     ] = None,
     seq_len: Annotated[
-        int | None, typer.Option("--seq-len", min=2, help="Tokens a window. [default: 2048, or the model's longest]")
+        int | None, typer.Option("--seq-len", min=2, help="Tokens a window (default: 2048, or the model's longest)")
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Windows or examples a text or task.")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Windows or examples at once.")] = 8,

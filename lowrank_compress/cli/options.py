@@ -19,38 +19,36 @@ Model = Annotated[
 RunDir = Annotated[Path, typer.Argument(help="Run directory (what --out named).", show_default=False)]
 Ratio = Annotated[
     float | None,
-    typer.Option(
-        "--ratio", help="Share of parameters to remove, between 0 and 1. [default: 0.3]", rich_help_panel=WHAT
-    ),
+    typer.Option("--ratio", help="Share of parameters to remove, between 0 and 1 (default: 0.3)", rich_help_panel=WHAT),
 ]
 RatioOf = Annotated[
     str | None,
     typer.Option(
-        "--ratio-of", help="What the ratio is a share of: blocks or model. [default: blocks]", rich_help_panel=WHAT
+        "--ratio-of", help="What the ratio is a share of: blocks or model (default: blocks)", rich_help_panel=WHAT
     ),
 ]
 Method = Annotated[
     str | None,
-    typer.Option("--method", help="See `lrc list methods`. [default: auto, the recommendation]", rich_help_panel=WHAT),
+    typer.Option("--method", help="See `lrc list methods` (default: auto, the recommendation)", rich_help_panel=WHAT),
 ]
 Allocate = Annotated[
     str | None,
     typer.Option(
         "--allocate",
-        help="How ranks are chosen; see `lrc list allocators`. [default: the method's]",
+        help="How ranks are chosen; see `lrc list allocators` (default: the method's)",
         rich_help_panel=WHAT,
     ),
 ]
 Storage = Annotated[
     str | None,
-    typer.Option("--storage", help="pair, pivot or auto. [default: the method's]", rich_help_panel=WHAT),
+    typer.Option("--storage", help="pair, pivot or auto (default: the method's)", rich_help_panel=WHAT),
 ]
 Calibration = Annotated[
     str | None,
     typer.Option(
         "--calibration",
         help="Text file; .jsonl, .csv or .tsv with --text-column; or hf:NAME[:CONFIG[:SPLIT]]. "
-        "[default: hf:Salesforce/wikitext:wikitext-2-raw-v1:train]",
+        "(default: hf:Salesforce/wikitext:wikitext-2-raw-v1:train)",
         rich_help_panel=DATA,
     ),
 ]
@@ -62,39 +60,35 @@ LabelColumn = Annotated[
 ]
 Samples = Annotated[
     int | None,
-    typer.Option("--samples", help="Windows of text, or labelled examples. [default: 128]", rich_help_panel=DATA),
+    typer.Option("--samples", help="Windows of text, or labelled examples (default: 128)", rich_help_panel=DATA),
 ]
 SeqLen = Annotated[
     int | None,
     typer.Option(
-        "--seq-len", help="Tokens a window, bos included. [default: 2048, or the model's longest]", rich_help_panel=DATA
+        "--seq-len", help="Tokens a window, bos included (default: 2048, or the model's longest)", rich_help_panel=DATA
     ),
 ]
-Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the shuffle. [default: 0]", rich_help_panel=DATA)]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the shuffle (default: 0)", rich_help_panel=DATA)]
 MicroBatch = Annotated[
     int | None,
-    typer.Option(
-        "--micro-batch", help="Windows computed at once. [default: about 4096 tokens]", rich_help_panel=TUNING
-    ),
+    typer.Option("--micro-batch", help="Windows computed at once (default: about 4096 tokens)", rich_help_panel=TUNING),
 ]
 DampingFisher = Annotated[
     float | None,
     typer.Option(
-        "--damping-fisher", help="Relative shrinkage of a Fisher matrix. [default: 1e-4]", rich_help_panel=TUNING
+        "--damping-fisher", help="Relative shrinkage of a Fisher matrix (default: 1e-4)", rich_help_panel=TUNING
     ),
 ]
 DampingGram = Annotated[
     float | None,
-    typer.Option("--damping-gram", help="Relative shrinkage of a Gram matrix. [default: 1e-6]", rich_help_panel=TUNING),
+    typer.Option("--damping-gram", help="Relative shrinkage of a Gram matrix (default: 1e-6)", rich_help_panel=TUNING),
 ]
-Alpha = Annotated[
-    float | None, typer.Option("--alpha", help="Exponent of asvd. [default: 0.5]", rich_help_panel=TUNING)
-]
+Alpha = Annotated[float | None, typer.Option("--alpha", help="Exponent of asvd (default: 0.5)", rich_help_panel=TUNING)]
 Clip = Annotated[
     float | None,
     typer.Option(
         "--clip",
-        help="Clip token gradients at this multiple of their mean norm. [default: no clipping]",
+        help="Clip token gradients at this multiple of their mean norm (default: no clipping)",
         rich_help_panel=TUNING,
     ),
 ]
@@ -102,17 +96,17 @@ Floor = Annotated[
     float | None,
     typer.Option(
         "--floor",
-        help="Share of its uniform budget that `loss` leaves every matrix. [default: 0]",
+        help="Share of its uniform budget that `loss` leaves every matrix (default: 0)",
         rich_help_panel=TUNING,
     ),
 ]
 Device = Annotated[
-    str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N. [default: auto]", rich_help_panel=WHERE)
+    str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N (default: auto)", rich_help_panel=WHERE)
 ]
 Dtype = Annotated[
     str | None,
     typer.Option(
-        "--dtype", help="Output dtype: float32, bfloat16, float16. [default: the checkpoint's]", rich_help_panel=WHERE
+        "--dtype", help="Output dtype: float32, bfloat16, float16 (default: the checkpoint's)", rich_help_panel=WHERE
     ),
 ]
 Revision = Annotated[str | None, typer.Option("--revision", help="Revision of a hub model.", rich_help_panel=WHERE)]
@@ -127,7 +121,7 @@ Trust = Annotated[
 ]
 Out = Annotated[
     Path | None,
-    typer.Option("--out", help="Run directory. [default: runs/<model>-<method>-<ratio>]", rich_help_panel=WHERE),
+    typer.Option("--out", help="Run directory (default: runs/<model>-<method>-<ratio>)", rich_help_panel=WHERE),
 ]
 Config = Annotated[
     Path | None,

@@ -178,3 +178,11 @@ def test_export_replaces_checkpoints_only_and_only_when_told(tiny: Tiny, finishe
     assert "is a file" in refused("export", run, "--dense", run / "recipe.yaml", "--overwrite")
     assert "nothing to make dense" in refused("export", tiny.model, "--dense", tmp_path / "no")
     assert contents(run) == before
+
+
+@pytest.mark.parametrize(
+    "default", ["0.3", "auto, the recommendation", "128", "1e-4", "hf:Salesforce/wikitext", "blocks"]
+)
+def test_help_says_the_defaults(default: str):
+    said = " ".join(done("compress", "--help").out.replace("│", " ").split())
+    assert f"(default: {default}" in said

@@ -21,7 +21,8 @@ from transformers.pytorch_utils import Conv1D
 import lowrank_compress
 from lowrank_compress.config import Recipe
 from lowrank_compress.stages.common import Run
-from lowrank_compress.stages.pipeline import claim, compress, plan
+from lowrank_compress.stages.pipeline import claim, compress
+from lowrank_compress.stages.plan import make_plan
 from tests.ordinary import Trace, load, matrix, padded, part_rows, statistics, tokens, traces
 from tests.reference import damp, square_root
 from tests.tiny import CASES, MODELS, VARIANTS, Task, save_tiny, tiny_text
@@ -96,7 +97,7 @@ def make(name: str, place: Path) -> Case:
 
 def compressed(case: Case, place: Path, **options: Any) -> Path:
     """Run the whole pipeline and return the checkpoint's directory."""
-    decided = plan(Recipe(**(case.options() | options)))
+    decided = make_plan(Recipe(**(case.options() | options)))
     run = Run(place)
     claim(run, decided, overwrite=False)
     compress(decided, run)

@@ -11,6 +11,7 @@ from lowrank_compress.artifacts.files import read_json
 from lowrank_compress.config import EvaluateConfig, Recipe
 from lowrank_compress.stages import pipeline
 from lowrank_compress.stages.common import Run
+from lowrank_compress.stages.plan import make_plan
 from tests.tiny import save_tiny, tiny_text
 
 pytestmark = [
@@ -37,7 +38,7 @@ def test_a_gpu_run_equals_a_cpu_run(tmp_path: Path, method: str, model_type: str
             storage="pivot",
         )
         run = Run(tmp_path / device)
-        pipeline.compress(pipeline.plan(recipe), run)
+        pipeline.compress(make_plan(recipe), run)
         matrices = read_json(run.model / "lowrank.json")["matrices"]
         losses.append([matrix["predicted_loss"] for matrix in matrices.values()])
         config = EvaluateConfig(perplexity=(str(text),), seq_len=32, device=device)

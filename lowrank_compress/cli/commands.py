@@ -21,6 +21,7 @@ from lowrank_compress.stages import calibrate as calibrate_stage
 from lowrank_compress.stages import pipeline
 from lowrank_compress.stages import score as score_stage
 from lowrank_compress.stages.common import Run, compute_device
+from lowrank_compress.stages.plan import Plan, make_plan
 from lowrank_compress.stages.sizing import dry_run as plan_sizes
 
 
@@ -33,7 +34,7 @@ def compress(
     recipe: Recipe, out: Path | None, keep_statistics: bool, overwrite: bool, reporter: TerminalReporter
 ) -> dict[str, Any]:
     """Run the whole pipeline but the evaluation."""
-    plan = pipeline.plan(recipe)
+    plan = make_plan(recipe)
     run = Run(out or pipeline.default_run(recipe))
     _refuse_foreign(run)
     with locked(run.path):
@@ -58,7 +59,7 @@ def _result(run: Run, manifest: Manifest) -> dict[str, Any]:
 
 def calibrate(recipe: Recipe, out: Path | None, overwrite: bool, reporter: TerminalReporter) -> dict[str, Any]:
     """Run the first stage."""
-    plan = pipeline.plan(recipe)
+    plan = make_plan(recipe)
     run = Run(out or pipeline.default_run(recipe))
     _refuse_foreign(run)
     with locked(run.path):
@@ -69,13 +70,13 @@ def calibrate(recipe: Recipe, out: Path | None, overwrite: bool, reporter: Termi
     return {"run": str(run.path), "stage": "calibrate", "id": manifest.id, **manifest.report}
 
 
-def _changed_plan(run: Run, given: dict[str, Any]) -> pipeline.Plan:
+def _changed_plan(run: Run, given: dict[str, Any]) -> Plan:
     """The plan of an existing run with some options changed; the run's recipe follows."""
     if not run.recipe.exists():
         raise ArtifactError(
             f"{run.path} is no run: it has no recipe.yaml. Make one with `lrc calibrate` or `lrc compress`."
         )
-    return pipeline.plan(load_recipe(run.recipe, given))
+    return make_plan(load_recipe(run.recipe, given))
 
 
 def score(path: Path, given: dict[str, Any], overwrite: bool, reporter: TerminalReporter) -> dict[str, Any]:
@@ -147,7 +148,7 @@ def export_dense(target: str, out: Path, overwrite: bool, reporter: TerminalRepo
 
 def dry_run(recipe: Recipe, out: Path | None) -> dict[str, Any]:
     """Compute what a run would need; write nothing."""
-    plan = pipeline.plan(recipe)
+    plan = make_plan(recipe)
     return plan_sizes(plan, Run(out or pipeline.default_run(recipe)))
 
 
@@ -164,7 +165,7 @@ def demo(ratio: float, out: Path, reporter: TerminalReporter) -> list[dict[str, 
             samples=256,
         )
         run = Run(out / f"{method}-{ratio:g}")
-        plan = pipeline.plan(recipe)
+        plan = make_plan(recipe)
         with locked(run.path):
             pipeline.claim(run, plan, overwrite=True)
             manifest = pipeline.compress(plan, run, reporter, overwrite=True)

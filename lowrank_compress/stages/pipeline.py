@@ -2,154 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lowrank_compress.allocation.storage import STORAGES
-from lowrank_compress.allocation.table import ALLOCATORS
 from lowrank_compress.artifacts.files import read_json, write_json, write_text
 from lowrank_compress.artifacts.manifest import Manifest, difference, read_manifest
-from lowrank_compress.calibration.capture import needs_gradient
-from lowrank_compress.calibration.sources import PAPERS_DATA
-from lowrank_compress.calibration.tokens import load_tokenizer
-from lowrank_compress.config import DTYPES, CalibrateConfig, EvaluateConfig, FactorizeConfig, Recipe, ScoreConfig
-from lowrank_compress.errors import ArtifactError, InputError, UnsupportedError
-from lowrank_compress.methods.linear import needed
-from lowrank_compress.methods.table import METHODS
-from lowrank_compress.model.blueprint import blueprint
+from lowrank_compress.config import EvaluateConfig, Recipe
+from lowrank_compress.errors import ArtifactError
 from lowrank_compress.model.checkpoint import Checkpoint, locate
-from lowrank_compress.registry import unknown
 from lowrank_compress.stages import calibrate, evaluate, factorize, score
 from lowrank_compress.stages.bases import Bases
-from lowrank_compress.stages.common import Reporter, Run, Silent, checkpoint_id, compute_device, display_name
-
-# Tokens a micro-batch unless the recipe says otherwise: a result depends on it in the last bits, so it is in the key.
-MICRO_BATCH_TOKENS = 4096
-PAPERS_SEQ_LEN = 2048
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A recipe with every default decided, and the checkpoint it is for."""
-
-    recipe: Recipe
-    checkpoint: Checkpoint
-    seq_len: int
-    device: str
-    dtype: str
-
-    @property
-    def calibrate(self) -> CalibrateConfig:
-        """Config of the calibrate stage."""
-        recipe = self.recipe
-        return CalibrateConfig(
-            method=recipe.method,
-            source=recipe.calibration,
-            text_column=recipe.text_column,
-            label_column=recipe.label_column,
-            samples=recipe.samples,
-            seq_len=self.seq_len,
-            seed=recipe.seed,
-            micro_batch=recipe.micro_batch or max(1, MICRO_BATCH_TOKENS // self.seq_len),
-            clip=recipe.clip,
-            device=self.device,
-        )
-
-    @property
-    def score(self) -> ScoreConfig:
-        """Config of the score stage."""
-        recipe = self.recipe
-        method = METHODS[recipe.method]
-        return ScoreConfig(
-            method=recipe.method,
-            allocate=recipe.allocate or method.allocate,
-            storage=recipe.storage or method.storage,
-            ratio=recipe.ratio,
-            ratio_of=recipe.ratio_of,
-            damping_fisher=recipe.damping_fisher,
-            damping_gram=recipe.damping_gram,
-            alpha=recipe.alpha,
-            floor=recipe.floor,
-            device=self.device,
-        )
-
-    @property
-    def factorize(self) -> FactorizeConfig:
-        """Config of the factorize stage."""
-        recipe = self.recipe
-        storage = recipe.storage or METHODS[recipe.method].storage
-        return FactorizeConfig(method=recipe.method, storage=storage, dtype=self.dtype, device=self.device)
-
-    def resolved(self) -> Recipe:
-        """The recipe with all defaults written out; it repeats the run on its own."""
-        model = (
-            str(self.checkpoint.path.resolve()) if Path(self.recipe.model).expanduser().is_dir() else self.recipe.model
-        )
-        source = self.recipe.calibration
-        if source is not None and not source.startswith("hf:"):
-            source = str(Path(source).resolve())
-        return self.recipe.model_copy(
-            update={
-                "model": model,
-                "calibration": source,
-                "allocate": self.score.allocate,
-                "storage": self.score.storage,
-                "seq_len": self.seq_len,
-                "micro_batch": self.calibrate.micro_batch,
-                "device": self.device,
-                "dtype": self.dtype,
-            }
-        )
-
-
-def plan(recipe: Recipe) -> Plan:
-    """Decide every default of a recipe and check it before any work.
-
-    Raises
-    ------
-    LrcError
-        An unknown name, a ratio outside (0, 1), an unsupported or damaged checkpoint, a sequence that is too long.
-    """
-    if not 0 < recipe.ratio < 1:
-        raise InputError(
-            f"--ratio {recipe.ratio} is not between 0 and 1: it is the share of parameters to remove, 0.3 for 30 %."
-        )
-    method = METHODS[recipe.method]
-    allocate = recipe.allocate or method.allocate
-    ALLOCATORS[allocate]
-    storage = recipe.storage or method.storage
-    if storage not in STORAGES:
-        raise InputError(unknown("storage", storage, STORAGES))
-    device = str(compute_device(recipe.device))
-    checkpoint = Checkpoint(locate(recipe.model, recipe.revision), recipe.trust_remote_code)
-    if checkpoint.raw_config.get("quantization_config") is not None:
-        kind = checkpoint.raw_config["quantization_config"].get("quant_method")
-        raise UnsupportedError(
-            f"{recipe.model} is already compressed or quantized ({kind}); start from the dense checkpoint."
-        )
-    design = blueprint(checkpoint)
-    if method.needs_data and recipe.calibration is None:
-        if design.task == "classification" and needs_gradient(needed(method, design.resolved.targets)):
-            raise InputError(
-                f"The method {recipe.method} needs labelled examples of a classifier: pass --calibration FILE.tsv with "
-                "--text-column and --label-column."
-            )
-        recipe = recipe.model_copy(update={"calibration": PAPERS_DATA})
-    longest = design.longest_input()
-    seq_len = recipe.seq_len or min(PAPERS_SEQ_LEN, longest)
-    if seq_len > longest:
-        raise InputError(
-            f"--seq-len {seq_len} is more than the {longest} positions of the model. Use at most {longest}."
-        )
-    if method.needs_data:
-        load_tokenizer(checkpoint.path, recipe.trust_remote_code)
-    dtype = recipe.dtype or str(checkpoint.dtype).removeprefix("torch.")
-    if dtype not in DTYPES:
-        raise InputError(f"The checkpoint's weights are {dtype}; name an output --dtype: {', '.join(DTYPES)}.")
-    return Plan(recipe, checkpoint, seq_len, device, dtype)
+from lowrank_compress.stages.common import Reporter, Run, Silent, checkpoint_id, display_name
+from lowrank_compress.stages.plan import Plan
 
 
 def default_run(recipe: Recipe) -> Path:

@@ -11,7 +11,8 @@ from lowrank_compress.methods.linear import needed
 from lowrank_compress.methods.table import METHODS
 from lowrank_compress.stages.bases import Bases
 from lowrank_compress.stages.common import Run
-from lowrank_compress.stages.pipeline import Plan, inputs_of_score
+from lowrank_compress.stages.pipeline import inputs_of_score
+from lowrank_compress.stages.plan import Plan
 
 DOUBLE, SINGLE = 8, 4
 

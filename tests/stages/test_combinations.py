@@ -13,8 +13,9 @@ from lowrank_compress.allocation.storage import STORAGES
 from lowrank_compress.allocation.table import ALLOCATORS
 from lowrank_compress.config import Recipe
 from lowrank_compress.methods.table import METHODS
-from lowrank_compress.stages import factorize, pipeline
+from lowrank_compress.stages import factorize
 from lowrank_compress.stages.common import Run
+from lowrank_compress.stages.plan import make_plan
 from tests.runs import FEW, Tiny, done
 from tests.tiny import save_tiny, tiny_model, tiny_text
 
@@ -164,7 +165,7 @@ def test_fewer_tokens_than_dimensions_warn_and_stay_sensible(tiny: Tiny, tmp_pat
 def test_more_shards_give_the_same_tensors(tiny: Tiny, tmp_path: Path):
     run = tmp_path / "run"
     done("compress", *tiny.options(run))
-    plan = pipeline.plan(Recipe(model=str(tiny.model), calibration=str(tiny.text), samples=8, seq_len=32))
+    plan = make_plan(Recipe(model=str(tiny.model), calibration=str(tiny.text), samples=8, seq_len=32))
     config = plan.factorize.model_copy(update={"shard_bytes": 20_000})
     out = tmp_path / "sharded"
     factorize.run(config, factorize.Inputs(plan.checkpoint, Run(run).scores), out)

@@ -31,6 +31,10 @@ class Side:
         Statistics needed where it is the larger one (the metric's product with the weight).
     diagonal
         The metric is a diagonal matrix, made of a vector of statistics.
+    absolute
+        That vector holds mean absolute values v, and the squared weights are v^(2α).
+    fisher
+        Shrunk as a Fisher matrix, rather than as a Gram matrix, where it is inverted.
     centred
         The mean input is taken out of the moments where a bias can restore it.
     """
@@ -39,15 +43,17 @@ class Side:
     near: tuple[str, ...] = ()
     far: tuple[str, ...] = ()
     diagonal: bool = False
+    absolute: bool = False
+    fisher: bool = False
     centred: bool = False
 
 
 # Output side (L)
 PLAIN = Side("I")
-ROW_FISHER = Side("diag √(row sums of E[(∂ℒ/∂W)²])", ("row_fisher",), ("row_fisher",), diagonal=True)
-FISHER = Side("Fisher^½", ("out_fisher",), ("in_fisher", "out_square"))
+ROW_FISHER = Side("diag √(row sums of E[(∂ℒ/∂W)²])", ("row_fisher",), ("row_fisher",), diagonal=True, fisher=True)
+FISHER = Side("Fisher^½", ("out_fisher",), ("in_fisher", "out_square"), fisher=True)
 # Input side (R)
-ABSOLUTE = Side("diag (mean abs activation)^α", ("in_abs",), ("in_abs",), diagonal=True)
+ABSOLUTE = Side("diag (mean abs activation)^α", ("in_abs",), ("in_abs",), diagonal=True, absolute=True)
 GRAM = Side("Gram^½", ("in_gram",), ("out_gram", "in_square"))
 CENTRED_GRAM = Side("centred Gram^½", ("in_gram", "in_mean"), ("out_gram", "in_mean", "in_square"), centred=True)
 
@@ -179,11 +185,11 @@ def _product(side: Side, wide: Tensor, means: Mapping[str, Tensor], damping: Dam
 
 def _diagonal(side: Side, moment: Tensor, damping: Damping) -> Tensor:
     """Squared weights of a diagonal metric: the moment itself (a Fisher), or |activation|^(2α)."""
-    return moment.pow(2 * damping.power) if side is ABSOLUTE else moment
+    return moment.pow(2 * damping.power) if side.absolute else moment
 
 
 def _shrinkage(side: Side, damping: Damping) -> float:
-    return damping.fisher if side in (FISHER, ROW_FISHER) else damping.gram
+    return damping.fisher if side.fisher else damping.gram
 
 
 def sensitivities(

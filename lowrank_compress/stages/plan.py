@@ -8,7 +8,7 @@ from pathlib import Path
 from lowrank_compress.allocation.storage import STORAGES
 from lowrank_compress.allocation.table import ALLOCATORS
 from lowrank_compress.calibration.capture import needs_gradient
-from lowrank_compress.calibration.sources import PAPERS_DATA
+from lowrank_compress.calibration.sources import PAPERS_DATA, Source
 from lowrank_compress.calibration.tokens import load_tokenizer
 from lowrank_compress.config import DTYPES, CalibrateConfig, FactorizeConfig, Recipe, ScoreConfig
 from lowrank_compress.errors import InputError, UnsupportedError
@@ -17,7 +17,7 @@ from lowrank_compress.methods.table import METHODS
 from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint, locate
 from lowrank_compress.registry import unknown
-from lowrank_compress.stages.common import compute_device
+from lowrank_compress.stages.common import compute_device, source_id
 
 # Tokens a micro-batch unless the recipe says otherwise: a result depends on it in the last bits, so it is in the key.
 MICRO_BATCH_TOKENS = 4096
@@ -139,6 +139,9 @@ def make_plan(recipe: Recipe) -> Plan:
         )
     if method.needs_data:
         load_tokenizer(checkpoint.path, recipe.trust_remote_code)
+        source = Source(recipe.calibration or PAPERS_DATA, recipe.text_column, recipe.label_column)
+        if not source.is_hub:
+            source_id(source)  # refuses a file that is not there
     dtype = recipe.dtype or str(checkpoint.dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise InputError(f"The checkpoint's weights are {dtype}; name an output --dtype: {', '.join(DTYPES)}.")

@@ -11,7 +11,6 @@ from lowrank_compress.methods.linear import needed
 from lowrank_compress.methods.table import METHODS
 from lowrank_compress.stages.bases import Bases
 from lowrank_compress.stages.common import Run
-from lowrank_compress.stages.pipeline import inputs_of_score
 from lowrank_compress.stages.plan import Plan
 
 DOUBLE, SINGLE = 8, 4
@@ -41,11 +40,11 @@ def dry_run(plan: Plan, run: Run) -> dict[str, Any]:
     InputError
         The ratio is out of reach.
     """
-    inputs = inputs_of_score(plan, run)
-    bases = Bases(plan.score, plan.checkpoint, inputs.calibration.id, run.scores)
+    # Nothing is read or written there: which calibration the bases belong to does not matter, and no text is touched.
+    bases = Bases(plan.score, plan.checkpoint, "", run.scores)
     targets = bases.resolved.targets
     flat = plan.score.model_copy(update={"allocate": "uniform"})
-    uniform = Bases(flat, plan.checkpoint, inputs.calibration.id, run.scores).keep
+    uniform = Bases(flat, plan.checkpoint, "", run.scores).keep
     need = estimate(plan, bases)
     return {
         "recipe": plan.resolved().model_dump(mode="json"),

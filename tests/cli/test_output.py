@@ -123,7 +123,16 @@ def test_dry_run_ranks_are_those_of_the_run(tiny: Tiny, pristine: Finished):
     assert found["uniform_ranks"] == {name: matrix["rank"] for name, matrix in report["matrices"].items()}
 
 
+def test_dry_run_touches_no_data(tiny: Tiny, tmp_path: Path):
+    """The default text is a data set of the hub, which is out of reach here."""
+    found = done("compress", tiny.model, "--dry-run", "--json", "--out", tmp_path / "run").json
+    assert found["recipe"]["calibration"] == "hf:Salesforce/wikitext:wikitext-2-raw-v1:train"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_dry_run_refuses_what_the_run_would(tiny: Tiny, tmp_path: Path):
+    missing = refused("compress", tiny.model, "--calibration", tmp_path / "none.txt", "--dry-run")
+    assert "none.txt does not exist" in missing
     message = refused("compress", *tiny.options(tmp_path / "run"), "--dry-run", "--ratio", 0.999)
     assert "out of reach" in message
     assert list(tmp_path.iterdir()) == []

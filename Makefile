@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(STAMP)  ## Compress the embedded model two ways and compare, in about a minute
+demo: $(STAMP)  ## Compress the embedded model three ways and compare, in about a minute
 	$(BIN)/lrc demo
 
 test: $(STAMP)  ## Run the tests: no GPU, no network

@@ -156,8 +156,13 @@ def _backward(
 def state_bytes(skeleton: Skeleton, batches: Sequence[Batch], wanted: Wanted) -> int:
     """Bytes of all hidden states that a capture keeps at once: one boundary's, or with gradients every block's."""
     positions = sum(batch.ids.numel() for batch in batches)
-    boundaries = len(skeleton.resolved.blocks) + 2 if needs_gradient(wanted) else 1
-    return positions * skeleton.model.config.hidden_size * skeleton.dtype.itemsize * boundaries
+    kept = boundaries(len(skeleton.resolved.blocks), wanted)
+    return positions * skeleton.model.config.hidden_size * skeleton.dtype.itemsize * kept
+
+
+def boundaries(blocks: int, wanted: Wanted) -> int:
+    """How many boundaries between blocks have their states kept at once; with gradients, theirs count too."""
+    return blocks + 2 if needs_gradient(wanted) else 1
 
 
 def loss_terms(batch: Batch) -> int:

@@ -6,8 +6,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lowrank_compress.artifacts.files import read_json, sha256
 from lowrank_compress.artifacts.lock import locked
 from lowrank_compress.artifacts.manifest import Manifest
@@ -15,6 +13,7 @@ from lowrank_compress.cli.terminal import TerminalReporter, console
 from lowrank_compress.config import EvaluateConfig, Recipe, load_recipe
 from lowrank_compress.demo import text as demo_text
 from lowrank_compress.errors import ArtifactError, CalibrationError, InputError
+from lowrank_compress.methods.table import METHODS
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.dense import write_dense
 from lowrank_compress.stages import calibrate as calibrate_stage
@@ -105,21 +104,23 @@ def factorize(path: Path, given: dict[str, Any], overwrite: bool, reporter: Term
 def evaluate(target: str, config: EvaluateConfig, force: bool, reporter: TerminalReporter) -> dict[str, Any]:
     """Run the fourth stage on a run or a checkpoint."""
     run = Run(Path(target))
+    for made_by in (run, Run(Path(target).parent)):  # a run, or the checkpoint inside one
+        if made_by.recipe.exists() and made_by.index.exists() and not force:
+            _refuse_calibration_text(made_by, config)
     if run.recipe.exists():
-        _refuse_calibration_text(run, config, force)
         with locked(run.path):
             return pipeline.evaluate_target(target, config, reporter)
     return pipeline.evaluate_target(target, config, reporter)
 
 
-def _refuse_calibration_text(run: Run, config: EvaluateConfig, force: bool) -> None:
-    recipe = yaml.safe_load(run.recipe.read_text(encoding="utf-8"))
-    used = recipe.get("calibration")
+def _refuse_calibration_text(run: Run, config: EvaluateConfig) -> None:
+    recipe = load_recipe(run.recipe, {})
+    used = recipe.calibration if METHODS[recipe.method].needs_data else None
     for name in (*config.perplexity, *([config.classification] if config.classification else [])):
         same = used == name
         if used and not same and Path(used).is_file() and Path(name).is_file():
             same = sha256(Path(used)) == sha256(Path(name))
-        if same and not force:
+        if same:
             raise CalibrationError(
                 f"{name} is the text that this run was calibrated on: measured on it, the compressed model looks "
                 "better than it is. Evaluate on another text, or pass --force."

@@ -96,7 +96,7 @@ def _spectra(run: Any) -> dict[str, list[float]]:
     spectra = {}
     for path in sorted(run.scores.glob("basis-*.safetensors")):
         with safe_open(path, framework="np") as handle:
-            for name in handle.keys():  # noqa: SIM118  not a mapping
+            for name in sorted(handle.keys()):
                 if name.endswith("/values"):
                     spectra[name.removesuffix("/values")] = handle.get_tensor(name).tolist()
     return spectra

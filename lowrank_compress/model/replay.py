@@ -164,7 +164,7 @@ class Replay:
     def _stubbed(self, forward: Callable[..., Tensor]) -> Iterator[None]:
         blocks = self.skeleton.blocks
         for block in blocks:
-            block.forward = forward  # type: ignore[method-assign]
+            block.forward = forward
         try:
             yield
         finally:
@@ -177,6 +177,8 @@ HEAD_TOKENS = 512  # logits of this many tokens at a time stand in memory
 
 def lm_chunks(batch: Batch) -> Iterator[tuple[int, int]]:
     """Ranges of positions whose next token is scored, small enough for the logits of a large vocabulary."""
+    if batch.mask is not None:
+        raise NumericsError("A padded batch of a language model would have its padding scored; expected whole windows.")
     sequences, length = batch.ids.shape
     width = max(1, HEAD_TOKENS // sequences)
     for start in range(batch.scored_from - 1, length - 1, width):

@@ -152,10 +152,11 @@ class Bases:
 
 def predicted_losses(unit: str, tensors: Mapping[str, Tensor], target: Target) -> Tensor:
     """Predicted loss of a matrix at rank 0, 1, …, float64: nats per token, or a share of the matrix's own total."""
-    tail = projector_of(tensors, target).tail()
+    expand = tensors[f"{target.name}/expand"]  # only its size counts here
+    total = float(tensors[f"{target.name}/total"])
+    tail = Projector(tensors[f"{target.name}/values"], total, expand, expand.T).tail()
     if unit == "nats":
         return tail / 2
-    total = float(tensors[f"{target.name}/total"])
     return tail / total if total > 0 else torch.zeros_like(tail)
 
 

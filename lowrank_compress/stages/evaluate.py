@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lowrank_compress.artifacts.files import read_json, sha256, write_json
-from lowrank_compress.artifacts.manifest import Key, commit, committed
+from lowrank_compress.artifacts.manifest import Key, canonical_hash, commit, committed
 from lowrank_compress.calibration.sources import Source, read_examples, read_text
 from lowrank_compress.calibration.tokens import (
     bos_of,
@@ -26,6 +26,7 @@ from lowrank_compress.errors import CalibrationError, InputError
 from lowrank_compress.evaluation.harness import harness_version, run_tasks, task_files
 from lowrank_compress.evaluation.replayed import accuracy, perplexity
 from lowrank_compress.evaluation.size import measure_size
+from lowrank_compress.model.blueprint import task_of
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.replay import Batch
 from lowrank_compress.model.skeleton import Skeleton
@@ -33,6 +34,7 @@ from lowrank_compress.stages.common import Reporter, Silent, checkpoint_id, envi
 
 VERSION = 1
 METRICS = "metrics.json"
+RATIOS = ("asked_ratio", "reached_ratio", "ratio_of")
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ def key(config: EvaluateConfig, inputs: Inputs) -> Key:
     found = {"checkpoint": checkpoint_id(inputs.checkpoint)}
     if inputs.dense is not None:
         found["dense"] = checkpoint_id(inputs.dense)
+    if inputs.sizes is not None:
+        found["ratios"] = canonical_hash({name: inputs.sizes[name] for name in RATIOS})
     for name in config.perplexity:
         found[f"perplexity:{name}"] = source_id(Source(name, config.text_column))
     if config.classification is not None:
@@ -187,6 +191,8 @@ def text_batches(config: EvaluateConfig, tokenizer: Any, source: Source, seq_len
 def _run_tasks(
     config: EvaluateConfig, checkpoint: Checkpoint, role: str, reporter: Reporter
 ) -> dict[str, dict[str, Any]]:
+    if task_of(checkpoint.config) != "lm":
+        raise InputError("--tasks needs a causal language model; for a classifier use --classification.")
     reporter.advance(f"{role} tasks", 0, 1)
     model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=checkpoint.dtype)
     found = run_tasks(
@@ -218,7 +224,7 @@ def size_report(inputs: Inputs) -> dict[str, Any]:
         for values in report.values():
             values["ratio"] = 1 - values["compressed"] / values["dense"] if values["dense"] else 0.0
     if inputs.sizes is not None:
-        report |= {name: inputs.sizes[name] for name in ("asked_ratio", "reached_ratio", "ratio_of")}
+        report |= {name: inputs.sizes[name] for name in RATIOS}
     return report
 
 

@@ -49,13 +49,13 @@ def scores_manifest(scores: Path) -> Manifest:
 
 
 def key(config: FactorizeConfig, inputs: Inputs) -> Key:
-    """Everything the checkpoint depends on: the bases, and the ranks as ranks.json has them now."""
+    """Everything the checkpoint and its report depend on: the scores, and the ranks as ranks.json has them now."""
     found = {
         "checkpoint": checkpoint_id(inputs.checkpoint),
-        "bases": scores_manifest(inputs.scores).report["bases"],
+        "scores": scores_manifest(inputs.scores).id,
         "ranks": sha256(inputs.scores / RANKS),
     }
-    return Key("factorize", VERSION, config.model_dump(mode="json", exclude={"method"}), found)
+    return Key("factorize", VERSION, config.model_dump(mode="json"), found)
 
 
 def run(

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from lowrank_compress.allocation.storage import STORAGES
-from lowrank_compress.allocation.table import ALLOCATORS
 from lowrank_compress.calibration.capture import needs_gradient
 from lowrank_compress.calibration.sources import PAPERS_DATA, Source
 from lowrank_compress.calibration.tokens import load_tokenizer
@@ -16,8 +14,8 @@ from lowrank_compress.methods.linear import needed
 from lowrank_compress.methods.table import METHODS
 from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint, locate
-from lowrank_compress.registry import unknown
 from lowrank_compress.stages.common import compute_device, source_id
+from lowrank_compress.stages.score import check_names
 
 # Tokens a micro-batch unless the recipe says otherwise: a result depends on it in the last bits, so it is in the key.
 MICRO_BATCH_TOKENS = 4096
@@ -111,11 +109,7 @@ def make_plan(recipe: Recipe) -> Plan:
             f"--ratio {recipe.ratio} is not between 0 and 1: it is the share of parameters to remove, 0.3 for 30 %."
         )
     method = METHODS[recipe.method]
-    allocate = recipe.allocate or method.allocate
-    ALLOCATORS[allocate]
-    storage = recipe.storage or method.storage
-    if storage not in STORAGES:
-        raise InputError(unknown("storage", storage, STORAGES))
+    check_names(recipe.method, recipe.allocate or method.allocate, recipe.storage or method.storage)
     device = str(compute_device(recipe.device))
     checkpoint = Checkpoint(locate(recipe.model, recipe.revision), recipe.trust_remote_code)
     if checkpoint.raw_config.get("quantization_config") is not None:

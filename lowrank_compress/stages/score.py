@@ -57,7 +57,7 @@ def key(config: ScoreConfig, inputs: Inputs) -> Key:
     return Key("score", VERSION, settings, {"calibration": inputs.calibration.id})
 
 
-def check_names(config: ScoreConfig) -> None:
+def check_names(method: str, allocate: str, storage: str) -> None:
     """Refuse unknown names before any work.
 
     Raises
@@ -65,10 +65,10 @@ def check_names(config: ScoreConfig) -> None:
     InputError
         The method, allocator or storage is unknown.
     """
-    METHODS[config.method]
-    ALLOCATORS[config.allocate]
-    if config.storage not in STORAGES:
-        raise InputError(unknown("storage", config.storage, STORAGES))
+    METHODS[method]
+    ALLOCATORS[allocate]
+    if storage not in STORAGES:
+        raise InputError(unknown("storage", storage, STORAGES))
 
 
 def run(
@@ -93,7 +93,7 @@ def run(
         Statistics are missing, the ratio is out of reach, or another result is in `out_dir`.
     """
     reporter = reporter or Silent()
-    check_names(config)
+    check_names(config.method, config.allocate, config.storage)
     identity = key(config, inputs)
     if overwrite:
         _save_edited_ranks(out_dir)

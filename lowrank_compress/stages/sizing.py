@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lowrank_compress.calibration.capture import needs_gradient
+from lowrank_compress.calibration.capture import boundaries
 from lowrank_compress.calibration.moments import STATISTICS, statistic_key
 from lowrank_compress.methods.linear import needed
 from lowrank_compress.methods.table import METHODS
@@ -76,7 +76,7 @@ def estimate(plan: Plan, bases: Bases) -> Need:
             side = target.shape[1] if STATISTICS[name].size == "in" else target.shape[0]
             sizes[statistic_key(target, name)] = side * side if STATISTICS[name].square else side
     tokens = plan.recipe.samples * plan.seq_len if method.needs_data else 0
-    copies = len(resolved.blocks) + 2 if needs_gradient(wanted) else 1
+    copies = boundaries(len(resolved.blocks), wanted)
     kept = {target.name: bases.keep[target.name] for target in resolved.targets}
     basis = sum(
         kept[target.name] * min(target.shape) * (2 if method.sides(target)[0].near else 1)

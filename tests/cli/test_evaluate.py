@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.runs import Tiny, contents, done, lrc, refused, times
+from tests.tiny import save_tiny
 
 Finished = Callable[[str], Path]
 
@@ -172,3 +173,19 @@ def test_local_tasks_without_a_network(finished: Finished, tasks: Path):
 def test_a_task_directory_must_exist(finished: Finished, tasks: Path):
     run = finished("svd")
     assert "is no directory" in refused("eval", run, "--tasks", "tiny_choice", "--include-path", tasks / "nowhere")
+
+
+def test_the_checkpoint_inside_a_run_is_guarded_like_the_run(tiny: Tiny, finished: Finished):
+    model = finished("auto") / "model"
+    assert "is the text that this run was calibrated on" in refused("eval", model, "--perplexity", tiny.text)
+    assert done("eval", model, "--perplexity", tiny.text, "--force", "--json").json["perplexity"]
+
+
+def test_a_method_without_data_has_no_calibration_text(tiny: Tiny, finished: Finished):
+    assert done("eval", finished("svd"), "--perplexity", tiny.text, "--json").json["perplexity"]
+
+
+def test_tasks_need_a_language_model(tasks: Path, tmp_path: Path):
+    model = save_tiny("bert", tmp_path / "bert", "classification")
+    message = refused("eval", model, "--tasks", "local_copa", "--include-path", tasks)
+    assert "--tasks needs a causal language model" in message

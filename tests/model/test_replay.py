@@ -153,3 +153,9 @@ def test_real_tokens_are_counted() -> None:
     assert real.tolist() == [i < 5 for i in range(9)] + [True] * 9 + [i >= 7 for i in range(9)]
     assert Batch(ids).tokens == 27
     assert Batch(ids).real() is None
+
+
+def test_padding_is_never_scored() -> None:
+    ids, mask = padded(tokens(5, 9, 2), left=[2])
+    with pytest.raises(NumericsError, match="padding scored"):
+        list(lm_chunks(Batch(ids, mask)))

@@ -145,3 +145,14 @@ def test_unreadable_ranks_are_an_error(finished: Finished):
     assert "ranks.json cannot be read as JSON" in refused("factorize", run, "--overwrite")
     (run / "scores" / "ranks.json").unlink()
     assert "holds no finished scores" in refused("factorize", run, "--overwrite")
+
+
+def test_the_report_follows_the_scores_even_where_the_ranks_do_not_change(finished: Finished):
+    """The asked ratio is written into lowrank.json: a checkpoint of other scores is another result."""
+    run = finished("svd")
+    ranks = (run / "scores" / "ranks.json").read_text()
+    done("score", run, "--ratio", 0.3001, "--overwrite")
+    assert (run / "scores" / "ranks.json").read_text() == ranks
+    assert "--overwrite" in refused("factorize", run)
+    done("factorize", run, "--overwrite")
+    assert json.loads((run / "model" / "lowrank.json").read_text())["asked_ratio"] == 0.3001

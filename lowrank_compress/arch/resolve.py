@@ -97,8 +97,6 @@ class Resolved:
     ----------
     architecture
         The table entry.
-    base_prefix
-        Path of the base model in the model, ``""`` if the model is a base model itself.
     blocks
         Paths of the transformer blocks in the model.
     targets
@@ -106,7 +104,6 @@ class Resolved:
     """
 
     architecture: Architecture
-    base_prefix: str
     blocks: tuple[str, ...]
     targets: tuple[Target, ...]
 
@@ -142,7 +139,7 @@ def resolve(model: PreTrainedModel) -> Resolved:
         found = _block_targets(model, architecture, index, path)
         _check_complete(model.get_submodule(path), path, architecture, {target.module for target in found})
         targets += found
-    return Resolved(architecture, _base_prefix(model), blocks, tuple(targets))
+    return Resolved(architecture, blocks, tuple(targets))
 
 
 def block_paths(model: PreTrainedModel) -> tuple[str, ...]:

@@ -48,11 +48,6 @@ def needs_gradient(wanted: Wanted) -> bool:
     return any(STATISTICS[name].gradient for names in wanted.values() for name in names)
 
 
-def sweep_order(blocks: int, wanted: Wanted) -> range:
-    """The order in which blocks become complete: reversed where gradients are taken."""
-    return range(blocks - 1, -1, -1) if needs_gradient(wanted) else range(blocks)
-
-
 def capture(
     skeleton: Skeleton,
     batches: Sequence[Batch],
@@ -64,7 +59,7 @@ def capture(
     spill_to: Path | None = None,
     memory: int | None = None,
 ) -> Iterator[BlockStatistics]:
-    """Yield the statistics of each block, in `sweep_order`.
+    """Yield the statistics of each block: first to last, or last to first where gradients are taken.
 
     Parameters
     ----------
@@ -169,7 +164,7 @@ def loss_terms(batch: Batch) -> int:
     """How many terms the summed loss of a batch has: scored tokens, or examples."""
     if batch.labels is not None:
         return len(batch.labels)
-    return batch.ids.shape[0] * (batch.ids.shape[1] - batch.scored_from)
+    return batch.ids.shape[0] * (batch.ids.shape[1] - 1)
 
 
 def head_gradient(replay: Replay, batch: Batch, hidden: Tensor) -> Tensor:

@@ -30,9 +30,14 @@ def list_entries(what: str, as_json: bool) -> None:
     elif what == "architectures":
         from lowrank_compress.arch.table import ARCHITECTURES
 
-        columns = ["architecture", "model types", "compressed matrices of a block"]
+        columns = ["architecture", "model types", "head norms", "compressed matrices of a block"]
         rows = [
-            [name, ", ".join(a.model_types), ", ".join(f"{p.path} ({'+'.join(p.parts)})" for p in a.projections)]
+            [
+                name,
+                ", ".join(a.model_types),
+                "yes" if a.head_norms else "–",
+                ", ".join(f"{p.path} ({'+'.join(p.parts)})" for p in a.projections),
+            ]
             for name, a in ARCHITECTURES.items()
         ]
     else:

@@ -48,7 +48,7 @@ def perplexity(
     skeleton
         A causal language model, dense or compressed.
     batches
-        Windows, each scoring all its positions from `scored_from` on.
+        Windows, each scoring all its tokens but the first.
     advance
         Called with (blocks done, blocks in all).
 

@@ -33,14 +33,11 @@ class Batch:
         (sequences, length) int64, 1 for real tokens; None where nothing is padded.
     labels
         (sequences,) int64 class labels; None for language models, whose labels are the ids themselves.
-    scored_from
-        Position of the first token that is scored (language models); a context token before it is not.
     """
 
     ids: Tensor
     mask: Tensor | None = None
     labels: Tensor | None = None
-    scored_from: int = 1
 
     @property
     def tokens(self) -> int:
@@ -181,7 +178,7 @@ def lm_chunks(batch: Batch) -> Iterator[tuple[int, int]]:
         raise NumericsError("A padded batch of a language model would have its padding scored; expected whole windows.")
     sequences, length = batch.ids.shape
     width = max(1, HEAD_TOKENS // sequences)
-    for start in range(batch.scored_from - 1, length - 1, width):
+    for start in range(0, length - 1, width):
         yield start, min(start + width, length - 1)
 
 

@@ -96,7 +96,7 @@ def test_names_of_fused_and_plain_targets() -> None:
         ("model.layers.1.mlp.gate_up_proj:up", (72, 32)),
         ("model.layers.1.mlp.down_proj", (32, 72)),
     ]
-    assert resolved.base_prefix == "model"
+    assert resolved.blocks == ("model.layers.0", "model.layers.1")
 
 
 def test_interleaved_rows() -> None:
@@ -107,7 +107,7 @@ def test_interleaved_rows() -> None:
 
 def test_base_model_has_no_prefix() -> None:
     resolved = resolve(AutoModel.from_config(tiny_config("opt")))
-    assert (resolved.base_prefix, resolved.blocks) == ("", ("decoder.layers.0", "decoder.layers.1"))
+    assert resolved.blocks == ("decoder.layers.0", "decoder.layers.1")
 
 
 @given(st.integers(1, 5), st.integers(0, 5), st.integers(1, 6), st.integers(0, 4))

@@ -77,14 +77,14 @@ def test_several_passes_do_not_matter(saved: Saved, monkeypatch: pytest.MonkeyPa
     assert said == [(done, 6) for done in range(1, 7)]
 
 
-def test_context_is_not_scored(saved: Saved) -> None:
-    """Tokens before `scored_from` are context."""
+def test_the_first_token_is_context(saved: Saved) -> None:
+    """Overlapping windows share a context token, and score every other one once."""
     skeleton = skeleton_of(saved, "gpt2-lm")
-    ids = TEXT[None, :20]
-    whole, head = perplexity(skeleton, [Batch(ids)]), perplexity(skeleton, [Batch(ids[:, :12])])
-    rest = perplexity(skeleton, [Batch(ids, scored_from=12)])
-    assert rest.tokens == 8
-    assert rest.nats == pytest.approx(whole.nats - head.nats, rel=1e-12)
+    first, second = Batch(TEXT[None, :12]), Batch(TEXT[None, 11:20])
+    found = perplexity(skeleton, [first, second])
+    assert found.tokens == 19
+    apart = perplexity(skeleton, [first]).nats + perplexity(skeleton, [second]).nats
+    assert found.nats == pytest.approx(apart, rel=1e-12)
 
 
 def test_a_perplexity_beyond_all_numbers() -> None:

@@ -119,12 +119,11 @@ def test_logits_of_some_positions(case: str, saved: Saved) -> None:
 
 @pytest.mark.parametrize("sequences", [1, 3, 700])
 @pytest.mark.parametrize("length", [2, 3, 600])
-@pytest.mark.parametrize("scored_from", [1, 2])
-def test_chunks_cover_what_is_scored(sequences: int, length: int, scored_from: int) -> None:
-    batch = Batch(torch.zeros(sequences, length, dtype=torch.long), scored_from=scored_from)
+def test_chunks_cover_what_is_scored(sequences: int, length: int) -> None:
+    batch = Batch(torch.zeros(sequences, length, dtype=torch.long))
     chunks = list(lm_chunks(batch))
     covered: Sequence[int] = [position for start, stop in chunks for position in range(start, stop)]
-    assert covered == list(range(scored_from - 1, length - 1))
+    assert covered == list(range(length - 1))
     assert all(0 < (stop - start) * sequences <= max(HEAD_TOKENS, sequences) for start, stop in chunks)
 
 

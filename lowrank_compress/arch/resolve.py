@@ -48,6 +48,29 @@ class Rows:
 
 
 @dataclass(frozen=True, slots=True)
+class Heads:
+    """How an attention module divides queries, keys and values.
+
+    Parameters
+    ----------
+    query
+        Number of query heads.
+    key
+        Number of key-value heads; each serves ``query // key`` query heads that follow one another.
+    size
+        Dimensions of one head.
+    rotary
+        Leading dimensions of a head that are rotated, dimension i together with i + rotary / 2; 0 where a model has no
+        rotary embeddings.
+    """
+
+    query: int
+    key: int
+    size: int
+    rotary: int
+
+
+@dataclass(frozen=True, slots=True)
 class Target:
     """One matrix that may be compressed: a module's weight, or a part of a fused one.
 
@@ -71,6 +94,8 @@ class Target:
         Whether the module has a bias.
     conv1d
         Whether the module stores its weight as (in, out).
+    heads
+        The attention heads that the rows (q, k, v) or columns (o) belong to; None in the MLP.
     """
 
     name: str
@@ -82,6 +107,7 @@ class Target:
     reads: Reads
     has_bias: bool
     conv1d: bool
+    heads: Heads | None
 
     @property
     def elements(self) -> int:
@@ -101,11 +127,14 @@ class Resolved:
         Paths of the transformer blocks in the model.
     targets
         All claimed matrices.
+    heads
+        What all attention modules have in common.
     """
 
     architecture: Architecture
     blocks: tuple[str, ...]
     targets: tuple[Target, ...]
+    heads: Heads
 
     def of_block(self, block: int) -> tuple[Target, ...]:
         """Return the targets of one block."""
@@ -134,12 +163,18 @@ def resolve(model: PreTrainedModel) -> Resolved:
     """
     architecture = architecture_of(model.config)
     blocks = block_paths(model)
+    heads = _heads(model)
     targets: list[Target] = []
     for index, path in enumerate(blocks):
-        found = _block_targets(model, architecture, index, path)
+        if _find(model, f"{path}.{architecture.attention}") is None:
+            raise UnsupportedError(
+                f"{type(model).__name__} has nothing at {path}.{architecture.attention}; expected the attention module "
+                f"of architecture {architecture.name!r}."
+            )
+        found = _block_targets(model, architecture, heads, index, path)
         _check_complete(model.get_submodule(path), path, architecture, {target.module for target in found})
         targets += found
-    return Resolved(architecture, blocks, tuple(targets))
+    return Resolved(architecture, blocks, tuple(targets), heads)
 
 
 def block_paths(model: PreTrainedModel) -> tuple[str, ...]:
@@ -162,21 +197,22 @@ def block_paths(model: PreTrainedModel) -> tuple[str, ...]:
     return tuple(f"{path}.{index}" for index in range(len(blocks)))
 
 
-def _block_targets(model: PreTrainedModel, architecture: Architecture, index: int, block: str) -> list[Target]:
+def _block_targets(
+    model: PreTrainedModel, architecture: Architecture, heads: Heads, index: int, block: str
+) -> list[Target]:
     shapes = {projection: _shape(model, block, projection) for projection in architecture.projections}
     width = model.config.hidden_size
     inner = next(shape[1] for projection, shape in shapes.items() if projection.reads == "hidden")
-    heads, kv_heads, head_dim = _head_sizes(model.config)
     rows: dict[Role, int] = {
-        "q": heads * head_dim,
-        "k": kv_heads * head_dim,
-        "v": kv_heads * head_dim,
+        "q": heads.query * heads.size,
+        "k": heads.key * heads.size,
+        "v": heads.key * heads.size,
         "o": width,
         "gate": inner,
         "up": inner,
         "down": width,
     }
-    columns: dict[Reads, int] = {"attn": width, "context": heads * head_dim, "mlp": width, "hidden": inner}
+    columns: dict[Reads, int] = {"attn": width, "context": heads.query * heads.size, "mlp": width, "hidden": inner}
     targets: list[Target] = []
     for projection, shape in shapes.items():
         path = f"{block}.{projection.path}"
@@ -184,12 +220,12 @@ def _block_targets(model: PreTrainedModel, architecture: Architecture, index: in
         if shape != expected:
             raise UnsupportedError(
                 f"{path}.weight has shape {shape} as (out, in); expected {expected}, because the configuration implies "
-                f"hidden size {width}, {heads} heads, {kv_heads} key-value heads of size {head_dim}, and the block's "
-                f"inner size is {inner}. Architecture {architecture.name!r} does not describe this model."
+                f"hidden size {width}, {heads.query} heads, {heads.key} key-value heads of size {heads.size}, and the "
+                f"block's inner size is {inner}. Architecture {architecture.name!r} does not describe this model."
             )
         offset = 0
         for role in projection.parts:
-            groups = heads if projection.layout == "interleaved" else 1
+            groups = heads.query if projection.layout == "interleaved" else 1
             part = Rows(groups, shape[0] // groups, offset, rows[role] // groups)
             offset += part.length
             targets.append(
@@ -203,6 +239,7 @@ def _block_targets(model: PreTrainedModel, architecture: Architecture, index: in
                     reads=projection.reads,
                     has_bias=model.get_submodule(path).bias is not None,
                     conv1d=projection.conv1d,
+                    heads=heads if role in ("q", "k", "v", "o") else None,
                 )
             )
     return targets
@@ -242,12 +279,16 @@ def _check_complete(block: nn.Module, path: str, architecture: Architecture, cla
             )
 
 
-def _head_sizes(config: PreTrainedConfig) -> tuple[int, int, int]:
-    """Return the numbers of query heads and of key-value heads, and the size of one head."""
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return heads, kv_heads, head_dim
+def _heads(model: PreTrainedModel) -> Heads:
+    config: PreTrainedConfig = model.config
+    query = config.num_attention_heads
+    frequencies = (buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq"))
+    return Heads(
+        query=query,
+        key=getattr(config, "num_key_value_heads", None) or query,
+        size=getattr(config, "head_dim", None) or config.hidden_size // query,
+        rotary=2 * len(next(frequencies, ())),
+    )
 
 
 def _base_prefix(model: PreTrainedModel) -> str:

@@ -49,6 +49,8 @@ class Architecture:
         The ``config.model_type`` values that it describes.
     blocks
         Path of the blocks' ``ModuleList`` below the base model.
+    attention
+        Path, below a block, of the module that turns queries, keys and values into their context.
     projections
         The claimed matrices of every block, in the order of computation.
     ignored
@@ -60,6 +62,7 @@ class Architecture:
     name: str
     model_types: tuple[str, ...]
     blocks: str
+    attention: str
     projections: tuple[Projection, ...]
     ignored: tuple[str, ...] = ()
     head_norms: bool = False

@@ -67,19 +67,19 @@ _DISTILBERT = (
 )
 
 _ENTRIES = (
-    Architecture("llama", ("llama",), "layers", _GATED),
-    Architecture("mistral", ("mistral",), "layers", _GATED),
-    Architecture("qwen2", ("qwen2",), "layers", _GATED),
-    Architecture("qwen3", ("qwen3",), "layers", _GATED, head_norms=True),
-    Architecture("gemma2", ("gemma2",), "layers", _GATED),
-    Architecture("gemma3_text", ("gemma3_text",), "layers", _GATED, head_norms=True),
-    Architecture("phi3", ("phi3",), "layers", _PHI3),
-    Architecture("gpt2", ("gpt2",), "h", _GPT2),
-    Architecture("gpt_neox", ("gpt_neox",), "layers", _GPT_NEOX),
-    Architecture("opt", ("opt",), "decoder.layers", _OPT),
-    Architecture("bert", ("bert",), "encoder.layer", _BERT),
-    Architecture("roberta", ("roberta",), "encoder.layer", _BERT),
-    Architecture("distilbert", ("distilbert",), "transformer.layer", _DISTILBERT),
+    Architecture("llama", ("llama",), "layers", "self_attn", _GATED),
+    Architecture("mistral", ("mistral",), "layers", "self_attn", _GATED),
+    Architecture("qwen2", ("qwen2",), "layers", "self_attn", _GATED),
+    Architecture("qwen3", ("qwen3",), "layers", "self_attn", _GATED, head_norms=True),
+    Architecture("gemma2", ("gemma2",), "layers", "self_attn", _GATED),
+    Architecture("gemma3_text", ("gemma3_text",), "layers", "self_attn", _GATED, head_norms=True),
+    Architecture("phi3", ("phi3",), "layers", "self_attn", _PHI3),
+    Architecture("gpt2", ("gpt2",), "h", "attn", _GPT2),
+    Architecture("gpt_neox", ("gpt_neox",), "layers", "attention", _GPT_NEOX),
+    Architecture("opt", ("opt",), "decoder.layers", "self_attn", _OPT),
+    Architecture("bert", ("bert",), "encoder.layer", "attention.self", _BERT),
+    Architecture("roberta", ("roberta",), "encoder.layer", "attention.self", _BERT),
+    Architecture("distilbert", ("distilbert",), "transformer.layer", "attention", _DISTILBERT),
 )
 
 ARCHITECTURES: Registry[Architecture] = Registry(

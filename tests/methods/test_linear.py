@@ -261,7 +261,7 @@ def test_afm_restores_no_mean_without_a_bias() -> None:
 @pytest.mark.parametrize("shape", [(6, 9), (9, 6)])
 def test_a_matrix_that_saw_nothing(method: str, shape: tuple[int, int]) -> None:
     """No gradient and no activation in the sample: the result is finite, and exact at full rank."""
-    target = Target("m", 0, "m", "up", shape, Rows(1, shape[0], 0, shape[0]), "mlp", True, False)
+    target = Target("m", 0, "m", "up", shape, Rows(1, shape[0], 0, shape[0]), "mlp", True, False, None)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     means = {}
     for name in STATISTICS:

@@ -111,7 +111,7 @@ def test_gate_is_what_the_activation_sees() -> None:
 @given(st.integers(1, 4), st.integers(0, 3), st.integers(1, 4), st.integers(0, 3), st.integers(1, 4), st.booleans())
 def test_read_is_row_selection(groups: int, offset: int, length: int, after: int, inner: int, conv1d: bool) -> None:
     rows = Rows(groups, offset + length + after, offset, length)
-    target = Target("m:q", 0, "m", "q", (rows.size, inner), rows, "attn", True, conv1d)
+    target = Target("m:q", 0, "m", "q", (rows.size, inner), rows, "attn", True, conv1d, None)
     whole = torch.arange(rows.total * inner, dtype=torch.float64).reshape(rows.total, inner)
     stored = whole.T.contiguous() if conv1d else whole
     assert read(stored, target).equal(whole[rows.index()])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -136,7 +137,7 @@ def test_extra_parameter_of_a_claimed_module_is_named() -> None:
 
 def test_ignored_pattern_lets_a_matrix_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     entry = ARCHITECTURES["llama"]
-    ignoring = type(entry)(entry.name, entry.model_types, entry.blocks, entry.projections, ignored=("mlp.extra.*",))
+    ignoring = replace(entry, ignored=("mlp.extra.*",))
     monkeypatch.setattr(module, "architecture_of", lambda _config: ignoring)
     model = tiny_model("llama")
     expected = resolve(model).targets

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from lowrank_compress.errors import InputError
 
 RatioOf = Literal["blocks", "model"]
+ModuleMetric = Literal["gram", "kfac"]
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -34,6 +35,11 @@ class Recipe(Strict):
     ratio: float = 0.3
     ratio_of: RatioOf = "blocks"
     method: str = "auto"
+    attention: str | None = None
+    qk: str | None = None
+    vo: str | None = None
+    mlp: str | None = None
+    metric: ModuleMetric | None = None
     allocate: str | None = None
     storage: str | None = None
 
@@ -50,6 +56,9 @@ class Recipe(Strict):
     alpha: float = Field(default=0.5, gt=0)
     clip: float | None = Field(default=None, gt=0)
     floor: float = Field(default=0.0, ge=0, le=1)
+    temperature: float | None = Field(default=None, gt=0)
+    cap: float = Field(default=0.8, gt=0, le=1)
+    round_to: int | None = Field(default=None, ge=1)
 
     device: str = "auto"
     dtype: str | None = None
@@ -113,10 +122,22 @@ def _explain(problem: ValidationError) -> str:
     return "; ".join(parts) + "."
 
 
+class Scheme(Strict):
+    """The method for each part of a block: queries and keys, values and output, MLP; and the metric of module methods.
+
+    A part that stays as it is has the method "dense".
+    """
+
+    qk: str
+    vo: str
+    mlp: str
+    metric: ModuleMetric
+
+
 class CalibrateConfig(Strict):
     """What the calibration's statistics depend on."""
 
-    method: str
+    scheme: Scheme
     source: str | None
     text_column: str | None
     label_column: str | None
@@ -131,7 +152,7 @@ class CalibrateConfig(Strict):
 class ScoreConfig(Strict):
     """What the bases and ranks depend on."""
 
-    method: str
+    scheme: Scheme
     allocate: str
     storage: str
     ratio: float
@@ -140,14 +161,19 @@ class ScoreConfig(Strict):
     damping_gram: float
     alpha: float
     floor: float
+    temperature: float | None
+    cap: float
+    round_to: int
     device: str
 
 
 class FactorizeConfig(Strict):
-    """What the compressed checkpoint depends on."""
+    """What the compressed checkpoint and its report depend on."""
 
     method: str
+    scheme: Scheme
     storage: str
+    round_to: int
     dtype: str
     device: str
     shard_bytes: int = 1_000_000_000

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping
 from importlib.metadata import entry_points
-from typing import Generic, TypeVar
+from types import UnionType
+from typing import Any, Generic, TypeVar
 
 from lowrank_compress.errors import InputError
 
@@ -25,10 +26,10 @@ class Registry(Mapping[str, T], Generic[T]):
     entries
         The entries that this package itself provides. They win over third-party entries of the same name.
     entry_type
-        Class that a third-party value must be an instance of.
+        Class, or union of classes, that a third-party value must be an instance of.
     """
 
-    def __init__(self, kind: str, group: str, entries: Mapping[str, T], entry_type: type[T]) -> None:
+    def __init__(self, kind: str, group: str, entries: Mapping[str, T], entry_type: type[T] | UnionType) -> None:
         self.kind = kind
         self._group = group
         self._own = dict(entries)
@@ -37,15 +38,16 @@ class Registry(Mapping[str, T], Generic[T]):
 
     def _entries(self) -> dict[str, T]:
         if self._all is None:
-            found: dict[str, T] = {}
+            found: dict[str, Any] = {}
             for point in entry_points(group=self._group):
                 value = point.load()
                 if not isinstance(value, self._type) and callable(value):
                     value = value()
                 if not isinstance(value, self._type):
+                    expected = getattr(self._type, "__name__", str(self._type))
                     raise InputError(
                         f"The plug-in {point.value!r} registers the {self.kind} {point.name!r} as a "
-                        f"{type(value).__name__}; expected a {self._type.__name__}. Fix or uninstall that package."
+                        f"{type(value).__name__}; expected a {expected}. Fix or uninstall that package."
                     )
                 found[point.name] = value
             self._all = found | self._own

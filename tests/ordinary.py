@@ -109,14 +109,15 @@ class Trace:
 
     Attributes
     ----------
-    x, y, g
-        Inputs (tokens, in), outputs without bias (tokens, out), gradients in the outputs (tokens, out).
+    x, y, z, g
+        Inputs (tokens, in), outputs without bias and with it (tokens, out), gradients in the outputs (tokens, out).
     weight_gradient
         ∂ℒ/∂W of the sequence, (out, in).
     """
 
     x: Tensor
     y: Tensor
+    z: Tensor
     g: Tensor
     weight_gradient: Tensor
 
@@ -162,12 +163,13 @@ def traces(
             if isinstance(modules[path], Conv1D):
                 weight_gradient = weight_gradient.T
             y = out if bias is None else out - bias.detach()
-            found[target].append(Trace(x, y[:, rows], g.reshape(len(ids), -1)[:, rows], weight_gradient[rows]))
+            g = g.reshape(len(ids), -1)
+            found[target].append(Trace(x, y[:, rows], out[:, rows], g[:, rows], weight_gradient[rows]))
     return dict(found), terms
 
 
 def statistics(seen: Sequence[Trace], weight: Tensor, terms: int) -> dict[str, Tensor]:
-    """All statistics of one target, each by its definition, token by token."""
+    """Statistics of one target, each by its definition, token by token; without those by head."""
     x, y, g = (torch.cat([getattr(trace, name) for trace in seen]) for name in ("x", "y", "g"))
     delta = g @ weight.detach()
     count = len(x)
@@ -182,3 +184,37 @@ def statistics(seen: Sequence[Trace], weight: Tensor, terms: int) -> dict[str, T
         "out_square": (g * g).sum(0) / terms,
         "row_fisher": sum((trace.weight_gradient**2 for trace in seen), torch.zeros(())).sum(1) / terms,
     }
+
+
+def head_statistics(model: PreTrainedModel, role: str, seen: Sequence[Trace], terms: int) -> dict[str, Tensor]:
+    """Statistics by head of one target, each by its definition, a head and a token at a time; none but for q, k, v."""
+    if role not in ("q", "k", "v"):
+        return {}
+    query: int = model.config.num_attention_heads
+    key: int = getattr(model.config, "num_key_value_heads", None) or query
+    heads = query if role == "q" else key
+    zs, gs = ([row.chunk(heads) for trace in seen for row in getattr(trace, name)] for name in ("z", "g"))
+    found = {
+        "head_gram": torch.stack([sum(torch.outer(z[head], z[head]) for z in zs) for head in range(heads)]) / len(zs),
+        "head_fisher": torch.stack([sum(torch.outer(g[head], g[head]) for g in gs) for head in range(heads)]) / terms,
+    }
+    if role == "q":
+        fishers = []
+        for group in range(key):
+            members = [head for head in range(query) if head * key // query == group]
+            ts = [sum(z[head] * g[head] for head in members) for z, g in zip(zs, gs, strict=True)]
+            fishers.append(sum(torch.outer(t, t) for t in ts) / terms)
+        found["score_fisher"] = torch.stack(fishers)
+    return found
+
+
+def influences(model: PreTrainedModel, blocks: Sequence[str], sequences: Sequence[Tensor]) -> list[float]:
+    """1 − the mean over all tokens of the cosine between a block's input and output, for each block by its path."""
+    turned: dict[str, list[float]] = defaultdict(list)
+    for ids in sequences:
+        with torch.no_grad(), watched(model, blocks) as seen:
+            model(input_ids=ids[None])
+        for path in blocks:
+            for before, after in zip(seen[path][0][0], seen[path][1][0], strict=True):
+                turned[path].append(1 - float(before @ after / (before @ before * (after @ after)).sqrt()))
+    return [sum(turned[path]) / len(turned[path]) for path in blocks]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +29,10 @@ class Curve:
         (p,) float64: non-increasing, finite; the last one is 0.
     spectrum
         Singular values of the weight itself, descending, for allocators that ask for it.
+    block
+        Index of the transformer block that the matrix or module belongs to.
+    influence
+        That block's influence, 1 − the mean cosine of its input and output, for allocators that ask for it.
 
     Raises
     ------
@@ -41,6 +45,8 @@ class Curve:
     stored: np.ndarray
     loss: np.ndarray
     spectrum: np.ndarray | None = None
+    block: int = 0
+    influence: float | None = None
 
     def __post_init__(self) -> None:
         sizes = {array.shape for array in (self.ranks, self.stored, self.loss)}
@@ -67,39 +73,45 @@ class Curve:
         return int(self.stored[-1])
 
 
-def linear_curve(
+def make_curve(
     name: str,
-    shape: tuple[int, int],
-    tail: np.ndarray,
-    cost: Callable[[np.ndarray], np.ndarray],
+    dense: int,
+    ranks: np.ndarray,
+    stored: np.ndarray,
+    loss: np.ndarray,
+    *,
     spectrum: np.ndarray | None = None,
+    block: int = 0,
+    influence: float | None = None,
 ) -> Curve:
-    """Make the curve of a factorized matrix: every rank that is cheaper than dense, and dense.
+    """Make a curve of the candidates that store less than dense, and dense; of dense alone where none does.
 
     Parameters
     ----------
-    name
-        For messages and reports.
-    shape
-        (out, in) of the matrix.
-    tail
-        (r_max + 1,) losses at rank 0 … r_max. Ranks above r_max are no choice, so that r_max should be at least the
-        largest rank that pays.
-    cost
-        Stored elements of an int64 array of ranks; must rise up to where it reaches m·n.
-    spectrum
-        Singular values of the weight, see :class:`Curve`.
+    name, spectrum, block, influence
+        See :class:`Curve`.
+    dense
+        Elements of the uncompressed matrix or module.
+    ranks, stored, loss
+        (p,) of the candidates, without dense: ranks strictly increasing from 1 or more, stored strictly increasing,
+        loss non-increasing.
+
+    Raises
+    ------
+    InputError
+        If the candidates are not such arrays.
     """
-    dense = shape[0] * shape[1]
-    ranks = np.arange(1, len(tail), dtype=np.int64)
-    stored = np.asarray(cost(ranks), dtype=np.int64)
-    count = int(np.argmax(stored >= dense)) if np.any(stored >= dense) else len(ranks)
+    ranks, stored = np.asarray(ranks, dtype=np.int64), np.asarray(stored, dtype=np.int64)
+    loss = np.asarray(loss, dtype=np.float64)
+    count = int(np.count_nonzero(stored < dense))
     return Curve(
         name,
         np.append(ranks[:count], DENSE),
         np.append(stored[:count], dense),
-        np.append(np.asarray(tail, dtype=np.float64)[1 : count + 1], 0.0),
+        np.append(loss[:count], 0.0),
         spectrum,
+        block,
+        influence,
     )
 
 

@@ -53,7 +53,10 @@ def cost(storage: str, shape: tuple[int, int], rank: int | np.ndarray) -> int | 
     return FORMATS[storage](*shape, rank)
 
 
-def largest_rank(storage: str, shape: tuple[int, int], stored: int) -> int:
-    """Return the largest rank r ≤ min(m, n) that costs at most ``stored`` elements, 0 if none does."""
-    costs = cost(storage, shape, np.arange(1, min(shape) + 1, dtype=np.int64))
-    return int(np.searchsorted(costs, stored, side="right"))
+def largest_rank(storage: str, shape: tuple[int, int], stored: int, multiple: int = 1) -> int:
+    """Return the largest rank r ≤ min(m, n) that costs at most ``stored`` elements, 0 if none does.
+
+    Only multiples of ``multiple`` count.
+    """
+    ranks = np.arange(multiple, min(shape) + 1, multiple, dtype=np.int64)
+    return multiple * int(np.searchsorted(cost(storage, shape, ranks), stored, side="right"))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lowrank_compress.allocation import loss, uniform, welore
+from lowrank_compress.allocation import block_influence, loss, uniform, welore
 from lowrank_compress.registry import Registry
 
 
@@ -26,6 +26,10 @@ class Allocator:
         Whether curves must carry the singular values of the weights.
     needs_loss
         Whether curves must carry losses up to every rank that pays, in one unit for all matrices.
+    needs_influence
+        Whether curves must carry the influence of their block, which takes calibration data.
+    options
+        Names of the keyword options of ``allocate``; all have defaults.
     help
         One line for ``lrc list``.
     """
@@ -34,13 +38,48 @@ class Allocator:
     allocate: Callable[..., np.ndarray]
     needs_spectrum: bool
     needs_loss: bool
+    needs_influence: bool
+    options: tuple[str, ...]
     help: str
 
 
 _OWN = (
-    Allocator("uniform", uniform.allocate, False, False, "the same kept share for every matrix"),
-    Allocator("loss", loss.allocate, False, True, "the least predicted loss under the budget, over all matrices"),
-    Allocator("welore", welore.allocate, True, False, "one threshold on normalised singular values (WeLore)"),
+    Allocator(
+        name="uniform",
+        allocate=uniform.allocate,
+        needs_spectrum=False,
+        needs_loss=False,
+        needs_influence=False,
+        options=(),
+        help="the same kept share for every matrix",
+    ),
+    Allocator(
+        name="loss",
+        allocate=loss.allocate,
+        needs_spectrum=False,
+        needs_loss=True,
+        needs_influence=False,
+        options=("floor",),
+        help="the least predicted loss under the budget, over all matrices",
+    ),
+    Allocator(
+        name="welore",
+        allocate=welore.allocate,
+        needs_spectrum=True,
+        needs_loss=False,
+        needs_influence=False,
+        options=(),
+        help="one threshold on normalised singular values (WeLore)",
+    ),
+    Allocator(
+        name="block-influence",
+        allocate=block_influence.allocate,
+        needs_spectrum=False,
+        needs_loss=False,
+        needs_influence=True,
+        options=("temperature", "cap"),
+        help="more from the blocks that change their input less (MoDeGPT)",
+    ),
 )
 
 ALLOCATORS: Registry[Allocator] = Registry(

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
 Reads = Literal["attn", "context", "mlp", "hidden"]
 Layout = Literal["blocked", "interleaved"]
+Group = Literal["qk", "vo", "mlp"]
+
+# Matrices of a block that can only shrink together, in the order of computation.
+GROUPS: Mapping[Group, tuple[Role, ...]] = {"qk": ("q", "k"), "vo": ("v", "o"), "mlp": ("gate", "up", "down")}
+GROUP_OF: Mapping[Role, Group] = {role: group for group, roles in GROUPS.items() for role in roles}
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,8 @@ class BlockStatistics:
     block
         Its index.
     means
-        ``<target or shared input>/<statistic>`` -> float64 tensor on the CPU.
+        ``<target or shared input>/<statistic>``, and ``influence`` of the block itself, (1,) -> float64 tensor on the
+        CPU.
     """
 
     block: int
@@ -100,11 +101,12 @@ def capture(
         with torch.no_grad(), skeleton.block(index) as block:
             moments = None if skip(index) else Moments(skeleton.resolved.of_block(index), wanted)
             for number, batch in enumerate(batches):
-                if moments is None:
-                    hidden[number] = replay.advance(index, block, number, hidden[number])
-                else:
-                    with _tapped(skeleton, index, moments, batch, clip=None):
-                        hidden[number] = replay.advance(index, block, number, hidden[number])
+                entering = hidden[number].to(skeleton.device)
+                with _tapped(skeleton, index, moments, batch, clip=None):
+                    leaving = replay.step(index, block, number, entering)
+                if moments is not None:
+                    moments.add_influence(entering, leaving, batch.mask)
+                hidden[number] = replay.store.keep(leaving)
         advance("forward", index + 1, count)
         if moments is not None:
             yield BlockStatistics(index, moments.means(tokens, losses=1))
@@ -142,6 +144,8 @@ def _backward(
                 with _tapped(skeleton, index, moments, batch, clip), torch.enable_grad():
                     out = replay.step(index, block, number, x)
                     (gradient,) = torch.autograd.grad(out, x, gradients[number].to(skeleton.device))
+                if moments is not None:
+                    moments.add_influence(x, out, batch.mask)
                 gradients[number] = replay.store.keep(gradient)
         advance("backward", count - index, count)
         if moments is not None:
@@ -224,15 +228,17 @@ def _tap(targets: tuple[Target, ...], moments: Moments, batch: Batch, clip: floa
         stored_bias: Tensor | None = getattr(module, "bias", None)
         y = out.detach() if stored_bias is None else out.detach() - stored_bias
         y = measured(y, out.device)
+        z = y if stored_bias is None else measured(out, out.device)
         rows = {target.name: target.rows.index().to(out.device) for target in targets} if len(targets) > 1 else {}
 
         def add(gradient: Tensor | None) -> None:
             for target in targets:
                 index = rows.get(target.name)
                 part = y if index is None else y[..., index]
+                biased = part if z is y else z if index is None else z[..., index]
                 g = None if gradient is None else gradient if index is None else gradient[..., index]
-                seen = Seen(x, part, g, weights.read(module.get_parameter("weight").detach(), target))
-                moments.add(target, seen, gradient=gradient is not None)
+                weight = weights.read(module.get_parameter("weight").detach(), target)
+                moments.add(target, Seen(x, part, biased, g, weight, target.heads), gradient=gradient is not None)
 
         def on_gradient(gradient: Tensor) -> None:
             if not torch.isfinite(gradient).all():

@@ -1,20 +1,27 @@
 """Running means of products of activations and gradients.
 
-Notation: x (tokens, in) enters a linear map, y = x Wᵀ (tokens, out) leaves it (without the bias), g = ∂ℒ/∂y of the
-*summed* loss, δ = g W (tokens, in). Means of activations are over real tokens; means of gradient products over what the
-summed loss is a sum of: scored tokens of a language model, examples of a classifier.
+Notation: x (tokens, in) enters a linear map, y = x Wᵀ (tokens, out) leaves it without its bias and z with it,
+g = ∂ℒ/∂y of the *summed* loss, δ = g W (tokens, in). Statistics by head split z and g into (tokens, heads, size); t is,
+for each key-value head, the sum of g ⊙ z over its query heads. Means of activations are over real tokens; means of
+gradient products over what the summed loss is a sum of: scored tokens of a language model, examples of a classifier.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from lowrank_compress.arch.resolve import Target
-from lowrank_compress.errors import NumericsError
+from lowrank_compress.arch.resolve import Heads, Target
+from lowrank_compress.arch.spec import Role
+from lowrank_compress.errors import InputError, NumericsError
+
+INFLUENCE = "influence"
+"""Key of a block's influence among its means: it belongs to no target."""
 
 
 @dataclass(frozen=True)
@@ -25,36 +32,57 @@ class Statistic:
     ----------
     name
         Key in tables and files.
-    size
-        "in" or "out": the dimension of a target that it has.
-    square
-        A matrix (size, size) rather than a vector (size,).
+    dimensions
+        Its dimensions by name: "in" and "out" of the target; or "heads" of the target or "key_heads", with the "size"
+        of one.
     gradient
         Needs g, and is a mean over losses rather than tokens.
     shared
         Depends on the input alone, so that projections which read the same tensor share it.
+    help
+        The formula.
+    roles
+        Targets of which it can be taken.
     """
 
     name: str
-    size: str
-    square: bool
+    dimensions: tuple[str, ...]
     gradient: bool
     shared: bool
     help: str
+    roles: tuple[Role, ...] = get_args(Role)
 
+    def shape(self, target: Target) -> tuple[int, ...]:
+        """Return the shape of the statistic of a target."""
+        sizes = {"out": target.shape[0], "in": target.shape[1]}
+        if target.heads is not None:
+            heads = target.heads
+            own = heads.query if target.role == "q" else heads.key
+            sizes |= {"heads": own, "key_heads": heads.key, "size": heads.size}
+        return tuple(sizes[dimension] for dimension in self.dimensions)
+
+    def elements(self, target: Target) -> int:
+        """Return the number of elements of the statistic of a target."""
+        return math.prod(self.shape(target))
+
+
+_BY_HEAD = ("heads", "size", "size")
 
 STATISTICS: Mapping[str, Statistic] = {
     statistic.name: statistic
     for statistic in (
-        Statistic("in_gram", "in", True, False, True, "E[x xᵀ]"),
-        Statistic("in_mean", "in", False, False, True, "E[x]"),
-        Statistic("in_abs", "in", False, False, True, "E|x|"),
-        Statistic("in_square", "in", False, False, True, "E[x²]"),
-        Statistic("out_gram", "out", True, False, False, "E[y yᵀ]"),
-        Statistic("out_fisher", "out", True, True, False, "E[g gᵀ]"),
-        Statistic("in_fisher", "in", True, True, False, "E[δ δᵀ]"),
-        Statistic("out_square", "out", False, True, False, "E[g²]"),
-        Statistic("row_fisher", "out", False, True, False, "row sums of E[(∂ℒ_sequence/∂W)²]"),
+        Statistic("in_gram", ("in", "in"), False, True, "E[x xᵀ]"),
+        Statistic("in_mean", ("in",), False, True, "E[x]"),
+        Statistic("in_abs", ("in",), False, True, "E|x|"),
+        Statistic("in_square", ("in",), False, True, "E[x²]"),
+        Statistic("out_gram", ("out", "out"), False, False, "E[y yᵀ]"),
+        Statistic("out_fisher", ("out", "out"), True, False, "E[g gᵀ]"),
+        Statistic("in_fisher", ("in", "in"), True, False, "E[δ δᵀ]"),
+        Statistic("out_square", ("out",), True, False, "E[g²]"),
+        Statistic("row_fisher", ("out",), True, False, "row sums of E[(∂ℒ_sequence/∂W)²]"),
+        Statistic("head_gram", _BY_HEAD, False, False, "E[z zᵀ] of each head", ("q", "k", "v")),
+        Statistic("head_fisher", _BY_HEAD, True, False, "E[g gᵀ] of each head", ("q", "k", "v")),
+        Statistic("score_fisher", ("key_heads", "size", "size"), True, False, "E[t tᵀ] of each key-value head", ("q",)),
     )
 }
 
@@ -74,16 +102,22 @@ class Seen:
         (sequences, length, in); padded positions are zero.
     y
         (sequences, length, out) without bias; padded positions are zero.
+    z
+        (sequences, length, out) with the bias; padded positions are zero.
     g
         (sequences, length, out), or None where no gradient is taken; padded positions are zero.
     weight
         W, (out, in).
+    heads
+        How an attention projection divides; None in the MLP.
     """
 
     x: Tensor
     y: Tensor
+    z: Tensor
     g: Tensor | None
     weight: Tensor
+    heads: Heads | None
 
 
 def _rows(values: Tensor) -> Tensor:
@@ -98,6 +132,22 @@ def _second(values: Tensor) -> Tensor:
 def _gradient(seen: Seen) -> Tensor:
     assert seen.g is not None
     return seen.g
+
+
+def _heads(seen: Seen) -> Heads:
+    assert seen.heads is not None
+    return seen.heads
+
+
+def _second_by_head(values: Tensor, heads: Heads) -> Tensor:
+    """Σ over tokens of v vᵀ of each head, (heads, size, size); values are (…, heads · size)."""
+    parts = _rows(values).unflatten(1, (-1, heads.size)).movedim(1, 0)
+    return parts.mT @ parts
+
+
+def _score_gradient(z: Tensor, g: Tensor, heads: Heads) -> Tensor:
+    """Return t, (…, key · size): the sum of g ⊙ z over the query heads of each key-value head."""
+    return (g * z).unflatten(-1, (heads.key, -1, heads.size)).sum(-2).flatten(-2)
 
 
 def row_sums_of_squared_gradients(x: Tensor, g: Tensor) -> Tensor:
@@ -128,7 +178,17 @@ SUMS: Mapping[str, Callable[[Seen], Tensor]] = {
     "in_fisher": lambda seen: _second(_gradient(seen) @ seen.weight),
     "out_square": lambda seen: _rows(_gradient(seen)).square().sum(0),
     "row_fisher": lambda seen: row_sums_of_squared_gradients(seen.x, _gradient(seen)),
+    "head_gram": lambda seen: _second_by_head(seen.z, _heads(seen)),
+    "head_fisher": lambda seen: _second_by_head(_gradient(seen), _heads(seen)),
+    "score_fisher": lambda seen: _second_by_head(_score_gradient(seen.z, _gradient(seen), _heads(seen)), _heads(seen)),
 }
+
+
+def turned(before: Tensor, after: Tensor) -> Tensor:
+    """1 − the cosine of each token's vectors, (…,) float64, of (…, width); a zero vector counts as not turned."""
+    before, after = before.double(), after.double()
+    norms = before.norm(dim=-1) * after.norm(dim=-1)
+    return torch.where(norms == 0, 0.0, 1 - (before * after).sum(-1) / norms)
 
 
 class Moments:
@@ -136,8 +196,15 @@ class Moments:
 
     Parameters
     ----------
+    targets
+        The block's targets.
     wanted
         Target name -> names of the statistics it needs.
+
+    Raises
+    ------
+    InputError
+        A statistic is wanted of a target that has none.
     """
 
     def __init__(self, targets: tuple[Target, ...], wanted: Mapping[str, frozenset[str]]) -> None:
@@ -147,6 +214,12 @@ class Moments:
         self._owner: dict[str, str] = {}
         for target in targets:
             for statistic in sorted(self._wanted[target.name]):
+                if target.role not in STATISTICS[statistic].roles:
+                    raise InputError(
+                        f"{statistic} ({STATISTICS[statistic].help}) is taken of "
+                        f"{', '.join(STATISTICS[statistic].roles)} only, but wanted of {target.name} ({target.role}). "
+                        "Check what the method says it needs."
+                    )
                 self._owner.setdefault(statistic_key(target, statistic), target.name)
 
     def add(self, target: Target, seen: Seen, *, gradient: bool) -> None:
@@ -161,20 +234,44 @@ class Moments:
             key = statistic_key(target, statistic)
             if STATISTICS[statistic].gradient != gradient or self._owner[key] != target.name:
                 continue
-            value = SUMS[statistic](seen).double()
-            if not torch.isfinite(value).all():
-                raise NumericsError(
-                    f"{STATISTICS[statistic].help} of {target.name} is not finite on the calibration data. Check the "
-                    "checkpoint, or calibrate in float32."
-                )
-            if key in self._sums:
-                self._sums[key] += value
-            else:
-                self._sums[key] = value
+            self._sum(key, SUMS[statistic](seen).double(), f"{STATISTICS[statistic].help} of {target.name}")
+
+    def add_influence(self, before: Tensor, after: Tensor, mask: Tensor | None) -> None:
+        """Add one batch to the block's influence, 1 − the mean cosine of its input and output.
+
+        The score of ShortGPT (Men et al., 2024), which MoDeGPT allocates by.
+
+        Parameters
+        ----------
+        before, after
+            The hidden states that enter and leave the block, (sequences, length, width).
+        mask
+            (sequences, length), 1 for real tokens; None where nothing is padded.
+
+        Raises
+        ------
+        NumericsError
+            A hidden state is NaN or infinite.
+        """
+        change = turned(before.detach(), after.detach())
+        if mask is not None:
+            change = change.masked_fill(~mask.bool().to(change.device), 0)
+        self._sum(INFLUENCE, change.sum()[None], "The influence of a block")
+
+    def _sum(self, key: str, value: Tensor, what: str) -> None:
+        if not torch.isfinite(value).all():
+            raise NumericsError(
+                f"{what} is not finite on the calibration data. Check the checkpoint, or calibrate in float32."
+            )
+        if key in self._sums:
+            self._sums[key] += value
+        else:
+            self._sums[key] = value
 
     def means(self, tokens: int, losses: int) -> dict[str, Tensor]:
         """Divide: activations by real tokens, gradients by scored tokens or examples. Float64, on the CPU."""
-        count = {False: tokens, True: losses}
-        return {
-            key: (value / count[STATISTICS[key.rsplit("/", 1)[1]].gradient]).cpu() for key, value in self._sums.items()
-        }
+
+        def count(key: str) -> int:
+            return losses if key != INFLUENCE and STATISTICS[key.rsplit("/", 1)[1]].gradient else tokens
+
+        return {key: (value / count(key)).cpu() for key, value in self._sums.items()}

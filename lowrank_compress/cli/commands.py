@@ -8,12 +8,11 @@ from typing import Any
 
 from lowrank_compress.artifacts.files import read_json, sha256
 from lowrank_compress.artifacts.lock import locked
-from lowrank_compress.artifacts.manifest import Manifest
+from lowrank_compress.artifacts.manifest import Manifest, read_manifest
 from lowrank_compress.cli.terminal import TerminalReporter, console
 from lowrank_compress.config import EvaluateConfig, Recipe, load_recipe
 from lowrank_compress.demo import text as demo_text
 from lowrank_compress.errors import ArtifactError, CalibrationError, InputError
-from lowrank_compress.methods.table import METHODS
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.dense import write_dense
 from lowrank_compress.stages import calibrate as calibrate_stage
@@ -36,10 +35,16 @@ def compress(
     plan = make_plan(recipe)
     run = Run(out or pipeline.default_run(recipe))
     _refuse_foreign(run)
+    _tell(plan, reporter)
     with locked(run.path):
         pipeline.claim(run, plan, overwrite=overwrite)
         manifest = pipeline.compress(plan, run, reporter, keep_statistics=keep_statistics, overwrite=overwrite)
     return _result(run, manifest)
+
+
+def _tell(plan: Plan, reporter: TerminalReporter) -> None:
+    for note in plan.notes:
+        reporter.warn(note)
 
 
 def _refuse_foreign(run: Run) -> None:
@@ -61,6 +66,7 @@ def calibrate(recipe: Recipe, out: Path | None, overwrite: bool, reporter: Termi
     plan = make_plan(recipe)
     run = Run(out or pipeline.default_run(recipe))
     _refuse_foreign(run)
+    _tell(plan, reporter)
     with locked(run.path):
         pipeline.claim(run, plan, overwrite=overwrite)
         manifest = calibrate_stage.run(
@@ -115,7 +121,8 @@ def evaluate(target: str, config: EvaluateConfig, force: bool, reporter: Termina
 
 def _refuse_calibration_text(run: Run, config: EvaluateConfig) -> None:
     recipe = load_recipe(run.recipe, {})
-    used = recipe.calibration if METHODS[recipe.method].needs_data else None
+    calibrated = read_manifest(run.statistics)
+    used = recipe.calibration if calibrated is not None and calibrated.report["tokens"] else None
     for name in (*config.perplexity, *([config.classification] if config.classification else [])):
         same = used == name
         if used and not same and Path(used).is_file() and Path(name).is_file():

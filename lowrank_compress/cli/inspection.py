@@ -9,6 +9,7 @@ from lowrank_compress.cli.terminal import console, number, print_json, share_of,
 from lowrank_compress.errors import ArtifactError, InputError
 from lowrank_compress.registry import unknown
 
+KINDS = {"dense": "N-LRC", "width": "narrow"}
 LISTS = ("methods", "allocators", "architectures")
 
 
@@ -18,10 +19,8 @@ def list_entries(what: str, as_json: bool) -> None:
     if what == "methods":
         from lowrank_compress.methods.table import METHODS
 
-        columns = ["method", "output side", "input side", "ranks", "storage", "what it does", "paper"]
-        rows = [
-            [name, m.left.name, m.right.name, m.allocate, m.storage, m.help, m.paper] for name, m in METHODS.items()
-        ]
+        columns = ["method", "what counts", "ranks", "storage", "what it does", "paper"]
+        rows = [[name, m.metrics, m.allocate, m.storage, m.help, m.paper] for name, m in METHODS.items()]
     elif what == "allocators":
         from lowrank_compress.allocation.table import ALLOCATORS
 
@@ -63,27 +62,27 @@ def show(target: str, as_json: bool) -> None:
     nats = report["unit"] == "nats"
     rows = []
     for name, matrix in report["matrices"].items():
-        elements = matrix["shape"][0] * matrix["shape"][1]
         rows.append(
             [
                 name,
                 sparkline(spectra.get(name, [])),
-                "N-LRC" if matrix["format"] == "dense" else "LRC",
+                KINDS.get(matrix["format"], "LRC"),
                 matrix["format"],
                 "×".join(map(str, matrix["shape"])),
                 "–" if matrix["rank"] is None else str(matrix["rank"]),
-                f"{matrix['stored'] / elements:.1%}",
+                f"{matrix['stored'] / matrix['dense']:.1%}",
                 number(matrix["predicted_loss"]),
             ]
         )
     loss = "loss, nats/token" if nats else "loss, share"
-    columns = ["matrix", "spectrum (6 decades)", "kind", "format", "shape", "rank", "kept", loss]
+    columns = ["matrix", "spectrum (6 decades)", "kind", "format", "shape", "rank or width", "kept", loss]
     out = console()
     out.print(table(f"{target}: {report['method']}", columns, rows, left=4))
-    dense = sum(matrix["format"] == "dense" for matrix in report["matrices"].values())
+    kinds = [row[2] for row in rows]
     total = sum(matrix["predicted_loss"] for matrix in report["matrices"].values())
     out.print(
-        f"{len(rows) - dense} matrices are low-rank (LRC), {dense} stay dense (N-LRC). Removed "
+        f"{kinds.count('LRC')} matrices are low-rank (LRC), {kinds.count('narrow')} modules are narrower, "
+        f"{kinds.count('N-LRC')} stay dense (N-LRC). Removed "
         f"{report['reached_ratio']:.2%} of {share_of(report['ratio_of'])} (asked: {report['asked_ratio']:.2%})."
     )
     if nats:

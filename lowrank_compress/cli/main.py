@@ -41,6 +41,11 @@ def compress(
     ratio: o.Ratio = None,
     ratio_of: o.RatioOf = None,
     method: o.Method = None,
+    attention: o.Attention = None,
+    qk: o.QueryKey = None,
+    vo: o.ValueOutput = None,
+    mlp: o.Mlp = None,
+    metric: o.Metric = None,
     allocate: o.Allocate = None,
     storage: o.Storage = None,
     calibration: o.Calibration = None,
@@ -55,6 +60,9 @@ def compress(
     alpha: o.Alpha = None,
     clip: o.Clip = None,
     floor: o.Floor = None,
+    temperature: o.Temperature = None,
+    cap: o.Cap = None,
+    round_to: o.RoundTo = None,
     device: o.Device = None,
     dtype: o.Dtype = None,
     revision: o.Revision = None,
@@ -93,6 +101,11 @@ def compress(
 def calibrate(
     model: o.Model = None,
     method: o.Method = None,
+    attention: o.Attention = None,
+    qk: o.QueryKey = None,
+    vo: o.ValueOutput = None,
+    mlp: o.Mlp = None,
+    metric: o.Metric = None,
     calibration: o.Calibration = None,
     text_column: o.TextColumn = None,
     label_column: o.LabelColumn = None,
@@ -132,6 +145,9 @@ def score(
     damping_gram: o.DampingGram = None,
     alpha: o.Alpha = None,
     floor: o.Floor = None,
+    temperature: o.Temperature = None,
+    cap: o.Cap = None,
+    round_to: o.RoundTo = None,
     overwrite: o.Overwrite = False,
     json: o.Json = False,
     debug: o.Debug = False,
@@ -276,6 +292,65 @@ def export(
 
         with reported() as reporter:
             commands.export_dense(target, dense, overwrite, reporter)
+
+
+@app.command()
+def bench(
+    targets: Annotated[
+        list[str], typer.Argument(help="Run directories or checkpoints; all are measured in turn.", show_default=False)
+    ],
+    against: Annotated[
+        str | None,
+        typer.Option("--against", help="Checkpoint or run to compare with (default: what the run was made from)"),
+    ] = None,
+    batch_size: Annotated[str, typer.Option("--batch-size", help="Sequences at once, separated by commas.")] = "1,8",
+    prompt_tokens: Annotated[
+        str, typer.Option("--prompt-tokens", help="Lengths of the random prompts, separated by commas.")
+    ] = "128,512",
+    new_tokens: Annotated[
+        int | None, typer.Option("--new-tokens", min=1, help="Tokens generated after each prompt (default: 32)")
+    ] = None,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Measurements of each, after a warm-up.")] = 5,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the random prompts.")] = 0,
+    device: o.Device = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="float32, bfloat16, float16 or float64 (default: each checkpoint's)"),
+    ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile the forward passes; on a GPU with CUDA graphs.")
+    ] = False,
+    attention: Annotated[
+        str | None, typer.Option("--attention", help="sdpa or eager (default: sdpa, if all models have it)")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="CPU threads (default: OMP_NUM_THREADS, or one a core)")
+    ] = None,
+    json: o.Json = False,
+    debug: o.Debug = False,
+) -> None:
+    """Measure how fast a compressed checkpoint is: ratios to its original, both measured in turn."""
+    with friendly(debug):
+        prepare_libraries()
+        from lowrank_compress.cli import benchmark
+
+        with reported() as reporter:
+            found = benchmark.measure(
+                targets,
+                against,
+                batch_size=batch_size,
+                prompt_tokens=prompt_tokens,
+                new_tokens=new_tokens,
+                rounds=rounds,
+                seed=seed,
+                device=device,
+                dtype=dtype,
+                compiled=compiled,
+                attention=attention,
+                threads=threads,
+                reporter=reporter,
+            )
+        benchmark.show(found, json)
 
 
 @app.command()

@@ -31,6 +31,33 @@ Method = Annotated[
     str | None,
     typer.Option("--method", help="See `lrc list methods` (default: auto, the recommendation)", rich_help_panel=WHAT),
 ]
+Attention = Annotated[
+    str | None,
+    typer.Option("--attention", help="Method for q, k, v and o instead of --method's", rich_help_panel=WHAT),
+]
+QueryKey = Annotated[
+    str | None,
+    typer.Option("--qk", help="Method for queries and keys alone (cr, a linear one, or dense)", rich_help_panel=WHAT),
+]
+ValueOutput = Annotated[
+    str | None,
+    typer.Option(
+        "--vo", help="Method for values and output alone (vo-svd, a linear one, or dense)", rich_help_panel=WHAT
+    ),
+]
+Mlp = Annotated[
+    str | None,
+    typer.Option("--mlp", help="Method for the MLP (nystrom, a linear one, or dense)", rich_help_panel=WHAT),
+]
+Metric = Annotated[
+    str | None,
+    typer.Option(
+        "--metric",
+        help="Of module methods: gram (least output error) or kfac (least loss increase) "
+        "(default: kfac beside linear methods in nats, else gram)",
+        rich_help_panel=WHAT,
+    ),
+]
 Allocate = Annotated[
     str | None,
     typer.Option(
@@ -97,6 +124,30 @@ Floor = Annotated[
     typer.Option(
         "--floor",
         help="Share of its uniform budget that `loss` leaves every matrix (default: 0)",
+        rich_help_panel=TUNING,
+    ),
+]
+Temperature = Annotated[
+    float | None,
+    typer.Option(
+        "--temperature",
+        help="Of `block-influence`: the lower, the more unequal the blocks (default: the mean influence)",
+        rich_help_panel=TUNING,
+    ),
+]
+Cap = Annotated[
+    float | None,
+    typer.Option(
+        "--cap",
+        help="The largest share that `block-influence` takes from a block (default: 0.8)",
+        rich_help_panel=TUNING,
+    ),
+]
+RoundTo = Annotated[
+    int | None,
+    typer.Option(
+        "--round-to",
+        help="Ranks and widths are multiples of this (default: 8 on a GPU, else 1)",
         rich_help_panel=TUNING,
     ),
 ]

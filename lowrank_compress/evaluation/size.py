@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
-from lowrank_compress.model.blueprint import blueprint, task_of
+from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
+from lowrank_compress.model.surgery import ROTARY
 
 
 @dataclass(frozen=True)
@@ -43,16 +43,21 @@ def measure_size(checkpoint: Checkpoint) -> Size:
         count = math.prod(shape)
         elements += count
         total += size
-        if name.startswith(claimed) and not name.endswith(".bias"):
+        if (name.startswith(claimed) and not name.endswith(".bias")) or name.endswith(f".{ROTARY}"):
             blocks += count
     return Size(blocks, elements, total, kv_bytes(checkpoint))
 
 
 def kv_bytes(checkpoint: Checkpoint) -> int:
     """Bytes that one token adds to the key-value cache."""
-    config: Any = checkpoint.config
-    if task_of(config) != "lm":
+    plan = blueprint(checkpoint)
+    if plan.task != "lm":
         return 0
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * width * checkpoint.dtype.itemsize
+    heads, path = plan.resolved.heads, plan.resolved.architecture.attention
+    settings = checkpoint.raw_config.get("quantization_config") or {}
+    narrower = settings.get("attention", {})
+    width = 0
+    for block in plan.resolved.blocks:
+        entry = narrower.get(f"{block}.{path}", {"query_key": heads.size, "value": heads.size})
+        width += entry["query_key"] + entry["value"]
+    return heads.key * width * checkpoint.dtype.itemsize

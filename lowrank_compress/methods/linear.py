@@ -85,9 +85,9 @@ class LinearMethod:
     unit: str = "relative"
 
     @property
-    def needs_data(self) -> bool:
-        """Whether any statistic is needed."""
-        return bool(self.left.near or self.right.near)
+    def metrics(self) -> str:
+        """Both metrics, for `lrc list methods`."""
+        return f"{self.left.name} · {self.right.name}"
 
     def sides(self, target: Target) -> tuple[Side, Side]:
         """(near, far): the metric of the smaller side and that of the larger."""
@@ -119,11 +119,6 @@ class Damping:
     fisher: float = 1e-4
     gram: float = 1e-6
     power: float = 0.5
-
-
-def needed(method: LinearMethod, targets: tuple[Target, ...]) -> dict[str, frozenset[str]]:
-    """Target name -> names of the statistics it needs."""
-    return {target.name: method.statistics(target) for target in targets}
 
 
 def decompose_target(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lowrank_compress.methods import cr, nystrom, value_output
 from lowrank_compress.methods.linear import (
     ABSOLUTE,
     CENTRED_GRAM,
@@ -11,6 +12,8 @@ from lowrank_compress.methods.linear import (
     ROW_FISHER,
     LinearMethod,
 )
+from lowrank_compress.methods.mixture import Mixture
+from lowrank_compress.methods.module import ModuleMethod
 from lowrank_compress.registry import Registry
 
 _OWN = (
@@ -69,6 +72,51 @@ _OWN = (
     ),
 )
 
-METHODS: Registry[LinearMethod] = Registry(
-    "method", "lowrank_compress.methods", {method.name: method for method in _OWN}, LinearMethod
+_MODULES = (
+    ModuleMethod(
+        name="nystrom",
+        group="mlp",
+        paper="MoDeGPT, ICLR 2025 (Nyström, ridge leverage scores)",
+        help="fewer hidden units in the MLP; those that stay make up for the others",
+        statistics=nystrom.statistics,
+        decompose=nystrom.decompose,
+        reduce=nystrom.reduce,
+    ),
+    ModuleMethod(
+        name="cr",
+        group="qk",
+        paper="MoDeGPT, ICLR 2025 (CR decomposition)",
+        help="fewer dimensions of queries and keys, rotary pairs kept whole; shrinks the key cache",
+        statistics=cr.statistics,
+        decompose=cr.decompose,
+        reduce=cr.reduce,
+    ),
+    ModuleMethod(
+        name="vo-svd",
+        group="vo",
+        paper="MoDeGPT, ICLR 2025 (joint SVD)",
+        help="fewer dimensions of values, the best product of value and output; shrinks the value cache",
+        statistics=value_output.statistics,
+        decompose=value_output.decompose,
+        reduce=value_output.reduce,
+    ),
+)
+
+_MIXTURES = (
+    Mixture(
+        name="modegpt",
+        qk="cr",
+        vo="vo-svd",
+        mlp="nystrom",
+        paper="MoDeGPT, ICLR 2025",
+        help="narrower modules: nystrom, cr and vo-svd together; also shrinks the key-value cache",
+        allocate="block-influence",
+    ),
+)
+
+METHODS: Registry[LinearMethod | ModuleMethod | Mixture] = Registry(
+    "method",
+    "lowrank_compress.methods",
+    {method.name: method for method in (*_OWN, *_MODULES, *_MIXTURES)},
+    LinearMethod | ModuleMethod | Mixture,
 )

@@ -102,6 +102,10 @@ class Blueprint:
         """Read the matrix of a target, (out, in), as stored."""
         return weights.read(self.read(f"{target.module}.weight"), target)
 
+    def bias(self, target: Target) -> Tensor:
+        """Read the part of its module's bias that belongs to a target, (out,), as stored."""
+        return weights.bias(self.read(f"{target.module}.bias"), target)
+
     def name_on_disk(self, name: str) -> str:
         """Look up where a tensor is stored.
 

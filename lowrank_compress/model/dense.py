@@ -12,7 +12,7 @@ import torch
 from lowrank_compress.errors import CheckpointError
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.export import ShardWriter, write_companions
-from lowrank_compress.model.layers import CompressedLinear
+from lowrank_compress.model.layers import restore_modules
 from lowrank_compress.model.skeleton import Skeleton
 
 SHARD_BYTES = 1_000_000_000
@@ -53,16 +53,12 @@ def _write(checkpoint: Checkpoint, out: Path, advance: Callable[[int, int], None
         writer.add(plan.name_on_disk(name), plan.read(name))
     for index, prefix in enumerate(plan.resolved.blocks):
         with skeleton.block(index) as block:
-            written = set()
-            for path, module in block.named_modules():
-                if isinstance(module, CompressedLinear):
-                    name = f"{prefix}.{path}.weight"
-                    weight = module.dense_weight(checkpoint.dtype)
-                    writer.add(plan.name_on_disk(name), weight.T if module.stock.conv1d else weight)
-                    written |= {f"{prefix}.{path}.{leaf}" for leaf in module.state_dict() if leaf != "bias"}
-            for name in plan.inside(index):
-                if name not in written:
-                    writer.add(plan.name_on_disk(name), plan.read(name))
+            made = {f"{prefix}.{path}" for path in restore_modules(block)}
+            for leaf, tensor in block.state_dict().items():
+                name = f"{prefix}.{leaf}"
+                # What compression left alone is written in the dtype it is stored in.
+                untouched = name.rpartition(".")[0] not in made
+                writer.add(plan.name_on_disk(name), plan.read(name) if untouched else tensor)
         advance(index + 1, len(plan.resolved.blocks))
     writer.close()
     dropped = ("quantization_config", "auto_map")

@@ -73,14 +73,20 @@ def _draft(number: int) -> str:
 
 
 def config_json(
-    checkpoint: Checkpoint, dtype: str, modules: Mapping[str, Any], auto_map: Mapping[str, str]
+    checkpoint: Checkpoint, dtype: str, layout: Mapping[str, Any], auto_map: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Make the compressed checkpoint's config.json from the dense one's."""
+    """Make the compressed checkpoint's config.json from the dense one's.
+
+    Parameters
+    ----------
+    layout
+        ``modules``, ``dense_shapes`` and ``attention`` of `layers.LowRankConfig`.
+    """
     settings = {name: value for name, value in checkpoint.raw_config.items() if name not in ("torch_dtype", "auto_map")}
     return settings | {
         "dtype": dtype,
         "auto_map": dict(auto_map),
-        "quantization_config": LowRankConfig(modules=modules).to_dict(),
+        "quantization_config": LowRankConfig(**layout).to_dict(),
     }
 
 

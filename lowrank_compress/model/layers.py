@@ -1,4 +1,4 @@
-"""The compressed linear layer and what makes ``from_pretrained`` load it: a quantizer, and remote code.
+"""The compressed linear layer and attention, and what makes ``from_pretrained`` load them: a quantizer, remote code.
 
 This file imports nothing but torch and transformers, because a byte-for-byte copy of it (``REMOTE_FILE``) travels in
 every compressed checkpoint. Importing it, here or as the copy, registers the quantizer; the package's stays in place.
@@ -7,7 +7,9 @@ every compressed checkpoint. Importing it, here or as the copy, registers the qu
 from __future__ import annotations
 
 import copy
+import functools
 import shutil
+import sys
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.cache_utils import EncoderDecoderCache
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
@@ -29,12 +32,18 @@ PACKAGE = "lowrank_compress.model.layers"
 
 
 class Stock(NamedTuple):
-    """The module of the uncompressed model in whose place a smaller one stands: what a dense export restores."""
+    """The module of the uncompressed model in whose place a smaller one stands: what a dense export restores.
+
+    The inputs were cut at the end of each of `groups` equal groups (the heads, for an attention's output), the outputs
+    at the end of each of `parts` equal parts (two, where a weight holds an MLP's gate and up).
+    """
 
     out_features: int
     in_features: int
     bias: bool
     conv1d: bool
+    groups: int = 1
+    parts: int = 1
 
 
 class Part(NamedTuple):
@@ -74,6 +83,7 @@ class CompressedLinear(nn.Module):
     """
 
     weight: Tensor
+    lr_out: nn.Module  # of a single part
 
     def __init__(
         self,
@@ -95,6 +105,7 @@ class CompressedLinear(nn.Module):
         ]
         self.stock = stock or Stock(out_features, in_features, bias, False)
         self._ordered = any(part.format == "pivot" for part in self.parts) or (heads > 1 and len(parts) > 1)
+        self._factorized = any(part.format != "dense" for part in self.parts)
         self._order: Tensor | None = None
 
         def linear(n: int, m: int) -> nn.Module:
@@ -163,17 +174,26 @@ class CompressedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""
         h = self.lr_in(x)
-        emitted: list[Tensor] = []
-        inner = h.split([part.width for part in self.parts], -1) if len(self.parts) > 1 else (h,)
-        for (_, form, _, suffix), h_part in zip(self.parts, inner, strict=True):
-            if form != "pair":
-                emitted.append(h_part)
-            if form != "dense":
-                emitted.append(getattr(self, f"lr_out{suffix}")(h_part))
-        y = emitted[0] if len(emitted) == 1 else torch.cat(emitted, -1)
+        if not self._factorized:
+            y = h
+        elif len(self.parts) == 1:
+            y = self.lr_out(h)
+            if self._ordered:
+                y = torch.cat([h, y], -1)
+        else:
+            emitted: list[Tensor] = []
+            inner = h.split([part.width for part in self.parts], -1)
+            for (_, form, _, suffix), h_part in zip(self.parts, inner, strict=True):
+                if form != "pair":
+                    emitted.append(h_part)
+                if form != "dense":
+                    emitted.append(getattr(self, f"lr_out{suffix}")(h_part))
+            y = torch.cat(emitted, -1)
         if self._ordered:
-            # On a CPU, gather with an expanded index is ten times faster than index_select along the last dimension.
-            y = y.gather(-1, self.row_order(y.device).expand(y.shape))
+            order = self.row_order(y.device)
+            # On a CPU, gather with an expanded index is ten times faster than index_select along the last dimension,
+            # but for a single token.
+            y = y.index_select(-1, order) if y.numel() == len(order) else y.gather(-1, order.expand(y.shape))
         return y if self.bias is None else y + self.bias
 
     @torch.no_grad()
@@ -210,6 +230,204 @@ def _width(part: Mapping[str, Any]) -> int:
     return int(part["rows"] if part["format"] == "dense" else part["rank"])
 
 
+class Heads(NamedTuple):
+    """How the heads of a `CompressedAttention` divide its projections: its entry in the config, its children's names.
+
+    ``o`` is empty if the output projection lies outside the attention module, which then leaves it to its parent.
+    """
+
+    heads: int
+    kv_heads: int
+    size: int
+    query_key: int
+    value: int
+    rotary: bool
+    interleaved: bool
+    q: str
+    k: str
+    v: str
+    o: str
+
+
+class CompressedAttention(nn.Module):
+    """Self-attention whose queries and keys have one width, and its values another, smaller than the stock head's size.
+
+    It is mixed into a family's own attention class, whose attributes, children and place in the model stay; only the
+    projections are smaller. With dimensions D of a head kept in q and k, and the kept rows of v and columns of o
+    anywhere, it equals the stock attention whose other rows of q, k, v and columns of o are zero.
+
+    Notes
+    -----
+    ``lr_rotary`` (kv_heads, query_key), int64, is there if the family rotates queries and keys and a head keeps but
+    some dimensions or keeps them in another order. It says which dimension of the stock head each kept one was, for
+    each key-value head and its queries: the first half holds the first members i of the kept pairs, the second half
+    their partners, i + rotary / 2. Dimensions past the rotary ones are not rotated; any two of them make a pair.
+    """
+
+    config: Any
+    layer_idx: int
+    scaling: float
+    lr_heads: Heads
+    lr_rotary: Tensor
+    lr_stock_class: ClassVar[type[nn.Module]]
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Any = None,
+        past_key_values: Any = None,
+        layer_past: Any = None,
+        encoder_hidden_states: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Map (batch, tokens, hidden) to the output (batch, tokens, hidden) and, where known, attention weights."""
+        if encoder_hidden_states is not None:
+            raise ValueError("a compressed attention attends to its own sequence only, got encoder_hidden_states")
+        query, key, value = (states.transpose(1, 2) for states in self._project(hidden_states))
+        if isinstance(norm := getattr(self, "q_norm", None), nn.Module):
+            query, key = norm(query), self.get_submodule("k_norm")(key)
+        if position_embeddings is not None:
+            query, key = self._rotate(query, key, *position_embeddings)
+        cache = layer_past if past_key_values is None else past_key_values
+        if isinstance(cache, EncoderDecoderCache):
+            cache = cache.self_attention_cache
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        implementation = self.config._attn_implementation
+        if implementation == "eager" and getattr(self, "reorder_and_upcast_attn", False):  # GPT-2
+            context, weights = getattr(self, "_upcast_and_reordered_attn")(query, key, value, attention_mask)  # noqa: B009
+        else:
+            # By way of the family: this file is imported before transformers has its table of attention functions.
+            family = _family(self.lr_stock_class)
+            attend = family.ALL_ATTENTION_FUNCTIONS.get_interface(implementation, family.eager_attention_forward)
+            context, weights = attend(
+                self,
+                *_equally_wide(query, key, value, implementation),
+                attention_mask,
+                dropout=self._dropout() if self.training else 0.0,
+                scaling=self.scaling,
+                **self._limits(),
+                **kwargs,
+            )
+        context = context[..., : self.lr_heads.value].reshape(*hidden_states.shape[:-1], -1)
+        if self.lr_heads.o:
+            context = getattr(self, self.lr_heads.o)(context)
+        if isinstance(dropout := getattr(self, "resid_dropout", None), nn.Module):
+            context = dropout(context)
+        return context, weights
+
+    def _project(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        """Return queries, keys and values, each (batch, tokens, heads, width)."""
+        heads, kv_heads, _, wide, narrow, _, interleaved, q, k, v, _ = self.lr_heads
+        if q != k:
+            parts = tuple(getattr(self, name)(hidden) for name in (q, k, v))
+        elif interleaved:
+            return getattr(self, q)(hidden).unflatten(-1, (heads, -1)).split([wide, wide, narrow], -1)
+        else:
+            parts = getattr(self, q)(hidden).split([heads * wide, kv_heads * wide, kv_heads * narrow], -1)
+        return tuple(x.unflatten(-1, (n, -1)) for x, n in zip(parts, (heads, kv_heads, kv_heads), strict=True))
+
+    def _rotate(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotate (batch, heads, tokens, query_key); `cos` and `sin` are the model's, (batch, tokens, rotary)."""
+        heads, rotary = self.lr_heads, cos.shape[-1]
+        if not heads.rotary:
+            return _family(self.lr_stock_class).apply_rotary_pos_emb(query, key, cos, sin)
+        first = self.lr_rotary[:, : heads.query_key // 2]
+        cos, sin = cos[..., : rotary // 2], sin[..., : rotary // 2]
+        if rotary < heads.size:
+            # Pairs that are not rotated look up one more column: the cosine and sine of no rotation.
+            first = first.clamp(max=rotary // 2)
+            cos, sin = nn.functional.pad(cos, (0, 1), value=1.0), nn.functional.pad(sin, (0, 1))
+        cos, sin = (table[..., first].transpose(1, 2).unsqueeze(2) for table in (cos, sin))
+
+        def turn(states: Tensor) -> Tensor:
+            one, two = states.unflatten(1, (heads.kv_heads, -1)).chunk(2, -1)
+            return torch.cat([one * cos - two * sin, two * cos + one * sin], -1).flatten(1, 2)
+
+        return turn(query), turn(key)
+
+    def _dropout(self) -> float:
+        """Return the probability with which the stock module drops attention weights."""
+        for name in ("attention_dropout", "attn_dropout", "dropout"):
+            value = getattr(self, name, None)
+            if value is not None:
+                return float(getattr(value, "p", value))
+        return 0.0
+
+    def _limits(self) -> dict[str, Any]:
+        """Return what the stock module tells the attention function about its window and its soft cap."""
+        # Mistral and Phi-3 ask their config; other families' configs may have come by a window that they ignore.
+        known = self.config if hasattr(type(self.config), "sliding_window") else None
+        limits = {"sliding_window": getattr(self, "sliding_window", getattr(known, "sliding_window", None))}
+        # Gemma 3 has the attribute, but does not use it.
+        if not hasattr(self, "q_norm"):
+            limits["softcap"] = getattr(self, "attn_logit_softcapping", None)
+        return {name: value for name, value in limits.items() if value is not None}
+
+    def stock_rows(self) -> dict[str, Tensor]:
+        """Return, for each of q, k, v or for the fused one, which row of the stock projection each row was."""
+        heads, kv_heads, size, query_key, value, rotary, interleaved, q, k, v, _ = self.lr_heads
+        device = getattr(self, v).weight.device
+        keys = self.lr_rotary if rotary else torch.arange(query_key, device=device).expand(kv_heads, -1)
+        queries = keys.repeat_interleave(heads // kv_heads, 0)
+        values = torch.arange(value, device=device).expand(kv_heads, -1)
+
+        def spread(within: Tensor, step: int) -> Tensor:
+            return (within + step * torch.arange(len(within), device=within.device)[:, None]).flatten()
+
+        if interleaved:
+            return {q: spread(torch.cat([queries, size + keys, 2 * size + values], 1), 3 * size)}
+        rows = [spread(within, size) for within in (queries, keys, values)]
+        if q == k:
+            return {q: torch.cat([rows[0], heads * size + rows[1], (heads + kv_heads) * size + rows[2]])}
+        return dict(zip((q, k, v), rows, strict=True))
+
+    def extra_repr(self) -> str:
+        """Widths, as ``print(model)`` shows them."""
+        heads = self.lr_heads
+        return f"heads={heads.heads}, kv_heads={heads.kv_heads}, query_key={heads.query_key}, value={heads.value}"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Its class has no name that pickle could look up.
+        _, _, *state = super().__reduce_ex__(protocol)
+        return (_blank_attention, (self.lr_stock_class,), *state)
+
+
+def _equally_wide(query: Tensor, key: Tensor, value: Tensor, implementation: str) -> Sequence[Tensor]:
+    """Pad queries and keys, or values, with zeros where that lets the attention function use a fused kernel."""
+    states = (query, key, value)
+    cuda = query.device.type == "cuda"
+    width = max(query.shape[-1], value.shape[-1])
+    if implementation in ("eager", "flex_attention") or (not cuda and query.shape[-1] == value.shape[-1]):
+        return states
+    # On a CPU the copy of the cache costs a single query more than the fused kernel saves, unless heads share keys
+    # in half precision.
+    if not cuda and query.shape[2] == 1 and (query.dtype.itemsize > 2 or query.shape[1] == key.shape[1]):
+        return states
+    if cuda:
+        width = -(-width // 8) * 8
+    return [nn.functional.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in states]
+
+
+def _family(stock: type) -> Any:
+    """Return the modeling module that an attention class comes from."""
+    return sys.modules[stock.__module__]
+
+
+@functools.cache
+def _compressed_class(stock: type[nn.Module]) -> type[CompressedAttention]:
+    """Make the subclass of a family's attention class that computes with smaller projections."""
+    return type(f"Compressed{stock.__name__}", (CompressedAttention, stock), {"lr_stock_class": stock})
+
+
+def _blank_attention(stock: type[nn.Module]) -> CompressedAttention:
+    """Make an attention without any attribute, for ``pickle`` and ``copy`` to fill."""
+    made = _compressed_class(stock)
+    return made.__new__(made)
+
+
 class LowRankConfig(QuantizationConfigMixin):
     """The ``quantization_config`` of a compressed checkpoint: alone it says how to build the modules.
 
@@ -218,7 +436,14 @@ class LowRankConfig(QuantizationConfigMixin):
     modules : mapping, optional
         Module path to ``{"in_features", "out_features", "bias", "heads", "parts"}`` (see `CompressedLinear`).
     dense_shapes : mapping, optional
-        Module path to ``[out, in]`` of linear layers that stay dense but are smaller than the model's config says.
+        Module path to ``[out, in]`` of linear layers that stay dense but are smaller than the model's config says; or
+        ``[out, in, parts]`` if each of so many equal parts of the rows is.
+    attention : mapping, optional
+        Path of an attention module to ``{"heads", "kv_heads", "size", "query_key", "value", "rotary", "interleaved",
+        "projections"}``: numbers of query and key-value heads, dimensions of a stock head, those kept in q and k and
+        in v, whether there is an ``lr_rotary`` (see `CompressedAttention`), whether the fused weight emits q, k, v
+        head by head, and the paths of ``"q"``, ``"k"``, ``"v"`` (thrice the same if fused) and ``"o"``. Projections
+        that are smaller than stock have entries in `dense_shapes`, those with factors in `modules`.
     version : int
         The version of this layout.
     factor_quantization : None
@@ -234,6 +459,7 @@ class LowRankConfig(QuantizationConfigMixin):
         self,
         modules: Mapping[str, Mapping[str, Any]] | None = None,
         dense_shapes: Mapping[str, Sequence[int]] | None = None,
+        attention: Mapping[str, Mapping[str, Any]] | None = None,
         version: int = VERSION,
         factor_quantization: None = None,
         quant_method: str = QUANT_METHOD,
@@ -256,6 +482,7 @@ class LowRankConfig(QuantizationConfigMixin):
         self.factor_quantization = factor_quantization
         self.modules = {path: _checked(path, entry) for path, entry in (modules or {}).items()}
         self.dense_shapes = {path: [int(n) for n in shape] for path, shape in (dense_shapes or {}).items()}
+        self.attention = {path: _checked_attention(path, entry) for path, entry in (attention or {}).items()}
 
 
 def _checked(path: str, entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -284,8 +511,45 @@ def _checked(path: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     return entry
 
 
+def _checked_attention(path: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy one attention's entry, if it is one that `CompressedAttention` can compute with."""
+
+    def refuse(problem: str) -> ValueError:
+        return ValueError(f"quantization_config.attention[{path!r}]: {problem}")
+
+    entry = copy.deepcopy(dict(entry))
+    expected = {"heads", "kv_heads", "size", "query_key", "value", "rotary", "interleaved", "projections"}
+    if set(entry) != expected:
+        raise refuse(f"expected the keys {sorted(expected)}, got {sorted(entry)}")
+    places = entry["projections"] = dict(entry["projections"])
+    if set(places) != {"q", "k", "v", "o"}:
+        raise refuse(f"expected the projections q, k, v and o, got {sorted(places)}")
+    heads, kv_heads, size = entry["heads"], entry["kv_heads"], entry["size"]
+    if not 1 <= kv_heads <= heads or heads % kv_heads:
+        raise refuse(f"{heads} query heads cannot share {kv_heads} key-value heads")
+    for name in ("query_key", "value"):
+        if not 1 <= entry[name] <= size:
+            raise refuse(f"{name} is from 1 to {size}, the size of a stock head, got {entry[name]}")
+    if entry["rotary"] and entry["query_key"] % 2:
+        raise refuse(f"rotary embeddings turn pairs of dimensions; query_key is {entry['query_key']}")
+    fused = len({places["q"], places["k"], places["v"]})
+    if fused == 2:
+        raise refuse(f"q, k and v must have one path each, or the same, got {places}")
+    if entry["interleaved"] and (fused == 3 or heads != kv_heads):
+        raise refuse("only a fused weight with as many key-value heads as query heads can be interleaved")
+    for role in "qkv":
+        parent, _, leaf = places[role].rpartition(".")
+        if parent != path or not leaf:
+            raise refuse(f"{role} is at {places[role]}, expected it to be a child of {path}")
+    if places["o"].startswith(f"{path}.") and "." in places["o"].removeprefix(f"{path}."):
+        raise refuse(f"o is at {places['o']}, expected it to be a child of {path} or outside of it")
+    return entry
+
+
 def swap_modules(model: nn.Module, config: LowRankConfig) -> None:
     """Replace the modules that `config` names by uninitialised ones of its shapes, on their device and in their dtype.
+
+    Attention modules stay the objects they are; they get a class that computes with smaller projections.
 
     Paths are those of the saved model. A model with a head and its base model differ by ``base_model_prefix``, so each
     path is looked up as it is, without and with that prefix.
@@ -293,46 +557,112 @@ def swap_modules(model: nn.Module, config: LowRankConfig) -> None:
     Raises
     ------
     ValueError
-        If a path leads nowhere, or to a module that is not a linear layer of the shape that the entry replaces.
+        If a path leads nowhere, or to a module that is not a linear layer of the shape that the entry replaces, or not
+        an attention with such heads.
     """
-    for path, (rows, columns) in config.dense_shapes.items():
-        name, old, stock = _find(model, path)
+    for path, (rows, columns, *parts) in config.dense_shapes.items():
+        name, old = _find(model, path)
+        stock = _stock(path, old)._replace(parts=parts[0] if parts else 1)
         new = _dense_module(Stock(rows, columns, stock.bias, stock.conv1d), old.weight)
         new.lr_stock = stock
         _put(model, name, new)
     for path, entry in config.modules.items():
-        name, old, stock = _find(model, path)
+        name, old = _find(model, path)
+        stock = _stock(path, old)
         shape = (entry["out_features"], entry["in_features"])
-        present = (old.weight.shape[1], old.weight.shape[0]) if stock.conv1d else tuple(old.weight.shape)
-        if shape != present:
+        if shape != _shape(old):
             raise ValueError(
-                f"{path} is {present} (out, in) in the model, but {shape} in the checkpoint's low-rank config"
+                f"{path} is {_shape(old)} (out, in) in the model, but {shape} in the checkpoint's low-rank config"
             )
         new = CompressedLinear(**entry, stock=stock, device=old.weight.device, dtype=old.weight.dtype)
         _put(model, name, new.train(old.training))
+    for path, entry in config.attention.items():
+        _swap_attention(model, path, entry)
 
 
-def _find(model: nn.Module, path: str) -> tuple[str, Any, Stock]:
-    """Look up the linear layer that a saved path means: its path here, itself, and what it is in the stock model."""
+def _swap_attention(model: nn.Module, path: str, entry: Mapping[str, Any]) -> None:
+    """Let the attention at `path` compute with the projections that are in place."""
+    module = _find(model, path)[1]
+    places = entry["projections"]
+    children = {role: p.removeprefix(f"{path}.") if p.startswith(f"{path}.") else "" for role, p in places.items()}
+    fields: dict[str, Any] = {name: value for name, value in entry.items() if name != "projections"}
+    fields.update(children)
+    heads = Heads(**fields)
+    family = _family(type(module))
+    rotates = hasattr(family, "apply_rotary_pos_emb")
+    problem = ""
+    if not hasattr(family, "eager_attention_forward") or not hasattr(module, "scaling"):
+        problem = f"a {type(module).__name__} is not an attention that can be made smaller"
+    elif getattr(module, "num_key_value_groups", heads.heads // heads.kv_heads) != heads.heads // heads.kv_heads:
+        problem = f"the model shares a key-value head among {module.num_key_value_groups} heads"
+    elif heads.rotary and not rotates:
+        problem = f"a {type(module).__name__} has no rotary embedding"
+    elif hasattr(module, "q_norm") and (heads.rotary or heads.query_key < heads.size):
+        problem = "queries and keys with norms of their own must keep their heads as they are"
+    elif rotates and heads.query_key < heads.size and not heads.rotary:
+        problem = "queries and keys that are rotated and smaller need rotary indices"
+    if problem:
+        raise ValueError(f"{path} of the low-rank config: {problem}")
+    linear = {role: _find(model, place)[1] for role, place in places.items()}
+
+    def check(role: str, side: int, kept: int, stock: int) -> None:
+        found = _shape(linear[role])[side], _stock(places[role], linear[role])[side]
+        if found != (kept, stock):
+            raise ValueError(
+                f"{places[role]} has {found[0]} {('rows', 'columns')[side]}, stock {found[1]}; the heads in the "
+                f"low-rank config need {kept}, stock {stock}"
+            )
+
+    rows = (heads.heads * heads.query_key, heads.kv_heads * heads.query_key, heads.kv_heads * heads.value)
+    stock_rows = tuple(heads.size * n for n in (heads.heads, heads.kv_heads, heads.kv_heads))
+    if heads.q == heads.k:
+        check("q", 0, sum(rows), sum(stock_rows))
+    else:
+        for role, kept, stock in zip("qkv", rows, stock_rows, strict=True):
+            check(role, 0, kept, stock)
+    check("o", 1, heads.heads * heads.value, heads.heads * heads.size)
+    if heads.value < heads.size:
+        output, stock = linear["o"], _stock(places["o"], linear["o"])._replace(groups=heads.heads)
+        setattr(output, "stock" if isinstance(output, CompressedLinear) else "lr_stock", stock)
+    module.__class__ = _compressed_class(type(module))
+    module.lr_heads = heads
+    if heads.rotary:
+        index = torch.zeros(heads.kv_heads, heads.query_key, dtype=torch.int64, device=linear["q"].weight.device)
+        module.register_buffer("lr_rotary", index)
+
+
+def _find(model: nn.Module, path: str) -> tuple[str, Any]:
+    """Look up the module that a saved path means: its path here, and itself."""
     prefix = getattr(model, "base_model_prefix", "")
     for name in (path, path.removeprefix(f"{prefix}."), f"{prefix}.{path}"):
         try:
-            module: Any = model.get_submodule(name)
+            return name, model.get_submodule(name)
         except AttributeError:
             continue
-        if isinstance(module, nn.Linear):
-            own = Stock(module.out_features, module.in_features, module.bias is not None, False)
-        elif isinstance(module, Conv1D):
-            own = Stock(module.weight.shape[1], module.weight.shape[0], True, True)
-        else:
-            raise ValueError(
-                f"{path} of the low-rank config is a {type(module).__name__}, expected nn.Linear or Conv1D"
-            )
-        return name, module, getattr(module, "lr_stock", own)
     raise ValueError(
         f"the low-rank config names the module {path}, which {type(model).__name__} does not have"
         + (f", with or without the prefix {prefix!r}" if prefix else "")
     )
+
+
+def _stock(path: str, module: nn.Module) -> Stock:
+    """Say what a linear layer, compressed or not, is in the stock model."""
+    if isinstance(module, CompressedLinear):
+        return module.stock
+    if isinstance(module, nn.Linear):
+        own = Stock(module.out_features, module.in_features, module.bias is not None, False)
+    elif isinstance(module, Conv1D):
+        own = Stock(module.weight.shape[1], module.weight.shape[0], True, True)
+    else:
+        raise ValueError(f"{path} of the low-rank config is a {type(module).__name__}, expected nn.Linear or Conv1D")
+    return getattr(module, "lr_stock", own)
+
+
+def _shape(module: Any) -> tuple[int, int]:
+    """Return (out, in) of a linear layer, compressed or not."""
+    if isinstance(module, Conv1D):
+        return module.weight.shape[1], module.weight.shape[0]
+    return module.out_features, module.in_features
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -352,22 +682,33 @@ def _dense_module(stock: Stock, like: Tensor) -> Any:
 
 
 @torch.no_grad()
-def restore_modules(model: nn.Module) -> None:
-    """Put stock dense modules in the place of all that `swap_modules` replaced.
+def restore_modules(model: nn.Module) -> list[str]:
+    """Put stock modules in the place of all that `swap_modules` replaced, in `model` or a part of it.
 
-    A module that is smaller than the stock one is padded with zeros at its end, which leaves the function of an
-    attention or MLP unchanged when its neighbours are padded alike.
+    A module that is smaller than the stock one is padded with zeros, where its attention says or else at its end,
+    which leaves the function of an attention or MLP unchanged because its neighbours are padded alike.
+
+    Returns
+    -------
+    list of str
+        Names of the modules whose tensors are new.
 
     Raises
     ------
     ValueError
         If a module has a bias that the stock one has no place for, or is not in memory.
     """
+    attentions = [(name, module) for name, module in model.named_modules() if isinstance(module, CompressedAttention)]
+    places = {
+        f"{name}.{leaf}" if name else leaf: rows
+        for name, attention in attentions
+        for leaf, rows in attention.stock_rows().items()
+    }
     found: list[tuple[str, Any, Stock]] = []
     for name, old in model.named_modules():
-        stock = old.stock if isinstance(old, CompressedLinear) else getattr(old, "lr_stock", None)
-        if not isinstance(stock, Stock):
+        if not (isinstance(old, CompressedLinear) or hasattr(old, "lr_stock") or name in places):
             continue
+        stock = _stock(name, old)
         if old.bias is not None and not stock.bias:
             raise ValueError(f"{name} has a bias of its own, which a stock {type(model).__name__} has no place for")
         if any(tensor.device.type == "meta" for tensor in old.parameters()):
@@ -378,14 +719,23 @@ def restore_modules(model: nn.Module) -> None:
             weight = old.dense_weight()
         else:
             weight = old.weight.T if stock.conv1d else old.weight
+        kept = torch.arange(stock.out_features).view(stock.parts, -1)[:, : len(weight) // stock.parts].flatten()
+        rows = places.get(name, kept).to(weight.device)
+        weight = weight.unflatten(1, (stock.groups, -1))
+        whole = weight.new_zeros(stock.out_features, stock.groups, stock.in_features // stock.groups)
+        whole[rows, :, : weight.shape[2]] = weight
         new = _dense_module(stock, weight).train(old.training)
-        stored = new.weight.T if stock.conv1d else new.weight
-        stored.zero_()[: weight.shape[0], : weight.shape[1]] = weight
+        (new.weight.T if stock.conv1d else new.weight).copy_(whole.flatten(1))
         if stock.bias:
             new.bias.zero_()
             if old.bias is not None:
-                new.bias[: len(old.bias)] = old.bias
+                new.bias[rows] = old.bias
         _put(model, name, new)
+    for _, attention in attentions:
+        attention.__dict__.pop("lr_heads")
+        attention._buffers.pop("lr_rotary", None)
+        attention.__class__ = attention.lr_stock_class  # pyright: ignore[reportAttributeAccessIssue]
+    return [name for name, _, _ in found]
 
 
 class LowRankQuantizer(HfQuantizer):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowrank_compress.arch.resolve import Target
+from lowrank_compress.arch.resolve import Heads, Target
+from lowrank_compress.arch.spec import Role
 from lowrank_compress.model import weights
+
+ROTARY = "lr_rotary"  # the buffer of `layers.CompressedAttention`
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,12 @@ class Encoded:
     outer: Tensor | None = None
     index: Tensor | None = None
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the matrix it stands for."""
+        rows = len(self.inner) if self.outer is None else len(self.outer)
+        return (rows + (len(self.inner) if self.index is not None else 0), self.inner.shape[1])
+
     def rebuild(self) -> Tensor:
         """The matrix (out, in) that it stands for, float64."""
         inner = self.inner.double()
@@ -59,17 +68,45 @@ class Encoded:
 
 def module_entry(targets: Sequence[Target], parts: Sequence[Encoded]) -> dict[str, Any]:
     """Describe a compressed module as `quantization_config.modules` of config.json does."""
-    first = targets[0]
     return {
-        "in_features": first.shape[1],
-        "out_features": first.rows.total,
-        "bias": first.has_bias,
-        "heads": first.rows.groups,
-        "parts": [
-            {"rows": target.shape[0], "format": part.format, "rank": part.rank}
-            for target, part in zip(targets, parts, strict=True)
-        ],
+        "in_features": parts[0].shape[1],
+        "out_features": sum(part.shape[0] for part in parts),
+        "bias": targets[0].has_bias,
+        "heads": targets[0].rows.groups,
+        "parts": [{"rows": part.shape[0], "format": part.format, "rank": part.rank} for part in parts],
     }
+
+
+def attention_entry(
+    targets: Mapping[Role, Target], heads: Heads, query_key: int, value: int, *, rotary: bool
+) -> dict[str, Any]:
+    """Describe an attention module with narrower heads as `quantization_config.attention` of config.json does.
+
+    Parameters
+    ----------
+    targets
+        q, k, v and o.
+    query_key, value
+        The dimensions that heads keep.
+    rotary
+        Whether the kept dimensions of rotated heads are listed in a buffer.
+    """
+    return {
+        "heads": heads.query,
+        "kv_heads": heads.key,
+        "size": heads.size,
+        "query_key": query_key,
+        "value": value,
+        "rotary": rotary,
+        "interleaved": targets["q"].rows.groups > 1,
+        "projections": {role: targets[role].module for role in ("q", "k", "v", "o")},
+    }
+
+
+def joined(targets: Sequence[Target], parts: Sequence[Tensor]) -> Tensor:
+    """Put the rows (out_i, …) of a module's parts in the order in which the module has them."""
+    groups = targets[0].rows.groups
+    return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], 1).flatten(0, 1)
 
 
 def module_tensors(targets: Sequence[Target], parts: Sequence[Encoded], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -28,10 +28,10 @@ from lowrank_compress.calibration.tokens import (
 )
 from lowrank_compress.config import CalibrateConfig
 from lowrank_compress.errors import ArtifactError, InputError
-from lowrank_compress.methods.linear import needed
-from lowrank_compress.methods.table import METHODS
+from lowrank_compress.methods.units import MatrixUnit, full_rank, needed, needs_data, units_of
 from lowrank_compress.model.blueprint import Task, blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
+from lowrank_compress.model.narrowing import check_narrowing
 from lowrank_compress.model.replay import Batch
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.stages.common import Reporter, Silent, checkpoint_id, environment, source_id
@@ -75,12 +75,17 @@ class FileSink:
 
 def key(config: CalibrateConfig, inputs: Inputs) -> Key:
     """Everything the statistics depend on; a text counts by its content, not by its path."""
+    resolved = blueprint(inputs.checkpoint).resolved
+    units = units_of(resolved, config.scheme)
     found = {"checkpoint": checkpoint_id(inputs.checkpoint)}
-    if METHODS[config.method].needs_data:
+    if needs_data(units):
         found["text"] = source_id(_source(config))
-    settings = config.model_dump(mode="json", exclude={"source", "method"})
-    method = METHODS[config.method]
-    settings["metric"] = [method.left.name, method.right.name]
+    settings = config.model_dump(mode="json", exclude={"source", "scheme"})
+    wanted = needed(units)
+    by_role: dict[str, set[str]] = {}
+    for target in resolved.targets:
+        by_role.setdefault(target.role, set()).update(wanted.get(target.name, ()))
+    settings["statistics"] = {role: sorted(names) for role, names in by_role.items()}
     return Key("calibrate", VERSION, settings, found)
 
 
@@ -117,19 +122,19 @@ def run(
     identity = key(config, inputs)
     found = committed(out_dir, identity, overwrite=overwrite)
     kept = sink is None
-    method = METHODS[config.method]
     plan = blueprint(inputs.checkpoint)
     resolved = plan.resolved
+    units = units_of(resolved, config.scheme)
     files = BlockFiles(out_dir, identity.id)
     receiver = sink or FileSink(files)
     blocks = range(len(resolved.blocks))
     complete = all(receiver.finished(block) for block in blocks)
     if found is not None and complete and (found.report["kept"] or not kept):
         return found
-    wanted = needed(method, resolved.targets)
+    wanted = needed(units)
     report: dict[str, object] = {"kept": kept, "tokens": 0, "windows": 0, "tokens_sha256": None}
     outputs = [files.name(block) for block in blocks] if kept else []
-    if not method.needs_data:
+    if not needs_data(units):
         for block in blocks:
             if not receiver.finished(block):
                 receiver.take(block, {})
@@ -138,8 +143,8 @@ def run(
     batches = calibration_batches(config, inputs.checkpoint, plan.task)
     if needs_gradient(wanted) and any(batch.labels is None for batch in batches) and plan.task != "lm":
         raise InputError(
-            f"The method {config.method} takes gradients of a classifier's loss, which needs labels. Pass a table with "
-            "--text-column and --label-column."
+            "The method takes gradients of a classifier's loss, which needs labels. Pass a table with --text-column "
+            "and --label-column."
         )
     tokens = sum(batch.tokens for batch in batches)
     report |= {
@@ -147,20 +152,22 @@ def run(
         "windows": sum(len(batch.ids) for batch in batches),
         "tokens_sha256": batches_hash(batches),
     }
-    largest = max(min(target.shape) for target in resolved.targets)
+    largest = max(full_rank(unit) for unit in units)
     if tokens < largest:
         reporter.warn(
             f"The calibration set has {tokens} tokens, fewer than the largest decomposed dimension ({largest}): its "
             "moments are rank-deficient. The result is well defined, but more text (--samples, --seq-len) will make it "
             "better."
         )
-    if method.right.centred and not all(target.has_bias for target in resolved.targets):
+    if any(unit.loses_mean for unit in units if isinstance(unit, MatrixUnit)):
         reporter.warn(
-            f"{config.method} restores the mean through biases, and some layers of this model have none: there it uses "
-            "the uncentred Gram matrix and restores no mean."
+            "afm restores the mean through biases, and some layers of this model have none: there it uses the "
+            "uncentred Gram matrix and restores no mean."
         )
     if not complete:
         skeleton = Skeleton(inputs.checkpoint, torch.device(config.device), torch.float32)
+        if any(target.heads is not None for unit in units if len(unit.targets) > 1 for target in unit.targets):
+            check_narrowing(skeleton, batches[0])
         out_dir.mkdir(parents=True, exist_ok=True)
         for statistics in capture(
             skeleton,
@@ -186,7 +193,7 @@ def kept(directory: Path, identity: Key) -> bool:
 
 def _source(config: CalibrateConfig) -> Source:
     if config.source is None:
-        raise InputError(f"The method {config.method} needs calibration data; name a text with --calibration.")
+        raise InputError("The method needs calibration data; name a text with --calibration.")
     return Source(config.source, config.text_column, config.label_column)
 
 

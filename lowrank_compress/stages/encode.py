@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,18 +12,26 @@ from torch import Tensor
 
 from lowrank_compress.allocation.storage import cost, largest_rank
 from lowrank_compress.arch.resolve import Target
+from lowrank_compress.arch.spec import Group, Role
 from lowrank_compress.config import FactorizeConfig
 from lowrank_compress.errors import InputError
 from lowrank_compress.linalg.pivot import pivot
 from lowrank_compress.linalg.weighted import Projector, factors
-from lowrank_compress.model import weights
+from lowrank_compress.methods.units import MatrixUnit, ModuleUnit, Unit, stored_elements
 from lowrank_compress.model.blueprint import Blueprint
-from lowrank_compress.model.surgery import Encoded, dense_part, module_entry, module_tensors
-from lowrank_compress.stages.bases import projector_of
+from lowrank_compress.model.surgery import (
+    ROTARY,
+    Encoded,
+    attention_entry,
+    dense_part,
+    joined,
+    module_entry,
+    module_tensors,
+)
 from lowrank_compress.stages.ranks import Choice
 
 
-@dataclass(frozen=True)
+@dataclass
 class EncodedBlock:
     """One block of the compressed checkpoint.
 
@@ -31,12 +39,36 @@ class EncodedBlock:
     ----------
     tensors
         All tensors of the block, by their names on disk.
-    modules
-        `quantization_config.modules` entries of its compressed modules.
+    modules, dense_shapes, attention
+        The block's entries of `layers.LowRankConfig`.
+    choices
+        How each unit is stored.
     """
 
-    tensors: dict[str, Tensor]
-    modules: dict[str, Any]
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    modules: dict[str, Any] = field(default_factory=dict)
+    dense_shapes: dict[str, list[int]] = field(default_factory=dict)
+    attention: dict[str, Any] = field(default_factory=dict)
+    choices: dict[str, Choice] = field(default_factory=dict)
+
+    def notes(self) -> dict[str, Any]:
+        """All but the tensors, as JSON."""
+        return {
+            "modules": self.modules,
+            "dense_shapes": self.dense_shapes,
+            "attention": self.attention,
+            "choices": {name: [choice.format, choice.rank] for name, choice in self.choices.items()},
+        }
+
+
+@dataclass
+class _Pieces:
+    """What becomes of a block's matrices: those that change, the biases that change, and what heads keep."""
+
+    parts: dict[str, Encoded] = field(default_factory=dict)
+    biases: dict[str, Tensor] = field(default_factory=dict)
+    widths: dict[Group, int] = field(default_factory=dict)
+    index: Tensor | None = None
 
 
 class Encoder:
@@ -46,22 +78,24 @@ class Encoder:
     ----------
     plan
         The dense checkpoint.
+    units
+        What may be compressed.
     config
         Storage, output dtype and device.
     """
 
-    def __init__(self, plan: Blueprint, config: FactorizeConfig) -> None:
-        self.plan, self.config = plan, config
+    def __init__(self, plan: Blueprint, units: Sequence[Unit], config: FactorizeConfig) -> None:
+        self.plan, self.units, self.config = plan, units, config
         self.dtype: torch.dtype = getattr(torch, config.dtype)
         self.device = torch.device(config.device)
 
     def block(self, block: int, choices: Mapping[str, Choice], bases: Mapping[str, Tensor]) -> EncodedBlock:
-        """Encode all claimed matrices of a block and take its other tensors along.
+        """Encode all units of a block and take its other tensors along.
 
         Parameters
         ----------
         choices
-            Format and rank of each matrix.
+            Format and rank of each unit.
         bases
             The block's basis file.
 
@@ -70,48 +104,116 @@ class Encoder:
         InputError
             A rank is above what the score stage kept.
         """
+        made, pieces = EncodedBlock(), _Pieces()
+        for unit in self.units:
+            if unit.block != block:
+                continue
+            choice = choices[unit.name]
+            if choice.rank is None:
+                made.choices[unit.name] = choice
+            elif isinstance(unit, MatrixUnit):
+                made.choices[unit.name] = self._matrix(unit, self._planned(unit, choice), bases, pieces)
+            elif isinstance(unit, ModuleUnit):
+                made.choices[unit.name] = self._module(unit, choice, bases, pieces)
+        replaced = self._modules(block, pieces, made)
+        self._attention(block, pieces, made)
+        for name in self.plan.inside(block):
+            if name not in replaced:
+                made.tensors[self.plan.name_on_disk(name)] = cast(self.plan.read(name), self.dtype)
+        return made
+
+    def _matrix(self, unit: MatrixUnit, choice: Choice, bases: Mapping[str, Tensor], pieces: _Pieces) -> Choice:
+        """Factor a matrix."""
+        target = unit.target
+        weight = self.plan.weight(target).to(self.device).double()
+        part = self.encode(unit, choice, weight, bases)
+        if f"{unit.name}/mean" in bases:
+            lost = weight.cpu() - part.rebuild()
+            pieces.biases[target.name] = self.plan.bias(target).double() + lost @ bases[f"{unit.name}/mean"]
+        pieces.parts[target.name] = part
+        return Choice(part.format, part.rank)
+
+    def _module(self, unit: ModuleUnit, choice: Choice, bases: Mapping[str, Tensor], pieces: _Pieces) -> Choice:
+        """Make a module narrower."""
+        assert choice.rank is not None
+        weights: dict[Role, Tensor] = {
+            role: self.plan.weight(target).to(self.device).double() for role, target in unit.roles.items()
+        }
+        biases: dict[Role, Tensor] = {
+            role: self.plan.bias(target).to(self.device).double()
+            for role, target in unit.roles.items()
+            if target.has_bias
+        }
+        stem = f"{unit.name}/"
+        basis = {name.removeprefix(stem): t.to(self.device) for name, t in bases.items() if name.startswith(stem)}
+        reduced = unit.method.reduce(unit.targets[0].heads, weights, biases, basis, choice.rank)
+        for role, weight in reduced.weights.items():
+            inner = weight.cpu().to(self.dtype)
+            pieces.parts[unit.roles[role].name] = Encoded("dense", len(inner), inner)
+        pieces.biases |= {unit.roles[role].name: bias.cpu() for role, bias in reduced.biases.items()}
+        pieces.widths[unit.method.group] = choice.rank
+        if reduced.index is not None:
+            pieces.index = reduced.index.cpu()
+        return choice
+
+    def _modules(self, block: int, pieces: _Pieces, made: EncodedBlock) -> set[str]:
+        """Put parts together to modules; return the names of the stock tensors that they replace."""
         plan = self.plan
-        tensors: dict[str, Tensor] = {}
-        modules: dict[str, Any] = {}
         replaced: set[str] = set()
         for path, targets in plan.resolved.modules().items():
-            chosen = [self._planned(target, choices[target.name]) for target in targets]
-            if targets[0].block != block or all(choice.rank is None for choice in chosen):
+            first = targets[0]
+            if first.block != block or not any(target.name in pieces.parts for target in targets):
                 continue
-            stored = plan.read(f"{path}.weight").to(self.device)
-            bias = plan.read(f"{path}.bias").double() if targets[0].has_bias else None
-            parts = []
-            for target, choice in zip(targets, chosen, strict=True):
-                if choice.rank is None:
-                    parts.append(dense_part(stored, target).cast(self.dtype))
-                    continue
-                weight = weights.read(stored, target).double()
-                part = self.encode(target, choice, weight, bases)
-                if bias is not None and f"{target.name}/mean" in bases:
-                    lost = weight.cpu() - part.rebuild()
-                    restored = weights.bias(bias, target) + lost @ bases[f"{target.name}/mean"]
-                    weights.place_bias(bias, target, restored)
-                parts.append(part)
-            modules[path] = module_entry(targets, parts)
+            stored = plan.read(f"{path}.weight")
+            parts = [pieces.parts.get(target.name) or dense_part(stored, target).cast(self.dtype) for target in targets]
             stem = plan.name_on_disk(f"{path}.weight").removesuffix("weight")
-            tensors |= {stem + leaf: tensor for leaf, tensor in module_tensors(targets, parts, self.dtype).items()}
-            if bias is not None:
-                tensors[plan.name_on_disk(f"{path}.bias")] = bias.to(self.dtype)
-            replaced |= {f"{path}.weight", f"{path}.bias"}
-        for name in plan.inside(block):
-            if name not in replaced:
-                tensors[plan.name_on_disk(name)] = cast(plan.read(name), self.dtype)
-        return EncodedBlock(tensors, modules)
+            if all(part.format == "dense" for part in parts):
+                weight = joined(targets, [part.inner for part in parts])
+                # A fused gate and up lose rows of both.
+                halves = [len(parts)] if first.role == "gate" and len(parts) > 1 else []
+                made.dense_shapes[path] = [*weight.shape, *halves]
+                made.tensors[f"{stem}weight"] = weight.T if first.conv1d else weight
+            else:
+                made.modules[path] = module_entry(targets, parts)
+                if (
+                    parts[0].shape[1] != first.shape[1]
+                    or made.modules[path]["out_features"] != first.rows.total
+                ):
+                    made.dense_shapes[path] = [made.modules[path]["out_features"], parts[0].shape[1]]
+                named = module_tensors(targets, parts, self.dtype)
+                made.tensors |= {stem + leaf: tensor for leaf, tensor in named.items()}
+            replaced.add(f"{path}.weight")
+            if first.has_bias:
+                biases = [pieces.biases.get(target.name, plan.bias(target).double()) for target in targets]
+                made.tensors[plan.name_on_disk(f"{path}.bias")] = joined(targets, biases).to(self.dtype)
+                replaced.add(f"{path}.bias")
+        return replaced
 
-    def _planned(self, target: Target, choice: Choice) -> Choice:
+    def _attention(self, block: int, pieces: _Pieces, made: EncodedBlock) -> None:
+        """Describe an attention whose heads have become narrower."""
+        heads, resolved = self.plan.resolved.heads, self.plan.resolved
+        narrower = {group: width for group, width in pieces.widths.items() if group != "mlp"}
+        if not narrower:
+            return
+        path = f"{resolved.blocks[block]}.{resolved.architecture.attention}"
+        targets: dict[Role, Target] = {target.role: target for target in resolved.of_block(block)}
+        query_key, value = narrower.get("qk", heads.size), narrower.get("vo", heads.size)
+        made.attention[path] = attention_entry(targets, heads, query_key, value, rotary=pieces.index is not None)
+        if pieces.index is not None:
+            below = targets["q"].module.removeprefix(path) + ".weight"
+            on_disk = self.plan.name_on_disk(f"{targets['q'].module}.weight").removesuffix(below)
+            made.tensors[f"{on_disk}.{ROTARY}"] = pieces.index
+
+    def _planned(self, unit: MatrixUnit, choice: Choice) -> Choice:
         """The choice in the storage asked for: what ranks.json says, or as much as fits its stored count."""
         storage = self.config.storage
-        if choice.rank is None or storage == choice.format:
+        if storage == choice.format:
             return choice
-        rank = min(largest_rank(storage, target.shape, choice.stored(target.shape)), min(target.shape) - 1)
-        return Choice(storage, max(rank, 1))
+        count = stored_elements(unit, choice.format, choice.rank)
+        rank = min(largest_rank(storage, unit.shape, count), min(unit.shape) - 1)
+        return Choice(storage, max(rank - rank % self.config.round_to, 1))
 
-    def encode(self, target: Target, choice: Choice, weight: Tensor, bases: Mapping[str, Tensor]) -> Encoded:
+    def encode(self, unit: MatrixUnit, choice: Choice, weight: Tensor, bases: Mapping[str, Tensor]) -> Encoded:
         """Factor one matrix.
 
         "auto" takes the format with the smaller metric loss after rounding, at equal stored count.
@@ -122,8 +224,8 @@ class Encoder:
             The rank is above what the score stage kept.
         """
         assert choice.rank is not None
-        projector = projector_of(bases, target)
-        ranks = self._ranks(target, choice, projector)
+        projector = unit.projector(bases)
+        ranks = self._ranks(unit.target, choice, projector)
         # Ranks are nested: the factors of a smaller one are leading parts of a larger one's.
         left, right = (factor.cpu() for factor in factors(weight, projector, max(ranks.values())))
         best, least = None, math.inf
@@ -133,7 +235,7 @@ class Encoder:
                 continue
             pair = left[:, :rank], right[:rank]
             part = _encoded(form, *pair).cast(self.dtype)
-            loss = tail + _rounding_loss(target, part, *pair, bases) if len(ranks) > 1 else tail
+            loss = tail + _rounding_loss(unit.target, part, *pair, bases) if len(ranks) > 1 else tail
             if best is None or loss < least:
                 best, least = part, loss
         assert best is not None
@@ -152,7 +254,9 @@ class Encoder:
             return {choice.format: choice.rank}
         count = cost("auto", target.shape, choice.rank)
         largest = min(min(target.shape) - 1, kept)
-        ranks = {form: min(largest_rank(form, target.shape, count), largest) for form in ("pivot", "pair")}
+        multiple = self.config.round_to if choice.rank % self.config.round_to == 0 else 1  # 1: edited by hand
+        largest -= largest % multiple
+        ranks = {form: min(largest_rank(form, target.shape, count, multiple), largest) for form in ("pivot", "pair")}
         return {form: rank for form, rank in ranks.items() if rank > 0}
 
 

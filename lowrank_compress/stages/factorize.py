@@ -12,14 +12,14 @@ from lowrank_compress.artifacts.manifest import Key, Manifest, commit, committed
 from lowrank_compress.artifacts.tensors import BlockFiles
 from lowrank_compress.config import FactorizeConfig
 from lowrank_compress.errors import ArtifactError
-from lowrank_compress.methods.table import METHODS
+from lowrank_compress.methods.units import units_of
 from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.export import ShardWriter, config_json, write_companions
 from lowrank_compress.model.layers import remote_code_entries, write_remote_code
 from lowrank_compress.stages.common import Reporter, Silent, checkpoint_id, environment
 from lowrank_compress.stages.encode import Encoder, cast
-from lowrank_compress.stages.ranks import RANKS, read_ranks
+from lowrank_compress.stages.ranks import RANKS, Choice, read_ranks
 from lowrank_compress.stages.report import block_losses, model_card, summary
 
 VERSION = 1
@@ -82,22 +82,22 @@ def run(
     reporter = reporter or Silent()
     plan = blueprint(inputs.checkpoint)
     scores = scores_manifest(inputs.scores)
-    choices = read_ranks(inputs.scores / RANKS, plan.resolved.targets)  # before anything is removed
+    units = units_of(plan.resolved, config.scheme)
+    choices = read_ranks(inputs.scores / RANKS, units)  # before anything is removed
     identity = key(config, inputs)
     if not overwrite:
         _refuse_other_ranks(out_dir, identity, inputs.scores / RANKS)
     found = committed(out_dir, identity, overwrite=overwrite)
     if found is not None:
         return found
-    method = METHODS[config.method]
     bases = BlockFiles(inputs.scores, scores.report["bases"], "basis")
     work = BlockFiles(out_dir.parent / "work", identity.id, "factors")
-    encoder = Encoder(plan, config)
+    encoder = Encoder(plan, units, config)
     blocks = range(len(plan.resolved.blocks))
     for block in blocks:
         if not work.finished(block):
             encoded = encoder.block(block, choices, bases.read(block))
-            work.write(block, encoded.tensors, notes=encoded.modules)
+            work.write(block, encoded.tensors, notes=encoded.notes())
         reporter.advance("factorize", block + 1, len(blocks))
 
     if out_dir.exists():
@@ -106,20 +106,25 @@ def run(
     writer = ShardWriter(out_dir, config.shard_bytes)
     for name in plan.outside():
         writer.add(plan.name_on_disk(name), cast(plan.read(name), encoder.dtype))
-    modules: dict[str, Any] = {}
+    layout: dict[str, dict[str, Any]] = {"modules": {}, "dense_shapes": {}, "attention": {}}
+    stored: dict[str, Choice] = {}
     losses: dict[str, float] = {}
     for block in blocks:
         for name, tensor in work.read(block).items():
             writer.add(name, tensor)
-        modules |= (entries := work.notes(block))
-        losses |= block_losses(method, plan.resolved.of_block(block), bases.read(block), entries)
+        notes = work.notes(block)
+        for kind, entries in layout.items():
+            entries |= notes[kind]
+        made = {name: Choice(*entry) for name, entry in notes["choices"].items()}
+        losses |= block_losses(units, bases.read(block), made, scores.report["unit"])
+        stored |= made
         reporter.advance("write", block + 1, len(blocks))
     shards = writer.close()
-    settings = config_json(inputs.checkpoint, config.dtype, modules, remote_code_entries(plan.model.config))
+    settings = config_json(inputs.checkpoint, config.dtype, layout, remote_code_entries(plan.model.config))
     write_json(out_dir / "config.json", settings)
     write_remote_code(out_dir)
     write_companions(inputs.checkpoint, out_dir)
-    report = summary(plan.resolved, modules, losses, scores, config)
+    report = summary(units, stored, losses, scores, config)
     write_json(out_dir / REPORT, report)
     write_text(out_dir / "README.md", model_card(report))
     outputs = sorted(path.name for path in out_dir.iterdir())

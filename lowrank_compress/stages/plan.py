@@ -8,14 +8,16 @@ from pathlib import Path
 from lowrank_compress.calibration.capture import needs_gradient
 from lowrank_compress.calibration.sources import PAPERS_DATA, Source
 from lowrank_compress.calibration.tokens import load_tokenizer
-from lowrank_compress.config import DTYPES, CalibrateConfig, FactorizeConfig, Recipe, ScoreConfig
+from lowrank_compress.config import DTYPES, CalibrateConfig, FactorizeConfig, Recipe, Scheme, ScoreConfig
 from lowrank_compress.errors import InputError, UnsupportedError
-from lowrank_compress.methods.linear import needed
+from lowrank_compress.methods.module import ModuleMethod
+from lowrank_compress.methods.scheme import label, methods_of, scheme_of
 from lowrank_compress.methods.table import METHODS
+from lowrank_compress.methods.units import needed, needs_data, units_of
 from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint, locate
 from lowrank_compress.stages.common import compute_device, source_id
-from lowrank_compress.stages.score import check_names
+from lowrank_compress.stages.score import check_options
 
 # Tokens a micro-batch unless the recipe says otherwise: a result depends on it in the last bits, so it is in the key.
 MICRO_BATCH_TOKENS = 4096
@@ -24,20 +26,30 @@ PAPERS_SEQ_LEN = 2048
 
 @dataclass(frozen=True)
 class Plan:
-    """A recipe with every default decided, and the checkpoint it is for."""
+    """A recipe with every default decided, and the checkpoint it is for.
+
+    Attributes
+    ----------
+    scheme
+        The method of each part of a block.
+    notes
+        What the user should know about how the methods were chosen.
+    """
 
     recipe: Recipe
     checkpoint: Checkpoint
     seq_len: int
     device: str
     dtype: str
+    scheme: Scheme
+    notes: tuple[str, ...]
 
     @property
     def calibrate(self) -> CalibrateConfig:
         """Config of the calibrate stage."""
         recipe = self.recipe
         return CalibrateConfig(
-            method=recipe.method,
+            scheme=self.scheme,
             source=recipe.calibration,
             text_column=recipe.text_column,
             label_column=recipe.label_column,
@@ -55,7 +67,7 @@ class Plan:
         recipe = self.recipe
         method = METHODS[recipe.method]
         return ScoreConfig(
-            method=recipe.method,
+            scheme=self.scheme,
             allocate=recipe.allocate or method.allocate,
             storage=recipe.storage or method.storage,
             ratio=recipe.ratio,
@@ -64,6 +76,9 @@ class Plan:
             damping_gram=recipe.damping_gram,
             alpha=recipe.alpha,
             floor=recipe.floor,
+            temperature=recipe.temperature,
+            cap=recipe.cap,
+            round_to=self.round_to,
             device=self.device,
         )
 
@@ -71,8 +86,23 @@ class Plan:
     def factorize(self) -> FactorizeConfig:
         """Config of the factorize stage."""
         recipe = self.recipe
-        storage = recipe.storage or METHODS[recipe.method].storage
-        return FactorizeConfig(method=recipe.method, storage=storage, dtype=self.dtype, device=self.device)
+        return FactorizeConfig(
+            method=label(recipe),
+            scheme=self.scheme,
+            storage=recipe.storage or METHODS[recipe.method].storage,
+            round_to=self.round_to,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    @property
+    def round_to(self) -> int:
+        """Ranks and widths are multiples of it: the kernels of GPUs are fast at multiples of 8."""
+        return self.recipe.round_to or (1 if self.device == "cpu" else 8)
+
+    @property
+    def _has_modules(self) -> bool:
+        return any(isinstance(method, ModuleMethod) for method in methods_of(self.scheme).values())
 
     def resolved(self) -> Recipe:
         """The recipe with all defaults written out; it repeats the run on its own."""
@@ -88,6 +118,8 @@ class Plan:
                 "calibration": source,
                 "allocate": self.score.allocate,
                 "storage": self.score.storage,
+                "metric": self.scheme.metric if self._has_modules else None,
+                "round_to": self.round_to,
                 "seq_len": self.seq_len,
                 "micro_batch": self.calibrate.micro_batch,
                 "device": self.device,
@@ -109,7 +141,6 @@ def make_plan(recipe: Recipe) -> Plan:
             f"--ratio {recipe.ratio} is not between 0 and 1: it is the share of parameters to remove, 0.3 for 30 %."
         )
     method = METHODS[recipe.method]
-    check_names(recipe.method, recipe.allocate or method.allocate, recipe.storage or method.storage)
     device = str(compute_device(recipe.device))
     checkpoint = Checkpoint(locate(recipe.model, recipe.revision), recipe.trust_remote_code)
     if checkpoint.raw_config.get("quantization_config") is not None:
@@ -118,8 +149,13 @@ def make_plan(recipe: Recipe) -> Plan:
             f"{recipe.model} is already compressed or quantized ({kind}); start from the dense checkpoint."
         )
     design = blueprint(checkpoint)
-    if method.needs_data and recipe.calibration is None:
-        if design.task == "classification" and needs_gradient(needed(method, design.resolved.targets)):
+    scheme, notes = scheme_of(recipe, design.resolved.architecture)
+    units = units_of(design.resolved, scheme)
+    if not units:
+        raise InputError("No part of the blocks has a method: all are left dense. Choose one with --method.")
+    check_options(recipe.allocate or method.allocate, recipe.storage or method.storage, units)
+    if needs_data(units) and recipe.calibration is None:
+        if design.task == "classification" and needs_gradient(needed(units)):
             raise InputError(
                 f"The method {recipe.method} needs labelled examples of a classifier: pass --calibration FILE.tsv with "
                 "--text-column and --label-column."
@@ -131,7 +167,7 @@ def make_plan(recipe: Recipe) -> Plan:
         raise InputError(
             f"--seq-len {seq_len} is more than the {longest} positions of the model. Use at most {longest}."
         )
-    if method.needs_data:
+    if needs_data(units):
         load_tokenizer(checkpoint.path, recipe.trust_remote_code)
         source = Source(recipe.calibration or PAPERS_DATA, recipe.text_column, recipe.label_column)
         if not source.is_hub:
@@ -139,4 +175,4 @@ def make_plan(recipe: Recipe) -> Plan:
     dtype = recipe.dtype or str(checkpoint.dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise InputError(f"The checkpoint's weights are {dtype}; name an output --dtype: {', '.join(DTYPES)}.")
-    return Plan(recipe, checkpoint, seq_len, device, dtype)
+    return Plan(recipe, checkpoint, seq_len, device, dtype, scheme, notes)

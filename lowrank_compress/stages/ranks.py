@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowrank_compress.allocation.storage import STORAGES, cost
-from lowrank_compress.arch.resolve import Target
 from lowrank_compress.artifacts.files import read_json, write_text
 from lowrank_compress.errors import ArtifactError
+from lowrank_compress.methods.units import Unit, full_rank
 
 RANKS = "ranks.json"
 RANKS_BACKUP = "ranks.json.bak"
@@ -19,36 +18,33 @@ RANKS_BACKUP = "ranks.json.bak"
 
 @dataclass(frozen=True)
 class Choice:
-    """How one matrix is to be stored.
+    """How one unit is to be stored.
 
     Attributes
     ----------
     format
-        "pair", "pivot", "auto" (the better of both at the count of the cheaper) or "dense".
+        "pair", "pivot", "auto" (the better of both at the count of the cheaper), "width" (a narrower module) or
+        "dense".
     rank
-        r; None for dense.
+        r, or the width; None for dense.
     """
 
     format: str
     rank: int | None
 
-    def stored(self, shape: tuple[int, int]) -> int:
-        """Stored elements."""
-        return shape[0] * shape[1] if self.rank is None else int(cost(self.format, shape, self.rank))
 
-
-def write_ranks(path: Path, targets: Sequence[Target], choices: Mapping[str, Choice]) -> None:
-    """Write ranks.json: one matrix a line, for people to read and edit."""
+def write_ranks(path: Path, units: Sequence[Unit], choices: Mapping[str, Choice]) -> None:
+    """Write ranks.json: one matrix or module a line, for people to read and edit."""
     lines = [
-        f"    {json.dumps(target.name)}: "
-        + json.dumps({"shape": list(target.shape), "format": choice.format, "rank": choice.rank})
-        for target in targets
-        for choice in [choices[target.name]]
+        f"    {json.dumps(unit.name)}: "
+        + json.dumps({"shape": list(unit.shape), "format": choice.format, "rank": choice.rank})
+        for unit in units
+        for choice in [choices[unit.name]]
     ]
     write_text(path, '{\n  "schema": 1,\n  "matrices": {\n' + ",\n".join(lines) + "\n  }\n}\n")
 
 
-def read_ranks(path: Path, targets: Sequence[Target]) -> dict[str, Choice]:
+def read_ranks(path: Path, units: Sequence[Unit]) -> dict[str, Choice]:
     """Read ranks.json and check that it fits a model.
 
     Raises
@@ -60,8 +56,8 @@ def read_ranks(path: Path, targets: Sequence[Target]) -> dict[str, Choice]:
     matrices: dict[str, Any] = found.get("matrices", {})
     if not isinstance(matrices, dict) or not all(isinstance(entry, dict) for entry in matrices.values()):
         raise ArtifactError(f'{path} does not have the form {{"matrices": {{NAME: {{"format": …, "rank": …}}}}}}.')
-    missing = [target.name for target in targets if target.name not in matrices]
-    extra = sorted(set(matrices) - {target.name for target in targets})
+    missing = [unit.name for unit in units if unit.name not in matrices]
+    extra = sorted(set(matrices) - {unit.name for unit in units})
     if missing or extra:
         raise ArtifactError(
             f"{path} does not fit the model: "
@@ -69,17 +65,18 @@ def read_ranks(path: Path, targets: Sequence[Target]) -> dict[str, Choice]:
             + ". Correct it, or repeat `lrc score` with --overwrite."
         )
     choices = {}
-    for target in targets:
-        entry = matrices[target.name]
+    for unit in units:
+        entry = matrices[unit.name]
         form, rank = entry.get("format"), entry.get("rank")
         if form == "dense" and rank is None:
-            choices[target.name] = Choice("dense", None)
+            choices[unit.name] = Choice("dense", None)
             continue
-        if form not in STORAGES or type(rank) is not int or not 1 <= rank < min(target.shape):
+        fits = type(rank) is int and 1 <= rank < full_rank(unit) and rank % unit.step == 0
+        if form not in unit.formats or not fits:
+            even = " that is even" if unit.step == 2 else ""
             raise ArtifactError(
-                f"{path}: {target.name} has format {form!r} and rank {rank!r}; expected one of {', '.join(STORAGES)} "
-                "with a "
-                f'rank from 1 to {min(target.shape) - 1}, or "dense" with rank null.'
+                f"{path}: {unit.name} has format {form!r} and rank {rank!r}; expected one of {', '.join(unit.formats)} "
+                f'with a rank from 1 to {full_rank(unit) - 1}{even}, or "dense" with rank null.'
             )
-        choices[target.name] = Choice(form, rank)
+        choices[unit.name] = Choice(form, rank)
     return choices

@@ -2,81 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from lowrank_compress.allocation.storage import cost
-from lowrank_compress.arch.resolve import Resolved, Target
 from lowrank_compress.artifacts.manifest import Manifest
 from lowrank_compress.config import FactorizeConfig
-from lowrank_compress.errors import ArtifactError
-from lowrank_compress.methods.linear import LinearMethod
+from lowrank_compress.methods.units import Unit, dense_elements, stored_elements
 from lowrank_compress.stages.bases import predicted_losses
+from lowrank_compress.stages.ranks import Choice
 
 
 def block_losses(
-    method: LinearMethod, targets: tuple[Target, ...], bases: Mapping[str, Tensor], modules: Mapping[str, Any]
+    units: Sequence[Unit], basis: Mapping[str, Tensor], choices: Mapping[str, Choice], unit_of_loss: str
 ) -> dict[str, float]:
-    """Predicted loss of each matrix of a block at the rank it is stored with."""
-    losses = {}
-    for target in targets:
-        part = stored_part(target, modules)
-        if part["format"] != "dense":
-            losses[target.name] = float(predicted_losses(method.unit, bases, target)[part["rank"]])
-        else:
-            losses[target.name] = 0.0
-    return losses
-
-
-def stored_part(target: Target, modules: Mapping[str, Any]) -> dict[str, Any]:
-    """Look up how a matrix is stored in the config's module entries."""
-    entry = modules.get(target.module)
-    if entry is None:
-        return {"format": "dense", "rank": target.shape[0]}
-    _, _, role = target.name.removeprefix(target.module).partition(":")
-    if not role:
-        return entry["parts"][0]
-    start = 0
-    wanted = target.rows.offset * target.rows.groups
-    for part in entry["parts"]:
-        if start == wanted:
-            return part
-        start += part["rows"]
-    raise ArtifactError(f"config.json's entry of {target.module} has no part for {target.name}.")
+    """Predicted loss of the units that `choices` names, of one block, at the rank they are stored with."""
+    return {
+        unit.name: 0.0
+        if choices[unit.name].rank is None
+        else float(predicted_losses(unit, basis, unit_of_loss == "nats")[choices[unit.name].rank])
+        for unit in units
+        if unit.name in choices
+    }
 
 
 def summary(
-    resolved: Resolved,
-    modules: Mapping[str, Any],
+    units: Sequence[Unit],
+    choices: Mapping[str, Choice],
     losses: Mapping[str, float],
     scores: Manifest,
     config: FactorizeConfig,
 ) -> dict[str, Any]:
-    """Make lowrank.json: what was asked, what was reached, and how each matrix is stored."""
-    matrices = {}
-    for target in resolved.targets:
-        part = stored_part(target, modules)
-        matrices[target.name] = {
-            "shape": list(target.shape),
-            "format": part["format"],
-            "rank": None if part["format"] == "dense" else part["rank"],
-            "stored": int(cost(part["format"], target.shape, part["rank"])),
-            "predicted_loss": losses[target.name],
+    """Make lowrank.json: what was asked, what was reached, and how each matrix or module is stored."""
+    matrices = {
+        unit.name: {
+            "shape": list(unit.shape),
+            "format": choices[unit.name].format,
+            "rank": choices[unit.name].rank,
+            "dense": dense_elements(unit),
+            "stored": stored_elements(unit, choices[unit.name].format, choices[unit.name].rank),
+            "predicted_loss": losses[unit.name],
         }
-    stored = sum(matrix["stored"] for matrix in matrices.values())
-    claimed = sum(target.elements for target in resolved.targets)
+        for unit in units
+    }
     planned = scores.report
+    removed = sum(matrix["dense"] - matrix["stored"] for matrix in matrices.values())
     return {
         "schema": 1,
         "method": config.method,
+        "scheme": config.scheme.model_dump(mode="json"),
         "dtype": config.dtype,
         "asked_ratio": planned["asked_ratio"],
-        "reached_ratio": (claimed - stored) / planned["denominator"],
+        "reached_ratio": removed / planned["denominator"],
         "ratio_of": planned["ratio_of"],
-        "claimed_elements": claimed,
-        "stored_elements": stored,
+        "claimed_elements": planned["claimed_elements"],
+        "stored_elements": planned["claimed_elements"] - removed,
         "unit": planned["unit"],
         "matrices": matrices,
     }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +21,10 @@ from lowrank_compress.artifacts.manifest import Key, Manifest, altered, commit, 
 from lowrank_compress.artifacts.tensors import BlockFiles
 from lowrank_compress.config import ScoreConfig
 from lowrank_compress.errors import ArtifactError, InputError
-from lowrank_compress.methods.table import METHODS
+from lowrank_compress.methods.units import Unit, needs_data, stored_elements
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.registry import unknown
-from lowrank_compress.stages.bases import VERSION, Bases
+from lowrank_compress.stages.bases import VERSION, Bases, ranking
 from lowrank_compress.stages.common import Reporter, Silent, environment
 from lowrank_compress.stages.ranks import RANKS, RANKS_BACKUP, Choice, write_ranks
 
@@ -51,24 +51,31 @@ class Inputs:
 def key(config: ScoreConfig, inputs: Inputs) -> Key:
     """Everything that bases and ranks depend on."""
     settings = config.model_dump(mode="json")
-    method = METHODS[config.method]
-    settings |= {"unit": method.unit}
-    del settings["method"]
     return Key("score", VERSION, settings, {"calibration": inputs.calibration.id})
 
 
-def check_names(method: str, allocate: str, storage: str) -> None:
-    """Refuse unknown names before any work.
+def check_options(allocate: str, storage: str, units: Sequence[Unit]) -> None:
+    """Refuse, before any work, unknown names and an allocator that the units do not serve.
 
     Raises
     ------
     InputError
-        The method, allocator or storage is unknown.
+        The allocator or storage is unknown, or the allocator needs what module methods, or methods without data, lack.
     """
-    METHODS[method]
-    ALLOCATORS[allocate]
+    allocator = ALLOCATORS[allocate]
     if storage not in STORAGES:
         raise InputError(unknown("storage", storage, STORAGES))
+    wide = next((unit for unit in units if len(unit.targets) > 1), None)
+    if allocator.needs_spectrum and wide is not None:
+        raise InputError(
+            f"The allocator {allocate!r} looks at the singular values of single matrices; {wide.name} is compressed as "
+            "a module. Use --allocate uniform, loss or block-influence."
+        )
+    if allocator.needs_influence and not needs_data(units):
+        raise InputError(
+            f"The allocator {allocate!r} needs calibration data, which none of the methods takes. Use --allocate "
+            "uniform or loss, or another --method."
+        )
 
 
 def run(
@@ -93,11 +100,11 @@ def run(
         Statistics are missing, the ratio is out of reach, or another result is in `out_dir`.
     """
     reporter = reporter or Silent()
-    check_names(config.method, config.allocate, config.storage)
     identity = key(config, inputs)
     if overwrite:
         _save_edited_ranks(out_dir)
     bases = Bases(config, inputs.checkpoint, inputs.calibration.id, out_dir)
+    check_options(config.allocate, config.storage, bases.units)
     blocks = range(len(bases.resolved.blocks))
     found = committed_scores(out_dir, identity, overwrite=overwrite)
     if found is not None:
@@ -105,21 +112,21 @@ def run(
     statistics = BlockFiles(inputs.statistics, inputs.calibration.id)
     for block in blocks:
         if not bases.finished(block):
-            bases.take(block, _means(statistics, block) if bases.method.needs_data else {})
-        if ALLOCATORS[config.allocate].needs_spectrum and not bases.spectra.finished(block):
+            bases.take(block, _means(statistics, block) if needs_data(bases.units) else {})
+        if bases.allocator.needs_spectrum and not bases.spectra.finished(block):
             bases.take_spectrum(block)
         reporter.advance("score", block + 1, len(blocks))
     curves = bases.curves()
     bases.budget.check(curves)
     chosen = bases.allocate(curves)
     choices = {
-        curve.name: Choice("dense", None)
+        unit.name: Choice("dense", None)
         if curve.ranks[point] == DENSE
-        else Choice(config.storage, int(curve.ranks[point]))
-        for curve, point in zip(curves, chosen, strict=True)
+        else Choice(ranking(unit, config.storage), int(curve.ranks[point]))
+        for unit, curve, point in zip(bases.units, curves, chosen, strict=True)
     }
-    write_ranks(out_dir / RANKS, bases.resolved.targets, choices)
-    stored = sum(choices[target.name].stored(target.shape) for target in bases.resolved.targets)
+    write_ranks(out_dir / RANKS, bases.units, choices)
+    stored = sum(stored_elements(unit, choices[unit.name].format, choices[unit.name].rank) for unit in bases.units)
     claimed = sum(target.elements for target in bases.resolved.targets)
     report = {
         "asked_ratio": config.ratio,
@@ -127,14 +134,14 @@ def run(
         "ratio_of": config.ratio_of,
         "denominator": bases.budget.denominator,
         "claimed_elements": claimed,
-        "stored_elements": stored,
+        "stored_elements": claimed - sum(curve.dense for curve in curves) + stored,
         "predicted_loss": float(sum(curve.loss[point] for curve, point in zip(curves, chosen, strict=True))),
-        "unit": bases.method.unit,
+        "unit": "nats" if bases.nats else "relative",
         "bases": bases.files.id,
-        "spectra": bases.spectra.id if ALLOCATORS[config.allocate].needs_spectrum else None,
+        "spectra": bases.spectra.id if bases.allocator.needs_spectrum else None,
     }
     outputs = [RANKS, *(bases.files.name(block) for block in blocks)]
-    if ALLOCATORS[config.allocate].needs_spectrum:
+    if bases.allocator.needs_spectrum:
         outputs += [bases.spectra.name(block) for block in blocks]
     return commit(out_dir, identity, outputs, report, environment(config.device))
 

@@ -7,8 +7,7 @@ from typing import Any
 
 from lowrank_compress.calibration.capture import boundaries
 from lowrank_compress.calibration.moments import STATISTICS, statistic_key
-from lowrank_compress.methods.linear import needed
-from lowrank_compress.methods.table import METHODS
+from lowrank_compress.methods.units import full_rank, needed, needs_data
 from lowrank_compress.stages.bases import Bases
 from lowrank_compress.stages.common import Run
 from lowrank_compress.stages.plan import Plan
@@ -42,7 +41,7 @@ def dry_run(plan: Plan, run: Run) -> dict[str, Any]:
     """
     # Nothing is read or written there: which calibration the bases belong to does not matter, and no text is touched.
     bases = Bases(plan.score, plan.checkpoint, "", run.scores)
-    targets = bases.resolved.targets
+    targets, units = bases.resolved.targets, bases.units
     flat = plan.score.model_copy(update={"allocate": "uniform"})
     uniform = Bases(flat, plan.checkpoint, "", run.scores).keep
     need = estimate(plan, bases)
@@ -56,7 +55,7 @@ def dry_run(plan: Plan, run: Run) -> dict[str, Any]:
             "claimed_elements": sum(target.elements for target in targets),
             "largest_stored": bases.budget.limit,
         },
-        "uniform_ranks": {target.name: uniform[target.name] or None for target in targets},
+        "uniform_ranks": {unit.name: uniform[unit.name] or None for unit in units},
         "ranks_need_data": plan.score.allocate != "uniform",
         "memory": need.memory,
         "disk": need.disk,
@@ -66,24 +65,18 @@ def dry_run(plan: Plan, run: Run) -> dict[str, Any]:
 def estimate(plan: Plan, bases: Bases) -> Need:
     """Estimate memory and disk from shapes."""
     model, resolved = bases.blueprint.model, bases.resolved
-    method = METHODS[plan.recipe.method]
-    wanted = needed(method, resolved.targets)
+    wanted = needed(bases.units)
     block = sum(p.numel() for p in model.get_submodule(resolved.blocks[0]).parameters())
     outside = sum(p.numel() for p in model.parameters()) - block * len(resolved.blocks)
     sizes: dict[str, int] = {}
     for target in resolved.of_block(0):
-        for name in wanted[target.name]:
-            side = target.shape[1] if STATISTICS[name].size == "in" else target.shape[0]
-            sizes[statistic_key(target, name)] = side * side if STATISTICS[name].square else side
-    tokens = plan.recipe.samples * plan.seq_len if method.needs_data else 0
+        for name in wanted.get(target.name, ()):
+            sizes[statistic_key(target, name)] = STATISTICS[name].elements(target)
+    tokens = plan.recipe.samples * plan.seq_len if needs_data(bases.units) else 0
     copies = boundaries(len(resolved.blocks), wanted)
-    kept = {target.name: bases.keep[target.name] for target in resolved.targets}
-    basis = sum(
-        kept[target.name] * min(target.shape) * (2 if method.sides(target)[0].near else 1)
-        for target in resolved.targets
-    )
+    basis = sum(unit.basis_elements(bases.keep[unit.name]) for unit in bases.units)
     width: int = plan.checkpoint.dtype.itemsize
-    largest = max(min(target.shape) for target in resolved.targets)
+    largest = max(full_rank(unit) for unit in bases.units)
     return Need(
         memory={
             "outside the blocks": outside * SINGLE,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
-
 from lowrank_compress.artifacts.manifest import altered, read_manifest
+from lowrank_compress.config import load_recipe
 from lowrank_compress.errors import ArtifactError, LrcError
+from lowrank_compress.methods.scheme import scheme_of
+from lowrank_compress.methods.units import units_of
 from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint, locate
 from lowrank_compress.stages.common import Run
@@ -62,9 +63,9 @@ def _verify_stage(run: Run, stage: str, directory: Path) -> list[dict[str, str]]
 def _fits(run: Run, ranks: Path) -> bool:
     """Whether edited ranks parse and fit the model."""
     try:
-        recipe = yaml.safe_load(run.recipe.read_text(encoding="utf-8"))
-        plan = blueprint(Checkpoint(locate(recipe["model"], recipe.get("revision"))))
-        read_ranks(ranks, plan.resolved.targets)
+        recipe = load_recipe(run.recipe, {})
+        resolved = blueprint(Checkpoint(locate(recipe.model, recipe.revision))).resolved
+        read_ranks(ranks, units_of(resolved, scheme_of(recipe, resolved.architecture)[0]))
     except LrcError:
         return False
     return True

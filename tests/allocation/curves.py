@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
-from lowrank_compress.allocation.curve import Curve, linear_curve
+from lowrank_compress.allocation.curve import Curve, make_curve
 from lowrank_compress.allocation.storage import cost
+
+
+def factorized(
+    name: str, shape: tuple[int, int], tail: np.ndarray, storage: str, spectrum: np.ndarray | None = None
+) -> Curve:
+    """The curve of a matrix with losses at rank 0 …"""
+    ranks = np.arange(1, len(tail))
+    return make_curve(name, shape[0] * shape[1], ranks, cost(storage, shape, ranks), tail[1:], spectrum=spectrum)
 
 
 def random_curve(rng: np.random.Generator, storage: str, largest: int = 12, name: str = "w") -> Curve:
     shape = (int(rng.integers(4, largest)), int(rng.integers(4, largest)))
     spectrum = np.sort(rng.exponential(size=min(shape)) * rng.uniform(0.1, 3))[::-1]
     tail = np.append(np.cumsum(spectrum[::-1] ** 2)[::-1], 0.0)
-    return linear_curve(name, shape, tail, lambda ranks: cost(storage, shape, ranks), spectrum)
+    return factorized(name, shape, tail, storage, spectrum)
 
 
 def random_curves(seed: int, count: int, storage: str, largest: int = 12) -> list[Curve]:
+    """Curves of random matrices, two to a block."""
     rng = np.random.default_rng(seed)
-    return [random_curve(rng, storage, largest, f"w{position}") for position in range(count)]
+    curves = [random_curve(rng, storage, largest, f"w{position}") for position in range(count)]
+    influence = rng.uniform(0.02, 0.6, size=count)
+    return [
+        dataclasses.replace(curve, block=position // 2, influence=float(influence[position // 2]))
+        for position, curve in enumerate(curves)
+    ]
 
 
 def some_limit(curves: list[Curve], share: float) -> int:

@@ -3,10 +3,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lowrank_compress.allocation.curve import DENSE, Curve, linear_curve, require_reachable, stored_total
+from lowrank_compress.allocation.curve import DENSE, Curve, make_curve, require_reachable, stored_total
 from lowrank_compress.allocation.storage import STORAGES, cost
 from lowrank_compress.errors import InputError
-from tests.allocation.curves import random_curves
+from tests.allocation.curves import factorized, random_curves
 
 
 def curve(ranks: list[int], stored: list[int], loss: list[float]) -> Curve:
@@ -17,7 +17,7 @@ def curve(ranks: list[int], stored: list[int], loss: list[float]) -> Curve:
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (6, 9), (9, 9), (9, 6)], ids=str)
 def test_a_factorized_matrix_has_every_rank_that_pays_and_dense(shape: tuple[int, int], storage: str) -> None:
     tail = np.linspace(1, 0, min(shape) + 1)
-    found = linear_curve("w", shape, tail, lambda ranks: cost(storage, shape, ranks))
+    found = factorized("w", shape, tail, storage)
     paying = [rank for rank in range(1, min(shape) + 1) if cost(storage, shape, rank) < shape[0] * shape[1]]
     assert found.ranks.tolist() == [*paying, DENSE]
     assert found.stored.tolist() == [*(cost(storage, shape, rank) for rank in paying), shape[0] * shape[1]]
@@ -27,9 +27,39 @@ def test_a_factorized_matrix_has_every_rank_that_pays_and_dense(shape: tuple[int
 
 
 def test_a_partial_tail_gives_the_ranks_it_has() -> None:
-    found = linear_curve("w", (9, 9), np.array([3.0, 2.0, 1.0]), lambda ranks: cost("pair", (9, 9), ranks))
+    found = factorized("w", (9, 9), np.array([3.0, 2.0, 1.0]), "pair")
     assert found.ranks.tolist() == [1, 2, DENSE]
     assert found.loss.tolist() == [2.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize(("dense", "ranks"), [(50, [4, 8, 12, DENSE]), (30, [4, 8, DENSE]), (10, [DENSE])])
+def test_a_module_has_the_candidates_that_pay_and_dense(dense: int, ranks: list[int]) -> None:
+    spectrum = np.array([2.0, 1.0])
+    found = make_curve(
+        "m",
+        dense,
+        np.array([4, 8, 12]),
+        np.array([10, 20, 30]),
+        np.array([9.0, 5.0, 5.0]),
+        spectrum=spectrum,
+        block=3,
+        influence=0.25,
+    )
+    assert found.ranks.tolist() == ranks
+    assert found.stored.tolist() == [*[10, 20, 30][: len(ranks) - 1], dense]
+    assert found.loss.tolist() == [*[9.0, 5.0, 5.0][: len(ranks) - 1], 0.0]
+    assert (found.name, found.dense, found.block, found.influence) == ("m", dense, 3, 0.25)
+    assert found.spectrum is spectrum
+
+
+def test_candidates_that_are_no_curve() -> None:
+    three = np.array([1, 2, 3])
+    with pytest.raises(InputError, match="losses that never rise"):
+        make_curve("m", 50, three, 10 * three, np.array([1.0, 2.0, 0.5]))
+    with pytest.raises(InputError, match="stored counts that strictly rise"):
+        make_curve("m", 50, three, np.array([20, 10, 30]), np.zeros(3))
+    with pytest.raises(InputError, match="one rank, stored count and loss"):
+        make_curve("m", 50, three, 10 * three, np.zeros(2))
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowrank_compress.allocation import loss, uniform
-from lowrank_compress.allocation.curve import DENSE, Curve, linear_curve, stored_total
-from lowrank_compress.allocation.storage import STORAGES, cost
+from lowrank_compress.allocation.curve import DENSE, Curve, stored_total
+from lowrank_compress.allocation.storage import STORAGES
 from lowrank_compress.errors import InputError
 from tests import reference
-from tests.allocation.curves import random_curves, some_limit
+from tests.allocation.curves import factorized, random_curves, some_limit
 
 laws = settings(deadline=None, derandomize=True)
 
@@ -97,7 +97,7 @@ def test_what_the_hull_leaves_over_is_used() -> None:
 
 def test_nothing_is_spent_on_nothing() -> None:
     """A weight of rank 2 needs no more than rank 2."""
-    curve = linear_curve("w", (9, 9), np.array([5.0, 1.0] + [0.0] * 8), lambda ranks: cost("pair", (9, 9), ranks))
+    curve = factorized("w", (9, 9), np.array([5.0, 1.0] + [0.0] * 8), "pair")
     assert curve.ranks[loss.allocate([curve], curve.dense)].tolist() == [2]
 
 
@@ -117,7 +117,7 @@ def test_a_large_model_uses_its_budget() -> None:
         storage = STORAGES[position % 3]
         values = np.sort(rng.exponential(size=4096) * rng.uniform(0.5, 2))[::-1]
         tail = np.append(np.cumsum(values[::-1])[::-1], 0.0)
-        curves.append(linear_curve(f"w{position}", shape, tail, lambda r, c=storage, s=shape: cost(c, s, r)))
+        curves.append(factorized(f"w{position}", shape, tail, storage))
     limit = some_limit(curves, 0.6)
     choice = loss.allocate(curves, limit)
     assert 0 <= limit - stored_total(curves, choice) < 14336 + 4096

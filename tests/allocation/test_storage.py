@@ -23,15 +23,17 @@ def test_costs_are_the_elements_of_the_tensors(shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("storage", STORAGES)
-def test_costs_rise_with_the_rank_and_invert(storage: str, shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("multiple", [1, 2, 3, 8])
+def test_costs_rise_with_the_rank_and_invert(storage: str, shape: tuple[int, int], multiple: int) -> None:
     ranks = np.arange(1, min(shape) + 1)
     costs = cost(storage, shape, ranks)
     assert costs.dtype == np.int64
     assert costs.tolist() == [cost(storage, shape, int(rank)) for rank in ranks]
     assert np.all(np.diff(costs) > 0)
     for stored in range(int(costs[-1]) + 2):
-        fitting = [rank for rank in ranks.tolist() if cost(storage, shape, rank) <= stored]
-        assert largest_rank(storage, shape, stored) == max(fitting, default=0)
+        fitting = [rank for rank in ranks.tolist() if cost(storage, shape, rank) <= stored and rank % multiple == 0]
+        assert largest_rank(storage, shape, stored, multiple) == max(fitting, default=0)
+        assert largest_rank(storage, shape, stored) == largest_rank(storage, shape, stored, 1)
 
 
 def test_an_int_stays_an_int() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 
 import numpy as np
 import pytest
@@ -56,9 +57,23 @@ def test_declared_needs_are_the_real_ones(name: str) -> None:
             allocator.allocate(without_spectra, limit)
     else:
         assert allocator.allocate(without_spectra, limit).tolist() == choice
+    without_influence = [dataclasses.replace(curve, influence=None) for curve in curves]
+    if allocator.needs_influence:
+        with pytest.raises(InputError, match="needs calibration data"):
+            allocator.allocate(without_influence, limit)
+    else:
+        assert allocator.allocate(without_influence, limit).tolist() == choice
     if not allocator.needs_loss:
         without_loss = [dataclasses.replace(curve, loss=np.zeros_like(curve.loss)) for curve in curves]
         assert allocator.allocate(without_loss, limit).tolist() == choice
+
+
+@every_allocator
+def test_declared_options_are_the_real_ones(name: str) -> None:
+    parameters = inspect.signature(ALLOCATORS[name].allocate).parameters.values()
+    options = [parameter for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    assert tuple(option.name for option in options) == ALLOCATORS[name].options
+    assert all(option.default is not option.empty for option in options)
 
 
 def test_unknown_allocator() -> None:

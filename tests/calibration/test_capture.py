@@ -15,7 +15,19 @@ from lowrank_compress.model import replay as replaying
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.replay import Batch
 from lowrank_compress.model.skeleton import Skeleton
-from tests.ordinary import LM, Saved, load, matrix, padded, statistics, task, tokens, traces
+from tests.ordinary import (
+    LM,
+    Saved,
+    head_statistics,
+    influences,
+    load,
+    matrix,
+    padded,
+    statistics,
+    task,
+    tokens,
+    traces,
+)
 from tests.tiny import MODELS
 
 CPU = torch.device("cpu")
@@ -34,7 +46,11 @@ def skeleton_of(saved: Saved, case: str, dtype: torch.dtype = torch.float64) -> 
 
 
 def everything(skeleton: Skeleton, names: frozenset[str] = frozenset(STATISTICS)) -> dict[str, frozenset[str]]:
-    return {target.name: names for target in skeleton.resolved.targets}
+    """Those of some statistics that each target can have."""
+    return {
+        target.name: frozenset(name for name in names if target.role in STATISTICS[name].roles)
+        for target in skeleton.resolved.targets
+    }
 
 
 def measured(
@@ -42,7 +58,8 @@ def measured(
 ) -> dict[int, Means]:
     """Statistics by block."""
     options = {"skip": lambda block: False} | options
-    return {found.block: found.means for found in capture(skeleton, batches, wanted or everything(skeleton), **options)}
+    wanted = everything(skeleton) if wanted is None else wanted
+    return {found.block: found.means for found in capture(skeleton, batches, wanted, **options)}
 
 
 def assert_same(found: Mapping[int, Means], expected: Mapping[int, Means], tolerance: float = 1e-12) -> None:
@@ -73,28 +90,40 @@ def batches_of(case: str, sizes: Sequence[int] = (2, 1, 1), width: int = 0) -> l
     return batches
 
 
-def expected_of(saved: Saved, case: str, skeleton: Skeleton) -> dict[int, Means]:
+def expected_of(
+    saved: Saved, case: str, skeleton: Skeleton, sequences: Sequence[Tensor] | None = None
+) -> dict[int, Means]:
     """Every statistic from the whole model and autograd, one unpadded sequence at a time."""
+    sequences = sequences or sequences_of(case)
     model = load(saved(case), task(case))
     names = [target.name for target in skeleton.resolved.targets]
-    seen, terms = traces(model, names, sequences_of(case), None if task(case) == "lm" else LABELS)
-    expected: dict[int, Means] = {block: {} for block in range(len(skeleton.blocks))}
+    seen, terms = traces(model, names, sequences, None if task(case) == "lm" else LABELS)
+    turned = influences(model, skeleton.resolved.blocks, sequences)
+    expected: dict[int, Means] = {
+        block: {"influence": torch.tensor([value], dtype=torch.float64)} for block, value in enumerate(turned)
+    }
     for target in skeleton.resolved.targets:
-        for name, value in statistics(seen[target.name], matrix(model, target.name), terms).items():
+        own = statistics(seen[target.name], matrix(model, target.name), terms)
+        own |= head_statistics(model, target.role, seen[target.name], terms)
+        for name, value in own.items():
             key = f"{target.reads if name.startswith('in_') and name != 'in_fisher' else target.name}/{name}"
             expected[target.block].setdefault(key, value)
     return expected
+
+
+def statistic_of(key: str) -> str:
+    return key.rsplit("/", 1)[-1]
 
 
 @pytest.mark.parametrize("case", MODELS)
 def test_every_statistic_equals_ordinary_autograd(case: str, saved: Saved) -> None:
     skeleton = skeleton_of(saved, case)
     expected = expected_of(saved, case, skeleton)
-    assert {key.split("/")[1] for key in expected[0]} == set(STATISTICS)
+    assert {statistic_of(key) for key in expected[0]} == {*STATISTICS, "influence"}
     assert_same(measured(skeleton, batches_of(case)), expected)
     # Without gradients everything is done in the forward sweep: other code.
     activations = {
-        block: {key: value for key, value in means.items() if key.split("/")[1] in FORWARD}
+        block: {key: value for key, value in means.items() if statistic_of(key) in FORWARD | {"influence"}}
         for block, means in expected.items()
     }
     assert_same(measured(skeleton, batches_of(case), everything(skeleton, FORWARD)), activations)
@@ -112,15 +141,9 @@ def test_sequences_of_different_lengths(saved: Saved) -> None:
     """The mean is over all tokens, not a mean of the batches' means."""
     skeleton = skeleton_of(saved, "llama-lm")
     parts = tokens(13, 5, 8, seed=3)
-    model = load(saved("llama-lm"), "lm")
-    names = [target.name for target in skeleton.resolved.targets]
-    seen, terms = traces(model, names, parts, None)
-    assert terms == 12 + 4 + 7
-    found = measured(skeleton, [Batch(part[None]) for part in parts])
-    for target in skeleton.resolved.targets:
-        for name, value in statistics(seen[target.name], matrix(model, target.name), terms).items():
-            mean = found[target.block][statistic_key(target, name)]
-            assert (mean - value).abs().max() <= 1e-12 * value.abs().max()
+    assert_same(
+        measured(skeleton, [Batch(part[None]) for part in parts]), expected_of(saved, "llama-lm", skeleton, parts)
+    )
 
 
 @pytest.mark.parametrize("case", ["llama-lm", "gpt2-lm", "bert-classification", "opt-classification"])
@@ -170,10 +193,17 @@ def test_nothing_is_computed_that_nobody_wants(saved: Saved) -> None:
         f"{block}.mlp.down_proj": frozenset({"in_abs"}),
     }
     found = measured(skeleton, batches_of("llama-lm"), wanted)
-    assert found[0] == {}
-    assert set(found[1]) == {"attn/in_gram", f"{block}.self_attn.k_proj/out_fisher", "hidden/in_abs"}
+    assert set(found[0]) == {"influence"}
+    assert set(found[1]) == {"attn/in_gram", f"{block}.self_attn.k_proj/out_fisher", "hidden/in_abs", "influence"}
     whole = measured(skeleton, batches_of("llama-lm"))
     assert_same({1: found[1]}, {1: {key: whole[1][key] for key in found[1]}})
+
+
+def test_influence_needs_no_other_statistic(saved: Saved) -> None:
+    skeleton = skeleton_of(saved, "bert-classification")
+    batches = batches_of("bert-classification")
+    whole = measured(skeleton, batches)
+    assert_same(measured(skeleton, batches, {}), {block: {"influence": whole[block]["influence"]} for block in (0, 1)})
 
 
 def test_shared_inputs_are_summed_once(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,6 +268,11 @@ def test_clipped_statistics(case: str, saved: Saved) -> None:
             fisher = g.T @ g / terms
             mean = found[target.block][f"{target.name}/out_fisher"]
             assert (mean - fisher).abs().max() <= 1e-12 * fisher.abs().max()
+            if target.role == "v":
+                size = skeleton.resolved.heads.size
+                heads = [fisher[start : start + size, start : start + size] for start in range(0, len(fisher), size)]
+                mean = found[target.block][f"{target.name}/head_fisher"]
+                assert (mean - torch.stack(heads)).abs().max() <= 1e-12 * fisher.abs().max()
             gram = torch.cat([trace.x for trace in seen[target.name]])
             gram = gram.T @ gram / len(gram)
             assert (found[target.block][statistic_key(target, "in_gram")] - gram).abs().max() <= 1e-12 * gram.max()
@@ -255,7 +290,11 @@ def test_progress_is_told(saved: Saved) -> None:
     ]
 
 
-@pytest.mark.parametrize("names", [FORWARD, frozenset({"out_fisher"})], ids=["forwards", "backwards"])
+@pytest.mark.parametrize(
+    "names",
+    [FORWARD, frozenset(), frozenset({"out_fisher"}), frozenset({"head_fisher"}), frozenset({"score_fisher"})],
+    ids=lambda names: ",".join(sorted(names)) or "influence",
+)
 def test_infinite_activations_are_an_error(
     names: frozenset[str], saved: Saved, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,7 +3,45 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lowrank_compress.calibration.moments import STATISTICS, SUMS, row_sums_of_squared_gradients
+from lowrank_compress.arch.resolve import Heads, Rows, Target
+from lowrank_compress.arch.spec import Role
+from lowrank_compress.calibration.moments import (
+    STATISTICS,
+    SUMS,
+    Moments,
+    Seen,
+    row_sums_of_squared_gradients,
+    turned,
+)
+from lowrank_compress.errors import InputError, NumericsError
+
+HEADS = Heads(query=6, key=2, size=4, rotary=4)
+
+
+def target_of(role: Role) -> Target:
+    rows = {"q": 24, "k": 8, "v": 8}.get(role, 10)
+    return Target(
+        name=f"m.{role}",
+        block=0,
+        module=f"m.{role}",
+        role=role,
+        shape=(rows, 10),
+        rows=Rows(1, rows, 0, rows),
+        reads="attn",
+        has_bias=False,
+        conv1d=False,
+        heads=HEADS if role in ("q", "k", "v", "o") else None,
+    )
+
+
+def seen_of(target: Target) -> Seen:
+    generator = torch.Generator().manual_seed(0)
+    x, y, z, g = (
+        torch.randn(2, 5, size, generator=generator, dtype=torch.float64)
+        for size in (10, target.shape[0], target.shape[0], target.shape[0])
+    )
+    weight = torch.randn(target.shape, generator=generator, dtype=torch.float64)
+    return Seen(x, y, z, g, weight, target.heads)
 
 
 @pytest.mark.parametrize(
@@ -27,3 +65,63 @@ def test_every_statistic_has_a_sum() -> None:
     assert all(STATISTICS[name].name == name for name in STATISTICS)
     # The input alone decides what may be shared, so nothing with gradients is.
     assert not any(statistic.shared and statistic.gradient for statistic in STATISTICS.values())
+    assert all(statistic.roles for statistic in STATISTICS.values())
+
+
+@pytest.mark.parametrize("role", ["q", "k", "v", "o", "up"])
+def test_shapes_are_said_beforehand(role: Role) -> None:
+    target = target_of(role)
+    for name, statistic in STATISTICS.items():
+        if role in statistic.roles:
+            value = SUMS[name](seen_of(target))
+            assert value.shape == statistic.shape(target), name
+            assert value.numel() == statistic.elements(target), name
+    assert STATISTICS["out_gram"].shape(target) == (target.shape[0],) * 2
+
+
+def test_shapes_by_head() -> None:
+    shapes = {role: STATISTICS["head_gram"].shape(target_of(role)) for role in ("q", "k", "v")}
+    assert shapes == {"q": (6, 4, 4), "k": (2, 4, 4), "v": (2, 4, 4)}
+    assert STATISTICS["score_fisher"].shape(target_of("q")) == (2, 4, 4)
+
+
+@pytest.mark.parametrize(("statistic", "role"), [("head_gram", "o"), ("head_fisher", "up"), ("score_fisher", "k")])
+def test_what_a_target_has_not(statistic: str, role: Role) -> None:
+    target = target_of(role)
+    with pytest.raises(
+        InputError, match=rf"{statistic} \(.*\) is taken of q.* only, but wanted of m.{role} \({role}\)"
+    ):
+        Moments((target,), {target.name: frozenset({statistic})})
+
+
+@pytest.mark.parametrize("statistic", [name for name, found in STATISTICS.items() if "q" in found.roles])
+def test_what_is_not_finite_is_an_error(statistic: str) -> None:
+    target = target_of("q")
+    seen = seen_of(target)
+    for values in (seen.x, seen.y, seen.z, seen.g):
+        assert values is not None
+        values[1, 3, 2] = float("nan")
+    moments = Moments((target,), {target.name: frozenset({statistic})})
+    with pytest.raises(NumericsError, match=r"of m\.q is not finite on the calibration data"):
+        moments.add(target, seen, gradient=STATISTICS[statistic].gradient)
+    with pytest.raises(NumericsError, match="The influence of a block is not finite"):
+        moments.add_influence(seen.x, torch.ones_like(seen.x), None)
+
+
+def test_turned() -> None:
+    before = torch.tensor([[1.0, 0, 0], [1, 2, 3], [1, 2, 3], [0, 0, 0], [3e38, 0, 0], [1e-40, 0, 0]])
+    after = torch.tensor([[0.0, 2, 0], [2, 4, 6], [-1, -2, -3], [1, 2, 3], [3e38, 3e38, 0], [1e-40, 0, 0]])
+    found = turned(before, after)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, torch.tensor([1, 0, 2, 0, 1 - 0.5**0.5, 0], dtype=torch.float64))
+    assert turned(torch.full((1, 3), float("nan")), torch.ones(1, 3)).isnan().all()
+
+
+def test_influence_is_a_mean_over_real_tokens() -> None:
+    moments = Moments((), {})
+    ones, other = torch.ones(1, 3, 2), torch.tensor([[[1.0, 1.0], [1.0, -1.0], [float("nan"), 0.0]]])
+    moments.add_influence(ones, other, torch.tensor([[1, 1, 0]]))
+    moments.add_influence(ones, -ones, None)
+    torch.testing.assert_close(
+        moments.means(tokens=5, losses=1), {"influence": torch.tensor([(0 + 1 + 2 * 3) / 5], dtype=torch.float64)}
+    )

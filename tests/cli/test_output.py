@@ -49,7 +49,9 @@ def test_show(pristine: Finished, method: str):
     printed = done("show", run).out
     assert all(name in printed for name in report["matrices"])
     dense = sum(matrix["format"] == "dense" for matrix in report["matrices"].values())
-    assert f"{len(report['matrices']) - dense} matrices are low-rank (LRC), {dense} stay dense (N-LRC)" in printed
+    low = len(report["matrices"]) - dense
+    printed_line = " ".join(printed.split())
+    assert f"{low} matrices are low-rank (LRC), 0 modules are narrower, {dense} stay dense (N-LRC)" in printed_line
     assert ("nats a token" in printed) == (method == "auto")
     assert done("show", run / "model", "--json").json == report | {"spectra": {}}
 
@@ -96,7 +98,8 @@ def test_stages_print_one_json_object(tiny: Tiny, tmp_path: Path, command: str):
 def test_the_recipe_says_everything(pristine: Finished):
     recipe = yaml.safe_load((pristine("auto") / "recipe.yaml").read_text())
     assert list(recipe) == list(Recipe.model_fields)
-    decided = set(recipe) - {"revision", "text_column", "label_column", "clip"}
+    parts = {"attention", "qk", "vo", "mlp", "metric"}
+    decided = set(recipe) - {"revision", "text_column", "label_column", "clip", "temperature"} - parts
     assert all(recipe[name] is not None for name in decided)
 
 

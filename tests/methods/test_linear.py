@@ -12,12 +12,13 @@ from torch import Tensor
 from lowrank_compress.arch.resolve import Rows, Target, resolve
 from lowrank_compress.calibration.moments import STATISTICS, statistic_key
 from lowrank_compress.linalg.weighted import factors
-from lowrank_compress.methods.linear import Damping, LinearMethod, decompose_target, needed, sensitivities
-from lowrank_compress.methods.table import METHODS
+from lowrank_compress.methods.linear import Damping, LinearMethod, decompose_target, sensitivities
+from lowrank_compress.methods.table import METHODS as ALL
 from tests.ordinary import matrix, statistics, tokens, traces
 from tests.reference import damp, metric_loss, square_root
 from tests.tiny import tiny_model
 
+METHODS = {name: method for name, method in ALL.items() if isinstance(method, LinearMethod)}
 # The table of the design, in words: what is on the output side, what on the input side.
 METRICS = {
     "svd": ("nothing", "nothing"),
@@ -89,7 +90,7 @@ def samples_of(model_type: str, *lengths: int) -> dict[str, Sample]:
     for target in targets:
         weight = matrix(model, target.name).detach()
         means = statistics(seen[target.name], weight, terms)
-        assert means.keys() == STATISTICS.keys()
+        assert means.keys() == {name for name, entry in STATISTICS.items() if "size" not in entry.dimensions}
         keyed = {statistic_key(target, name): value for name, value in means.items()}
         found[f"{model_type}:{target.role}"] = Sample(target, weight.numpy(), keyed)
     return found
@@ -175,14 +176,13 @@ def test_sensitivities_are_the_diagonals_of_the_metrics(name: str, method: str) 
 def test_only_the_smaller_side_is_ever_square(method: str) -> None:
     """No statistic has more elements than the smaller side squared, and none is taken that is not needed."""
     targets = tuple(sample.target for sample in MANY.values())
-    wanted = needed(METHODS[method], targets)
-    assert wanted.keys() == {target.name for target in targets}
+    wanted = {target.name: METHODS[method].statistics(target) for target in targets}
     for sample in MANY.values():
         small = min(sample.target.shape)
         names = wanted[sample.target.name]
         used = {}
         for name in names:
-            if STATISTICS[name].square:
+            if len(STATISTICS[name].dimensions) == 2:
                 assert sample.mean(name).shape == (small, small)
             used[statistic_key(sample.target, name)] = sample.means[statistic_key(sample.target, name)]
         # These suffice ...
@@ -199,7 +199,7 @@ def test_only_the_smaller_side_is_ever_square(method: str) -> None:
                     {name: value for name, value in used.items() if name != key},
                     DAMPING,
                 )
-    assert METHODS[method].needs_data == any(wanted.values()) == (METRICS[method] != ("nothing", "nothing"))
+    assert any(wanted.values()) == (METRICS[method] != ("nothing", "nothing"))
 
 
 @pytest.mark.parametrize("name", MANY)
@@ -264,9 +264,9 @@ def test_a_matrix_that_saw_nothing(method: str, shape: tuple[int, int]) -> None:
     target = Target("m", 0, "m", "up", shape, Rows(1, shape[0], 0, shape[0]), "mlp", True, False, None)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     means = {}
-    for name in STATISTICS:
-        size = shape[1] if STATISTICS[name].size == "in" else shape[0]
-        means[statistic_key(target, name)] = torch.zeros([size] * (1 + STATISTICS[name].square), dtype=torch.float64)
+    for name, entry in STATISTICS.items():
+        if target.role in entry.roles:
+            means[statistic_key(target, name)] = torch.zeros(entry.shape(target), dtype=torch.float64)
     projector = decompose_target(METHODS[method], target, weight, means, Damping())
     left, right = factors(weight, projector, 6)
     torch.testing.assert_close(left @ right, weight, rtol=0, atol=1e-9)

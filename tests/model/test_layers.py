@@ -31,6 +31,8 @@ LAYOUTS: dict[str, tuple[int, list[tuple[int, str, int]]]] = {
     "pivot but one row": (1, [(12, PIVOT, 11)]),
     "fused pairs": (1, [(12, PAIR, 5), (6, PAIR, 3), (6, PAIR, 1)]),
     "fused mix": (1, [(12, PIVOT, 5), (6, DENSE, 6), (6, PAIR, 3)]),
+    "dense": (1, [(12, DENSE, 12)]),
+    "fused dense": (1, [(12, DENSE, 12), (6, DENSE, 6)]),
     "interleaved pairs": (2, [(12, PAIR, 5), (12, PAIR, 3), (12, PAIR, 4)]),
     "interleaved mix": (3, [(12, PIVOT, 5), (6, DENSE, -1), (9, PIVOT, 3)]),
     "interleaved one part": (4, [(12, PIVOT, 5)]),
@@ -226,6 +228,7 @@ def test_config_survives_its_dict() -> None:
         "factor_quantization": None,
         "modules": {"a.b": entry("fused mix")},
         "dense_shapes": {"c": [3, 4]},
+        "attention": {},
     }
     assert LowRankConfig(**config.to_dict()).to_dict() == config.to_dict()
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lowrank_compress.calibration.capture import capture, state_bytes
-from lowrank_compress.methods.linear import needed
-from lowrank_compress.methods.table import METHODS
+from lowrank_compress.config import Scheme
+from lowrank_compress.methods.units import needed, units_of
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.replay import Batch
 from lowrank_compress.model.skeleton import Skeleton
@@ -36,7 +36,8 @@ def test_states_in_memory_are_the_tensors_themselves() -> None:
 def test_where_states_lie_changes_no_bit(tmp_path: Path, method: str) -> None:
     skeleton = Skeleton(Checkpoint(save_tiny("llama", tmp_path / "model")), torch.device("cpu"), torch.float32)
     batches = [Batch(torch.randint(4, 96, (2, 16), generator=torch.Generator().manual_seed(i))) for i in range(3)]
-    wanted = needed(METHODS[method], skeleton.resolved.targets)
+    scheme = Scheme(qk=method, vo=method, mlp=method, metric="gram")
+    wanted = needed(units_of(skeleton.resolved, scheme))
     place = tmp_path / "states"
     place.mkdir()
 

@@ -12,11 +12,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from lowrank_compress.allocation.storage import STORAGES
 from lowrank_compress.allocation.table import ALLOCATORS
 from lowrank_compress.config import Recipe
+from lowrank_compress.methods.linear import LinearMethod
 from lowrank_compress.methods.table import METHODS
 from lowrank_compress.stages import factorize
 from lowrank_compress.stages.common import Run
 from lowrank_compress.stages.plan import make_plan
-from tests.runs import FEW, Tiny, done
+from tests.runs import FEW, Tiny, done, refused
 from tests.tiny import save_tiny, tiny_model, tiny_text
 
 RATIO = 0.4
@@ -30,21 +31,33 @@ def check_counts(run: Path) -> dict:
     for name, matrix in report["matrices"].items():
         module = name.partition(":")[0]
         modules[module] = modules.get(module, 0) + matrix["stored"]
-    for module, stored in modules.items():
-        found = [t.numel() for name, t in tensors.items() if name.startswith(f"{module}.") and name != f"{module}.bias"]
-        assert sum(found) == stored, module
-    assert sum(modules.values()) == report["stored_elements"]
+    if all(entry["format"] != "width" for entry in report["matrices"].values()):
+        for module, stored in modules.items():
+            names = [name for name in tensors if name.startswith(f"{module}.") and name != f"{module}.bias"]
+            assert sum(tensors[name].numel() for name in names) == stored, module
+    inside = {name: tensor for name, tensor in tensors.items() if ".layers." in name or ".layer." in name}
+    weights = [t for name, t in inside.items() if "norm" not in name.lower() and not name.endswith(".bias")]
+    assert sum(weight.numel() for weight in weights) == report["stored_elements"]
     assert report["reached_ratio"] >= report["asked_ratio"]
     assert all(tensor.isfinite().all() for tensor in tensors.values())
     return report
 
 
+LINEAR = [name for name, method in METHODS.items() if isinstance(method, LinearMethod)]
+MODULES = [name for name in METHODS if name not in LINEAR]
+# Ratios that each can reach by itself.
+REACHABLE = {"nystrom": 0.4, "cr": 0.1, "vo-svd": 0.1, "modegpt": RATIO}
+
+
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("allocate", ALLOCATORS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", LINEAR)
 def test_combination(tiny: Tiny, tmp_path: Path, method: str, allocate: str, storage: str):
     run = tmp_path / "run"
     options = ["--allocate", allocate, "--storage", storage, "--ratio", RATIO]
+    if method == "svd" and allocate == "block-influence":
+        assert "needs calibration data" in refused("compress", *tiny.options(run, method), *options)
+        return
     said = done("compress", *tiny.options(run, method), *options, "--json").json
     report = check_counts(run)
     assert said["reached_ratio"] == report["reached_ratio"]
@@ -53,6 +66,37 @@ def test_combination(tiny: Tiny, tmp_path: Path, method: str, allocate: str, sto
     formats = {matrix["format"] for matrix in report["matrices"].values()}
     assert formats <= ({"dense", storage} if storage != "auto" else {"dense", "pair", "pivot"})
     assert formats != {"dense"}
+
+
+@pytest.mark.parametrize("metric", ["gram", "kfac"])
+@pytest.mark.parametrize("allocate", ALLOCATORS)
+@pytest.mark.parametrize("method", MODULES)
+def test_module_methods(tiny: Tiny, tmp_path: Path, method: str, allocate: str, metric: str):
+    run = tmp_path / "run"
+    options = ["--allocate", allocate, "--metric", metric, "--ratio", REACHABLE[method]]
+    if allocate == "welore":
+        assert "singular values of single matrices" in refused("compress", *tiny.options(run, method), *options)
+        return
+    done("compress", *tiny.options(run, method), *options)
+    report = check_counts(run)
+    assert report["unit"] == ("nats" if metric == "kfac" else "relative")
+    formats = {matrix["format"] for matrix in report["matrices"].values()}
+    assert formats <= {"width", "dense"}
+    assert "width" in formats
+
+
+@pytest.mark.parametrize("method", ["auto", "modegpt", "svd-llm"])
+def test_ranks_round_to_a_multiple_within_the_budget(tiny: Tiny, tmp_path: Path, method: str):
+    run = tmp_path / "run"
+    done("compress", *tiny.options(run, method), "--round-to", 4, "--ratio", 0.3)
+    ranks = [entry["rank"] for entry in check_counts(run)["matrices"].values() if entry["rank"] is not None]
+    assert ranks
+    assert all(rank % 4 == 0 for rank in ranks)
+
+
+def test_a_multiple_that_leaves_nothing_to_choose(tiny: Tiny, tmp_path: Path):
+    said = refused("compress", *tiny.options(tmp_path / "run", "cr"), "--round-to", 8, "--ratio", 0.1)
+    assert "The largest reachable ratio is 0.0" in said
 
 
 def labelled(path: Path, rows: int = 40) -> Path:

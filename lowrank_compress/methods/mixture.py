@@ -1,0 +1,40 @@
+"""Mixtures: a method for each part of a block under one name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lowrank_compress.config import ModuleMetric
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Methods for the parts of a block that go together.
+
+    Attributes
+    ----------
+    qk, vo, mlp
+        Names of the methods of queries and keys, of values and output, and of the MLP.
+    allocate, storage
+        What it uses where nothing else is asked for.
+    metric
+        Of its module methods.
+    instead_of_qk
+        The linear method for queries and keys where an architecture forbids to make their heads narrower.
+    """
+
+    name: str
+    qk: str
+    vo: str
+    mlp: str
+    paper: str
+    help: str
+    allocate: str = "uniform"
+    storage: str = "pair"
+    metric: ModuleMetric = "gram"
+    instead_of_qk: str = "svd-llm"
+
+    @property
+    def metrics(self) -> str:
+        """Its parts, for `lrc list methods`."""
+        return f"q, k: {self.qk} · v, o: {self.vo} · MLP: {self.mlp}"

@@ -1,0 +1,114 @@
+"""MLPs with fewer hidden units: those that stay make up for those that go (MoDeGPT, ICLR 2025, algorithm 1).
+
+h are the hidden units that enter W_d, the down-projection, and C = E[h hᵀ], damped. Where the units J stay, the best
+down-projection is the regression of W_d h on h_J, W_d C_:J C_JJ⁻¹, a Nyström approximation of C. Gate and up lose the
+other rows.
+
+Let π order the units, the best first, and C_ππ = R Rᵀ with R lower triangular. Regression on the first k units leaves
+the Schur complement R_:,k: R_:,k:ᵀ, so the squared loss ‖L (W_d h − Ŵ_d h_J)‖² is Σ_{i≥k} ‖L W_d,π r_i‖² for every k
+at once, and Ŵ_d = W_J + W_rest R₂₁ R₁₁⁻¹ needs nothing but R.
+
+The order is the paper's: by ridge leverage scores diag(C (C + λI)⁻¹), λ the mean of C's diagonal; or, in the Fisher
+metric, by elimination with compensation (:func:`~lowrank_compress.linalg.columns.compensated_order`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lowrank_compress.arch.resolve import Heads
+from lowrank_compress.arch.spec import Role
+from lowrank_compress.errors import InputError
+from lowrank_compress.linalg.columns import compensated_order
+from lowrank_compress.linalg.metric import Full, TriangularRoot
+from lowrank_compress.methods.linear import Damping
+from lowrank_compress.methods.module import Reduced
+
+# As shrinkage: C/2 + mean(diag C)/2 · I is C + λI with λ the mean diagonal, halved.
+RIDGE = 0.5
+
+
+def statistics(fisher: bool) -> Mapping[Role, frozenset[str]]:
+    """Return role -> names of its statistics."""
+    return {"down": frozenset({"in_gram", "out_fisher"} if fisher else {"in_gram"})}
+
+
+def decompose(
+    heads: Heads | None,
+    weights: Mapping[Role, Tensor],
+    moments: Mapping[str, Tensor],
+    damping: Damping,
+    fisher: bool,
+) -> dict[str, Tensor]:
+    """Order the units, and factor their Gram matrix in that order.
+
+    Returns
+    -------
+    dict
+        ``"order"`` (n,) int64, best first; ``"root"`` R, (n, n) float64, lower triangular, which loses nothing that
+        matters in float32; ``"tail"`` (n + 1,) float64, by number of units.
+
+    Raises
+    ------
+    NumericsError
+        A moment is not finite, or the Gram matrix is indefinite.
+    """
+    down, gram = weights["down"], moments["down/in_gram"]
+    if fisher:
+        form = moments["down/out_fisher"]
+        order = compensated_order(down, form, _inverse(gram, damping.gram))
+    else:
+        form = None
+        # A score is 1 − λ [(C + λI)⁻¹]_ii.
+        order = _inverse(gram, RIDGE).diagonal().argsort(stable=True)
+    root = _root(gram[order][:, order], damping.gram)
+    images = down[:, order] @ root
+    measured = images if form is None else form @ images
+    losses = (images * measured).sum(0).clamp_(min=0)
+    tail = torch.cat([losses, losses.new_zeros(1)]).flip(0).cumsum(0).flip(0)
+    return {"order": order, "root": root, "tail": tail}
+
+
+def reduce(
+    heads: Heads | None,
+    weights: Mapping[Role, Tensor],
+    biases: Mapping[Role, Tensor],
+    basis: Mapping[str, Tensor],
+    width: int,
+) -> Reduced:
+    """Keep the best units, in the order in which they stood.
+
+    Raises
+    ------
+    InputError
+        The width is not between 0 and the number of units.
+    """
+    down = weights["down"]
+    units = down.shape[1]
+    if not 0 <= width <= units:
+        raise InputError(f"The width of this MLP must lie between 0 and {units}, got {width}.")
+    order, root = basis["order"].to(down.device), basis["root"].to(down)
+    kept, places = order[:width].sort()
+    predicted = torch.linalg.solve_triangular(
+        root[:width, :width], down[:, order[width:]] @ root[width:, :width], upper=False, left=False
+    )
+    return Reduced(
+        {
+            role: (down[:, order[:width]] + predicted)[:, places] if role == "down" else weight[kept]
+            for role, weight in weights.items()
+        },
+        {role: bias if role == "down" else bias[kept] for role, bias in biases.items()},
+    )
+
+
+def _root(gram: Tensor, shrinkage: float) -> Tensor:
+    root = Full(gram, shrinkage).root()
+    assert isinstance(root, TriangularRoot)
+    return root.lower
+
+
+def _inverse(gram: Tensor, shrinkage: float) -> Tensor:
+    return torch.cholesky_inverse(_root(gram, shrinkage))

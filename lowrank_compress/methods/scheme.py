@@ -1,0 +1,113 @@
+"""From the names of methods that a user gives to the method of each part of a block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from lowrank_compress.arch.spec import GROUPS, Architecture, Group
+from lowrank_compress.config import ModuleMetric, Recipe, Scheme
+from lowrank_compress.errors import InputError
+from lowrank_compress.methods.linear import LinearMethod
+from lowrank_compress.methods.mixture import Mixture
+from lowrank_compress.methods.module import ModuleMethod
+from lowrank_compress.methods.table import METHODS
+from lowrank_compress.registry import unknown
+
+DENSE = "dense"
+
+
+def scheme_of(recipe: Recipe, architecture: Architecture) -> tuple[Scheme, tuple[str, ...]]:
+    """Decide the method of each part of a block: its own option, else that of the attention, else `method`.
+
+    A module method stands for the parts it is for, a mixture for all of its parts; what neither covers stays dense. A
+    mixture whose query/key part an architecture forbids uses the linear method that it names for that case.
+
+    Returns
+    -------
+    tuple
+        The scheme, and what a user should know about it.
+
+    Raises
+    ------
+    InputError
+        A method is unknown or not for that part, or a metric is given where there is no module method.
+    """
+    asked = {
+        "qk": recipe.qk or recipe.attention or recipe.method,
+        "vo": recipe.vo or recipe.attention or recipe.method,
+        "mlp": recipe.mlp or recipe.method,
+    }
+    names: dict[Group, str] = {group: _part(asked[group], group) for group in GROUPS}
+    covered: dict[str, tuple[Group, ...]] = {"attention": ("qk", "vo"), "qk": ("qk",), "vo": ("vo",), "mlp": ("mlp",)}
+    for option, groups in covered.items():
+        given = getattr(recipe, option)
+        if given not in (None, DENSE) and all(names[group] == DENSE for group in groups):
+            raise InputError(
+                f"The method {given!r} is not for --{option}: see `lrc list methods` for what it makes smaller."
+            )
+    notes = []
+    mixture = METHODS[asked["qk"]] if asked["qk"] != DENSE else None
+    if isinstance(mixture, Mixture) and architecture.head_norms and isinstance(METHODS[names["qk"]], ModuleMethod):
+        notes.append(
+            f"{names['qk']} cannot make queries and keys of {architecture.name!r} narrower (they are normalised "
+            f"head by head); {mixture.name} compresses them by {mixture.instead_of_qk} here. Choose with --qk."
+        )
+        names["qk"] = mixture.instead_of_qk
+    chosen = [METHODS[name] for name in names.values() if name != DENSE]
+    if not any(isinstance(method, ModuleMethod) for method in chosen) and recipe.metric is not None:
+        raise InputError(
+            f"--metric {recipe.metric} concerns module methods ({', '.join(_module_methods())}); no part of the blocks "
+            "has one. Choose the metric of a linear method by its name."
+        )
+    return Scheme(**names, metric=recipe.metric or _metric(recipe, chosen)), tuple(notes)
+
+
+def _part(name: str, group: Group) -> str:
+    """Name of the method that `name` means for one part of a block."""
+    if name == DENSE:
+        return DENSE
+    if name not in METHODS:
+        raise InputError(unknown("method", name, [*METHODS, DENSE]))
+    method = METHODS[name]
+    if isinstance(method, Mixture):
+        return getattr(method, group)
+    return name if isinstance(method, LinearMethod) or method.group == group else DENSE
+
+
+def _metric(recipe: Recipe, chosen: list[LinearMethod | ModuleMethod | Mixture]) -> ModuleMetric:
+    """The mixture's metric; else the one that has the linear methods' unit, so that losses compare."""
+    method = METHODS[recipe.method]
+    if isinstance(method, Mixture):
+        return method.metric
+    linear = [method for method in chosen if isinstance(method, LinearMethod)]
+    return "kfac" if linear and all(method.unit == "nats" for method in linear) else "gram"
+
+
+def _module_methods() -> list[str]:
+    return [name for name, method in METHODS.items() if isinstance(method, ModuleMethod)]
+
+
+def methods_of(scheme: Scheme) -> Mapping[Group, LinearMethod | ModuleMethod | None]:
+    """Look up the methods of a scheme, module methods in its metric; None where a part stays dense.
+
+    Raises
+    ------
+    InputError
+        A name is unknown, or is that of a mixture.
+    """
+    found: dict[Group, LinearMethod | ModuleMethod | None] = {}
+    for group in GROUPS:
+        name = getattr(scheme, group)
+        method = None if name == DENSE else METHODS[name]
+        if isinstance(method, Mixture):
+            raise InputError(f"{name} is a mixture; a scheme names a single method for each part of a block.")
+        found[group] = replace(method, fisher=scheme.metric == "kfac") if isinstance(method, ModuleMethod) else method
+    return found
+
+
+def label(recipe: Recipe) -> str:
+    """Name what a recipe does, for reports: the method, and the parts that have their own."""
+    parts = [f"{option}: {getattr(recipe, option)}" for option in ("attention", "qk", "vo", "mlp")]
+    own = [part for part in parts if not part.endswith(": None")]
+    return f"{recipe.method} ({', '.join(own)})" if own else recipe.method

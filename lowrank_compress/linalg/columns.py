@@ -94,24 +94,31 @@ def compensated_order(weight: Tensor, form: Tensor, inverse: Tensor) -> Tensor:
     Tensor
         (n,) int64, best first.
     """
-    weight, inverse = weight.double(), inverse.double()
+    weight, inverse = weight.double(), inverse.double().clone()
     measured = form.double() @ weight
+    weight = weight.clone()
     units = torch.arange(weight.shape[1], device=weight.device)
+    left = torch.ones_like(units, dtype=torch.bool)
+    remaining = len(units)
     dropped: list[Tensor] = []
-    while len(units):
-        count = min(max(len(units) // SHARE, 1), LARGEST)
-        costs = (weight * measured).sum(0) / inverse.diagonal()
-        candidates = costs.argsort(stable=True)[: 2 * count]
+    while remaining:
+        if 4 * remaining <= 3 * len(units):
+            units, weight, measured = units[left], weight[:, left], measured[:, left]
+            inverse = inverse[left][:, left]
+            left = left[left]
+        count = min(max(remaining // SHARE, 1), LARGEST)
+        costs = ((weight * measured).sum(0) / inverse.diagonal()).masked_fill(~left, torch.inf)
+        candidates = costs.argsort(stable=True)[: min(2 * count, remaining)]
         energy = weight[:, candidates].mT @ measured[:, candidates]
         gone = candidates[_eliminate(energy, inverse[candidates][:, candidates], count)]
-        stay = torch.ones_like(units, dtype=torch.bool)
-        stay[gone] = False
-        share = torch.linalg.solve(inverse[gone][:, gone], inverse[gone][:, stay])
+        share = torch.linalg.solve(inverse[gone][:, gone], inverse[gone])
+        # In place, with the rows of what is gone left to become zero: copies would cost more than the products.
+        for values in (weight, measured, inverse):
+            values.addmm_(values[:, gone], share, alpha=-1)
         dropped.append(units[gone])
-        units = units[stay]
-        weight, measured = (values[:, stay] - values[:, gone] @ share for values in (weight, measured))
-        inverse = inverse[stay][:, stay] - inverse[stay][:, gone] @ share
-    return torch.cat([units, *dropped]).flip(0)
+        left[gone] = False
+        remaining -= count
+    return torch.cat(dropped).flip(0)
 
 
 def _eliminate(energy: Tensor, inverse: Tensor, count: int) -> Tensor:

@@ -10,18 +10,20 @@ from lowrank_compress.config import ModuleMetric, Recipe, Scheme
 from lowrank_compress.errors import InputError
 from lowrank_compress.methods.linear import LinearMethod
 from lowrank_compress.methods.mixture import Mixture
-from lowrank_compress.methods.module import ModuleMethod
+from lowrank_compress.methods.module import PARTS, ModuleMethod
 from lowrank_compress.methods.table import METHODS
 from lowrank_compress.registry import unknown
 
 DENSE = "dense"
+OR = "|"  # between alternatives: the one that loses less is taken, block by block
 
 
 def scheme_of(recipe: Recipe, architecture: Architecture) -> tuple[Scheme, tuple[str, ...]]:
     """Decide the method of each part of a block: its own option, else that of the attention, else `method`.
 
-    A module method stands for the parts it is for, a mixture for all of its parts; what neither covers stays dense. A
-    mixture whose query/key part an architecture forbids uses the linear method that it names for that case.
+    A module method stands for the parts it is for, a mixture for all of its parts; what neither covers stays dense.
+    Alternatives (a linear and a module method) stand with a bar between them. Where an architecture forbids to make
+    queries and keys narrower, a mixture uses its other alternative, or the linear method that it names for that case.
 
     Returns
     -------
@@ -47,14 +49,17 @@ def scheme_of(recipe: Recipe, architecture: Architecture) -> tuple[Scheme, tuple
                 f"The method {given!r} is not for --{option}: see `lrc list methods` for what it makes smaller."
             )
     notes = []
-    mixture = METHODS[asked["qk"]] if asked["qk"] != DENSE else None
-    if isinstance(mixture, Mixture) and architecture.head_norms and isinstance(METHODS[names["qk"]], ModuleMethod):
-        notes.append(
-            f"{names['qk']} cannot make queries and keys of {architecture.name!r} narrower (they are normalised "
-            f"head by head); {mixture.name} compresses them by {mixture.instead_of_qk} here. Choose with --qk."
-        )
-        names["qk"] = mixture.instead_of_qk
-    chosen = [METHODS[name] for name in names.values() if name != DENSE]
+    mixture = METHODS.get(asked["qk"])
+    if isinstance(mixture, Mixture) and architecture.head_norms:
+        parts = names["qk"].split(OR)
+        linear = [name for name in parts if name == DENSE or not isinstance(METHODS[name], ModuleMethod)]
+        if not linear:
+            notes.append(
+                f"{names['qk']} cannot make queries and keys of {architecture.name!r} narrower (they are normalised "
+                f"head by head); {mixture.name} compresses them by {mixture.instead_of_qk} here. Choose with --qk."
+            )
+        names["qk"] = OR.join(linear) or mixture.instead_of_qk
+    chosen = [METHODS[name] for part in names.values() for name in part.split(OR) if name != DENSE]
     if not any(isinstance(method, ModuleMethod) for method in chosen) and recipe.metric is not None:
         raise InputError(
             f"--metric {recipe.metric} concerns module methods ({', '.join(_module_methods())}); no part of the blocks "
@@ -63,16 +68,25 @@ def scheme_of(recipe: Recipe, architecture: Architecture) -> tuple[Scheme, tuple
     return Scheme(**names, metric=recipe.metric or _metric(recipe, chosen)), tuple(notes)
 
 
-def _part(name: str, group: Group) -> str:
-    """Name of the method that `name` means for one part of a block."""
-    if name == DENSE:
+def _part(asked: str, group: Group) -> str:
+    """Name of the method or alternatives that `asked` means for one part of a block."""
+    if OR in asked:
+        found = [_part(name.strip(), group) for name in asked.split(OR)]
+        kinds = [isinstance(METHODS.get(name), ModuleMethod) for name in found]
+        if DENSE in found or kinds != [False, True]:
+            raise InputError(
+                f"The alternatives {asked!r} are not a linear method and a module method for {PARTS[group]}, in this "
+                "order. Pass for instance 'kfac|nystrom' as --mlp."
+            )
+        return OR.join(found)
+    if asked == DENSE:
         return DENSE
-    if name not in METHODS:
-        raise InputError(unknown("method", name, [*METHODS, DENSE]))
-    method = METHODS[name]
+    if asked not in METHODS:
+        raise InputError(unknown("method", asked, [*METHODS, DENSE]))
+    method = METHODS[asked]
     if isinstance(method, Mixture):
         return getattr(method, group)
-    return name if isinstance(method, LinearMethod) or method.group == group else DENSE
+    return asked if isinstance(method, LinearMethod) or method.group == group else DENSE
 
 
 def _metric(recipe: Recipe, chosen: list[LinearMethod | ModuleMethod | Mixture]) -> ModuleMetric:
@@ -88,22 +102,25 @@ def _module_methods() -> list[str]:
     return [name for name, method in METHODS.items() if isinstance(method, ModuleMethod)]
 
 
-def methods_of(scheme: Scheme) -> Mapping[Group, LinearMethod | ModuleMethod | None]:
-    """Look up the methods of a scheme, module methods in its metric; None where a part stays dense.
+def methods_of(scheme: Scheme) -> Mapping[Group, tuple[LinearMethod | ModuleMethod, ...]]:
+    """Look up the methods of a scheme, module methods in its metric: the alternatives of each part, none if dense.
 
     Raises
     ------
     InputError
         A name is unknown, or is that of a mixture.
     """
-    found: dict[Group, LinearMethod | ModuleMethod | None] = {}
+    found: dict[Group, tuple[LinearMethod | ModuleMethod, ...]] = {}
     for group in GROUPS:
-        name = getattr(scheme, group)
-        method = None if name == DENSE else METHODS[name]
-        if isinstance(method, Mixture):
-            raise InputError(f"{name} is a mixture; a scheme names a single method for each part of a block.")
-        found[group] = replace(method, fisher=scheme.metric == "kfac") if isinstance(method, ModuleMethod) else method
+        names = [name for name in getattr(scheme, group).split(OR) if name != DENSE]
+        found[group] = tuple(_single(METHODS[name], scheme.metric) for name in names)
     return found
+
+
+def _single(method: LinearMethod | ModuleMethod | Mixture, metric: ModuleMetric) -> LinearMethod | ModuleMethod:
+    if isinstance(method, Mixture):
+        raise InputError(f"{method.name} is a mixture; a scheme names single methods for each part of a block.")
+    return replace(method, fisher=metric == "kfac") if isinstance(method, ModuleMethod) else method
 
 
 def label(recipe: Recipe) -> str:

@@ -312,7 +312,25 @@ class ModuleUnit:
 GROUP_NAMES: Mapping[Group, str] = {"qk": "query-key", "vo": "value-output", "mlp": "mlp"}
 
 
-def units_of(resolved: Resolved, scheme: Scheme) -> tuple[Unit, ...]:
+@dataclass(frozen=True)
+class Site:
+    """A part of a block, and the ways to compress it.
+
+    Attributes
+    ----------
+    alternatives
+        The units of each way; each way has the same matrices.
+    """
+
+    alternatives: tuple[tuple[Unit, ...], ...]
+
+    @property
+    def dense(self) -> int:
+        """Elements of all its dense matrices."""
+        return sum(dense_elements(unit) for unit in self.alternatives[0])
+
+
+def sites_of(resolved: Resolved, scheme: Scheme) -> tuple[Site, ...]:
     """List what a scheme compresses in a model, block by block in the order of computation.
 
     Raises
@@ -320,34 +338,50 @@ def units_of(resolved: Resolved, scheme: Scheme) -> tuple[Unit, ...]:
     UnsupportedError
         Queries and keys that are normalised head by head are to be made narrower.
     InputError
-        A method is unknown, or is not for the part of the block that it is given.
+        A method is unknown.
     """
-    units: list[Unit] = []
     methods = methods_of(scheme)
+    sites: list[Site] = []
     for block, path in enumerate(resolved.blocks):
-        targets = resolved.of_block(block)
-        seen: set[Group] = set()
-        for target in targets:
-            group = GROUP_OF[target.role]
-            method = methods[group]
-            if isinstance(method, LinearMethod):
-                units.append(MatrixUnit(target, method))
-            elif isinstance(method, ModuleMethod) and group not in seen:
-                if group == "qk" and resolved.architecture.head_norms:
-                    raise UnsupportedError(
-                        f"{method.name} cannot make queries and keys of {resolved.architecture.name!r} narrower: they "
-                        "are normalised head by head, over all dimensions of a head. Give them a linear method, for "
-                        f"instance --qk kfac, or leave them with --qk {DENSE}."
-                    )
-                own = tuple(other for other in targets if GROUP_OF[other.role] == group)
-                units.append(ModuleUnit(f"{path}:{GROUP_NAMES[group]}", own, method))
-            seen.add(group)
-    return tuple(units)
+        for group, ways in methods.items():
+            targets = tuple(target for target in resolved.of_block(block) if GROUP_OF[target.role] == group)
+            if ways:
+                name = f"{path}:{GROUP_NAMES[group]}"
+                sites.append(Site(tuple(_units(way, name, targets, resolved) for way in ways)))
+    return tuple(sites)
+
+
+def _units(
+    method: LinearMethod | ModuleMethod, name: str, targets: tuple[Target, ...], resolved: Resolved
+) -> tuple[Unit, ...]:
+    if isinstance(method, LinearMethod):
+        return tuple(MatrixUnit(target, method) for target in targets)
+    if method.group == "qk" and resolved.architecture.head_norms:
+        raise UnsupportedError(
+            f"{method.name} cannot make queries and keys of {resolved.architecture.name!r} narrower: they are "
+            "normalised head by head, over all dimensions of a head. Give them a linear method, for instance --qk "
+            f"kfac, or leave them with --qk {DENSE}."
+        )
+    return (ModuleUnit(name, targets, method),)
+
+
+def all_units(sites: Sequence[Site]) -> tuple[Unit, ...]:
+    """Return the units of all alternatives."""
+    return tuple(unit for site in sites for way in site.alternatives for unit in way)
+
+
+def first_units(sites: Sequence[Site]) -> tuple[Unit, ...]:
+    """Return the units of each site's first alternative."""
+    return tuple(unit for site in sites for unit in site.alternatives[0])
 
 
 def needed(units: Sequence[Unit]) -> dict[str, frozenset[str]]:
     """Target name -> names of the statistics it needs."""
-    return {name: statistics for unit in units for name, statistics in unit.statistics().items()}
+    wanted: dict[str, frozenset[str]] = {}
+    for unit in units:
+        for name, statistics in unit.statistics().items():
+            wanted[name] = wanted.get(name, frozenset()) | statistics
+    return wanted
 
 
 def needs_data(units: Sequence[Unit]) -> bool:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lowrank_compress.allocation.alternatives import choose
 from lowrank_compress.allocation.budget import Budget
 from lowrank_compress.allocation.curve import DENSE, Curve, make_curve
 from lowrank_compress.allocation.table import ALLOCATORS
@@ -19,7 +20,15 @@ from lowrank_compress.calibration.moments import INFLUENCE
 from lowrank_compress.config import ScoreConfig
 from lowrank_compress.linalg.eigen import eigh
 from lowrank_compress.methods.linear import Damping
-from lowrank_compress.methods.units import Unit, candidate_ranks, dense_elements, units_of
+from lowrank_compress.methods.units import (
+    Site,
+    Unit,
+    all_units,
+    candidate_ranks,
+    dense_elements,
+    first_units,
+    sites_of,
+)
 from lowrank_compress.model.blueprint import Blueprint, blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 
@@ -50,9 +59,11 @@ class Bases:
         self.damping = Damping(config.damping_fisher, config.damping_gram, config.alpha)
         self.blueprint = blueprint(checkpoint)
         self.resolved = self.blueprint.resolved
-        self.units = units_of(self.resolved, config.scheme)
+        self.sites = sites_of(self.resolved, config.scheme)
+        # Only predicted losses can tell which alternative is better; without them it is the first.
+        self.units = all_units(self.sites) if self.allocator.needs_loss else first_units(self.sites)
         self.nats = all(unit.nats for unit in self.units)
-        self.budget = budget_of(config, self.blueprint, self.units)
+        self.budget = budget_of(config, self.blueprint, self.sites)
         self.keep = self._largest_ranks()
         identity = {
             "calibration": calibration,
@@ -72,7 +83,7 @@ class Bases:
     def _largest_ranks(self) -> dict[str, int]:
         """The largest rank of each unit that can pay; under an allocator that looks at nothing, the one it chooses."""
         paying = {unit.name: unit.largest(self.config.storage) for unit in self.units}
-        curves = [self._curve(unit, np.zeros(paying[unit.name] + 1)) for unit in self.units]
+        curves = [self._curve(unit, np.zeros(paying[unit.name] + 1)) for unit in first_units(self.sites)]
         self.budget.check(curves)
         if self.allocator.needs_loss or self.allocator.needs_spectrum or self.allocator.needs_influence:
             return paying
@@ -99,7 +110,7 @@ class Bases:
         )
 
     def allocate(self, curves: Sequence[Curve]) -> np.ndarray:
-        """Choose a point of each curve under the budget, (curves,) int64."""
+        """Choose a point of each curve under the budget, (curves,) int64; the curves are those of one alternative."""
         options = {name: getattr(self.config, name) for name in self.allocator.options}
         return self.allocator.allocate(curves, self.budget.limit, **options)
 
@@ -129,9 +140,18 @@ class Bases:
             tensors[f"{unit.name}/singular_values"] = eigh(small)[0].sqrt()
         self.spectra.write(block, tensors)
 
-    def curves(self) -> list[Curve]:
-        """(Stored elements, loss) of every unit at every rank that can pay."""
-        curves = []
+    def choose(self, curves: Mapping[str, Curve]) -> tuple[Unit, ...]:
+        """Return the units of the better alternative of each site."""
+        ways = [[[curves[unit.name] for unit in way] for way in self._ways(site)] for site in self.sites]
+        picked = choose(ways, self.budget.limit)
+        return tuple(unit for site, number in zip(self.sites, picked, strict=True) for unit in self._ways(site)[number])
+
+    def _ways(self, site: Site) -> tuple[tuple[Unit, ...], ...]:
+        return site.alternatives if self.allocator.needs_loss else site.alternatives[:1]
+
+    def curves(self) -> dict[str, Curve]:
+        """(Stored elements, loss) of every unit at every rank that can pay, by the unit's name."""
+        curves = {}
         for block in range(len(self.resolved.blocks)):
             tensors = self.files.read(block)
             spectra = self.spectra.read(block) if self.allocator.needs_spectrum else {}
@@ -139,7 +159,8 @@ class Bases:
             for unit in self.of_block(block):
                 spectrum = spectra.get(f"{unit.name}/singular_values")
                 tail = predicted_losses(unit, tensors, self.nats).numpy()
-                curves.append(self._curve(unit, tail, None if spectrum is None else spectrum.numpy(), influence))
+                values = None if spectrum is None else spectrum.numpy()
+                curves[unit.name] = self._curve(unit, tail, values, influence)
         return curves
 
 
@@ -156,7 +177,7 @@ def ranking(unit: Unit, storage: str) -> str:
     return storage if storage in unit.formats else unit.formats[0]
 
 
-def budget_of(config: ScoreConfig, plan: Blueprint, units: Sequence[Unit]) -> Budget:
+def budget_of(config: ScoreConfig, plan: Blueprint, sites: Sequence[Site]) -> Budget:
     """The budget that a ratio means for a checkpoint.
 
     Raises
@@ -167,4 +188,4 @@ def budget_of(config: ScoreConfig, plan: Blueprint, units: Sequence[Unit]) -> Bu
     claimed = sum(target.elements for target in plan.resolved.targets)
     whole = sum(parameter.numel() for parameter in plan.model.parameters())
     denominator = claimed if config.ratio_of == "blocks" else whole
-    return Budget(config.ratio, denominator, denominator - sum(dense_elements(unit) for unit in units))
+    return Budget(config.ratio, denominator, denominator - sum(site.dense for site in sites))

@@ -28,7 +28,7 @@ from lowrank_compress.calibration.tokens import (
 )
 from lowrank_compress.config import CalibrateConfig
 from lowrank_compress.errors import ArtifactError, InputError
-from lowrank_compress.methods.units import MatrixUnit, full_rank, needed, needs_data, units_of
+from lowrank_compress.methods.units import MatrixUnit, all_units, full_rank, needed, needs_data, sites_of
 from lowrank_compress.model.blueprint import Task, blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.narrowing import check_narrowing
@@ -76,7 +76,7 @@ class FileSink:
 def key(config: CalibrateConfig, inputs: Inputs) -> Key:
     """Everything the statistics depend on; a text counts by its content, not by its path."""
     resolved = blueprint(inputs.checkpoint).resolved
-    units = units_of(resolved, config.scheme)
+    units = all_units(sites_of(resolved, config.scheme))
     found = {"checkpoint": checkpoint_id(inputs.checkpoint)}
     if needs_data(units):
         found["text"] = source_id(_source(config))
@@ -124,7 +124,7 @@ def run(
     kept = sink is None
     plan = blueprint(inputs.checkpoint)
     resolved = plan.resolved
-    units = units_of(resolved, config.scheme)
+    units = all_units(sites_of(resolved, config.scheme))
     files = BlockFiles(out_dir, identity.id)
     receiver = sink or FileSink(files)
     blocks = range(len(resolved.blocks))

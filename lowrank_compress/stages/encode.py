@@ -175,10 +175,7 @@ class Encoder:
                 made.tensors[f"{stem}weight"] = weight.T if first.conv1d else weight
             else:
                 made.modules[path] = module_entry(targets, parts)
-                if (
-                    parts[0].shape[1] != first.shape[1]
-                    or made.modules[path]["out_features"] != first.rows.total
-                ):
+                if parts[0].shape[1] != first.shape[1] or made.modules[path]["out_features"] != first.rows.total:
                     made.dense_shapes[path] = [made.modules[path]["out_features"], parts[0].shape[1]]
                 named = module_tensors(targets, parts, self.dtype)
                 made.tensors |= {stem + leaf: tensor for leaf, tensor in named.items()}

@@ -12,7 +12,7 @@ from lowrank_compress.artifacts.manifest import Key, Manifest, commit, committed
 from lowrank_compress.artifacts.tensors import BlockFiles
 from lowrank_compress.config import FactorizeConfig
 from lowrank_compress.errors import ArtifactError
-from lowrank_compress.methods.units import units_of
+from lowrank_compress.methods.units import all_units, sites_of
 from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.export import ShardWriter, config_json, write_companions
@@ -82,8 +82,9 @@ def run(
     reporter = reporter or Silent()
     plan = blueprint(inputs.checkpoint)
     scores = scores_manifest(inputs.scores)
-    units = units_of(plan.resolved, config.scheme)
-    choices = read_ranks(inputs.scores / RANKS, units)  # before anything is removed
+    sites = sites_of(plan.resolved, config.scheme)
+    choices = read_ranks(inputs.scores / RANKS, sites)  # before anything is removed
+    units = [unit for unit in all_units(sites) if unit.name in choices]
     identity = key(config, inputs)
     if not overwrite:
         _refuse_other_ranks(out_dir, identity, inputs.scores / RANKS)

@@ -13,7 +13,7 @@ from lowrank_compress.errors import InputError, UnsupportedError
 from lowrank_compress.methods.module import ModuleMethod
 from lowrank_compress.methods.scheme import label, methods_of, scheme_of
 from lowrank_compress.methods.table import METHODS
-from lowrank_compress.methods.units import needed, needs_data, units_of
+from lowrank_compress.methods.units import all_units, needed, needs_data, sites_of
 from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint, locate
 from lowrank_compress.stages.common import compute_device, source_id
@@ -102,7 +102,7 @@ class Plan:
 
     @property
     def _has_modules(self) -> bool:
-        return any(isinstance(method, ModuleMethod) for method in methods_of(self.scheme).values())
+        return any(isinstance(method, ModuleMethod) for ways in methods_of(self.scheme).values() for method in ways)
 
     def resolved(self) -> Recipe:
         """The recipe with all defaults written out; it repeats the run on its own."""
@@ -150,10 +150,11 @@ def make_plan(recipe: Recipe) -> Plan:
         )
     design = blueprint(checkpoint)
     scheme, notes = scheme_of(recipe, design.resolved.architecture)
-    units = units_of(design.resolved, scheme)
+    sites = sites_of(design.resolved, scheme)
+    units = all_units(sites)
     if not units:
         raise InputError("No part of the blocks has a method: all are left dense. Choose one with --method.")
-    check_options(recipe.allocate or method.allocate, recipe.storage or method.storage, units)
+    check_options(recipe.allocate or method.allocate, recipe.storage or method.storage, sites)
     if needs_data(units) and recipe.calibration is None:
         if design.task == "classification" and needs_gradient(needed(units)):
             raise InputError(

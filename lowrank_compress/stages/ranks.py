@@ -10,7 +10,7 @@ from typing import Any
 
 from lowrank_compress.artifacts.files import read_json, write_text
 from lowrank_compress.errors import ArtifactError
-from lowrank_compress.methods.units import Unit, full_rank
+from lowrank_compress.methods.units import Site, Unit, full_rank
 
 RANKS = "ranks.json"
 RANKS_BACKUP = "ranks.json.bak"
@@ -44,8 +44,8 @@ def write_ranks(path: Path, units: Sequence[Unit], choices: Mapping[str, Choice]
     write_text(path, '{\n  "schema": 1,\n  "matrices": {\n' + ",\n".join(lines) + "\n  }\n}\n")
 
 
-def read_ranks(path: Path, units: Sequence[Unit]) -> dict[str, Choice]:
-    """Read ranks.json and check that it fits a model.
+def read_ranks(path: Path, sites: Sequence[Site]) -> dict[str, Choice]:
+    """Read ranks.json and check that it fits a model: of each part of a block it has the units of one alternative.
 
     Raises
     ------
@@ -56,6 +56,7 @@ def read_ranks(path: Path, units: Sequence[Unit]) -> dict[str, Choice]:
     matrices: dict[str, Any] = found.get("matrices", {})
     if not isinstance(matrices, dict) or not all(isinstance(entry, dict) for entry in matrices.values()):
         raise ArtifactError(f'{path} does not have the form {{"matrices": {{NAME: {{"format": …, "rank": …}}}}}}.')
+    units = [unit for site in sites for unit in _present(site, matrices)]
     missing = [unit.name for unit in units if unit.name not in matrices]
     extra = sorted(set(matrices) - {unit.name for unit in units})
     if missing or extra:
@@ -80,3 +81,9 @@ def read_ranks(path: Path, units: Sequence[Unit]) -> dict[str, Choice]:
             )
         choices[unit.name] = Choice(form, rank)
     return choices
+
+
+def _present(site: Site, matrices: Mapping[str, Any]) -> tuple[Unit, ...]:
+    """Return the alternative whose units are there, or the first."""
+    whole = (way for way in site.alternatives if all(unit.name in matrices for unit in way))
+    return next(whole, site.alternatives[0])

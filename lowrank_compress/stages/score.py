@@ -21,7 +21,7 @@ from lowrank_compress.artifacts.manifest import Key, Manifest, altered, commit, 
 from lowrank_compress.artifacts.tensors import BlockFiles
 from lowrank_compress.config import ScoreConfig
 from lowrank_compress.errors import ArtifactError, InputError
-from lowrank_compress.methods.units import Unit, needs_data, stored_elements
+from lowrank_compress.methods.units import Site, all_units, first_units, needs_data, stored_elements
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.registry import unknown
 from lowrank_compress.stages.bases import VERSION, Bases, ranking
@@ -54,8 +54,8 @@ def key(config: ScoreConfig, inputs: Inputs) -> Key:
     return Key("score", VERSION, settings, {"calibration": inputs.calibration.id})
 
 
-def check_options(allocate: str, storage: str, units: Sequence[Unit]) -> None:
-    """Refuse, before any work, unknown names and an allocator that the units do not serve.
+def check_options(allocate: str, storage: str, sites: Sequence[Site]) -> None:
+    """Refuse, before any work, unknown names and an allocator that the methods do not serve.
 
     Raises
     ------
@@ -65,16 +65,22 @@ def check_options(allocate: str, storage: str, units: Sequence[Unit]) -> None:
     allocator = ALLOCATORS[allocate]
     if storage not in STORAGES:
         raise InputError(unknown("storage", storage, STORAGES))
-    wide = next((unit for unit in units if len(unit.targets) > 1), None)
+    wide = next((unit for unit in first_units(sites) if len(unit.targets) > 1), None)
     if allocator.needs_spectrum and wide is not None:
         raise InputError(
             f"The allocator {allocate!r} looks at the singular values of single matrices; {wide.name} is compressed as "
             "a module. Use --allocate uniform, loss or block-influence."
         )
-    if allocator.needs_influence and not needs_data(units):
+    if allocator.needs_influence and not needs_data(first_units(sites)):
         raise InputError(
             f"The allocator {allocate!r} needs calibration data, which none of the methods takes. Use --allocate "
             "uniform or loss, or another --method."
+        )
+    alternatives = any(len(site.alternatives) > 1 for site in sites)
+    if allocator.needs_loss and alternatives and not all(unit.nats for unit in all_units(sites)):
+        raise InputError(
+            "Alternatives compare by predicted losses, which must all be in nats a token: use kfac for matrices and "
+            "--metric kfac for modules, or name a single method for each part."
         )
 
 
@@ -104,7 +110,7 @@ def run(
     if overwrite:
         _save_edited_ranks(out_dir)
     bases = Bases(config, inputs.checkpoint, inputs.calibration.id, out_dir)
-    check_options(config.allocate, config.storage, bases.units)
+    check_options(config.allocate, config.storage, bases.sites)
     blocks = range(len(bases.resolved.blocks))
     found = committed_scores(out_dir, identity, overwrite=overwrite)
     if found is not None:
@@ -116,17 +122,19 @@ def run(
         if bases.allocator.needs_spectrum and not bases.spectra.finished(block):
             bases.take_spectrum(block)
         reporter.advance("score", block + 1, len(blocks))
-    curves = bases.curves()
+    found_curves = bases.curves()
+    units = bases.choose(found_curves)
+    curves = [found_curves[unit.name] for unit in units]
     bases.budget.check(curves)
     chosen = bases.allocate(curves)
     choices = {
         unit.name: Choice("dense", None)
         if curve.ranks[point] == DENSE
         else Choice(ranking(unit, config.storage), int(curve.ranks[point]))
-        for unit, curve, point in zip(bases.units, curves, chosen, strict=True)
+        for unit, curve, point in zip(units, curves, chosen, strict=True)
     }
-    write_ranks(out_dir / RANKS, bases.units, choices)
-    stored = sum(stored_elements(unit, choices[unit.name].format, choices[unit.name].rank) for unit in bases.units)
+    write_ranks(out_dir / RANKS, units, choices)
+    stored = sum(stored_elements(unit, choices[unit.name].format, choices[unit.name].rank) for unit in units)
     claimed = sum(target.elements for target in bases.resolved.targets)
     report = {
         "asked_ratio": config.ratio,

@@ -8,7 +8,7 @@ from lowrank_compress.artifacts.manifest import altered, read_manifest
 from lowrank_compress.config import load_recipe
 from lowrank_compress.errors import ArtifactError, LrcError
 from lowrank_compress.methods.scheme import scheme_of
-from lowrank_compress.methods.units import units_of
+from lowrank_compress.methods.units import sites_of
 from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint, locate
 from lowrank_compress.stages.common import Run
@@ -65,7 +65,7 @@ def _fits(run: Run, ranks: Path) -> bool:
     try:
         recipe = load_recipe(run.recipe, {})
         resolved = blueprint(Checkpoint(locate(recipe.model, recipe.revision))).resolved
-        read_ranks(ranks, units_of(resolved, scheme_of(recipe, resolved.architecture)[0]))
+        read_ranks(ranks, sites_of(resolved, scheme_of(recipe, resolved.architecture)[0]))
     except LrcError:
         return False
     return True

@@ -7,7 +7,7 @@ import torch
 
 from lowrank_compress.calibration.capture import capture, state_bytes
 from lowrank_compress.config import Scheme
-from lowrank_compress.methods.units import needed, units_of
+from lowrank_compress.methods.units import all_units, needed, sites_of
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.replay import Batch
 from lowrank_compress.model.skeleton import Skeleton
@@ -37,7 +37,7 @@ def test_where_states_lie_changes_no_bit(tmp_path: Path, method: str) -> None:
     skeleton = Skeleton(Checkpoint(save_tiny("llama", tmp_path / "model")), torch.device("cpu"), torch.float32)
     batches = [Batch(torch.randint(4, 96, (2, 16), generator=torch.Generator().manual_seed(i))) for i in range(3)]
     scheme = Scheme(qk=method, vo=method, mlp=method, metric="gram")
-    wanted = needed(units_of(skeleton.resolved, scheme))
+    wanted = needed(all_units(sites_of(skeleton.resolved, scheme)))
     place = tmp_path / "states"
     place.mkdir()
 

@@ -12,7 +12,7 @@ from lowrank_compress.config import FactorizeConfig, Scheme
 from lowrank_compress.errors import InputError
 from lowrank_compress.linalg.metric import Identity
 from lowrank_compress.linalg.weighted import decompose
-from lowrank_compress.methods.units import MatrixUnit, units_of
+from lowrank_compress.methods.units import MatrixUnit, all_units, sites_of
 from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.stages.encode import Encoder
@@ -29,11 +29,11 @@ def place(tmp_path: Path) -> Checkpoint:
 
 def encoder(place: Checkpoint, dtype: str) -> Encoder:
     config = FactorizeConfig(method="svd", scheme=SVD, storage="auto", round_to=1, dtype=dtype, device="cpu")
-    return Encoder(blueprint(place), units_of(blueprint(place).resolved, SVD), config)
+    return Encoder(blueprint(place), all_units(sites_of(blueprint(place).resolved, SVD)), config)
 
 
 def unit_of(place: Checkpoint) -> MatrixUnit:
-    units = units_of(blueprint(place).resolved, SVD)
+    units = all_units(sites_of(blueprint(place).resolved, SVD))
     return next(unit for unit in units if isinstance(unit, MatrixUnit) and unit.shape[0] == unit.shape[1])
 
 

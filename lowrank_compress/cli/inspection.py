@@ -55,7 +55,7 @@ def show(target: str, as_json: bool) -> None:
     run = Run(Path(target))
     is_run = run.recipe.exists()
     report = read_report(run.final_model() if is_run else Path(target))
-    spectra = _spectra(run) if is_run else {}
+    spectra = {name: values for name, values in (_spectra(run) if is_run else {}).items() if name in report["matrices"]}
     if as_json:
         print_json(report | {"spectra": spectra})
         return

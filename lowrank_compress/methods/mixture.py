@@ -14,7 +14,8 @@ class Mixture:
     Attributes
     ----------
     qk, vo, mlp
-        Names of the methods of queries and keys, of values and output, and of the MLP.
+        Names of the methods of queries and keys, of values and output, and of the MLP; or of alternatives, a linear
+        and a module method with a bar between them.
     allocate, storage
         What it uses where nothing else is asked for.
     metric

@@ -49,8 +49,8 @@ def scheme_of(recipe: Recipe, architecture: Architecture) -> tuple[Scheme, tuple
                 f"The method {given!r} is not for --{option}: see `lrc list methods` for what it makes smaller."
             )
     notes = []
-    mixture = METHODS.get(asked["qk"])
-    if isinstance(mixture, Mixture) and architecture.head_norms:
+    mixtures = [METHODS[name] for name in (asked["qk"],) if name in METHODS]
+    if architecture.head_norms and mixtures and isinstance(mixture := mixtures[0], Mixture):
         parts = names["qk"].split(OR)
         linear = [name for name in parts if name == DENSE or not isinstance(METHODS[name], ModuleMethod)]
         if not linear:
@@ -72,8 +72,7 @@ def _part(asked: str, group: Group) -> str:
     """Name of the method or alternatives that `asked` means for one part of a block."""
     if OR in asked:
         found = [_part(name.strip(), group) for name in asked.split(OR)]
-        kinds = [isinstance(METHODS.get(name), ModuleMethod) for name in found]
-        if DENSE in found or kinds != [False, True]:
+        if DENSE in found or [isinstance(METHODS[name], ModuleMethod) for name in found] != [False, True]:
             raise InputError(
                 f"The alternatives {asked!r} are not a linear method and a module method for {PARTS[group]}, in this "
                 "order. Pass for instance 'kfac|nystrom' as --mlp."

@@ -60,16 +60,6 @@ _OWN = (
         help="least loss increase to second order (Kronecker-factored Fisher)",
         unit="nats",
     ),
-    LinearMethod(
-        name="auto",
-        left=FISHER,
-        right=GRAM,
-        paper="this toolkit",
-        help="the recommendation: the kfac metric, ranks by predicted loss, pivot or pair storage",
-        allocate="loss",
-        storage="auto",
-        unit="nats",
-    ),
 )
 
 _MODULES = (
@@ -103,6 +93,17 @@ _MODULES = (
 )
 
 _MIXTURES = (
+    Mixture(
+        name="auto",
+        qk="kfac",
+        vo="kfac",
+        mlp="kfac|nystrom",
+        paper="this toolkit",
+        help="the recommendation: kfac, or nystrom in MLPs where that loses less; ranks by predicted loss",
+        allocate="loss",
+        storage="auto",
+        metric="kfac",
+    ),
     Mixture(
         name="modegpt",
         qk="cr",

@@ -41,7 +41,7 @@ def dry_run(plan: Plan, run: Run) -> dict[str, Any]:
     """
     # Nothing is read or written there: which calibration the bases belong to does not matter, and no text is touched.
     bases = Bases(plan.score, plan.checkpoint, "", run.scores)
-    targets, units = bases.resolved.targets, bases.units
+    targets = bases.resolved.targets
     flat = plan.score.model_copy(update={"allocate": "uniform"})
     uniform = Bases(flat, plan.checkpoint, "", run.scores).keep
     need = estimate(plan, bases)
@@ -55,7 +55,7 @@ def dry_run(plan: Plan, run: Run) -> dict[str, Any]:
             "claimed_elements": sum(target.elements for target in targets),
             "largest_stored": bases.budget.limit,
         },
-        "uniform_ranks": {unit.name: uniform[unit.name] or None for unit in units},
+        "uniform_ranks": {name: rank or None for name, rank in uniform.items()},
         "ranks_need_data": plan.score.allocate != "uniform",
         "memory": need.memory,
         "disk": need.disk,

@@ -27,7 +27,6 @@ METRICS = {
     "afm": ("nothing", "centred"),
     "svd-llm": ("nothing", "in_gram"),
     "kfac": ("out_fisher", "in_gram"),
-    "auto": ("out_fisher", "in_gram"),
 }
 # Neither equal to each other nor at their defaults.
 DAMPING = Damping(fisher=3e-3, gram=2e-4, power=0.7)
@@ -279,7 +278,4 @@ def test_names_are_said_in_the_table() -> None:
         assert method.paper
         assert method.help
         assert method.unit == ("nats" if METRICS[name] == ("out_fisher", "in_gram") else "relative")
-    assert {name: (method.allocate, method.storage) for name, method in METHODS.items()} == {
-        **dict.fromkeys(METRICS, ("uniform", "pair")),
-        "auto": ("loss", "auto"),
-    }
+    assert {(method.allocate, method.storage) for method in METHODS.values()} == {("uniform", "pair")}

@@ -9,7 +9,7 @@ import pytest
 from tests.runs import Tiny, contents, done, lrc, refused
 
 Finished = Callable[[str], Path]
-NAME = "model.layers.1.mlp.down_proj"
+NAME = "model.layers.1.self_attn.o_proj"
 
 
 def edit(run: Path, change: Callable[[dict], None]) -> str:
@@ -135,7 +135,7 @@ def test_a_rank_above_the_kept_basis_is_refused(finished: Finished):
     run = finished("svd")
     edit(run, lambda matrices: matrices[NAME].update(rank=30))
     message = refused("factorize", run, "--overwrite")
-    assert f"{NAME} asks for rank 30, but its basis was kept up to rank 15" in message
+    assert f"{NAME} asks for rank 30, but its basis was kept up to rank 11" in message
     assert "--allocate loss" in message
 
 

@@ -1,4 +1,6 @@
-"""Measure the README's tables of methods, each method as its paper has it, and print or write them as markdown.
+"""Measure the README's tables of methods, each as its paper has it and some as this toolkit can, in markdown.
+
+Each row is calibrated once, and scored, factorized and evaluated at every ratio.
 
 Usage, from the root of the repository::
 
@@ -24,7 +26,36 @@ from running import ASSETS, lrc, perplexity
 
 from lowrank_compress.demo import MODEL_DIRECTORY
 from lowrank_compress.demo.text import write_parts
+from lowrank_compress.methods.linear import LinearMethod
 from lowrank_compress.methods.table import METHODS
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method with options of its own."""
+
+    method: str
+    metric: str | None = None
+    allocate: str | None = None
+
+    @property
+    def title(self) -> str:
+        """How the row is called."""
+        return f"`{self.method} --metric {self.metric}`" if self.metric else f"`{self.method}`"
+
+    @property
+    def calibrating(self) -> list[object]:
+        """Options of `lrc calibrate`."""
+        return ["--method", self.method, *(["--metric", self.metric] if self.metric else [])]
+
+    @property
+    def scoring(self) -> list[object]:
+        """Options of `lrc score`."""
+        return ["--allocate", self.allocate] if self.allocate else []
+
+
+NEW = (Row("modegpt"), Row("modegpt", "kfac"), Row("modegpt", "kfac", "loss"), Row("auto"))
+ALL = (*(Row(name) for name, method in METHODS.items() if isinstance(method, LinearMethod)), *NEW)
 
 
 @dataclass(frozen=True)
@@ -37,6 +68,7 @@ class Case:
     calibration: Path
     text: Path
     samples: int
+    rows: tuple[Row, ...]
     seq_len: int = 256
 
 
@@ -52,6 +84,7 @@ def cases(directory: Path) -> list[Case]:
             demo["calibration"],
             demo["heldout"],
             256,
+            ALL,
         ),
         Case(
             "stories260k",
@@ -60,6 +93,16 @@ def cases(directory: Path) -> list[Case]:
             texts / "tinystories-calibration.txt",
             texts / "tinystories-dev.txt",
             128,
+            ALL,
+        ),
+        Case(
+            "books",
+            "books-gpt2-2m (GPT-2, 2.3 M parameters), public-domain books",
+            ASSETS / "models" / "books-gpt2-2m",
+            texts / "books-train-part.txt",
+            texts / "books-validation.txt",
+            128,
+            (Row("svd"), Row("svd-llm"), *NEW),
         ),
     ]
 
@@ -72,20 +115,22 @@ def measure(case: Case, ratios: Sequence[float], directory: Path) -> str:
     ]
     length = ["--seq-len", case.seq_len]
     data = ["--calibration", case.calibration, "--samples", case.samples, *length]
-    table: dict[str, list[float]] = {}
-    for method in METHODS:
+    table: dict[Row, list[float]] = {}
+    for number, row in enumerate(case.rows):
+        run = directory / f"{case.name}-{number}"
+        lrc("calibrate", case.model, *row.calibrating, *data, "--out", run)
         for ratio in ratios:
-            run = directory / f"{case.name}-{method}-{ratio:g}"
-            lrc("compress", case.model, "--method", method, "--ratio", ratio, *data, "--out", run)
-            table.setdefault(method, []).append(perplexity(run / "model", case.text, *length))
-        typer.echo(f"{case.name} · {method}: {', '.join(f'{value:.3f}' for value in table[method])}", err=True)
+            lrc("score", run, *row.scoring, "--ratio", ratio, "--overwrite")
+            lrc("factorize", run, "--overwrite")
+            table.setdefault(row, []).append(perplexity(run / "model", case.text, *length))
+        typer.echo(f"{case.name} · {row.title}: {', '.join(f'{value:.3f}' for value in table[row])}", err=True)
     least = [min(column) for column in zip(*table.values(), strict=True)]
-    for method, values in table.items():
+    for row, values in table.items():
         cells = [
             f"**{value:.2f}**" if value == best else f"{value:.2f}" for value, best in zip(values, least, strict=True)
         ]
-        entry = METHODS[method]
-        lines.append(f"| `{method}` | {entry.allocate} | {entry.storage} | {' | '.join(cells)} |")
+        entry = METHODS[row.method]
+        lines.append(f"| {row.title} | {row.allocate or entry.allocate} | {entry.storage} | {' | '.join(cells)} |")
     dense = perplexity(case.model, case.text, *length)
     amount = f"{case.samples} × {case.seq_len} calibration tokens; perplexity of the dense model: {dense:.2f}."
     return "\n".join([f"Perplexity of {case.title};", amount, "", *lines])
@@ -109,8 +154,10 @@ def replace_between(text: str, name: str, content: str) -> str:
 
 def main(
     write: Annotated[Path | None, typer.Option(help="Markdown file with the markers to write between.")] = None,
-    ratios: Annotated[str, typer.Option(help="Ratios, separated by commas.")] = "0.2,0.3",
-    only: Annotated[str | None, typer.Option(help="One model: demo or stories260k. [default: all there are]")] = None,
+    ratios: Annotated[str, typer.Option(help="Ratios, separated by commas.")] = "0.1,0.2,0.3",
+    only: Annotated[
+        str | None, typer.Option(help="One model: demo, stories260k or books. [default: all there are]")
+    ] = None,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
 ) -> None:
     """Measure, then print the tables or write them into a file."""

@@ -1,4 +1,4 @@
-"""Compare every method × allocator × storage, at several ratios, on one model; and `auto` with the best of them.
+"""Compare every linear method × allocator × storage, at several ratios, on one model; and `auto` with the best.
 
 Each method is calibrated once (`lrc calibrate`); every combination is then `lrc score`, `lrc factorize` and `lrc eval`
 on that run. The recommendation is one plain `lrc compress`, so its row also shows whether the two ways agree. The
@@ -27,9 +27,11 @@ from running import ASSETS, lrc, perplexity
 
 from lowrank_compress.allocation.storage import STORAGES
 from lowrank_compress.allocation.table import ALLOCATORS
+from lowrank_compress.methods.linear import LinearMethod
 from lowrank_compress.methods.table import METHODS
 
 RECOMMENDED = "auto"
+LINEAR = [name for name, method in METHODS.items() if isinstance(method, LinearMethod)]
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,9 @@ def sweep_method(setting: Setting, method: str, directory: Path, threads: int) -
         return rows
     lrc("calibrate", *setting.calibrating(method), "--out", run)
     for ratio in setting.ratios:
-        for allocator in ALLOCATORS:
+        for allocator, entry in ALLOCATORS.items():
+            if entry.needs_influence and method == "svd":
+                continue  # it takes no data
             for storage in STORAGES:
                 ranks = ["--ratio", ratio, "--allocate", allocator, "--storage", storage]
                 lrc("score", run, *ranks, "--overwrite")
@@ -144,7 +148,9 @@ def main(
     ratios: Annotated[str, typer.Option(help="Ratios, separated by commas.")] = "0.1,0.2,0.3",
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens a window.")] = 256,
-    methods: Annotated[str | None, typer.Option(help="Methods, separated by commas. [default: all]")] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Methods, separated by commas. [default: all linear ones]")
+    ] = None,
     jobs: Annotated[int, typer.Option(help="Methods at once.")] = 1,
     threads: Annotated[int, typer.Option(help="CPU threads a job.")] = 1,
     out: Annotated[Path | None, typer.Option(help="JSON file for the result.")] = None,
@@ -153,7 +159,7 @@ def main(
     """Print the table, write it as JSON, and exit with 1 if the recommendation is not the best at every ratio."""
     torch.set_num_threads(threads)
     setting = Setting(model, calibration, text, samples, seq_len, tuple(float(ratio) for ratio in ratios.split(",")))
-    names = [name for name in methods.split(",") if name] if methods else list(METHODS)
+    names = [name for name in methods.split(",") if name] if methods else LINEAR
     names = [*(name for name in names if name != RECOMMENDED), RECOMMENDED]
     with tempfile.TemporaryDirectory() as temporary:
         runs = directory or Path(temporary)

@@ -31,6 +31,26 @@ ROLES = {
 }
 FUSED = {"phi3": ("qkv_proj", "gate_up_proj"), "gpt2": ("c_attn",), "gpt_neox": ("query_key_value",)}
 HEAD_NORMS = ("qwen3", "gemma3_text")
+METRICS = ("gram", "kfac")
+# Every model with one of the metrics, a model of each way of storing weights with both.
+CASES = [(name, METRICS[number % 2]) for number, name in enumerate(MODELS)]
+CASES += [
+    (name, METRICS[1 - number % 2])
+    for number, name in enumerate(MODELS)
+    if name in ("llama-lm", "phi3-lm", "gpt2-lm", "gpt_neox-lm", "bert-classification")
+]
+MIXED = (
+    "--method cr --ratio 0.05",
+    "--method vo-svd --ratio 0.05",
+    "--method nystrom --ratio 0.1",
+    "--method auto --mlp nystrom",
+    "--method svd-llm --storage pivot --vo vo-svd",
+    "--method kfac --attention modegpt --allocate loss",
+    "--method svd --qk cr --vo dense --ratio 0.1",
+    "--method auto --qk kfac|cr --vo kfac|vo-svd",
+)
+LAYOUTS = ("llama-lm", "gpt2-lm", "gpt_neox-lm", "phi3-lm", "bert-classification")
+PARTS = [(LAYOUTS[(number + 2 * shift) % 5], parts) for number, parts in enumerate(MIXED) for shift in range(2)]
 
 
 def targets_of(model: PreTrainedModel) -> dict[tuple[str, str], str]:
@@ -144,8 +164,7 @@ def logits_of(model: PreTrainedModel) -> Tensor:
     return logits[mask.bool()] if logits.ndim == 3 else logits
 
 
-@pytest.mark.parametrize("metric", ["gram", "kfac"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "metric"), CASES)
 def test_what_is_redundant_is_removed_and_nothing_else(name: str, metric: str, tmp_path: Path) -> None:
     model, data = save_redundant(name, tmp_path)
     normed = MODELS[name][0] in HEAD_NORMS
@@ -215,24 +234,11 @@ def test_head_norms_are_refused_by_name_or_left_to_a_linear_method(name: str, tm
     assert {"width"} <= {entry["format"] for entry in matrices.values()}
 
 
-@pytest.mark.parametrize("name", ["llama-lm", "gpt2-lm", "gpt_neox-lm", "phi3-lm", "bert-classification"])
-@pytest.mark.parametrize(
-    "parts",
-    [
-        ["--method", "cr", "--ratio", "0.05"],
-        ["--method", "vo-svd", "--ratio", "0.05"],
-        ["--method", "nystrom", "--ratio", "0.1"],
-        ["--method", "auto", "--mlp", "nystrom"],
-        ["--method", "svd-llm", "--storage", "pivot", "--vo", "vo-svd"],
-        ["--method", "kfac", "--attention", "modegpt", "--allocate", "loss"],
-        ["--method", "svd", "--qk", "cr", "--vo", "dense", "--ratio", "0.1"],
-    ],
-    ids=" ".join,
-)
-def test_parts_have_methods_of_their_own(name: str, parts: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "parts"), PARTS, ids=" ".join)
+def test_parts_have_methods_of_their_own(name: str, parts: str, tmp_path: Path) -> None:
     model, data = save_redundant(name, tmp_path)
     run = tmp_path / "run"
-    done("compress", model, *parts, *data, "--out", run)
+    done("compress", model, *parts.split(), *data, "--out", run)
     report = json.loads((run / "model" / "lowrank.json").read_text())
     check_counts(run, report)
     found = logits_of(load(run / "model", task(name)))
@@ -243,5 +249,5 @@ def test_parts_have_methods_of_their_own(name: str, parts: list[str], tmp_path: 
     )
     # The same once more changes nothing, and says so quickly.
     before = {path.name: path.stat().st_mtime_ns for path in (run / "model").iterdir()}
-    done("compress", model, *parts, *data, "--out", run)
+    done("compress", model, *parts.split(), *data, "--out", run)
     assert before == {path.name: path.stat().st_mtime_ns for path in (run / "model").iterdir()}

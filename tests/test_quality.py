@@ -55,6 +55,8 @@ def stories(assets: Path, tmp_path_factory: pytest.TempPathFactory):
         (("kfac", "uniform", "pivot"), 9.4),
         (("svd", "welore", "pivot"), 16.3),
         (("kfac", "loss", "pivot"), 7.14),
+        (("modegpt", "block-influence", "pair"), 15.5),
+        (("auto", "loss", "auto"), 6.36),
     ],
 )
 def test_a_collapsing_model_ranks_the_methods(stories, choice: tuple[str, str, str], measured: float):
@@ -67,7 +69,7 @@ def test_the_recommendation_is_the_best(stories):
     recommended = stories("auto", "loss", "auto")
     others = [("svd", "welore", "pivot"), ("svd-llm", "uniform", "pivot"), ("kfac", "uniform", "pivot")]
     assert recommended < min(stories(*other) for other in others)
-    assert recommended <= stories("kfac", "loss", "pivot") * (1 + 1e-6)
+    assert recommended < 0.95 * stories("kfac", "loss", "pivot")
 
 
 @pytest.mark.assets

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lowrank_compress.config import Recipe, load_recipe
 from lowrank_compress.errors import InputError
+from lowrank_compress.stages.pipeline import default_run
 
 
 def test_options_win_over_the_file(tmp_path: Path) -> None:
@@ -44,3 +46,15 @@ def test_a_bad_recipe_is_explained(tmp_path: Path, text: str, message: str) -> N
 def test_a_missing_recipe_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"cannot be read"):
         load_recipe(tmp_path / "none.yaml", {})
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({}, "there-auto-0.3"),
+        ({"method": "svd", "ratio": 0.25}, "there-svd-0.25"),
+        ({"mlp": "kfac|nystrom", "qk": "dense"}, "there-auto-qk-dense-mlp-kfac+nystrom-0.3"),
+    ],
+)
+def test_runs_of_different_methods_have_different_places(options: dict[str, Any], name: str) -> None:
+    assert default_run(Recipe(model="some/there", **options)).name.endswith(name)

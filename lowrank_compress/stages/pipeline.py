@@ -19,8 +19,10 @@ from lowrank_compress.stages.plan import Plan
 
 
 def default_run(recipe: Recipe) -> Path:
-    """Where a run goes without ``--out``: runs/<model>-<method>-<ratio>."""
-    return Path("runs") / f"{display_name(recipe.model).replace('/', '--')}-{recipe.method}-{recipe.ratio:g}"
+    """Where a run goes without ``--out``: runs/<model>-<method>-<ratio>, and the parts that have their own method."""
+    own = {name: getattr(recipe, name) for name in ("attention", "qk", "vo", "mlp")}
+    parts = [recipe.method, *(f"{name}-{method.replace('|', '+')}" for name, method in own.items() if method)]
+    return Path("runs") / f"{display_name(recipe.model).replace('/', '--')}-{'-'.join(parts)}-{recipe.ratio:g}"
 
 
 def claim(run: Run, plan: Plan, *, overwrite: bool) -> None:

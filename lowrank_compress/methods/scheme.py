@@ -49,8 +49,7 @@ def scheme_of(recipe: Recipe, architecture: Architecture) -> tuple[Scheme, tuple
                 f"The method {given!r} is not for --{option}: see `lrc list methods` for what it makes smaller."
             )
     notes = []
-    mixtures = [METHODS[name] for name in (asked["qk"],) if name in METHODS]
-    if architecture.head_norms and mixtures and isinstance(mixture := mixtures[0], Mixture):
+    if architecture.head_norms and asked["qk"] in METHODS and isinstance(mixture := METHODS[asked["qk"]], Mixture):
         parts = names["qk"].split(OR)
         linear = [name for name in parts if name == DENSE or not isinstance(METHODS[name], ModuleMethod)]
         if not linear:

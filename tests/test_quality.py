@@ -36,7 +36,7 @@ def stories(assets: Path, tmp_path_factory: pytest.TempPathFactory):
             model = assets / "models" / "stories260k-llama-gqa"
             done("compress", model, "--calibration", text, *STORIES, *choices, "--out", out)
             heldout = assets / "text" / "tinystories-dev.txt"
-            compressed, dense = perplexities(out, heldout, "--seq-len", 256, "--limit", 96)
+            compressed, dense = perplexities(out, heldout, "--seq-len", 256, "--limit", 48)
             known[method, allocate, storage] = compressed / dense
         return known[method, allocate, storage]
 

@@ -208,7 +208,7 @@ class Encoder:
             return choice
         count = stored_elements(unit, choice.format, choice.rank)
         rank = min(largest_rank(storage, unit.shape, count), min(unit.shape) - 1)
-        return Choice(storage, max(rank - rank % self.config.round_to, 1))
+        return Choice(storage, max(rank - rank % self.config.round_to or rank, 1))
 
     def encode(self, unit: MatrixUnit, choice: Choice, weight: Tensor, bases: Mapping[str, Tensor]) -> Encoded:
         """Factor one matrix.

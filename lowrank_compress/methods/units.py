@@ -16,15 +16,12 @@ import torch
 from torch import Tensor
 
 from lowrank_compress.allocation.storage import STORAGES, cost, largest_rank
-from lowrank_compress.arch.resolve import Resolved, Target
-from lowrank_compress.arch.spec import GROUP_OF, Group, Role
+from lowrank_compress.arch.resolve import Target
+from lowrank_compress.arch.spec import Role
 from lowrank_compress.calibration.moments import statistic_key
-from lowrank_compress.config import Scheme
-from lowrank_compress.errors import UnsupportedError
 from lowrank_compress.linalg.weighted import Projector
 from lowrank_compress.methods.linear import Damping, LinearMethod, decompose_target, sensitivities
 from lowrank_compress.methods.module import ModuleMethod
-from lowrank_compress.methods.scheme import DENSE, methods_of
 
 Weights = Callable[[Target], Tensor]
 
@@ -307,72 +304,6 @@ class ModuleUnit:
     def tail(self, basis: Mapping[str, Tensor]) -> Tensor:
         """Squared loss of the module's output."""
         return basis[f"{self.name}/tail"].double().cpu()
-
-
-GROUP_NAMES: Mapping[Group, str] = {"qk": "query-key", "vo": "value-output", "mlp": "mlp"}
-
-
-@dataclass(frozen=True)
-class Site:
-    """A part of a block, and the ways to compress it.
-
-    Attributes
-    ----------
-    alternatives
-        The units of each way; each way has the same matrices.
-    """
-
-    alternatives: tuple[tuple[Unit, ...], ...]
-
-    @property
-    def dense(self) -> int:
-        """Elements of all its dense matrices."""
-        return sum(dense_elements(unit) for unit in self.alternatives[0])
-
-
-def sites_of(resolved: Resolved, scheme: Scheme) -> tuple[Site, ...]:
-    """List what a scheme compresses in a model, block by block in the order of computation.
-
-    Raises
-    ------
-    UnsupportedError
-        Queries and keys that are normalised head by head are to be made narrower.
-    InputError
-        A method is unknown.
-    """
-    methods = methods_of(scheme)
-    sites: list[Site] = []
-    for block, path in enumerate(resolved.blocks):
-        for group, ways in methods.items():
-            targets = tuple(target for target in resolved.of_block(block) if GROUP_OF[target.role] == group)
-            if ways:
-                name = f"{path}:{GROUP_NAMES[group]}"
-                sites.append(Site(tuple(_units(way, name, targets, resolved) for way in ways)))
-    return tuple(sites)
-
-
-def _units(
-    method: LinearMethod | ModuleMethod, name: str, targets: tuple[Target, ...], resolved: Resolved
-) -> tuple[Unit, ...]:
-    if isinstance(method, LinearMethod):
-        return tuple(MatrixUnit(target, method) for target in targets)
-    if method.group == "qk" and resolved.architecture.head_norms:
-        raise UnsupportedError(
-            f"{method.name} cannot make queries and keys of {resolved.architecture.name!r} narrower: they are "
-            "normalised head by head, over all dimensions of a head. Give them a linear method, for instance --qk "
-            f"kfac, or leave them with --qk {DENSE}."
-        )
-    return (ModuleUnit(name, targets, method),)
-
-
-def all_units(sites: Sequence[Site]) -> tuple[Unit, ...]:
-    """Return the units of all alternatives."""
-    return tuple(unit for site in sites for way in site.alternatives for unit in way)
-
-
-def first_units(sites: Sequence[Site]) -> tuple[Unit, ...]:
-    """Return the units of each site's first alternative."""
-    return tuple(unit for site in sites for unit in site.alternatives[0])
 
 
 def needed(units: Sequence[Unit]) -> dict[str, frozenset[str]]:

@@ -20,15 +20,8 @@ from lowrank_compress.calibration.moments import INFLUENCE
 from lowrank_compress.config import ScoreConfig
 from lowrank_compress.linalg.eigen import eigh
 from lowrank_compress.methods.linear import Damping
-from lowrank_compress.methods.units import (
-    Site,
-    Unit,
-    all_units,
-    candidate_ranks,
-    dense_elements,
-    first_units,
-    sites_of,
-)
+from lowrank_compress.methods.sites import Site, all_units, first_units, sites_of
+from lowrank_compress.methods.units import Unit, candidate_ranks, dense_elements
 from lowrank_compress.model.blueprint import Blueprint, blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 

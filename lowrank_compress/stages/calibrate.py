@@ -28,7 +28,8 @@ from lowrank_compress.calibration.tokens import (
 )
 from lowrank_compress.config import CalibrateConfig
 from lowrank_compress.errors import ArtifactError, InputError
-from lowrank_compress.methods.units import MatrixUnit, all_units, full_rank, needed, needs_data, sites_of
+from lowrank_compress.methods.sites import all_units, sites_of
+from lowrank_compress.methods.units import MatrixUnit, full_rank, needed, needs_data
 from lowrank_compress.model.blueprint import Task, blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.narrowing import check_narrowing

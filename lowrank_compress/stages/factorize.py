@@ -12,7 +12,7 @@ from lowrank_compress.artifacts.manifest import Key, Manifest, commit, committed
 from lowrank_compress.artifacts.tensors import BlockFiles
 from lowrank_compress.config import FactorizeConfig
 from lowrank_compress.errors import ArtifactError
-from lowrank_compress.methods.units import all_units, sites_of
+from lowrank_compress.methods.sites import all_units, sites_of
 from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.export import ShardWriter, config_json, write_companions

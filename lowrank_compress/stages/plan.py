@@ -12,8 +12,9 @@ from lowrank_compress.config import DTYPES, CalibrateConfig, FactorizeConfig, Re
 from lowrank_compress.errors import InputError, UnsupportedError
 from lowrank_compress.methods.module import ModuleMethod
 from lowrank_compress.methods.scheme import label, methods_of, scheme_of
+from lowrank_compress.methods.sites import all_units, sites_of
 from lowrank_compress.methods.table import METHODS
-from lowrank_compress.methods.units import all_units, needed, needs_data, sites_of
+from lowrank_compress.methods.units import needed, needs_data
 from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint, locate
 from lowrank_compress.stages.common import compute_device, source_id

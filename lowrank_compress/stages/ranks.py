@@ -10,7 +10,8 @@ from typing import Any
 
 from lowrank_compress.artifacts.files import read_json, write_text
 from lowrank_compress.errors import ArtifactError
-from lowrank_compress.methods.units import Site, Unit, full_rank
+from lowrank_compress.methods.sites import Site
+from lowrank_compress.methods.units import Unit, full_rank
 
 RANKS = "ranks.json"
 RANKS_BACKUP = "ranks.json.bak"

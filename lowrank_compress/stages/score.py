@@ -21,7 +21,8 @@ from lowrank_compress.artifacts.manifest import Key, Manifest, altered, commit, 
 from lowrank_compress.artifacts.tensors import BlockFiles
 from lowrank_compress.config import ScoreConfig
 from lowrank_compress.errors import ArtifactError, InputError
-from lowrank_compress.methods.units import Site, all_units, first_units, needs_data, stored_elements
+from lowrank_compress.methods.sites import Site, all_units, first_units
+from lowrank_compress.methods.units import needs_data, stored_elements
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.registry import unknown
 from lowrank_compress.stages.bases import VERSION, Bases, ranking

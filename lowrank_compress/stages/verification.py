@@ -8,7 +8,7 @@ from lowrank_compress.artifacts.manifest import altered, read_manifest
 from lowrank_compress.config import load_recipe
 from lowrank_compress.errors import ArtifactError, LrcError
 from lowrank_compress.methods.scheme import scheme_of
-from lowrank_compress.methods.units import sites_of
+from lowrank_compress.methods.sites import sites_of
 from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint, locate
 from lowrank_compress.stages.common import Run

@@ -7,7 +7,8 @@ import torch
 
 from lowrank_compress.calibration.capture import capture, state_bytes
 from lowrank_compress.config import Scheme
-from lowrank_compress.methods.units import all_units, needed, sites_of
+from lowrank_compress.methods.sites import all_units, sites_of
+from lowrank_compress.methods.units import needed
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.replay import Batch
 from lowrank_compress.model.skeleton import Skeleton

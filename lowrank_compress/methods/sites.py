@@ -1,0 +1,80 @@
+"""The parts of a model's blocks that a scheme compresses, and for each the ways to do it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from lowrank_compress.arch.resolve import Resolved, Target
+from lowrank_compress.arch.spec import GROUP_OF, Group
+from lowrank_compress.config import Scheme
+from lowrank_compress.errors import UnsupportedError
+from lowrank_compress.methods.linear import LinearMethod
+from lowrank_compress.methods.module import ModuleMethod
+from lowrank_compress.methods.scheme import DENSE, methods_of
+from lowrank_compress.methods.units import MatrixUnit, ModuleUnit, Unit, dense_elements
+
+GROUP_NAMES: Mapping[Group, str] = {"qk": "query-key", "vo": "value-output", "mlp": "mlp"}
+
+
+@dataclass(frozen=True)
+class Site:
+    """A part of a block, and the ways to compress it.
+
+    Attributes
+    ----------
+    alternatives
+        The units of each way; each way has the same matrices.
+    """
+
+    alternatives: tuple[tuple[Unit, ...], ...]
+
+    @property
+    def dense(self) -> int:
+        """Elements of all its dense matrices."""
+        return sum(dense_elements(unit) for unit in self.alternatives[0])
+
+
+def sites_of(resolved: Resolved, scheme: Scheme) -> tuple[Site, ...]:
+    """List what a scheme compresses in a model, block by block in the order of computation.
+
+    Raises
+    ------
+    UnsupportedError
+        Queries and keys that are normalised head by head are to be made narrower.
+    InputError
+        A method is unknown.
+    """
+    methods = methods_of(scheme)
+    sites: list[Site] = []
+    for block, path in enumerate(resolved.blocks):
+        for group, ways in methods.items():
+            targets = tuple(target for target in resolved.of_block(block) if GROUP_OF[target.role] == group)
+            if ways:
+                name = f"{path}:{GROUP_NAMES[group]}"
+                sites.append(Site(tuple(_units(way, name, targets, resolved) for way in ways)))
+    return tuple(sites)
+
+
+def _units(
+    method: LinearMethod | ModuleMethod, name: str, targets: tuple[Target, ...], resolved: Resolved
+) -> tuple[Unit, ...]:
+    if isinstance(method, LinearMethod):
+        return tuple(MatrixUnit(target, method) for target in targets)
+    if method.group == "qk" and resolved.architecture.head_norms:
+        raise UnsupportedError(
+            f"{method.name} cannot make queries and keys of {resolved.architecture.name!r} narrower: they are "
+            "normalised head by head, over all dimensions of a head. Give them a linear method, for instance --qk "
+            f"kfac, or leave them with --qk {DENSE}."
+        )
+    return (ModuleUnit(name, targets, method),)
+
+
+def all_units(sites: Sequence[Site]) -> tuple[Unit, ...]:
+    """Return the units of all alternatives."""
+    return tuple(unit for site in sites for way in site.alternatives for unit in way)
+
+
+def first_units(sites: Sequence[Site]) -> tuple[Unit, ...]:
+    """Return the units of each site's first alternative."""
+    return tuple(unit for site in sites for unit in site.alternatives[0])

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from lowrank_compress.arch.resolve import Heads, Target
 from lowrank_compress.arch.spec import Role
-from lowrank_compress.model import weights
 
 ROTARY = "lr_rotary"  # the buffer of `layers.CompressedAttention`
 
@@ -122,8 +121,3 @@ def module_tensors(targets: Sequence[Target], parts: Sequence[Encoded], dtype: t
         if part.index is not None:
             tensors[f"lr_index{suffix}"] = part.index
     return tensors
-
-
-def dense_part(weight: Tensor, target: Target) -> Encoded:
-    """Take a matrix as it is from its module's stored weight."""
-    return Encoded("dense", target.shape[0], weights.read(weight, target))

@@ -23,7 +23,6 @@ from lowrank_compress.model.surgery import (
     ROTARY,
     Encoded,
     attention_entry,
-    dense_part,
     joined,
     module_entry,
     module_tensors,
@@ -164,8 +163,7 @@ class Encoder:
             first = targets[0]
             if first.block != block or not any(target.name in pieces.parts for target in targets):
                 continue
-            stored = plan.read(f"{path}.weight")
-            parts = [pieces.parts.get(target.name) or dense_part(stored, target).cast(self.dtype) for target in targets]
+            parts = [pieces.parts.get(target.name) or self._dense(target) for target in targets]
             stem = plan.name_on_disk(f"{path}.weight").removesuffix("weight")
             if all(part.format == "dense" for part in parts):
                 weight = joined(targets, [part.inner for part in parts])
@@ -185,6 +183,10 @@ class Encoder:
                 made.tensors[plan.name_on_disk(f"{path}.bias")] = joined(targets, biases).to(self.dtype)
                 replaced.add(f"{path}.bias")
         return replaced
+
+    def _dense(self, target: Target) -> Encoded:
+        """Take a matrix as it is."""
+        return Encoded("dense", target.shape[0], self.plan.weight(target)).cast(self.dtype)
 
     def _attention(self, block: int, pieces: _Pieces, made: EncodedBlock) -> None:
         """Describe an attention whose heads have become narrower."""

@@ -3,10 +3,15 @@
 Without gradients: one forward sweep that takes the statistics on its way. With gradients: a forward sweep that keeps
 what enters each block; the head's loss and its gradient; then a reverse sweep that recomputes each block and takes
 all its statistics at once. A block's statistics are handed on as soon as they are complete.
+
+Hidden states lie in memory, or in a file where they would take too much of it; where the disk cannot hold them either,
+only what enters every few blocks is kept, and the rest is computed once more. None of this changes a result.
 """
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +26,7 @@ from lowrank_compress.errors import NumericsError
 from lowrank_compress.model import weights
 from lowrank_compress.model.replay import Batch, Replay, lm_chunks, token_loss
 from lowrank_compress.model.skeleton import Skeleton
-from lowrank_compress.model.states import StateStore, free_memory
+from lowrank_compress.model.states import State, StateStore, free_memory
 
 Wanted = Mapping[str, frozenset[str]]
 Advance = Callable[[str, int, int], None]
@@ -59,6 +64,7 @@ def capture(
     advance: Advance = lambda step, done, total: None,
     spill_to: Path | None = None,
     memory: int | None = None,
+    disk: int | None = None,
 ) -> Iterator[BlockStatistics]:
     """Yield the statistics of each block: first to last, or last to first where gradients are taken.
 
@@ -79,21 +85,24 @@ def capture(
         Called with (step, done, total) as work proceeds.
     spill_to
         Directory for hidden states that do not fit in memory; None for the system's temporary one.
-    memory
-        Bytes that hidden states may take; None for half of what is free. It changes no result.
+    memory, disk
+        Bytes that hidden states may take in memory, or else on disk; None for half of what is free there.
 
     Raises
     ------
     NumericsError
         Logits, activations or gradients are NaN or infinite.
     """
-    needed = state_bytes(skeleton, batches, wanted)
-    store = StateStore(needed > (free_memory() // 2 if memory is None else memory), spill_to)
-    replay = Replay(skeleton, batches, store)
+    memory = free_memory() // 2 if memory is None else memory
+    disk = shutil.disk_usage(spill_to or tempfile.gettempdir()).free // 2 if disk is None else disk
     count = len(skeleton.resolved.blocks)
+    boundary = boundary_bytes(skeleton, batches)
+    spill = boundary * boundaries(count, wanted) > memory
+    replay = Replay(skeleton, batches, StateStore(spill, spill_to))
     hidden = replay.start()
     if needs_gradient(wanted):
-        yield from _backward(replay, hidden, wanted, skip, clip, advance)
+        segment = segment_length(count, (disk if spill else memory) // boundary)
+        yield from _Backward(replay, wanted, skip, clip, advance).run(hidden, segment)
         return
     tokens = sum(batch.tokens for batch in batches)
     last = max((i for i in range(count) if not skip(i)), default=-1)
@@ -101,7 +110,7 @@ def capture(
         with torch.no_grad(), skeleton.block(index) as block:
             moments = None if skip(index) else Moments(skeleton.resolved.of_block(index), wanted)
             for number, batch in enumerate(batches):
-                entering = hidden[number].to(skeleton.device)
+                entering = replay.load(hidden[number])
                 with _tapped(skeleton, index, moments, batch, clip=None):
                     leaving = replay.step(index, block, number, entering)
                 if moments is not None:
@@ -112,56 +121,88 @@ def capture(
             yield BlockStatistics(index, moments.means(tokens, losses=1))
 
 
-def _backward(
-    replay: Replay,
-    hidden: list[Tensor],
-    wanted: Wanted,
-    skip: Callable[[int], bool],
-    clip: float | None,
-    advance: Advance,
-) -> Iterator[BlockStatistics]:
-    skeleton, batches = replay.skeleton, replay.batches
-    count = len(skeleton.resolved.blocks)
-    first = min((i for i in range(count) if not skip(i)), default=count)
-    inputs: list[list[Tensor]] = []
-    for index in range(count):
-        inputs.append(list(hidden))
-        with torch.no_grad(), skeleton.block(index) as block:
-            hidden = [replay.advance(index, block, number, states) for number, states in enumerate(hidden)]
-        advance("forward", index + 1, count)
-    gradients = []
-    for number, batch in enumerate(batches):
-        gradients.append(replay.store.keep(head_gradient(replay, batch, hidden[number].to(skeleton.device))))
-        advance("loss", number + 1, len(batches))
-    tokens = sum(batch.tokens for batch in batches)
-    losses = sum(loss_terms(batch) for batch in batches)
-    for index in range(count - 1, first - 1, -1):
-        moments = None if skip(index) else Moments(skeleton.resolved.of_block(index), wanted)
-        entering = inputs.pop()
+@dataclass(frozen=True)
+class _Backward:
+    """A capture with gradients."""
+
+    replay: Replay
+    wanted: Wanted
+    skip: Callable[[int], bool]
+    clip: float | None
+    advance: Advance
+
+    def run(self, hidden: list[State], segment: int) -> Iterator[BlockStatistics]:
+        """Sweep forwards, keep what enters every `segment`-th block, and sweep backwards."""
+        replay, batches = self.replay, self.replay.batches
+        count = len(replay.skeleton.resolved.blocks)
+        first = min((i for i in range(count) if not self.skip(i)), default=count)
+        entering: dict[int, list[State]] = {}
+        for index in range(count):
+            if index % segment == 0:
+                entering[index] = hidden
+            hidden = self._forward(index, hidden)
+            self.advance("forward", index + 1, count)
+        gradients: list[State] = []
+        for number, (batch, state) in enumerate(zip(batches, hidden, strict=True)):
+            gradients.append(replay.store.keep(head_gradient(replay, batch, replay.load(state))))
+            self.advance("loss", number + 1, len(batches))
+        replay.skeleton.drop_outside()
+        del hidden
+        tokens = sum(batch.tokens for batch in batches)
+        losses = sum(loss_terms(batch) for batch in batches)
+        for index in range(count - 1, first - 1, -1):
+            for earlier in range(max(entering), index):
+                entering[earlier + 1] = self._forward(earlier, entering[earlier])
+            means = self._reverse(index, entering.pop(index), gradients, tokens, losses)
+            self.advance("backward", count - index, count)
+            if means is not None:
+                yield BlockStatistics(index, means)
+
+    def _forward(self, index: int, hidden: list[State]) -> list[State]:
+        with torch.no_grad(), self.replay.skeleton.block(index) as block:
+            return [self.replay.advance(index, block, number, state) for number, state in enumerate(hidden)]
+
+    def _reverse(
+        self, index: int, entering: list[State], gradients: list[State], tokens: int, losses: int
+    ) -> dict[str, Tensor] | None:
+        """Take a block's statistics, and replace in place the gradients at its output by those at its input."""
+        replay, skeleton = self.replay, self.replay.skeleton
+        moments = None if self.skip(index) else Moments(skeleton.resolved.of_block(index), self.wanted)
         with skeleton.block(index) as block:
-            for number, batch in enumerate(batches):
-                x = entering[number].to(skeleton.device).detach().requires_grad_()
-                with _tapped(skeleton, index, moments, batch, clip), torch.enable_grad():
+            for number, batch in enumerate(replay.batches):
+                x = replay.load(entering[number]).detach().requires_grad_()
+                with _tapped(skeleton, index, moments, batch, self.clip), torch.enable_grad():
                     out = replay.step(index, block, number, x)
-                    (gradient,) = torch.autograd.grad(out, x, gradients[number].to(skeleton.device))
+                    (gradient,) = torch.autograd.grad(out, x, replay.load(gradients[number]))
                 if moments is not None:
                     moments.add_influence(x, out, batch.mask)
                 gradients[number] = replay.store.keep(gradient)
-        advance("backward", count - index, count)
-        if moments is not None:
-            yield BlockStatistics(index, moments.means(tokens, losses))
+        return None if moments is None else moments.means(tokens, losses)
 
 
-def state_bytes(skeleton: Skeleton, batches: Sequence[Batch], wanted: Wanted) -> int:
-    """Bytes of all hidden states that a capture keeps at once: one boundary's, or with gradients every block's."""
+def boundary_bytes(skeleton: Skeleton, batches: Sequence[Batch]) -> int:
+    """Bytes of the hidden states of all batches between two blocks."""
     positions = sum(batch.ids.numel() for batch in batches)
-    kept = boundaries(len(skeleton.resolved.blocks), wanted)
-    return positions * skeleton.model.config.hidden_size * skeleton.dtype.itemsize * kept
+    return positions * skeleton.model.config.hidden_size * skeleton.dtype.itemsize
 
 
 def boundaries(blocks: int, wanted: Wanted) -> int:
     """How many boundaries between blocks have their states kept at once; with gradients, theirs count too."""
-    return blocks + 2 if needs_gradient(wanted) else 1
+    return _kept(blocks, 1) if needs_gradient(wanted) else 1
+
+
+def segment_length(blocks: int, limit: int) -> int:
+    """Every how many blocks states are kept, so that no more than `limit` boundaries are at once, or else the fewest.
+
+    All blocks of a segment are run a second time where it is longer than 1.
+    """
+    lengths = range(1, blocks + 1)
+    return next((s for s in lengths if _kept(blocks, s) <= limit), min(lengths, key=lambda s: _kept(blocks, s)))
+
+
+def _kept(blocks: int, segment: int) -> int:
+    """Boundaries at once: starts of segments, the inside of one, and the gradients of one before and after a block."""
+    return -(-blocks // segment) + segment - 1 + 2
 
 
 def loss_terms(batch: Batch) -> int:

@@ -124,9 +124,24 @@ def _rows(values: Tensor) -> Tensor:
     return values.flatten(0, -2)
 
 
-def _second(values: Tensor) -> Tensor:
-    flat = _rows(values)
-    return flat.T @ flat
+PANEL = 512
+
+
+def add_second(total: Tensor, rows: Tensor) -> None:
+    """Add Σ v vᵀ over rows v, (tokens, n), to the lower block triangle of (n, n).
+
+    Products are in the rows' dtype, the sum in that of the total; what is temporary has PANEL columns.
+    """
+    for start in range(0, len(total), PANEL):
+        panel = slice(start, start + PANEL)
+        total[start:, panel] += rows[:, start:].T @ rows[:, panel]
+
+
+def mirror(total: Tensor) -> None:
+    """Copy the lower block triangle to the upper one, in place."""
+    for stop in range(PANEL, len(total), PANEL):
+        panel = slice(stop - PANEL, stop)
+        total[panel, stop:] = total[stop:, panel].T
 
 
 def _gradient(seen: Seen) -> Tensor:
@@ -168,14 +183,17 @@ def row_sums_of_squared_gradients(x: Tensor, g: Tensor) -> Tensor:
     return (g.transpose(1, 2) @ x).square().sum((0, 2))
 
 
+# Statistics that are second moments of whole rows, by those rows; and the other ones.
+ROWS: Mapping[str, Callable[[Seen], Tensor]] = {
+    "in_gram": lambda seen: seen.x,
+    "out_gram": lambda seen: seen.y,
+    "out_fisher": _gradient,
+    "in_fisher": lambda seen: _gradient(seen) @ seen.weight,
+}
 SUMS: Mapping[str, Callable[[Seen], Tensor]] = {
-    "in_gram": lambda seen: _second(seen.x),
     "in_mean": lambda seen: _rows(seen.x).sum(0),
     "in_abs": lambda seen: _rows(seen.x).abs().sum(0),
     "in_square": lambda seen: _rows(seen.x).square().sum(0),
-    "out_gram": lambda seen: _second(seen.y),
-    "out_fisher": lambda seen: _second(_gradient(seen)),
-    "in_fisher": lambda seen: _second(_gradient(seen) @ seen.weight),
     "out_square": lambda seen: _rows(_gradient(seen)).square().sum(0),
     "row_fisher": lambda seen: row_sums_of_squared_gradients(seen.x, _gradient(seen)),
     "head_gram": lambda seen: _second_by_head(seen.z, _heads(seen)),
@@ -234,7 +252,16 @@ class Moments:
             key = statistic_key(target, statistic)
             if STATISTICS[statistic].gradient != gradient or self._owner[key] != target.name:
                 continue
-            self._sum(key, SUMS[statistic](seen).double(), f"{STATISTICS[statistic].help} of {target.name}")
+            what = f"{STATISTICS[statistic].help} of {target.name}"
+            if statistic in ROWS:
+                rows = _rows(ROWS[statistic](seen))
+                size = rows.shape[1]
+                if key not in self._sums:
+                    self._sums[key] = rows.new_zeros(size, size, dtype=torch.float64)
+                add_second(self._sums[key], rows)
+                _check(self._sums[key].diagonal(), what)  # an infinite row has infinite squares
+            else:
+                self._sum(key, SUMS[statistic](seen).double(), what)
 
     def add_influence(self, before: Tensor, after: Tensor, mask: Tensor | None) -> None:
         """Add one batch to the block's influence, 1 − the mean cosine of its input and output.
@@ -259,19 +286,29 @@ class Moments:
         self._sum(INFLUENCE, change.sum()[None], "The influence of a block")
 
     def _sum(self, key: str, value: Tensor, what: str) -> None:
-        if not torch.isfinite(value).all():
-            raise NumericsError(
-                f"{what} is not finite on the calibration data. Check the checkpoint, or calibrate in float32."
-            )
+        _check(value, what)
         if key in self._sums:
             self._sums[key] += value
         else:
             self._sums[key] = value
 
     def means(self, tokens: int, losses: int) -> dict[str, Tensor]:
-        """Divide: activations by real tokens, gradients by scored tokens or examples. Float64, on the CPU."""
+        """Divide: activations by real tokens, gradients by scored tokens or examples. Float64, on the CPU.
 
-        def count(key: str) -> int:
-            return losses if key != INFLUENCE and STATISTICS[key.rsplit("/", 1)[1]].gradient else tokens
+        The sums themselves become the means; nothing can be added any more.
+        """
+        for key, value in self._sums.items():
+            statistic = key.rsplit("/", 1)[-1]
+            if statistic in ROWS:
+                mirror(value)
+            value /= losses if statistic in STATISTICS and STATISTICS[statistic].gradient else tokens
+        means = {key: value.cpu() for key, value in self._sums.items()}
+        self._sums.clear()
+        return means
 
-        return {key: (value / count(key)).cpu() for key, value in self._sums.items()}
+
+def _check(values: Tensor, what: str) -> None:
+    if not torch.isfinite(values).all():
+        raise NumericsError(
+            f"{what} is not finite on the calibration data. Check the checkpoint, or calibrate in float32."
+        )

@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from pydantic import ByteSize, TypeAdapter, ValidationError
+
 from lowrank_compress.artifacts.files import read_json, sha256
 from lowrank_compress.artifacts.lock import locked
 from lowrank_compress.artifacts.manifest import Manifest, read_manifest
@@ -19,6 +21,7 @@ from lowrank_compress.stages import calibrate as calibrate_stage
 from lowrank_compress.stages import pipeline
 from lowrank_compress.stages import score as score_stage
 from lowrank_compress.stages.common import Run, compute_device
+from lowrank_compress.stages.meter import Meter
 from lowrank_compress.stages.plan import Plan, make_plan
 from lowrank_compress.stages.sizing import dry_run as plan_sizes
 
@@ -28,18 +31,43 @@ def device_name(device: str | None) -> str:
     return str(compute_device(device or "auto"))
 
 
+def _bytes(size: str | None) -> int | None:
+    """Read a size such as 8GB or 512MiB.
+
+    Raises
+    ------
+    InputError
+        It is none.
+    """
+    if size is None:
+        return None
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(size))
+    except ValidationError:
+        raise InputError(f"--memory-budget {size} is no size; expected a number of bytes, or one like 8GB.") from None
+
+
 def compress(
-    recipe: Recipe, out: Path | None, keep_statistics: bool, overwrite: bool, reporter: TerminalReporter
+    recipe: Recipe,
+    out: Path | None,
+    memory_budget: str | None,
+    keep_statistics: bool,
+    overwrite: bool,
+    reporter: TerminalReporter,
 ) -> dict[str, Any]:
     """Run the whole pipeline but the evaluation."""
+    memory = _bytes(memory_budget)
     plan = make_plan(recipe)
     run = Run(out or pipeline.default_run(recipe))
     _refuse_foreign(run)
     _tell(plan, reporter)
     with locked(run.path):
         pipeline.claim(run, plan, overwrite=overwrite)
-        manifest = pipeline.compress(plan, run, reporter, keep_statistics=keep_statistics, overwrite=overwrite)
-    return _result(run, manifest)
+        meter = Meter(reporter)
+        manifest = pipeline.compress(
+            plan, run, meter, memory=memory, keep_statistics=keep_statistics, overwrite=overwrite
+        )
+    return _result(run, manifest) | {"cost": meter.cost()}
 
 
 def _tell(plan: Plan, reporter: TerminalReporter) -> None:
@@ -61,8 +89,11 @@ def _result(run: Run, manifest: Manifest) -> dict[str, Any]:
     return {"run": str(run.path), "model": str(run.final_model()), "id": manifest.id, **manifest.report}
 
 
-def calibrate(recipe: Recipe, out: Path | None, overwrite: bool, reporter: TerminalReporter) -> dict[str, Any]:
+def calibrate(
+    recipe: Recipe, out: Path | None, memory_budget: str | None, overwrite: bool, reporter: TerminalReporter
+) -> dict[str, Any]:
     """Run the first stage."""
+    memory = _bytes(memory_budget)
     plan = make_plan(recipe)
     run = Run(out or pipeline.default_run(recipe))
     _refuse_foreign(run)
@@ -70,7 +101,12 @@ def calibrate(recipe: Recipe, out: Path | None, overwrite: bool, reporter: Termi
     with locked(run.path):
         pipeline.claim(run, plan, overwrite=overwrite)
         manifest = calibrate_stage.run(
-            plan.calibrate, calibrate_stage.Inputs(plan.checkpoint), run.statistics, reporter, overwrite=overwrite
+            plan.calibrate,
+            calibrate_stage.Inputs(plan.checkpoint),
+            run.statistics,
+            reporter,
+            memory=memory,
+            overwrite=overwrite,
         )
     return {"run": str(run.path), "stage": "calibrate", "id": manifest.id, **manifest.report}
 

@@ -69,6 +69,7 @@ def compress(
     trust_remote_code: o.Trust = None,
     out: o.Out = None,
     config: o.Config = None,
+    memory_budget: o.MemoryBudget = None,
     keep_statistics: Annotated[
         bool, typer.Option("--keep-statistics", help="Keep the statistics in RUN/stats.", rich_help_panel=o.WHERE)
     ] = False,
@@ -93,7 +94,7 @@ def compress(
             printing.print_dry_run(commands.dry_run(recipe, out), json)
             return
         with reported() as reporter:
-            result = commands.compress(recipe, out, keep_statistics, overwrite, reporter)
+            result = commands.compress(recipe, out, memory_budget, keep_statistics, overwrite, reporter)
         printing.print_result(result, json)
 
 
@@ -119,6 +120,7 @@ def calibrate(
     trust_remote_code: o.Trust = None,
     out: o.Out = None,
     config: o.Config = None,
+    memory_budget: o.MemoryBudget = None,
     overwrite: o.Overwrite = False,
     json: o.Json = False,
     debug: o.Debug = False,
@@ -130,7 +132,7 @@ def calibrate(
         from lowrank_compress.cli import commands, printing
 
         with reported() as reporter:
-            result = commands.calibrate(_recipe(config, given), out, overwrite, reporter)
+            result = commands.calibrate(_recipe(config, given), out, memory_budget, overwrite, reporter)
         printing.print_stage(result, json)
 
 

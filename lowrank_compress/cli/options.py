@@ -98,7 +98,7 @@ SeqLen = Annotated[
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the shuffle (default: 0)", rich_help_panel=DATA)]
 MicroBatch = Annotated[
     int | None,
-    typer.Option("--micro-batch", help="Windows computed at once (default: about 4096 tokens)", rich_help_panel=TUNING),
+    typer.Option("--micro-batch", help="Windows computed at once (default: about 2048 tokens)", rich_help_panel=TUNING),
 ]
 DampingFisher = Annotated[
     float | None,
@@ -178,6 +178,15 @@ Config = Annotated[
     Path | None,
     typer.Option(
         "--config", help="Recipe: a YAML file with these options. Options given here win.", rich_help_panel=WHERE
+    ),
+]
+MemoryBudget = Annotated[
+    str | None,
+    typer.Option(
+        "--memory-budget",
+        help="Memory to get by with, such as 8GB: hidden states go to disk where they would take more than half of it "
+        "(default: what is free). Changes no result.",
+        rich_help_panel=WHERE,
     ),
 ]
 Overwrite = Annotated[

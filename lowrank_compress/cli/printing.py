@@ -58,7 +58,18 @@ def print_result(result: dict[str, Any], as_json: bool) -> None:
         f"{result['asked_ratio']:.2%}): {result['claimed_elements']:,} weights became {result['stored_elements']:,} "
         f"stored elements.\nCheckpoint: {result['model']}"
     )
+    if "cost" in result:
+        messages.print(_cost(result["cost"]), style="dim", markup=False)
     messages.print(f"Next: lrc eval {result['run']} --perplexity YOUR_TEXT.txt", style="dim", markup=False)
+
+
+def _cost(cost: dict[str, Any]) -> str:
+    seconds = ", ".join(f"{step} {taken:.3g} s" for step, taken in cost["seconds"].items() if taken >= 0.05)
+    device = f", {filesize.decimal(cost['peak_device_bytes'])} on the GPU" if "peak_device_bytes" in cost else ""
+    return (
+        f"Peak memory: {filesize.decimal(cost['peak_bytes'])} (in {cost['peak_step']}; "
+        f"{filesize.decimal(cost['start_bytes'])} at the start){device}. Time: {seconds or 'none'}."
+    )
 
 
 def print_metrics(target: str, metrics: dict[str, Any]) -> None:

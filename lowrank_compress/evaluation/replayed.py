@@ -11,6 +11,7 @@ import torch
 from lowrank_compress.errors import NumericsError
 from lowrank_compress.model.replay import Batch, Replay, lm_chunks, token_loss
 from lowrank_compress.model.skeleton import Skeleton
+from lowrank_compress.model.states import State
 
 # Hidden states of this many bytes are carried from block to block at once; longer texts take several passes.
 CARRIED_BYTES = 2 << 30
@@ -58,11 +59,12 @@ def perplexity(
         A logit is NaN or infinite.
     """
     nats, tokens = 0.0, 0
-    for part, replay, hidden in _passes(skeleton, batches, advance):
-        for batch, states in zip(part, hidden, strict=True):
+    for part, replay, states in _passes(skeleton, batches, advance):
+        for batch, state in zip(part, states, strict=True):
+            hidden = replay.load(state)
             for start, stop in lm_chunks(batch):
                 with torch.no_grad():
-                    logits = replay.head(batch, states, start, stop)
+                    logits = replay.head(batch, hidden, start, stop)
                 loss = token_loss(logits, batch.ids[:, start + 1 : stop + 1], "the evaluation text")
                 nats += loss.double().item()
                 tokens += batch.ids.shape[0] * (stop - start)
@@ -80,10 +82,10 @@ def accuracy(
         A logit is NaN or infinite.
     """
     right, count = 0, 0
-    for part, replay, hidden in _passes(skeleton, batches, advance):
-        for batch, states in zip(part, hidden, strict=True):
+    for part, replay, states in _passes(skeleton, batches, advance):
+        for batch, state in zip(part, states, strict=True):
             with torch.no_grad():
-                logits = replay.head(batch, states)
+                logits = replay.head(batch, replay.load(state))
             if not torch.isfinite(logits).all():
                 raise NumericsError(
                     "The model gave NaN or infinite logits on the labelled examples. Check the checkpoint."
@@ -96,7 +98,7 @@ def accuracy(
 
 def _passes(
     skeleton: Skeleton, batches: Sequence[Batch], advance: Callable[[int, int], None]
-) -> Iterator[tuple[Sequence[Batch], Replay, list[torch.Tensor]]]:
+) -> Iterator[tuple[Sequence[Batch], Replay, list[State]]]:
     """Run all blocks over groups of batches whose hidden states fit in memory."""
     width = skeleton.model.config.hidden_size
     groups: list[list[Batch]] = [[]]

@@ -19,6 +19,8 @@ from lowrank_compress.errors import InputError, NumericsError
 # A round drops this share of the units that are left, but no more than LARGEST, from among twice as many candidates.
 SHARE = 8
 LARGEST = 128
+# Large matrices are brought up to date in panels of so many columns, and only on and below the diagonal.
+PANEL = 512
 
 
 def elimination_order(cost: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,7 +75,7 @@ def _last_argmin(values: Tensor) -> Tensor:
     return len(values) - 1 - values.flip(0).argmin()
 
 
-def compensated_order(weight: Tensor, form: Tensor, inverse: Tensor) -> Tensor:
+def compensated_order(images: Tensor, inverse: Tensor) -> Tensor:
     """Order units by greedy backward elimination in which those that stay make up for those that go.
 
     Each round takes the candidates of least cost, eliminates half of them one by one, exactly, and then brings weights
@@ -82,43 +84,59 @@ def compensated_order(weight: Tensor, form: Tensor, inverse: Tensor) -> Tensor:
 
     Parameters
     ----------
-    weight
-        W, (m, n): the weights that read the units.
-    form
-        F, (m, m), symmetric and positive semi-definite: the metric of what W computes.
+    images
+        Wᵀ K, (n, m), for the weights W, (m, n), that read the units and the metric F = K Kᵀ of what W computes.
     inverse
-        P, (n, n): the inverse of the units' (damped) Gram matrix.
+        P, (n, n) float64: the inverse of the units' (damped) Gram matrix. Only its lower triangle is read. It is
+        overwritten: for an MLP a copy would be the largest matrix of all.
 
     Returns
     -------
     Tensor
         (n,) int64, best first.
     """
-    weight, inverse = weight.double(), inverse.double().clone()
-    measured = form.double() @ weight
-    weight = weight.clone()
-    units = torch.arange(weight.shape[1], device=weight.device)
+    images = images.to(torch.float64, copy=True)
+    units = torch.arange(len(images), device=images.device)
     left = torch.ones_like(units, dtype=torch.bool)
     remaining = len(units)
     dropped: list[Tensor] = []
     while remaining:
         if 4 * remaining <= 3 * len(units):
-            units, weight, measured = units[left], weight[:, left], measured[:, left]
-            inverse = inverse[left][:, left]
-            left = left[left]
+            places = left.nonzero().flatten()
+            units, images, inverse, left = units[left], images[left], _compact(inverse, places), left[left]
         count = min(max(remaining // SHARE, 1), LARGEST)
-        costs = ((weight * measured).sum(0) / inverse.diagonal()).masked_fill(~left, torch.inf)
+        energies = torch.linalg.vector_norm(images, dim=1).square_()
+        costs = (energies / inverse.diagonal()).masked_fill_(~left, torch.inf)
         candidates = costs.argsort(stable=True)[: min(2 * count, remaining)]
-        energy = weight[:, candidates].mT @ measured[:, candidates]
-        gone = candidates[_eliminate(energy, inverse[candidates][:, candidates], count)]
-        share = torch.linalg.solve(inverse[gone][:, gone], inverse[gone])
+        read = images[candidates]
+        gone = candidates[_eliminate(read @ read.mT, _entries(inverse, candidates, candidates), count)]
+        rows = _entries(inverse, gone, torch.arange(len(units), device=units.device))
+        share = torch.linalg.solve(rows[:, gone], rows)
         # In place, with the rows of what is gone left to become zero: copies would cost more than the products.
-        for values in (weight, measured, inverse):
-            values.addmm_(values[:, gone], share, alpha=-1)
+        images.addmm_(share.mT, images[gone], alpha=-1)
+        for start in range(0, len(units), PANEL):
+            panel = slice(start, start + PANEL)
+            inverse[start:, panel].addmm_(rows[:, start:].mT, share[:, panel], alpha=-1)
         dropped.append(units[gone])
         left[gone] = False
         remaining -= count
     return torch.cat(dropped).flip(0)
+
+
+def _entries(lower: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Return rows and columns of a symmetric matrix that is held as its lower triangle."""
+    return lower[torch.maximum(rows[:, None], columns), torch.minimum(rows[:, None], columns)]
+
+
+def _compact(matrix: Tensor, places: Tensor) -> Tensor:
+    """Keep the ascending rows and columns `places` of a square matrix, (n, n) contiguous, in its own memory."""
+    size = len(places)
+    kept = matrix.view(-1)[: size * size].view(size, size)
+    for start in range(0, size, PANEL):
+        # Row i of what is kept ends before row places[i + 1] of the matrix begins.
+        panel = slice(start, start + PANEL)
+        kept[panel] = matrix[places[panel]][:, places]
+    return kept
 
 
 def _eliminate(energy: Tensor, inverse: Tensor, count: int) -> Tensor:

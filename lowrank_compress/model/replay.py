@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lowrank_compress.errors import NumericsError, UnsupportedError
 from lowrank_compress.model.skeleton import Skeleton
-from lowrank_compress.model.states import StateStore
+from lowrank_compress.model.states import State, StateStore
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,10 @@ class Replay:
         self._by_shape: dict[tuple[int, ...], list[_Call]] = {}
 
     def embed(self, batch: Batch) -> Tensor:
-        """Run what lies before the blocks: the first block's input (sequences, length, width); records all calls."""
+        """Run what lies before the blocks: the first block's input (sequences, length, width); records all calls.
+
+        The head is not run: its logits for a large vocabulary would be the largest tensor of all.
+        """
         first: list[Tensor] = []
         calls: list[_Call] = []
 
@@ -91,17 +94,23 @@ class Replay:
             return hidden  # pyright: ignore[reportReturnType]
 
         with torch.no_grad(), self._stubbed(stub):
-            self._model(batch)
+            self._run(self.skeleton.model.base_model, batch)
         known = self._by_shape.get(tuple(batch.ids.shape)) if batch.mask is None else None
         self._calls.append(known or calls)
         if batch.mask is None:
             self._by_shape[tuple(batch.ids.shape)] = self._calls[-1]
         return first[0]
 
-    def start(self) -> list[Tensor]:
-        """Embed every batch and record every call; the hidden states that enter block 0."""
+    def start(self) -> list[State]:
+        """Embed every batch and record every call; the hidden states that enter block 0.
+
+        What lies outside the blocks is in memory only meanwhile, and again once `head` is called.
+        """
         self._calls.clear()
-        return [self.store.keep(self.embed(batch)) for batch in self.batches]
+        self.skeleton.load_outside()
+        hidden = [self.store.keep(self.embed(batch)) for batch in self.batches]
+        self.skeleton.drop_outside()
+        return hidden
 
     def step(self, index: int, block: nn.Module, number: int, hidden: Tensor) -> Tensor:
         """Run block `index` on the hidden states (sequences, length, width) of batch `number`."""
@@ -114,16 +123,20 @@ class Replay:
             )
         return out
 
-    def advance(self, index: int, block: nn.Module, number: int, states: Tensor) -> Tensor:
-        """Run block `index` on kept states, and keep what leaves it."""
-        return self.store.keep(self.step(index, block, number, states.to(self.skeleton.device)))
+    def load(self, state: State) -> Tensor:
+        """Fetch kept states to the computing device."""
+        return state.load().to(self.skeleton.device)
 
-    def sweep(self, hidden: list[Tensor], advance: Callable[[int], None] | None = None) -> list[Tensor]:
+    def advance(self, index: int, block: nn.Module, number: int, state: State) -> State:
+        """Run block `index` on kept states, and keep what leaves it."""
+        return self.store.keep(self.step(index, block, number, self.load(state)))
+
+    def sweep(self, hidden: list[State], advance: Callable[[int], None] | None = None) -> list[State]:
         """Run all blocks over all batches, one block in memory at a time; replaces `hidden` in place."""
         for index in range(len(self.skeleton.resolved.blocks)):
             with torch.no_grad(), self.skeleton.block(index) as block:
-                for number, states in enumerate(hidden):
-                    hidden[number] = self.advance(index, block, number, states)
+                for number, state in enumerate(hidden):
+                    hidden[number] = self.advance(index, block, number, state)
             if advance is not None:
                 advance(index)
         return hidden
@@ -141,6 +154,7 @@ class Replay:
             Positions wanted (language models only): their logits (sequences, stop − start, vocabulary). A classifier's
             logits (examples, classes) need the whole batch.
         """
+        self.skeleton.load_outside()
         part = slice(start, stop)
         given = hidden[:, part].to(self.skeleton.device)
 
@@ -149,13 +163,13 @@ class Replay:
 
         with self._stubbed(stub):
             if self.skeleton.task == "classification":
-                return self._model(batch).logits
-            return self._model(Batch(batch.ids[:, part])).logits
+                return self._run(self.skeleton.model, batch).logits
+            return self._run(self.skeleton.model, Batch(batch.ids[:, part])).logits
 
-    def _model(self, batch: Batch) -> Any:
+    def _run(self, model: nn.Module, batch: Batch) -> Any:
         device = self.skeleton.device
         mask = {} if batch.mask is None else {"attention_mask": batch.mask.to(device)}
-        return self.skeleton.model(input_ids=batch.ids.to(device), **mask)
+        return model(input_ids=batch.ids.to(device), **mask)
 
     @contextmanager
     def _stubbed(self, forward: Callable[..., Tensor]) -> Iterator[None]:

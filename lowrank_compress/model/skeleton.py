@@ -13,9 +13,10 @@ from lowrank_compress.model.checkpoint import Checkpoint
 
 
 class Skeleton:
-    """A model whose parameters outside the blocks are loaded and whose blocks are materialised on demand.
+    """A model whose blocks are materialised one at a time, on demand.
 
-    Peak memory is what lies outside the blocks, plus one block.
+    What lies outside the blocks is loaded at first, and may be dropped and loaded again. Peak memory is that, plus one
+    block.
 
     Parameters
     ----------
@@ -40,17 +41,21 @@ class Skeleton:
         self.task = self.blueprint.task
         self.model = self.blueprint.model
         self.resolved = self.blueprint.resolved
-        self._load_outside()
+        self._outside = False
+        self.blueprint.check_ties()
+        self.load_outside()
 
     @property
     def blocks(self) -> list[nn.Module]:
         """The transformer blocks, on the meta device unless inside `block(i)`."""
         return [self.model.get_submodule(name) for name in self.resolved.blocks]
 
-    def _load_outside(self) -> None:
+    def load_outside(self) -> None:
+        """Materialise what lies outside the blocks (embeddings, final norm, head), unless it is."""
+        if self._outside:
+            return
         inside = tuple(f"{name}." for name in self.resolved.blocks)
         model = self.model
-        self.blueprint.check_ties()
         model.load_state_dict({name: self._read(name) for name in self.blueprint.outside()}, strict=False, assign=True)
         if model.all_tied_weights_keys:
             model.tie_weights()
@@ -58,6 +63,18 @@ class Skeleton:
             if not f"{name}.".startswith(inside):
                 self._restore_buffers(module)
         model.requires_grad_(False)
+        self._outside = True
+
+    def drop_outside(self) -> None:
+        """Free the parameters outside the blocks, until they are loaded again."""
+        for name, parameter in list(self.model.named_parameters()):
+            if not name.startswith(tuple(f"{path}." for path in self.resolved.blocks)):
+                owner, _, leaf = name.rpartition(".")
+                empty = nn.Parameter(parameter.to("meta"), requires_grad=False)
+                setattr(self.model.get_submodule(owner), leaf, empty)
+        if self.model.all_tied_weights_keys:
+            self.model.tie_weights()
+        self._outside = False
 
     def _read(self, name: str) -> Tensor:
         tensor = self.blueprint.read(name)

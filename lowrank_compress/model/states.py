@@ -1,19 +1,55 @@
-"""Hidden states between blocks: in memory, or memory-mapped files where they would not fit."""
+"""Hidden states between blocks: in memory, or in a file where they would not fit."""
 
 from __future__ import annotations
 
 import os
 import tempfile
+import weakref
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 
-class StateStore:
-    """Keeps hidden states on the CPU; where it spills, in files that vanish with the tensors or the process.
+class State(Protocol):
+    """Hidden states that a store keeps."""
 
-    Where states lie changes no result.
+    def load(self) -> Tensor:
+        """Return them, (sequences, length, width), on the CPU."""
+        ...
+
+
+class _Held:
+    """In memory."""
+
+    def __init__(self, states: Tensor) -> None:
+        self._states = states
+
+    def load(self) -> Tensor:
+        return self._states
+
+
+class _Filed:
+    """In a file, at an offset."""
+
+    def __init__(self, descriptor: int, offset: int, like: Tensor) -> None:
+        self._descriptor, self._offset = descriptor, offset
+        self._shape, self._dtype = like.shape, like.dtype
+
+    def load(self) -> Tensor:
+        states = torch.empty(self._shape, dtype=self._dtype)
+        _whole(os.preadv, self._descriptor, states, self._offset)
+        return states
+
+
+class StateStore:
+    """Keeps hidden states on the CPU; where it spills, in a file that vanishes with the store or the process.
+
+    The file is read and written, not mapped: what is spilled takes no memory of the process. The place of states that
+    are no longer referred to is used again. Where states lie changes no result.
 
     Parameters
     ----------
@@ -24,17 +60,35 @@ class StateStore:
     """
 
     def __init__(self, spill: bool = False, directory: Path | None = None) -> None:
-        self.spill = spill
-        self.directory = directory
+        self._file = tempfile.TemporaryFile(dir=directory, buffering=0) if spill else None  # noqa: SIM115
+        self._end = 0
+        self._free: dict[int, list[int]] = defaultdict(list)
 
-    def keep(self, states: Tensor) -> Tensor:
-        """Keep (sequences, length, width) states; the result stands for them."""
-        states = states.detach()
-        if not self.spill:
-            return states.cpu()
-        with tempfile.NamedTemporaryFile(dir=self.directory, suffix=".states") as file:
-            mapped = torch.from_file(file.name, shared=True, size=states.numel(), dtype=states.dtype)
-        return mapped.view(states.shape).copy_(states)
+    def keep(self, states: Tensor) -> State:
+        """Keep (sequences, length, width) states."""
+        states = states.detach().cpu()
+        if self._file is None:
+            return _Held(states)
+        size = states.numel() * states.element_size()
+        if self._free[size]:
+            offset = self._free[size].pop()
+        else:
+            offset, self._end = self._end, self._end + size
+        _whole(os.pwritev, self._file.fileno(), states.contiguous(), offset)
+        kept = _Filed(self._file.fileno(), offset, states)
+        weakref.finalize(kept, self._free[size].append, offset).atexit = False
+        return kept
+
+
+def _whole(transfer: Callable[..., int], descriptor: int, states: Tensor, offset: int) -> None:
+    """Read or write all bytes of contiguous states, in as many calls as it takes."""
+    data = states.flatten().view(torch.uint8).numpy().data
+    done = 0
+    while done < len(data):
+        count = transfer(descriptor, [data[done:]], offset + done)
+        if count == 0:
+            raise OSError(f"A file of hidden states ended after {offset + done} bytes.")
+        done += count
 
 
 def free_memory() -> int:

@@ -45,6 +45,8 @@ class Bases:
         Where the basis files lie.
     """
 
+    step = "decompose"
+
     def __init__(self, config: ScoreConfig, checkpoint: Checkpoint, calibration: str, directory: Path) -> None:
         self.config = config
         self.allocator = ALLOCATORS[config.allocate]

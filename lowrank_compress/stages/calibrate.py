@@ -48,7 +48,15 @@ class Inputs:
 
 
 class Sink(Protocol):
-    """Takes a block's statistics as soon as they are complete."""
+    """Takes a block's statistics as soon as they are complete.
+
+    Attributes
+    ----------
+    step
+        What that is called in a report of progress.
+    """
+
+    step: str
 
     def finished(self, block: int) -> bool:
         """Whether the block has been taken by this or an earlier process."""
@@ -61,6 +69,8 @@ class Sink(Protocol):
 
 class FileSink:
     """Keeps statistics in the stage's directory."""
+
+    step = "keep"
 
     def __init__(self, files: BlockFiles) -> None:
         self.files = files
@@ -97,6 +107,7 @@ def run(
     reporter: Reporter | None = None,
     *,
     sink: Sink | None = None,
+    memory: int | None = None,
     overwrite: bool = False,
 ) -> Manifest:
     """Calibrate.
@@ -111,6 +122,8 @@ def run(
         Told about progress and warnings.
     sink
         Takes the statistics instead of files in `out_dir`; the manifest then says that they were not kept.
+    memory
+        Bytes to get by with; None for what is free. Hidden states take half of it at most. It changes no result.
     overwrite
         Replace another result in `out_dir`.
 
@@ -170,7 +183,8 @@ def run(
         if any(target.heads is not None for unit in units if len(unit.targets) > 1 for target in unit.targets):
             check_narrowing(skeleton, batches[0])
         out_dir.mkdir(parents=True, exist_ok=True)
-        for statistics in capture(
+        missing = sum(not receiver.finished(block) for block in blocks)
+        found_statistics = capture(
             skeleton,
             batches,
             wanted,
@@ -178,8 +192,11 @@ def run(
             clip=config.clip,
             advance=reporter.advance,
             spill_to=out_dir,
-        ):
+            memory=None if memory is None else memory // 2,
+        )
+        for taken, statistics in enumerate(found_statistics, 1):
             receiver.take(statistics.block, statistics.means)
+            reporter.advance(receiver.step, taken, missing)
     return commit(out_dir, identity, outputs, report, environment(config.device))
 
 

@@ -56,7 +56,13 @@ def inputs_of_score(plan: Plan, run: Run) -> score.Inputs:
 
 
 def compress(
-    plan: Plan, run: Run, reporter: Reporter | None = None, *, keep_statistics: bool = False, overwrite: bool = False
+    plan: Plan,
+    run: Run,
+    reporter: Reporter | None = None,
+    *,
+    memory: int | None = None,
+    keep_statistics: bool = False,
+    overwrite: bool = False,
 ) -> Manifest:
     """Calibrate, score and factorize; a block's statistics are scored as soon as they are complete and then dropped.
 
@@ -68,6 +74,8 @@ def compress(
         Where; claimed and locked by the caller.
     reporter
         Told about progress and warnings.
+    memory
+        Bytes to get by with; None for what is free. It changes no result.
     keep_statistics
         Keep them in ``stats/``; the result is the same, byte for byte.
     overwrite
@@ -85,6 +93,7 @@ def compress(
             run.statistics,
             reporter,
             sink=None if keep_statistics else bases,
+            memory=memory,
             overwrite=overwrite,
         )
         score.run(plan.score, inputs, run.scores, reporter, overwrite=overwrite)

@@ -21,7 +21,7 @@ from lowrank_compress.stages.common import compute_device, source_id
 from lowrank_compress.stages.score import check_options
 
 # Tokens a micro-batch unless the recipe says otherwise: a result depends on it in the last bits, so it is in the key.
-MICRO_BATCH_TOKENS = 4096
+MICRO_BATCH_TOKENS = 2048
 PAPERS_SEQ_LEN = 2048
 
 

@@ -6,10 +6,14 @@ import torch
 from lowrank_compress.arch.resolve import Heads, Rows, Target
 from lowrank_compress.arch.spec import Role
 from lowrank_compress.calibration.moments import (
+    PANEL,
+    ROWS,
     STATISTICS,
     SUMS,
     Moments,
     Seen,
+    add_second,
+    mirror,
     row_sums_of_squared_gradients,
     turned,
 )
@@ -61,7 +65,8 @@ def test_row_sums_without_forming_the_gradient(sequences: int, length: int, inne
 
 
 def test_every_statistic_has_a_sum() -> None:
-    assert SUMS.keys() == STATISTICS.keys()
+    assert SUMS.keys() | ROWS.keys() == STATISTICS.keys()
+    assert not SUMS.keys() & ROWS.keys()
     assert all(STATISTICS[name].name == name for name in STATISTICS)
     # The input alone decides what may be shared, so nothing with gradients is.
     assert not any(statistic.shared and statistic.gradient for statistic in STATISTICS.values())
@@ -73,7 +78,9 @@ def test_shapes_are_said_beforehand(role: Role) -> None:
     target = target_of(role)
     for name, statistic in STATISTICS.items():
         if role in statistic.roles:
-            value = SUMS[name](seen_of(target))
+            moments = Moments((target,), {target.name: frozenset({name})})
+            moments.add(target, seen_of(target), gradient=statistic.gradient)
+            (value,) = moments.means(tokens=10, losses=8).values()
             assert value.shape == statistic.shape(target), name
             assert value.numel() == statistic.elements(target), name
     assert STATISTICS["out_gram"].shape(target) == (target.shape[0],) * 2
@@ -83,6 +90,19 @@ def test_shapes_by_head() -> None:
     shapes = {role: STATISTICS["head_gram"].shape(target_of(role)) for role in ("q", "k", "v")}
     assert shapes == {"q": (6, 4, 4), "k": (2, 4, 4), "v": (2, 4, 4)}
     assert STATISTICS["score_fisher"].shape(target_of("q")) == (2, 4, 4)
+
+
+@pytest.mark.parametrize("size", [3, PANEL, PANEL + 1, 2 * PANEL + 7])
+def test_second_moments_in_panels(size: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    parts = [torch.randn(tokens, size, generator=generator) for tokens in (5, 2)]
+    total = torch.zeros(size, size, dtype=torch.float64)
+    for part in parts:
+        add_second(total, part)
+    mirror(total)
+    expected = sum(part.double().T @ part.double() for part in parts)
+    torch.testing.assert_close(total, expected, rtol=0, atol=1e-5)
+    assert torch.equal(total[:PANEL, PANEL:], total[PANEL:, :PANEL].T)
 
 
 @pytest.mark.parametrize(("statistic", "role"), [("head_gram", "o"), ("head_fisher", "up"), ("score_fisher", "k")])

@@ -27,7 +27,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
 def replayed(replay: Replay) -> list[Tensor]:
     hidden = replay.sweep(replay.start())
     with torch.no_grad():
-        return [replay.head(batch, states) for batch, states in zip(replay.batches, hidden, strict=True)]
+        return [replay.head(batch, state.load()) for batch, state in zip(replay.batches, hidden, strict=True)]
 
 
 def some_batches(either_side: bool = True) -> list[Batch]:
@@ -92,9 +92,10 @@ def test_only_one_block_is_in_memory(case: str, saved: Saved, monkeypatch: pytes
     replay = Replay(skeleton, some_batches())
     hidden = replay.start()
     assert in_memory() == []
+    assert all(parameter.is_meta for parameter in skeleton.model.parameters())
     hidden = replay.sweep(hidden)
     assert in_memory() == []
-    replay.head(replay.batches[0], hidden[0])
+    replay.head(replay.batches[0], hidden[0].load())
     assert in_memory() == []
     blocks = range(len(skeleton.blocks))
     assert visits == [index for index in blocks for _ in replay.batches]
@@ -110,7 +111,7 @@ def test_a_replay_may_start_again(saved: Saved) -> None:
 def test_logits_of_some_positions(case: str, saved: Saved) -> None:
     batch = Batch(torch.stack(tokens(13, 13)))
     replay = Replay(Skeleton(Checkpoint(saved(case)), CPU, torch.float64), [batch])
-    hidden = replay.sweep(replay.start())[0]
+    hidden = replay.sweep(replay.start())[0].load()
     whole = replay.head(batch, hidden)
     part = replay.head(batch, hidden, 4, 9)
     assert part.shape == (2, 5, whole.shape[-1])

@@ -43,7 +43,7 @@ def logits_of(skeleton: Skeleton) -> Tensor:
     replay = Replay(skeleton, [batch])
     hidden = replay.sweep(replay.start())
     with torch.no_grad():
-        return replay.head(batch, hidden[0])
+        return replay.head(batch, hidden[0].load())
 
 
 def assert_loads(path: Path, like: Path, case: str) -> None:

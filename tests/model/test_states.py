@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
-from lowrank_compress.calibration.capture import capture, state_bytes
+from lowrank_compress.calibration.capture import boundaries, boundary_bytes, capture, segment_length
 from lowrank_compress.config import Scheme
 from lowrank_compress.methods.sites import all_units, sites_of
 from lowrank_compress.methods.units import needed
@@ -16,19 +17,32 @@ from lowrank_compress.model.states import StateStore, free_memory
 from tests.tiny import save_tiny
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_spilled_states_are_the_same_and_leave_no_file(tmp_path: Path, dtype: torch.dtype) -> None:
-    states = torch.randn(2, 3, 5, dtype=dtype)
-    kept = StateStore(spill=True, directory=tmp_path).keep(states)
+    store = StateStore(spill=True, directory=tmp_path)
+    states = [torch.randn(2, 3, size, dtype=dtype) for size in (5, 4, 5)]
+    kept = [store.keep(each.mT) for each in states]  # not contiguous
     assert list(tmp_path.iterdir()) == []
-    assert torch.equal(kept, states)
-    states += 1
-    assert not torch.equal(kept, states)
+    for state, each in zip(kept, states, strict=True):
+        assert torch.equal(state.load(), each.mT)
+        state.load().zero_()
+        assert torch.equal(state.load(), each.mT)
+
+
+def test_the_place_of_states_nobody_refers_to_is_used_again(tmp_path: Path) -> None:
+    store = StateStore(spill=True, directory=tmp_path)
+    assert store._file is not None
+    kept = [store.keep(torch.full((4, 8), float(i))) for i in range(3)]
+    size = os.fstat(store._file.fileno()).st_size
+    for i in range(10):
+        kept[1] = store.keep(torch.full((4, 8), float(i)))
+    assert os.fstat(store._file.fileno()).st_size <= size + 4 * 8 * 4
+    assert [float(state.load()[0, 0]) for state in kept] == [0, 9, 2]
 
 
 def test_states_in_memory_are_the_tensors_themselves() -> None:
     states = torch.randn(2, 3, 5, requires_grad=True)
-    kept = StateStore().keep(states)
+    kept = StateStore().keep(states).load()
     assert kept.data_ptr() == states.data_ptr()
     assert not kept.requires_grad
 
@@ -42,15 +56,25 @@ def test_where_states_lie_changes_no_bit(tmp_path: Path, method: str) -> None:
     place = tmp_path / "states"
     place.mkdir()
 
-    def measured(memory: int) -> list[dict[str, torch.Tensor]]:
-        found = capture(skeleton, batches, wanted, skip=lambda block: False, memory=memory, spill_to=place)
+    def measured(memory: int, disk: int) -> list[dict[str, torch.Tensor]]:
+        found = capture(skeleton, batches, wanted, skip=lambda block: False, memory=memory, disk=disk, spill_to=place)
         return [statistics.means for statistics in found]
 
-    enough = state_bytes(skeleton, batches, wanted)
-    for in_memory, spilled in zip(measured(enough), measured(enough - 1), strict=True):
-        assert in_memory.keys() == spilled.keys()
-        assert all(torch.equal(in_memory[name], spilled[name]) for name in in_memory)
+    boundary = boundary_bytes(skeleton, batches)
+    enough = boundary * boundaries(len(skeleton.blocks), wanted)
+    reference = measured(enough, 0)
+    for memory, disk in ((enough - 1, enough), (0, enough - boundary), (0, 0)):
+        for found, expected in zip(measured(memory, disk), reference, strict=True):
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[name], expected[name]) for name in found)
     assert list(place.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"), [(100, 1), (34, 1), (33, 2), (19, 2), (18, 3), (14, 4), (12, 4), (0, 4)]
+)
+def test_segments_of_thirty_two_blocks(limit: int, expected: int) -> None:
+    assert segment_length(32, limit) == expected
 
 
 def test_what_is_free_is_a_share_of_what_there_is() -> None:

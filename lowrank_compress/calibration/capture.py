@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from lowrank_compress.arch.resolve import Target
 from lowrank_compress.calibration.moments import STATISTICS, Moments, Seen
-from lowrank_compress.errors import NumericsError
+from lowrank_compress.calibration.workers import Workers
+from lowrank_compress.errors import InputError, NumericsError
 from lowrank_compress.model import weights
 from lowrank_compress.model.replay import Batch, Replay, lm_chunks, token_loss
 from lowrank_compress.model.skeleton import Skeleton
@@ -65,8 +66,12 @@ def capture(
     spill_to: Path | None = None,
     memory: int | None = None,
     disk: int | None = None,
+    workers: Workers = Workers(),
 ) -> Iterator[BlockStatistics]:
     """Yield the statistics of each block: first to last, or last to first where gradients are taken.
+
+    Of several workers each runs its share of the batches. The statistics of as many blocks as there are workers are
+    summed, one block for each, before any is yielded: so all have one to work on at the same time.
 
     Parameters
     ----------
@@ -87,55 +92,77 @@ def capture(
         Directory for hidden states that do not fit in memory; None for the system's temporary one.
     memory, disk
         Bytes that hidden states may take in memory, or else on disk; None for half of what is free there.
+    workers
+        Who shares the batches; all must be given the same.
 
     Raises
     ------
     NumericsError
         Logits, activations or gradients are NaN or infinite.
     """
+    if len(batches) < workers.count:
+        raise InputError(
+            f"The calibration set has {len(batches)} micro-batches for {workers.count} processes. Start fewer, or use "
+            "a smaller --micro-batch."
+        )
+    own = workers.share(batches)
     memory = free_memory() // 2 if memory is None else memory
     disk = shutil.disk_usage(spill_to or tempfile.gettempdir()).free // 2 if disk is None else disk
     count = len(skeleton.resolved.blocks)
-    boundary = boundary_bytes(skeleton, batches)
+    boundary = boundary_bytes(skeleton, own)
     spill = boundary * boundaries(count, wanted) > memory
-    replay = Replay(skeleton, batches, StateStore(spill, spill_to))
+    replay = Replay(skeleton, own, StateStore(spill, spill_to))
+    sweep = _Sweep(replay, wanted, [i for i in range(count) if not skip(i)], clip, advance)
+    tokens = sum(batch.tokens for batch in batches)
+    losses = sum(loss_terms(batch) for batch in batches)
     hidden = replay.start()
     if needs_gradient(wanted):
-        segment = segment_length(count, (disk if spill else memory) // boundary)
-        yield from _Backward(replay, wanted, skip, clip, advance).run(hidden, segment)
-        return
-    tokens = sum(batch.tokens for batch in batches)
-    last = max((i for i in range(count) if not skip(i)), default=-1)
-    for index in range(last + 1):
-        with torch.no_grad(), skeleton.block(index) as block:
-            moments = None if skip(index) else Moments(skeleton.resolved.of_block(index), wanted)
-            for number, batch in enumerate(batches):
-                entering = replay.load(hidden[number])
-                with _tapped(skeleton, index, moments, batch, clip=None):
-                    leaving = replay.step(index, block, number, entering)
-                if moments is not None:
-                    moments.add_influence(entering, leaving, batch.mask)
-                hidden[number] = replay.store.keep(leaving)
-        advance("forward", index + 1, count)
-        if moments is not None:
-            yield BlockStatistics(index, moments.means(tokens, losses=1))
+        found = sweep.backwards(hidden, segment_length(count, (disk if spill else memory) // boundary))
+    else:
+        found = sweep.forwards(hidden)
+    held = None
+    for number, (block, moments) in enumerate(found):
+        owner = number % workers.count
+        means = moments.means(tokens, losses, workers, owner)
+        if owner == workers.rank:
+            held = BlockStatistics(block, means)
+        del moments, means
+        if held is not None and (owner == workers.count - 1 or number == len(sweep.wanted_blocks) - 1):
+            yield held
+            held = None
 
 
 @dataclass(frozen=True)
-class _Backward:
-    """A capture with gradients."""
+class _Sweep:
+    """Runs all blocks over some batches, and takes the sums of those that are wanted."""
 
     replay: Replay
     wanted: Wanted
-    skip: Callable[[int], bool]
+    wanted_blocks: Sequence[int]
     clip: float | None
     advance: Advance
 
-    def run(self, hidden: list[State], segment: int) -> Iterator[BlockStatistics]:
-        """Sweep forwards, keep what enters every `segment`-th block, and sweep backwards."""
+    def forwards(self, hidden: list[State]) -> Iterator[tuple[int, Moments]]:
+        """Measure on the way from the first block to the last."""
+        replay, skeleton = self.replay, self.replay.skeleton
+        for index in range(max(self.wanted_blocks, default=-1) + 1):
+            moments = self._moments(index)
+            with torch.no_grad(), skeleton.block(index) as block:
+                for number, batch in enumerate(replay.batches):
+                    entering = replay.load(hidden[number])
+                    with _tapped(skeleton, index, moments, batch, clip=None):
+                        leaving = replay.step(index, block, number, entering)
+                    if moments is not None:
+                        moments.add_influence(entering, leaving, batch.mask)
+                    hidden[number] = replay.store.keep(leaving)
+            self.advance("forward", index + 1, len(skeleton.resolved.blocks))
+            if moments is not None:
+                yield index, moments
+
+    def backwards(self, hidden: list[State], segment: int) -> Iterator[tuple[int, Moments]]:
+        """Sweep forwards, keep what enters every `segment`-th block, and measure on the way back."""
         replay, batches = self.replay, self.replay.batches
         count = len(replay.skeleton.resolved.blocks)
-        first = min((i for i in range(count) if not self.skip(i)), default=count)
         entering: dict[int, list[State]] = {}
         for index in range(count):
             if index % segment == 0:
@@ -143,31 +170,31 @@ class _Backward:
             hidden = self._forward(index, hidden)
             self.advance("forward", index + 1, count)
         gradients: list[State] = []
-        for number, (batch, state) in enumerate(zip(batches, hidden, strict=True)):
-            gradients.append(replay.store.keep(head_gradient(replay, batch, replay.load(state))))
+        for number, batch in enumerate(batches):
+            gradients.append(replay.store.keep(head_gradient(replay, batch, replay.load(hidden[number]))))
             self.advance("loss", number + 1, len(batches))
         replay.skeleton.drop_outside()
         del hidden
-        tokens = sum(batch.tokens for batch in batches)
-        losses = sum(loss_terms(batch) for batch in batches)
-        for index in range(count - 1, first - 1, -1):
+        for index in range(count - 1, min(self.wanted_blocks, default=count) - 1, -1):
             for earlier in range(max(entering), index):
                 entering[earlier + 1] = self._forward(earlier, entering[earlier])
-            means = self._reverse(index, entering.pop(index), gradients, tokens, losses)
+            moments = self._reverse(index, entering.pop(index), gradients)
             self.advance("backward", count - index, count)
-            if means is not None:
-                yield BlockStatistics(index, means)
+            if moments is not None:
+                yield index, moments
+
+    def _moments(self, index: int) -> Moments | None:
+        targets = self.replay.skeleton.resolved.of_block(index)
+        return Moments(targets, self.wanted) if index in self.wanted_blocks else None
 
     def _forward(self, index: int, hidden: list[State]) -> list[State]:
         with torch.no_grad(), self.replay.skeleton.block(index) as block:
             return [self.replay.advance(index, block, number, state) for number, state in enumerate(hidden)]
 
-    def _reverse(
-        self, index: int, entering: list[State], gradients: list[State], tokens: int, losses: int
-    ) -> dict[str, Tensor] | None:
-        """Take a block's statistics, and replace in place the gradients at its output by those at its input."""
+    def _reverse(self, index: int, entering: list[State], gradients: list[State]) -> Moments | None:
+        """Take a block's sums, and replace in place the gradients at its output by those at its input."""
         replay, skeleton = self.replay, self.replay.skeleton
-        moments = None if self.skip(index) else Moments(skeleton.resolved.of_block(index), self.wanted)
+        moments = self._moments(index)
         with skeleton.block(index) as block:
             for number, batch in enumerate(replay.batches):
                 x = replay.load(entering[number]).detach().requires_grad_()
@@ -177,7 +204,7 @@ class _Backward:
                 if moments is not None:
                     moments.add_influence(x, out, batch.mask)
                 gradients[number] = replay.store.keep(gradient)
-        return None if moments is None else moments.means(tokens, losses)
+        return moments
 
 
 def boundary_bytes(skeleton: Skeleton, batches: Sequence[Batch]) -> int:

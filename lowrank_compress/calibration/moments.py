@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lowrank_compress.arch.resolve import Heads, Target
 from lowrank_compress.arch.spec import Role
+from lowrank_compress.calibration.workers import Workers
 from lowrank_compress.errors import InputError, NumericsError
 
 INFLUENCE = "influence"
@@ -292,19 +293,28 @@ class Moments:
         else:
             self._sums[key] = value
 
-    def means(self, tokens: int, losses: int) -> dict[str, Tensor]:
+    def means(self, tokens: int, losses: int, workers: Workers = Workers(), owner: int = 0) -> dict[str, Tensor]:
         """Divide: activations by real tokens, gradients by scored tokens or examples. Float64, on the CPU.
 
         The sums themselves become the means; nothing can be added any more.
+
+        Parameters
+        ----------
+        tokens, losses
+            Of all workers together.
+        workers, owner
+            Who has taken sums of the same block, and which of them gets the means; the others get none.
         """
-        for key, value in self._sums.items():
+        workers.sum(self._sums, owner)
+        sums, self._sums = self._sums, {}
+        if workers.rank != owner:
+            return {}
+        for key, value in sums.items():
             statistic = key.rsplit("/", 1)[-1]
             if statistic in ROWS:
                 mirror(value)
             value /= losses if statistic in STATISTICS and STATISTICS[statistic].gradient else tokens
-        means = {key: value.cpu() for key, value in self._sums.items()}
-        self._sums.clear()
-        return means
+        return {key: value.cpu() for key, value in sums.items()}
 
 
 def _check(values: Tensor, what: str) -> None:

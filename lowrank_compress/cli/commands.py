@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import typer
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from lowrank_compress.artifacts.files import read_json, sha256
 from lowrank_compress.artifacts.lock import locked
 from lowrank_compress.artifacts.manifest import Manifest, read_manifest
+from lowrank_compress.calibration.workers import Workers, workers_of
 from lowrank_compress.cli.terminal import TerminalReporter, console
 from lowrank_compress.config import EvaluateConfig, Recipe, load_recipe
 from lowrank_compress.demo import text as demo_text
@@ -61,13 +65,31 @@ def compress(
     run = Run(out or pipeline.default_run(recipe))
     _refuse_foreign(run)
     _tell(plan, reporter)
-    with locked(run.path):
-        pipeline.claim(run, plan, overwrite=overwrite)
+    with _working(run) as workers:
+        workers.once(lambda: pipeline.claim(run, plan, overwrite=overwrite))
         meter = Meter(reporter)
         manifest = pipeline.compress(
-            plan, run, meter, memory=memory, keep_statistics=keep_statistics, overwrite=overwrite
+            plan,
+            run,
+            meter,
+            memory=memory,
+            workers=workers,
+            keep_statistics=keep_statistics,
+            overwrite=overwrite,
         )
     return _result(run, manifest) | {"cost": meter.cost()}
+
+
+@contextmanager
+def _working(run: Run) -> Iterator[Workers]:
+    """Lock a run directory for the processes that work in it together: this one, or those that torchrun started.
+
+    The result is for the first to print; the others end here.
+    """
+    with workers_of() as workers, locked(run.path) if workers.is_first else nullcontext():
+        yield workers
+    if not workers.is_first:
+        raise typer.Exit
 
 
 def _tell(plan: Plan, reporter: TerminalReporter) -> None:
@@ -98,14 +120,15 @@ def calibrate(
     run = Run(out or pipeline.default_run(recipe))
     _refuse_foreign(run)
     _tell(plan, reporter)
-    with locked(run.path):
-        pipeline.claim(run, plan, overwrite=overwrite)
+    with _working(run) as workers:
+        workers.once(lambda: pipeline.claim(run, plan, overwrite=overwrite))
         manifest = calibrate_stage.run(
             plan.calibrate,
             calibrate_stage.Inputs(plan.checkpoint),
             run.statistics,
             reporter,
             memory=memory,
+            workers=workers,
             overwrite=overwrite,
         )
     return {"run": str(run.path), "stage": "calibrate", "id": manifest.id, **manifest.report}
@@ -124,11 +147,10 @@ def score(path: Path, given: dict[str, Any], overwrite: bool, reporter: Terminal
     """Run the second stage on an existing run."""
     run = Run(path)
     plan = _changed_plan(run, given)
-    with locked(run.path):
-        manifest = score_stage.run(
-            plan.score, pipeline.inputs_of_score(plan, run), run.scores, reporter, overwrite=overwrite
-        )
-        pipeline.claim(run, plan, overwrite=True)
+    with _working(run) as workers:
+        inputs = pipeline.inputs_of_score(plan, run)
+        manifest = score_stage.run(plan.score, inputs, run.scores, reporter, workers=workers, overwrite=overwrite)
+        workers.once(lambda: pipeline.claim(run, plan, overwrite=True))
     return {"run": str(run.path), "stage": "score", "id": manifest.id, **manifest.report}
 
 
@@ -136,10 +158,11 @@ def factorize(path: Path, given: dict[str, Any], overwrite: bool, reporter: Term
     """Run the third stage on an existing run."""
     run = Run(path)
     plan = _changed_plan(run, given)
-    with locked(run.path):
-        manifest = pipeline.finish(plan, run, reporter, overwrite=overwrite)
+    with _working(run) as workers:
+        manifest = pipeline.finish(plan, run, reporter, workers=workers, overwrite=overwrite)
         # Another storage than the ranks were chosen for is no recipe: it would choose other ranks.
-        pipeline.claim(run, _changed_plan(run, {"dtype": given["dtype"]}), overwrite=True)
+        changed = _changed_plan(run, {"dtype": given["dtype"]})
+        workers.once(lambda: pipeline.claim(run, changed, overwrite=True))
     return _result(run, manifest)
 
 

@@ -26,6 +26,8 @@ from lowrank_compress.errors import LrcError
 
 # Errors, warnings and progress go to stderr: stdout is for results, and for nothing but the object under --json.
 messages = Console(stderr=True, highlight=False)
+# Of several processes that torchrun started, one speaks; the others only of errors.
+IS_FIRST = os.environ.get("RANK", "0") == "0"
 BLOCKS = "▁▂▃▄▅▆▇█"
 
 
@@ -40,7 +42,7 @@ class TerminalReporter:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=messages,
-            disable=not messages.is_terminal,
+            disable=not (messages.is_terminal and IS_FIRST),
         )
         self._tasks: dict[str, TaskID] = {}
         self._warned: set[str] = set()
@@ -50,12 +52,12 @@ class TerminalReporter:
         if step not in self._tasks:
             self._tasks[step] = self._progress.add_task(step, total=total)
         self._progress.update(self._tasks[step], completed=done, total=total)
-        if done == total and not messages.is_terminal:
+        if done == total and IS_FIRST and not messages.is_terminal:
             messages.print(f"{step}: done ({total})")
 
     def warn(self, text: str) -> None:
         """Print a warning once."""
-        if text not in self._warned:
+        if IS_FIRST and text not in self._warned:
             self._warned.add(text)
             messages.print(f"[yellow]Warning:[/] {_escape(text)}", soft_wrap=True)
 

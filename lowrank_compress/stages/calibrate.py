@@ -26,6 +26,7 @@ from lowrank_compress.calibration.tokens import (
     load_tokenizer,
     window_batches,
 )
+from lowrank_compress.calibration.workers import Workers
 from lowrank_compress.config import CalibrateConfig
 from lowrank_compress.errors import ArtifactError, InputError
 from lowrank_compress.methods.sites import all_units, sites_of
@@ -108,6 +109,7 @@ def run(
     *,
     sink: Sink | None = None,
     memory: int | None = None,
+    workers: Workers = Workers(),
     overwrite: bool = False,
 ) -> Manifest:
     """Calibrate.
@@ -124,6 +126,8 @@ def run(
         Takes the statistics instead of files in `out_dir`; the manifest then says that they were not kept.
     memory
         Bytes to get by with; None for what is free. Hidden states take half of it at most. It changes no result.
+    workers
+        The processes that do this together, all called with the same.
     overwrite
         Replace another result in `out_dir`.
 
@@ -134,7 +138,7 @@ def run(
     """
     reporter = reporter or Silent()
     identity = key(config, inputs)
-    found = committed(out_dir, identity, overwrite=overwrite)
+    found = workers.once(lambda: committed(out_dir, identity, overwrite=overwrite))
     kept = sink is None
     plan = blueprint(inputs.checkpoint)
     resolved = plan.resolved
@@ -142,24 +146,25 @@ def run(
     files = BlockFiles(out_dir, identity.id)
     receiver = sink or FileSink(files)
     blocks = range(len(resolved.blocks))
-    complete = all(receiver.finished(block) for block in blocks)
+    missing = workers.once(lambda: [block for block in blocks if not receiver.finished(block)])
+    complete = not missing
     if found is not None and complete and (found.report["kept"] or not kept):
         return found
     wanted = needed(units)
     report: dict[str, object] = {"kept": kept, "tokens": 0, "windows": 0, "tokens_sha256": None}
     outputs = [files.name(block) for block in blocks] if kept else []
     if not needs_data(units):
-        for block in blocks:
-            if not receiver.finished(block):
-                receiver.take(block, {})
-            reporter.advance("blocks", block + 1, len(blocks))
-        return commit(out_dir, identity, outputs, report, environment(config.device))
+        for number, block in enumerate(own := workers.share(missing), 1):
+            receiver.take(block, {})
+            reporter.advance(receiver.step, number, len(own))
+        return workers.once(lambda: commit(out_dir, identity, outputs, report, environment(config.device)))
     batches = calibration_batches(config, inputs.checkpoint, plan.task)
     if needs_gradient(wanted) and any(batch.labels is None for batch in batches) and plan.task != "lm":
         raise InputError(
             "The method takes gradients of a classifier's loss, which needs labels. Pass a table with --text-column "
             "and --label-column."
         )
+    reporter.advance("tokenize", 1, 1)
     tokens = sum(batch.tokens for batch in batches)
     report |= {
         "tokens": tokens,
@@ -183,21 +188,23 @@ def run(
         if any(target.heads is not None for unit in units if len(unit.targets) > 1 for target in unit.targets):
             check_narrowing(skeleton, batches[0])
         out_dir.mkdir(parents=True, exist_ok=True)
-        missing = sum(not receiver.finished(block) for block in blocks)
-        found_statistics = capture(
+        own = len(workers.share(missing))
+        captured = capture(
             skeleton,
             batches,
             wanted,
-            skip=receiver.finished,
+            skip=lambda block: block not in missing,
             clip=config.clip,
             advance=reporter.advance,
             spill_to=out_dir,
             memory=None if memory is None else memory // 2,
+            workers=workers,
         )
-        for taken, statistics in enumerate(found_statistics, 1):
+        for number, statistics in enumerate(captured, 1):
             receiver.take(statistics.block, statistics.means)
-            reporter.advance(receiver.step, taken, missing)
-    return commit(out_dir, identity, outputs, report, environment(config.device))
+            statistics.means.clear()  # they are large, and the next block's are under way
+            reporter.advance(receiver.step, number, own)
+    return workers.once(lambda: commit(out_dir, identity, outputs, report, environment(config.device)))
 
 
 def kept(directory: Path, identity: Key) -> bool:

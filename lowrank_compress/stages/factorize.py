@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lowrank_compress.artifacts.files import sha256, write_json, write_text
 from lowrank_compress.artifacts.manifest import Key, Manifest, commit, committed, read_manifest
 from lowrank_compress.artifacts.tensors import BlockFiles
+from lowrank_compress.calibration.workers import Workers
 from lowrank_compress.config import FactorizeConfig
 from lowrank_compress.errors import ArtifactError
 from lowrank_compress.methods.sites import all_units, sites_of
+from lowrank_compress.methods.units import Unit
 from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.export import ShardWriter, config_json, write_companions
@@ -59,7 +64,13 @@ def key(config: FactorizeConfig, inputs: Inputs) -> Key:
 
 
 def run(
-    config: FactorizeConfig, inputs: Inputs, out_dir: Path, reporter: Reporter | None = None, *, overwrite: bool = False
+    config: FactorizeConfig,
+    inputs: Inputs,
+    out_dir: Path,
+    reporter: Reporter | None = None,
+    *,
+    workers: Workers = Workers(),
+    overwrite: bool = False,
 ) -> Manifest:
     """Factorize.
 
@@ -71,6 +82,8 @@ def run(
         The checkpoint's directory.
     reporter
         Told about progress.
+    workers
+        The processes that do this together, all called with the same.
     overwrite
         Replace another checkpoint in `out_dir`.
 
@@ -88,25 +101,47 @@ def run(
     identity = key(config, inputs)
     if not overwrite:
         _refuse_other_ranks(out_dir, identity, inputs.scores / RANKS)
-    found = committed(out_dir, identity, overwrite=overwrite)
+    found = workers.once(lambda: committed(out_dir, identity, overwrite=overwrite))
     if found is not None:
         return found
     bases = BlockFiles(inputs.scores, scores.report["bases"], "basis")
     work = BlockFiles(out_dir.parent / "work", identity.id, "factors")
     encoder = Encoder(plan, units, config)
     blocks = range(len(plan.resolved.blocks))
-    for block in blocks:
+    for number, block in enumerate(own := workers.share(blocks), 1):
         if not work.finished(block):
             encoded = encoder.block(block, choices, bases.read(block))
             work.write(block, encoded.tensors, notes=encoded.notes())
-        reporter.advance("factorize", block + 1, len(blocks))
+        reporter.advance("factorize", number, len(own))
 
+    def write() -> Manifest:
+        result = _write(config, inputs, out_dir, reporter, identity, units, bases, work)
+        shutil.rmtree(work.directory, ignore_errors=True)
+        return result
+
+    return workers.once(write)
+
+
+def _write(
+    config: FactorizeConfig,
+    inputs: Inputs,
+    out_dir: Path,
+    reporter: Reporter,
+    identity: Key,
+    units: Sequence[Unit],
+    bases: BlockFiles,
+    work: BlockFiles,
+) -> Manifest:
+    """Put the encoded blocks together to a checkpoint, and commit it."""
+    plan, scores = blueprint(inputs.checkpoint), scores_manifest(inputs.scores)
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    blocks = range(len(plan.resolved.blocks))
     if out_dir.exists():
         shutil.rmtree(out_dir)  # not committed: unfinished work
     out_dir.mkdir(parents=True)
     writer = ShardWriter(out_dir, config.shard_bytes)
     for name in plan.outside():
-        writer.add(plan.name_on_disk(name), cast(plan.read(name), encoder.dtype))
+        writer.add(plan.name_on_disk(name), cast(plan.read(name), dtype))
     layout: dict[str, dict[str, Any]] = {"modules": {}, "dense_shapes": {}, "attention": {}}
     stored: dict[str, Choice] = {}
     losses: dict[str, float] = {}
@@ -129,7 +164,7 @@ def run(
     write_json(out_dir / REPORT, report)
     write_text(out_dir / "README.md", model_card(report))
     outputs = sorted(path.name for path in out_dir.iterdir())
-    result = commit(
+    return commit(
         out_dir,
         identity,
         outputs,
@@ -140,8 +175,6 @@ def run(
         | {"shards": len(shards)},
         environment(config.device),
     )
-    shutil.rmtree(work.directory, ignore_errors=True)
-    return result
 
 
 def _refuse_other_ranks(out_dir: Path, asked: Key, ranks: Path) -> None:

@@ -9,6 +9,7 @@ import yaml
 
 from lowrank_compress.artifacts.files import read_json, write_json, write_text
 from lowrank_compress.artifacts.manifest import Manifest, difference, read_manifest
+from lowrank_compress.calibration.workers import Workers
 from lowrank_compress.config import EvaluateConfig, Recipe
 from lowrank_compress.errors import ArtifactError
 from lowrank_compress.model.checkpoint import Checkpoint, locate
@@ -61,6 +62,7 @@ def compress(
     reporter: Reporter | None = None,
     *,
     memory: int | None = None,
+    workers: Workers = Workers(),
     keep_statistics: bool = False,
     overwrite: bool = False,
 ) -> Manifest:
@@ -76,6 +78,8 @@ def compress(
         Told about progress and warnings.
     memory
         Bytes to get by with; None for what is free. It changes no result.
+    workers
+        The processes that do this together, all called with the same.
     keep_statistics
         Keep them in ``stats/``; the result is the same, byte for byte.
     overwrite
@@ -83,9 +87,10 @@ def compress(
     """
     reporter = reporter or Silent()
     inputs = inputs_of_score(plan, run)
-    found = score.committed_scores(run.scores, score.key(plan.score, inputs), overwrite=overwrite)
+    scores = score.key(plan.score, inputs)
+    found = workers.once(lambda: score.committed_scores(run.scores, scores, overwrite=overwrite))
     if found is None:
-        keep_statistics = keep_statistics or calibrate.kept(run.statistics, inputs.calibration)
+        keep_statistics = keep_statistics or workers.once(lambda: calibrate.kept(run.statistics, inputs.calibration))
         bases = Bases(plan.score, plan.checkpoint, inputs.calibration.id, run.scores)
         calibrate.run(
             plan.calibrate,
@@ -94,27 +99,32 @@ def compress(
             reporter,
             sink=None if keep_statistics else bases,
             memory=memory,
+            workers=workers,
             overwrite=overwrite,
         )
-        score.run(plan.score, inputs, run.scores, reporter, overwrite=overwrite)
-    return finish(plan, run, reporter, overwrite=overwrite)
+        score.run(plan.score, inputs, run.scores, reporter, workers=workers, overwrite=overwrite)
+    return finish(plan, run, reporter, workers=workers, overwrite=overwrite)
 
 
-def finish(plan: Plan, run: Run, reporter: Reporter | None = None, *, overwrite: bool = False) -> Manifest:
+def finish(
+    plan: Plan,
+    run: Run,
+    reporter: Reporter | None = None,
+    *,
+    workers: Workers = Workers(),
+    overwrite: bool = False,
+) -> Manifest:
     """Factorize and name the final checkpoint in run.json."""
-    manifest = factorize.run(
-        plan.factorize, factorize.Inputs(plan.checkpoint, run.scores), run.model, reporter, overwrite=overwrite
-    )
-    write_json(
-        run.index,
-        {
-            "schema": 1,
-            "model": run.model.name,
-            "base": plan.resolved().model,
-            "revision": plan.recipe.revision,
-            "base_id": checkpoint_id(plan.checkpoint),
-        },
-    )
+    inputs = factorize.Inputs(plan.checkpoint, run.scores)
+    manifest = factorize.run(plan.factorize, inputs, run.model, reporter, workers=workers, overwrite=overwrite)
+    index = {
+        "schema": 1,
+        "model": run.model.name,
+        "base": plan.resolved().model,
+        "revision": plan.recipe.revision,
+        "base_id": checkpoint_id(plan.checkpoint),
+    }
+    workers.once(lambda: write_json(run.index, index))
     return manifest
 
 

@@ -19,6 +19,7 @@ from lowrank_compress.allocation.table import ALLOCATORS
 from lowrank_compress.artifacts.files import sha256
 from lowrank_compress.artifacts.manifest import Key, Manifest, altered, commit, committed, read_manifest
 from lowrank_compress.artifacts.tensors import BlockFiles
+from lowrank_compress.calibration.workers import Workers
 from lowrank_compress.config import ScoreConfig
 from lowrank_compress.errors import ArtifactError, InputError
 from lowrank_compress.methods.sites import Site, all_units, first_units
@@ -86,7 +87,13 @@ def check_options(allocate: str, storage: str, sites: Sequence[Site]) -> None:
 
 
 def run(
-    config: ScoreConfig, inputs: Inputs, out_dir: Path, reporter: Reporter | None = None, *, overwrite: bool = False
+    config: ScoreConfig,
+    inputs: Inputs,
+    out_dir: Path,
+    reporter: Reporter | None = None,
+    *,
+    workers: Workers = Workers(),
+    overwrite: bool = False,
 ) -> Manifest:
     """Score: decompose what is not decomposed yet, then choose ranks.
 
@@ -98,6 +105,8 @@ def run(
         Directory for bases, ranks.json and the manifest.
     reporter
         Told about progress.
+    workers
+        The processes that do this together, all called with the same.
     overwrite
         Replace other ranks in `out_dir`; hand-edited ones are moved to ranks.json.bak.
 
@@ -109,20 +118,26 @@ def run(
     reporter = reporter or Silent()
     identity = key(config, inputs)
     if overwrite:
-        _save_edited_ranks(out_dir)
+        workers.once(lambda: _save_edited_ranks(out_dir))
     bases = Bases(config, inputs.checkpoint, inputs.calibration.id, out_dir)
     check_options(config.allocate, config.storage, bases.sites)
     blocks = range(len(bases.resolved.blocks))
-    found = committed_scores(out_dir, identity, overwrite=overwrite)
+    found = workers.once(lambda: committed_scores(out_dir, identity, overwrite=overwrite))
     if found is not None:
         return found
     statistics = BlockFiles(inputs.statistics, inputs.calibration.id)
-    for block in blocks:
+    for number, block in enumerate(own := workers.share(blocks), 1):
         if not bases.finished(block):
             bases.take(block, _means(statistics, block) if needs_data(bases.units) else {})
         if bases.allocator.needs_spectrum and not bases.spectra.finished(block):
             bases.take_spectrum(block)
-        reporter.advance("score", block + 1, len(blocks))
+        reporter.advance("score", number, len(own))
+    return workers.once(lambda: _choose(config, bases, identity, out_dir))
+
+
+def _choose(config: ScoreConfig, bases: Bases, identity: Key, out_dir: Path) -> Manifest:
+    """Choose ranks from finished bases, and commit."""
+    blocks = range(len(bases.resolved.blocks))
     found_curves = bases.curves()
     units = bases.choose(found_curves)
     curves = [found_curves[unit.name] for unit in units]

@@ -34,6 +34,7 @@ Finished = Callable[[str], Path]
         (["--samples", 0], ["samples", "got 0"]),
         (["--alpha", -1], ["alpha", "got -1.0"]),
         (["--dtype", "float8"], ["dtype is 'float8'", "bfloat16"]),
+        (["--memory-budget", "much"], ["--memory-budget much is no size", "8GB"]),
         (["--device", "gpu"], ["Unknown device 'gpu'", "cuda:N"]),
         (["--device", "meta"], ["device meta is not supported"]),
         (["--calibration", "/no/such.txt"], ["/no/such.txt does not exist"]),

@@ -15,7 +15,7 @@ from lowrank_compress.allocation.table import ALLOCATORS
 from lowrank_compress.arch.table import ARCHITECTURES
 from lowrank_compress.config import Recipe
 from lowrank_compress.methods.table import METHODS
-from tests.runs import FEW, Tiny, contents, done, refused
+from tests.runs import FEW, Tiny, contents, done, refused, results
 from tests.tiny import save_tiny
 
 Finished = Callable[[str], Path]
@@ -87,6 +87,15 @@ def test_compress_says_what_it_reached(tiny: Tiny, tmp_path: Path):
     assert f"Checkpoint: {run / 'model'}" in said.out.replace("\n", "")
     assert "Next: lrc eval" in said.err
     assert "factorize: done (2)" in said.err
+    assert "Peak memory: " in said.err
+    assert "Time: tokenize" in said.err
+
+
+def test_a_memory_budget_changes_no_byte(tiny: Tiny, pristine: Finished, tmp_path: Path):
+    cost = done("compress", *tiny.options(tmp_path / "run"), "--memory-budget", "1kB", "--json").json["cost"]
+    assert results(tmp_path / "run") == results(pristine("auto"))
+    assert {"tokenize", "forward", "loss", "backward", "decompose", "write"} <= cost["seconds"].keys()
+    assert cost["peak_bytes"] >= cost["start_bytes"]
 
 
 @pytest.mark.parametrize("command", ["compress", "calibrate", "score", "factorize"])

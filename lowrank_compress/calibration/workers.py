@@ -1,0 +1,81 @@
+"""The processes of one run, as torchrun starts them: each has a share of the calibration set and of the blocks.
+
+The first does what must be done once; all see the same run directory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Item = TypeVar("Item")
+Found = TypeVar("Found")
+
+# Others wait while one works on; torchrun ends them all when one fails.
+PATIENCE = timedelta(days=7)
+
+
+@dataclass(frozen=True)
+class Workers:
+    """One process among `count`; alone by default.
+
+    Attributes
+    ----------
+    rank
+        Number of this process, from 0.
+    count
+        How many there are.
+    """
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this one does what must be done once."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[Item]) -> Sequence[Item]:
+        """Return the part of some items that is for this process."""
+        return items[self.rank :: self.count]
+
+    def once(self, work: Callable[[], Found]) -> Found:
+        """Let the first do something, when all have come here, and tell all its result."""
+        if self.count == 1:
+            return work()
+        dist.barrier()
+        found = [work() if self.is_first else None]
+        dist.broadcast_object_list(found, src=0, device=torch.device("cpu"))
+        return found[0]  # pyright: ignore[reportReturnType]
+
+    def sum(self, tensors: Mapping[str, Tensor], owner: int) -> None:
+        """Add up tensors of all processes, in place in the owner's; those of the others are spent."""
+        if self.count > 1:
+            for name in sorted(tensors):
+                dist.reduce(tensors[name], dst=owner)
+
+
+@contextmanager
+def workers_of(environment: Mapping[str, str] = os.environ) -> Iterator[Workers]:
+    """Join the processes that torchrun has started; outside of it, be alone."""
+    count = int(environment.get("WORLD_SIZE", "1"))
+    if count == 1:
+        yield Workers()
+        return
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(environment["LOCAL_RANK"]) % torch.cuda.device_count())
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=PATIENCE)
+    try:
+        yield Workers(dist.get_rank(), count)
+    finally:
+        dist.destroy_process_group()

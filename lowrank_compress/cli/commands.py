@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -168,6 +169,11 @@ def factorize(path: Path, given: dict[str, Any], overwrite: bool, reporter: Term
 
 def evaluate(target: str, config: EvaluateConfig, force: bool, reporter: TerminalReporter) -> dict[str, Any]:
     """Run the fourth stage on a run or a checkpoint."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(
+            "`lrc eval` is one process. For lm-eval tasks on several GPUs: accelerate launch -m lm_eval --model hf "
+            "--model_args pretrained=CHECKPOINT,trust_remote_code=True --tasks …"
+        )
     run = Run(Path(target))
     for made_by in (run, Run(Path(target).parent)):  # a run, or the checkpoint inside one
         if made_by.recipe.exists() and made_by.index.exists() and not force:

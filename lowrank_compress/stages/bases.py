@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from lowrank_compress.allocation.table import ALLOCATORS
 from lowrank_compress.arch.resolve import Target
 from lowrank_compress.artifacts.manifest import canonical_hash
 from lowrank_compress.artifacts.tensors import BlockFiles
-from lowrank_compress.calibration.moments import INFLUENCE
+from lowrank_compress.calibration.moments import INFLUENCE, statistic_key
 from lowrank_compress.config import ScoreConfig
 from lowrank_compress.linalg.eigen import eigh
 from lowrank_compress.methods.linear import Damping
@@ -113,11 +113,22 @@ class Bases:
         """Whether the block is decomposed."""
         return self.files.finished(block)
 
-    def take(self, block: int, means: Mapping[str, Tensor]) -> None:
-        """Decompose a block from its complete statistics."""
+    def take(self, block: int, means: MutableMapping[str, Tensor]) -> None:
+        """Decompose a block from its complete statistics, which are let go one by one when they have served."""
         tensors: dict[str, Tensor] = {}
-        for unit in self.of_block(block):
+        units = self.of_block(block)
+        uses = {
+            unit.name: {
+                statistic_key(target, name) for target in unit.targets for name in unit.statistics()[target.name]
+            }
+            for unit in units
+        }
+        # The largest comes last, when there is most room.
+        order = sorted(units, key=lambda unit: max((means[key].numel() for key in uses[unit.name]), default=0))
+        for number, unit in enumerate(order):
             tensors |= unit.decompose(self._weight, means, self.damping, self.keep[unit.name])
+            for key in uses[unit.name].difference(*(uses[later.name] for later in order[number + 1 :])):
+                del means[key]
         if INFLUENCE in means:
             tensors[INFLUENCE] = means[INFLUENCE]
         self.files.write(block, tensors)

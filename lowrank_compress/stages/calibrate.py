@@ -5,7 +5,7 @@ Reads a checkpoint and a text; writes one safetensors file of means a block.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -63,8 +63,8 @@ class Sink(Protocol):
         """Whether the block has been taken by this or an earlier process."""
         ...
 
-    def take(self, block: int, means: Mapping[str, Tensor]) -> None:
-        """Take the statistics of a block."""
+    def take(self, block: int, means: MutableMapping[str, Tensor]) -> None:
+        """Take the statistics of a block; the mapping is the sink's to empty."""
         ...
 
 
@@ -80,7 +80,7 @@ class FileSink:
         """Whether the block's file is on disk, whole and of this calibration."""
         return self.files.finished(block)
 
-    def take(self, block: int, means: Mapping[str, Tensor]) -> None:
+    def take(self, block: int, means: MutableMapping[str, Tensor]) -> None:
         """Write the block's file."""
         self.files.write(block, means)
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from lowrank_compress.stages.common import Reporter
-
-# Of ru_maxrss: kilobytes on Linux, bytes on macOS.
-_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
 class Meter:
@@ -71,4 +69,9 @@ class Meter:
 
 def peak_memory() -> int:
     """Return the most bytes that have been resident in this process."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _UNIT
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        # In bytes on macOS; elsewhere in kilobytes, and never below the peak of the process that started this one.
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -170,7 +170,7 @@ def _choose(config: ScoreConfig, bases: Bases, identity: Key, out_dir: Path) -> 
     return commit(out_dir, identity, outputs, report, environment(config.device))
 
 
-def _means(statistics: BlockFiles, block: int) -> Mapping[str, Tensor]:
+def _means(statistics: BlockFiles, block: int) -> dict[str, Tensor]:
     if not statistics.path(block).exists():
         raise ArtifactError(
             f"{statistics.directory} has no statistics of block {block}, and no basis that was kept serves these "

@@ -189,3 +189,8 @@ def test_tasks_need_a_language_model(tasks: Path, tmp_path: Path):
     model = save_tiny("bert", tmp_path / "bert", "classification")
     message = refused("eval", model, "--tasks", "local_copa", "--include-path", tasks)
     assert "--tasks needs a causal language model" in message
+
+
+def test_several_processes(tiny: Tiny, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "accelerate launch -m lm_eval" in refused("eval", tiny.model, "--perplexity", tiny.heldout)

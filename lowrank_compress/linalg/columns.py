@@ -19,7 +19,7 @@ from lowrank_compress.errors import InputError, NumericsError
 # A round drops this share of the units that are left, but no more than LARGEST, from among twice as many candidates.
 SHARE = 8
 LARGEST = 128
-# Large matrices are brought up to date in panels of so many columns, and only on and below the diagonal.
+# The inverse is brought up to date in panels of so many rows, from the diagonal on.
 PANEL = 512
 
 
@@ -87,21 +87,21 @@ def compensated_order(images: Tensor, inverse: Tensor) -> Tensor:
     images
         Wᵀ K, (n, m), for the weights W, (m, n), that read the units and the metric F = K Kᵀ of what W computes.
     inverse
-        P, (n, n) float64: the inverse of the units' (damped) Gram matrix. Only its lower triangle is read. It is
-        overwritten: for an MLP a copy would be the largest matrix of all.
+        P, (n, n) float64: the inverse of the units' (damped) Gram matrix. Only its upper triangle is read, and it is
+        overwritten: of all matrices here a copy would be the largest.
 
     Returns
     -------
     Tensor
         (n,) int64, best first.
     """
-    images = images.to(torch.float64, copy=True)
+    images, inverse = images.to(torch.float64, copy=True), inverse.contiguous()
     units = torch.arange(len(images), device=images.device)
     left = torch.ones_like(units, dtype=torch.bool)
     remaining = len(units)
     dropped: list[Tensor] = []
     while remaining:
-        if 4 * remaining <= 3 * len(units):
+        if 8 * remaining <= 7 * len(units):
             places = left.nonzero().flatten()
             units, images, inverse, left = units[left], images[left], _compact(inverse, places), left[left]
         count = min(max(remaining // SHARE, 1), LARGEST)
@@ -116,16 +116,16 @@ def compensated_order(images: Tensor, inverse: Tensor) -> Tensor:
         images.addmm_(share.mT, images[gone], alpha=-1)
         for start in range(0, len(units), PANEL):
             panel = slice(start, start + PANEL)
-            inverse[start:, panel].addmm_(rows[:, start:].mT, share[:, panel], alpha=-1)
+            inverse[panel, start:].addmm_(rows[:, panel].mT, share[:, start:], alpha=-1)
         dropped.append(units[gone])
         left[gone] = False
         remaining -= count
     return torch.cat(dropped).flip(0)
 
 
-def _entries(lower: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Return rows and columns of a symmetric matrix that is held as its lower triangle."""
-    return lower[torch.maximum(rows[:, None], columns), torch.minimum(rows[:, None], columns)]
+def _entries(upper: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Return rows and columns of a symmetric matrix that is held as its upper triangle."""
+    return upper[torch.minimum(rows[:, None], columns), torch.maximum(rows[:, None], columns)]
 
 
 def _compact(matrix: Tensor, places: Tensor) -> Tensor:

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from lowrank_compress.errors import InputError, NumericsError
 
-# LAPACK's dsyevr with an index range (bisection and inverse iteration) beats a full divide and conquer up to about this
-# share of the vectors: measured on one core, k = 256 to 2048, spectra flat, decaying and rank-deficient.
-PARTIAL_SHARE = 0.4
-PARTIAL_SIZE = 256
+# From this size on a CPU takes LAPACK's dsyevr (relatively robust representations), which needs less time and memory
+# than the divide and conquer behind torch. With an index range it turns to bisection and inverse iteration, faster
+# still up to about this share of the vectors. Measured at k = 512 and 2048, spectra flat, decaying, rank-deficient.
+LAPACK_SIZE = 256
+PARTIAL_SHARE = 0.25
 
 
 def eigh(matrix: Tensor, keep: int | None = None) -> tuple[Tensor, Tensor]:
@@ -49,17 +50,18 @@ def eigh(matrix: Tensor, keep: int | None = None) -> tuple[Tensor, Tensor]:
         raise InputError(f"The number of eigenpairs to keep must be at least 1, got {keep}.")
     matrix = matrix.double()
     matrix = (matrix + matrix.mT).mul_(0.5)
-    if not bool(torch.isfinite(matrix).all()):
+    # A sum is finite only if all terms are, and needs no second matrix.
+    if not bool(torch.isfinite(matrix.sum())):
         raise NumericsError(
             f"Expected a finite {size}x{size} matrix to decompose, got entries that are infinite or not a number. "
             "Check the weights and the statistics: calibrate in float32 or bfloat16."
         )
     try:
-        if matrix.is_cpu and size >= PARTIAL_SIZE and keep <= PARTIAL_SHARE * size:
+        if matrix.is_cpu and size >= LAPACK_SIZE:
             # The transpose of a C-ordered symmetric matrix is the same matrix in LAPACK's order: no copy is made.
             pairs = scipy.linalg.eigh(
                 matrix.numpy().T,
-                subset_by_index=(size - keep, size - 1),
+                subset_by_index=(size - keep, size - 1) if keep <= PARTIAL_SHARE * size else None,
                 driver="evr",
                 overwrite_a=True,
                 check_finite=False,
@@ -67,13 +69,12 @@ def eigh(matrix: Tensor, keep: int | None = None) -> tuple[Tensor, Tensor]:
             values, vectors = torch.from_numpy(pairs[0]), torch.from_numpy(pairs[1])
         else:
             values, vectors = torch.linalg.eigh(matrix)
-            values, vectors = values[-keep:], vectors[:, -keep:]
     except (torch.linalg.LinAlgError, scipy.linalg.LinAlgError) as error:
         raise NumericsError(
             f"The eigendecomposition of a {size}x{size} matrix failed ({error}). Use a larger shrinkage or more "
             "calibration tokens."
         ) from error
-    values, vectors = values.flip(0).clamp_(min=0), vectors.flip(1)
+    values, vectors = values[-keep:].flip(0).clamp_(min=0), vectors[:, -keep:].flip(1)
     least, most = vectors.aminmax(dim=0)
     vectors *= torch.where(least + most < 0, -1.0, 1.0).to(vectors)
     return values, vectors

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
+import numpy as np
+import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -18,6 +20,8 @@ from lowrank_compress.errors import InputError, NumericsError
 # Relative to the mean diagonal. A pivot of the root below FLOOR is rounding, not information; jitter lifts it.
 JITTERS = (0.0, 1e-12, 1e-10, 1e-8, 1e-6, 1e-4)
 FLOOR = 1e-13
+# Columns of a triangular matrix that are multiplied at once.
+PANEL = 512
 
 
 class Root(Protocol):
@@ -79,8 +83,18 @@ class TriangularRoot:
     lower: Tensor
 
     def congruence(self, form: Tensor) -> Tensor:
-        """Return Cᵀ P C."""
-        return self.lower.mT @ form @ self.lower
+        """Return Cᵀ P C, exactly symmetric."""
+        # In panels, without the products with what is zero above the diagonal and without the other triangle.
+        panels = [slice(start, start + PANEL) for start in range(0, len(form), PANEL)]
+        half, result = torch.empty_like(form), torch.empty_like(form)
+        for panel in panels:
+            torch.matmul(form[:, panel.start :], self.lower[panel.start :, panel], out=half[:, panel])
+        for panel in panels:
+            below = self.lower[panel.start :, panel].mT
+            torch.matmul(below, half[panel.start :, : panel.stop], out=result[panel, : panel.stop])
+            result[: panel.start, panel] = result[panel, : panel.start].mT
+            result[panel, panel] = (result[panel, panel] + result[panel, panel].mT) / 2
+        return result
 
     def expand(self, vectors: Tensor) -> Tensor:
         """Return C⁻ᵀ U."""
@@ -185,7 +199,7 @@ class Full:
         weight = weight.double()
         return weight @ self.moment.double() @ weight.mT
 
-    def root(self) -> Root:
+    def root(self) -> TriangularRoot:
         """Return the Cholesky factor of the damped moment.
 
         Where shrinkage alone does not make the moment positive definite, jitter is added to the diagonal and
@@ -198,11 +212,13 @@ class Full:
         """
         moment = self.moment.double()
         scale = _scale(moment.diagonal())
-        damped = (moment + moment.mT).mul_((1 - self.shrinkage) / 2)
-        undamped = damped.diagonal().clone()
+        damped = torch.empty_like(moment, memory_format=torch.contiguous_format)
+        # The transpose of a C-ordered symmetric matrix is the same matrix in LAPACK's order: it is factored in place.
+        lower, info = damped.mT, torch.empty((), dtype=torch.int32, device=moment.device)
         for jitter in JITTERS:
-            damped.diagonal().copy_(undamped + (self.shrinkage + jitter) * scale)
-            lower, info = torch.linalg.cholesky_ex(damped)
+            torch.add(moment, moment.mT, out=damped).mul_((1 - self.shrinkage) / 2)
+            damped.diagonal().add_((self.shrinkage + jitter) * scale)
+            torch.linalg.cholesky_ex(lower, out=(lower, info))
             if int(info) == 0 and bool(lower.diagonal().square().min() > FLOOR * scale):
                 return TriangularRoot(lower)
         raise NumericsError(
@@ -210,6 +226,24 @@ class Full:
             f"a shrinkage of {self.shrinkage:g}, got none even with {JITTERS[-1]:g} of its mean diagonal added. Use "
             "more calibration tokens or a larger shrinkage."
         )
+
+    def inverse(self) -> Tensor:
+        """Return the upper triangle of the inverse of the damped moment, (k, k) contiguous.
+
+        What lies below the diagonal means nothing.
+
+        Raises
+        ------
+        NumericsError
+            As :meth:`root`, in whose memory the inverse is computed.
+        """
+        lower = self.root().lower
+        if not lower.is_cpu:
+            return torch.cholesky_inverse(lower).mT.contiguous()
+        # LAPACK's own routine leaves out the other triangle: measured, twice as fast as torch.
+        (potri,) = scipy.linalg.get_lapack_funcs(("potri",), dtype=np.float64)
+        inverse, _ = potri(lower.numpy(), lower=True, overwrite_c=True)
+        return torch.from_numpy(inverse).mT
 
 
 Metric: TypeAlias = Identity | Diagonal | Full
@@ -224,8 +258,8 @@ def _scale(diagonal: Tensor) -> float:
 def _check(moment: Tensor, shrinkage: float, what: str) -> None:
     if not 0 <= shrinkage <= 1:
         raise InputError(f"The shrinkage of a {what} must lie in [0, 1], got {shrinkage}.")
-    if not bool(torch.isfinite(moment).all()):
-        bad = int((~torch.isfinite(moment)).sum())
+    # A sum is finite only if all terms are, and needs no matrix of truth values.
+    if not bool(torch.isfinite(moment.sum())) and (bad := int((~torch.isfinite(moment)).sum())):
         raise NumericsError(
             f"A {what} must be finite, but {bad} of its {moment.numel()} entries are not. Activations or gradients "
             "overflowed while the statistics were taken: calibrate in float32 or bfloat16."

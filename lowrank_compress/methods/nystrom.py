@@ -23,12 +23,15 @@ from lowrank_compress.arch.resolve import Heads
 from lowrank_compress.arch.spec import Role
 from lowrank_compress.errors import InputError
 from lowrank_compress.linalg.columns import compensated_order
-from lowrank_compress.linalg.metric import Full, TriangularRoot
+from lowrank_compress.linalg.eigen import eigh
+from lowrank_compress.linalg.metric import Full
 from lowrank_compress.methods.linear import Damping
 from lowrank_compress.methods.module import Reduced
 
 # As shrinkage: C/2 + mean(diag C)/2 · I is C + λI with λ the mean diagonal, halved.
 RIDGE = 0.5
+# Columns of the root that are measured at once.
+PANEL = 512
 
 
 def statistics(fisher: bool) -> Mapping[Role, frozenset[str]]:
@@ -56,20 +59,27 @@ def decompose(
     NumericsError
         A moment is not finite, or the Gram matrix is indefinite.
     """
-    down, gram = weights["down"], moments["down/in_gram"]
+    gram = moments["down/in_gram"]
+    # Row i is L w_i, in coordinates in which the loss is a plain sum of squares.
+    images = weights["down"].double().mT
     if fisher:
-        form = moments["down/out_fisher"]
-        order = compensated_order(down, form, _inverse(gram, damping.gram))
+        values, vectors = eigh(moments["down/out_fisher"])
+        images = images @ (vectors * values.sqrt())
+        order = compensated_order(images, Full(gram, damping.gram).inverse())
     else:
-        form = None
         # A score is 1 − λ [(C + λI)⁻¹]_ii.
-        order = _inverse(gram, RIDGE).diagonal().argsort(stable=True)
-    root = _root(gram[order][:, order], damping.gram)
-    images = down[:, order] @ root
-    measured = images if form is None else form @ images
-    losses = (images * measured).sum(0).clamp_(min=0)
+        order = Full(gram, RIDGE).inverse().diagonal().argsort(stable=True)
+    root = Full(gram[order[:, None], order], damping.gram).root().lower
+    losses = _losses(images[order], root)
     tail = torch.cat([losses, losses.new_zeros(1)]).flip(0).cumsum(0).flip(0)
     return {"order": order, "root": root, "tail": tail}
+
+
+def _losses(images: Tensor, root: Tensor) -> Tensor:
+    """Return ‖L W r_i‖², (n,), of the columns r_i of the root; images are (L W)ᵀ, (n, m)."""
+    # In panels of columns, without what is zero above them.
+    panels = (slice(start, start + PANEL) for start in range(0, len(root), PANEL))
+    return torch.cat([(root[panel.start :, panel].mT @ images[panel.start :]).square_().sum(1) for panel in panels])
 
 
 def reduce(
@@ -102,13 +112,3 @@ def reduce(
         },
         {role: bias if role == "down" else bias[kept] for role, bias in biases.items()},
     )
-
-
-def _root(gram: Tensor, shrinkage: float) -> Tensor:
-    root = Full(gram, shrinkage).root()
-    assert isinstance(root, TriangularRoot)
-    return root.lower
-
-
-def _inverse(gram: Tensor, shrinkage: float) -> Tensor:
-    return torch.cholesky_inverse(_root(gram, shrinkage))

@@ -282,7 +282,7 @@ class ModuleUnit:
         self, weights: Weights, means: Mapping[str, Tensor], damping: Damping, keep: int
     ) -> dict[str, Tensor]:
         """Make the method's basis, which serves every width."""
-        matrices: dict[Role, Tensor] = {target.role: weights(target).double() for target in self.targets}
+        matrices: dict[Role, Tensor] = {target.role: weights(target) for target in self.targets}
         device = next(iter(matrices.values())).device
         moments = {
             f"{target.role}/{statistic}": means[statistic_key(target, statistic)].to(device, torch.float64)

@@ -52,8 +52,8 @@ def decompose(
         A moment is not finite, or the near metric has no invertible root.
     """
     assert heads is not None
-    values = weights["v"].unflatten(0, (heads.key, heads.size))
-    outputs = _stacked(weights["o"], heads)
+    values = weights["v"].double().unflatten(0, (heads.key, heads.size))
+    outputs = _stacked(weights["o"].double(), heads)
     near = moments["v/head_fisher"] if fisher else outputs.mT @ outputs
     shrinkage = damping.fisher if fisher else damping.gram
     projectors = [

@@ -27,22 +27,24 @@ def test_decomposition(keep: int | None) -> None:
     assert torch.all(vectors.gather(0, vectors.abs().argmax(dim=0)[None]) > 0)
 
 
+@pytest.mark.parametrize("keep", [70, 200, 300])
 @pytest.mark.parametrize("true_rank", [300, 40], ids=["full rank", "rank below what is kept"])
-def test_partial_equals_full(true_rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_routine_gives_the_same(true_rank: int, keep: int, monkeypatch: pytest.MonkeyPatch) -> None:
     values = torch.zeros(300, dtype=torch.float64)
     values[:true_rank] = torch.logspace(0, -5, true_rank, dtype=torch.float64)
     matrix = spectrum_matrix(values)
-    assert eigen.PARTIAL_SHARE * 300 >= 100
-    assert eigen.PARTIAL_SIZE <= 300
+    assert eigen.PARTIAL_SHARE * 300 >= 70
+    assert eigen.LAPACK_SIZE <= 300
     with monkeypatch.context() as patch:
         patch.setattr(torch.linalg, "eigh", None)
-        part_values, part_vectors = eigen.eigh(matrix, 100)
+        part_values, part_vectors = eigen.eigh(matrix, keep)
+    monkeypatch.setattr(eigen, "LAPACK_SIZE", 1000)
     full_values, full_vectors = eigen.eigh(matrix)
-    assert part_vectors.shape == (300, 100)
-    torch.testing.assert_close(part_values, full_values[:100], rtol=1e-10, atol=1e-14)
-    torch.testing.assert_close(part_vectors.mT @ part_vectors, torch.eye(100, dtype=torch.float64))
+    assert part_vectors.shape == (300, keep)
+    torch.testing.assert_close(part_values, full_values[:keep], rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(part_vectors.mT @ part_vectors, torch.eye(keep, dtype=torch.float64))
     # Compared over gaps: inside the null space any basis is right.
-    count = min(true_rank, 100)
+    count = min(true_rank, keep)
     torch.testing.assert_close(part_vectors[:, :count], full_vectors[:, :count], rtol=1e-7, atol=1e-9)
 
 

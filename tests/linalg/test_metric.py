@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from lowrank_compress.errors import InputError, NumericsError
+from lowrank_compress.linalg import metric as metrics
 from lowrank_compress.linalg.metric import Diagonal, Full, Identity, Metric
 from tests import reference
 
@@ -57,6 +58,30 @@ def test_form_is_not_damped(metric: Metric, dense: torch.Tensor) -> None:
     form = metric.form(weight)
     assert form.dtype == torch.float64
     torch.testing.assert_close(form, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("panel", [1, 4, 6])
+def test_a_congruence_in_panels(panel: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "PANEL", panel)
+    root, form = Full(moment(), 0.1).root(), moment(seed=1)
+    found = root.congruence(form)
+    torch.testing.assert_close(found, root.lower.mT @ form @ root.lower, rtol=1e-12, atol=1e-12)
+    assert torch.equal(found, found.mT)
+
+
+@pytest.mark.parametrize("rank", [2, SIZE])
+def test_the_inverse_is_that_of_the_damped_moment(rank: int) -> None:
+    given = moment(rank)
+    before = given.clone()
+    expected = np.linalg.inv(reference.damp(given.numpy(), 0.1))
+    np.testing.assert_allclose(Full(given, 0.1).inverse().triu().numpy(), np.triu(expected), rtol=1e-10, atol=1e-12)
+    assert torch.equal(given, before)
+
+
+def test_only_the_symmetric_part_of_a_moment_counts() -> None:
+    skew = torch.randn(SIZE, SIZE, dtype=torch.float64)
+    expected = Full(moment(), 0.1).root().lower
+    torch.testing.assert_close(Full(moment() + skew - skew.mT, 0.1).root().lower, expected)
 
 
 def test_inputs_are_left_alone() -> None:

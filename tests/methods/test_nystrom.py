@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lowrank_compress.arch.spec import Role
 from lowrank_compress.errors import InputError, NumericsError
+from lowrank_compress.methods import nystrom
 from lowrank_compress.methods.linear import Damping
 from lowrank_compress.methods.nystrom import decompose, reduce, statistics
 from tests.reference import damp
@@ -95,6 +96,20 @@ def test_is_the_regression_on_the_units_that_stay(fisher: bool, units: int, outp
         best = np.linalg.lstsq(case.h[:, kept(basis, width)], case.h @ case.down.T, rcond=None)[0].T
         np.testing.assert_allclose(found, best, rtol=0, atol=1e-8 * max(np.abs(best).max(initial=0), 1))
         assert case.loss(kept(basis, width), found, fisher) == pytest.approx(tail[width], abs=1e-9 * tail[0])
+
+
+@pytest.mark.parametrize("fisher", [False, True])
+def test_panels_and_the_moments_are_left_alone(fisher: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = mlp()
+    expected = case.basis(fisher)
+    monkeypatch.setattr(nystrom, "PANEL", 5)
+    gram, form = torch.from_numpy(case.gram), torch.from_numpy(case.form)
+    before = gram.clone(), form.clone()
+    moments = {"down/in_gram": gram, "down/out_fisher": form}
+    found = decompose(None, case.weights, moments, NONE, fisher)
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(gram, before[0])
+    assert torch.equal(form, before[1])
 
 
 @pytest.mark.parametrize("fisher", [False, True])

@@ -98,7 +98,9 @@ SeqLen = Annotated[
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the shuffle (default: 0)", rich_help_panel=DATA)]
 MicroBatch = Annotated[
     int | None,
-    typer.Option("--micro-batch", help="Windows computed at once (default: about 2048 tokens)", rich_help_panel=TUNING),
+    typer.Option(
+        "--micro-batch", help="Windows computed at once (default: 1024 tokens, on a GPU 8192)", rich_help_panel=TUNING
+    ),
 ]
 DampingFisher = Annotated[
     float | None,

@@ -62,7 +62,7 @@ class Decompose(Protocol):
         heads
             How the attention is divided; None for an MLP.
         weights
-            Role -> W (out, in), float64.
+            Role -> W (out, in), as stored; computed with in float64.
         moments
             ``"<role>/<statistic>"`` -> mean, float64.
         damping

@@ -45,12 +45,12 @@ class Encoded:
         rows = len(self.inner) if self.outer is None else len(self.outer)
         return (rows + (len(self.inner) if self.index is not None else 0), self.inner.shape[1])
 
-    def rebuild(self) -> Tensor:
-        """The matrix (out, in) that it stands for, float64."""
-        inner = self.inner.double()
+    def rebuild(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """The matrix (out, in) that it stands for, computed in a dtype."""
+        inner = self.inner.to(dtype)
         if self.outer is None:
             return inner
-        rest = self.outer.double() @ inner
+        rest = self.outer.to(dtype) @ inner
         if self.index is None:
             return rest
         whole = inner.new_empty(len(inner) + len(rest), inner.shape[1])

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from lowrank_compress.calibration.capture import needs_gradient
 from lowrank_compress.calibration.sources import PAPERS_DATA, Source
 from lowrank_compress.calibration.tokens import load_tokenizer
@@ -20,8 +22,9 @@ from lowrank_compress.model.checkpoint import Checkpoint, locate
 from lowrank_compress.stages.common import compute_device, source_id
 from lowrank_compress.stages.score import check_options
 
-# Tokens a micro-batch unless the recipe says otherwise: a result depends on it in the last bits, so it is in the key.
-MICRO_BATCH_TOKENS = 2048
+# Tokens a micro-batch unless the recipe says otherwise, on a CPU and on a GPU: little memory, and much work at once. A
+# result depends on it in the last bits, so it is in the key.
+MICRO_BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
 PAPERS_SEQ_LEN = 2048
 
 
@@ -57,7 +60,8 @@ class Plan:
             samples=recipe.samples,
             seq_len=self.seq_len,
             seed=recipe.seed,
-            micro_batch=recipe.micro_batch or max(1, MICRO_BATCH_TOKENS // self.seq_len),
+            micro_batch=recipe.micro_batch
+            or max(1, MICRO_BATCH_TOKENS[torch.device(self.device).type] // self.seq_len),
             clip=recipe.clip,
             device=self.device,
         )

@@ -12,7 +12,7 @@ THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format bench hooks clean
+.PHONY: help setup demo test check format bench scale hooks clean
 
 help:  ## List the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-13s%s\n", $$1, $$2}'
@@ -45,6 +45,9 @@ format: $(STAMP)  ## Format the code and mend what ruff can mend
 
 bench: $(STAMP)  ## Measure the README's table of methods anew and write it there (minutes)
 	$(BIN)/python scripts/methods_table.py --write README.md
+
+scale: $(STAMP)  ## Measure how long compressing takes against its floor, and draw a chart (tens of minutes)
+	$(BIN)/python scripts/bench_scale.py --parameters 0.3B --chart runs/scale.png --json runs/scale.json
 
 hooks:  ## Run `make check` before every commit
 	git config core.hooksPath .githooks

@@ -18,11 +18,15 @@ os.environ |= {
 
 import pytest
 import torch
+from hypothesis import settings
 
 from tests.runs import Tiny, lrc
 from tests.tiny import save_tiny, tiny_text
 
 torch.set_num_threads(1)
+# A busy machine is no failure, and the same examples are tried everywhere.
+settings.register_profile("lrc", deadline=None, derandomize=True)
+settings.load_profile("lrc")
 ASSETS = Path(__file__).parents[1] / "../shared/assets"
 
 

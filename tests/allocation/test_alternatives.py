@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowrank_compress.allocation import loss
@@ -43,6 +43,7 @@ def loss_of(sites: Sites, picked: Sequence[int], limit: int) -> float:
     return sum(float(curve.loss[point]) for curve, point in zip(curves, points, strict=True))
 
 
+@settings(max_examples=40)
 @given(some_sites(), st.floats(0.45, 0.95))
 def test_is_the_best_combination_but_for_one_step(sites: Sites, share: float) -> None:
     limit = int(share * sum(curve.dense for site in sites for curve in site[0]))

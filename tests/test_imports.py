@@ -18,6 +18,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 ANYWHERE = {"errors", "registry", "config", "__init__"}
 STAGES_USE = {"methods", "calibration", "evaluation", "allocation", "linalg", "model", "arch", "artifacts"}
 BELOW: dict[str, set[str]] = {
+    "__main__": {"cli"},
     "cli": {"stages", "demo", *STAGES_USE},
     "stages": STAGES_USE,
     "methods": {"calibration", "allocation", "linalg", "model", "arch"},

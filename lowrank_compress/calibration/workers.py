@@ -63,10 +63,16 @@ class Workers:
                 dist.reduce(tensors[name], dst=owner)
 
 
+def started(environment: Mapping[str, str] = os.environ) -> int:
+    """How many processes torchrun has started; 1 outside of it."""
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return int(environment["WORLD_SIZE"]) if all(name in environment for name in names) else 1
+
+
 @contextmanager
 def workers_of(environment: Mapping[str, str] = os.environ) -> Iterator[Workers]:
     """Join the processes that torchrun has started; outside of it, be alone."""
-    count = int(environment.get("WORLD_SIZE", "1"))
+    count = started(environment)
     if count == 1:
         yield Workers()
         return

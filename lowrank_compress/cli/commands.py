@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -15,7 +14,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from lowrank_compress.artifacts.files import read_json, sha256
 from lowrank_compress.artifacts.lock import locked
 from lowrank_compress.artifacts.manifest import Manifest, read_manifest
-from lowrank_compress.calibration.workers import Workers, workers_of
+from lowrank_compress.calibration.workers import Workers, started, workers_of
 from lowrank_compress.cli.terminal import TerminalReporter, console
 from lowrank_compress.config import EvaluateConfig, Recipe, load_recipe
 from lowrank_compress.demo import text as demo_text
@@ -169,7 +168,7 @@ def factorize(path: Path, given: dict[str, Any], overwrite: bool, reporter: Term
 
 def evaluate(target: str, config: EvaluateConfig, force: bool, reporter: TerminalReporter) -> dict[str, Any]:
     """Run the fourth stage on a run or a checkpoint."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if started() > 1:
         raise InputError(
             "`lrc eval` is one process. For lm-eval tasks on several GPUs: accelerate launch -m lm_eval --model hf "
             "--model_args pretrained=CHECKPOINT,trust_remote_code=True --tasks …"

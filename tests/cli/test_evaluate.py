@@ -192,5 +192,6 @@ def test_tasks_need_a_language_model(tasks: Path, tmp_path: Path):
 
 
 def test_several_processes(tiny: Tiny, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "29500")):
+        monkeypatch.setenv(name, value)
     assert "accelerate launch -m lm_eval" in refused("eval", tiny.model, "--perplexity", tiny.heldout)

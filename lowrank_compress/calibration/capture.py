@@ -91,7 +91,7 @@ def capture(
     spill_to
         Directory for hidden states that do not fit in memory; None for the system's temporary one.
     memory, disk
-        Bytes that hidden states may take in memory, or else on disk; None for half of what is free there.
+        Bytes that hidden states may take in memory, or else on disk; None for half of what is free, shared by all.
     workers
         Who shares the batches; all must be given the same.
 
@@ -106,8 +106,8 @@ def capture(
             "a smaller --micro-batch."
         )
     own = workers.share(batches)
-    memory = free_memory() // 2 if memory is None else memory
-    disk = shutil.disk_usage(spill_to or tempfile.gettempdir()).free // 2 if disk is None else disk
+    memory = free_memory() // (2 * workers.count) if memory is None else memory
+    disk = shutil.disk_usage(spill_to or tempfile.gettempdir()).free // (2 * workers.count) if disk is None else disk
     count = len(skeleton.resolved.blocks)
     boundary = boundary_bytes(skeleton, own)
     spill = boundary * boundaries(count, wanted) > memory

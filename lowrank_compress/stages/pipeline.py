@@ -89,6 +89,11 @@ def compress(
     inputs = inputs_of_score(plan, run)
     scores = score.key(plan.score, inputs)
     found = workers.once(lambda: score.committed_scores(run.scores, scores, overwrite=overwrite))
+    if found is not None and keep_statistics and not calibrate.kept(run.statistics, inputs.calibration):
+        reporter.warn(
+            "The run has its scores already, so no statistics are taken that could be kept. `lrc calibrate` with the "
+            "same recipe takes and keeps them."
+        )
     if found is None:
         keep_statistics = keep_statistics or workers.once(lambda: calibrate.kept(run.statistics, inputs.calibration))
         bases = Bases(plan.score, plan.checkpoint, inputs.calibration.id, run.scores)

@@ -91,6 +91,15 @@ def test_compress_says_what_it_reached(tiny: Tiny, tmp_path: Path):
     assert "Time: tokenize" in said.err
 
 
+def test_statistics_cannot_be_kept_of_a_finished_run(tiny: Tiny, tmp_path: Path):
+    run = tmp_path / "run"
+    done("compress", *tiny.options(run))
+    assert "has its scores already" in done("compress", *tiny.options(run), "--keep-statistics").text
+    done("calibrate", *tiny.options(run))
+    assert list((run / "stats").glob("block-*.safetensors"))
+    assert "has its scores already" not in done("compress", *tiny.options(run), "--keep-statistics").text
+
+
 def test_a_memory_budget_changes_no_byte(tiny: Tiny, pristine: Finished, tmp_path: Path):
     cost = done("compress", *tiny.options(tmp_path / "run"), "--memory-budget", "1kB", "--json").json["cost"]
     assert results(tmp_path / "run") == results(pristine("auto"))

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from lowrank_compress.calibration import capture as module
-from lowrank_compress.calibration.capture import capture, clipped, needs_gradient
+from lowrank_compress.calibration.capture import capture, needs_gradient
 from lowrank_compress.calibration.moments import STATISTICS, statistic_key
+from lowrank_compress.calibration.taps import clipped
 from lowrank_compress.errors import NumericsError
 from lowrank_compress.model import replay as replaying
 from lowrank_compress.model.checkpoint import Checkpoint

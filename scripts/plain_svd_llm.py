@@ -178,17 +178,19 @@ def words(recipe: Recipe, *left_out: str) -> list[object]:
     return [recipe.model, *(word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value))]
 
 
-def run_both(recipe: Recipe, out: Path, merged: bool) -> dict[str, dict[str, Any]]:
-    """Run the plain way and `lrc compress`, one after the other, each with cold files."""
+def run_both(recipe: Recipe, out: Path, merged: bool, threads: int, processes: int) -> dict[str, dict[str, Any]]:
+    """Run the plain way and `lrc compress`, one after the other, each with cold files and with all threads."""
     checkpoint = make_plan(recipe).checkpoint.path
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"] if processes > 1 else []
     commands = {
         "plain": [__file__, *words(recipe, "method", "device"), *(["--merged"] if merged else [])],
-        "lrc": ["-m", "lowrank_compress", "compress", *words(recipe), "--overwrite"],
+        "lrc": [*launcher, "-m", "lowrank_compress", "compress", *words(recipe), "--overwrite"],
     }
     found = {}
     for name, command in commands.items():
         shutil.rmtree(out / name, ignore_errors=True)
         evict(checkpoint.iterdir())
+        pin(threads if name == "plain" else max(threads // processes, 1))
         ran = timed([sys.executable, *command, "--out", out / name, "--json"])
         cost = ran.answer["cost"]
         found[name] = {
@@ -203,11 +205,13 @@ def run_both(recipe: Recipe, out: Path, merged: bool) -> dict[str, dict[str, Any
     return found
 
 
-def compare(recipe: Recipe, out: Path, text: Path | None, rounds: int) -> dict[str, dict[str, Any]]:
+def compare(
+    recipe: Recipe, out: Path, text: Path | None, rounds: int, threads: int, processes: int
+) -> dict[str, dict[str, Any]]:
     """Run both, each round anew, and keep of each side the fastest round; evaluate both checkpoints."""
     found: dict[str, dict[str, Any]] = {}
     for number in range(rounds):
-        for name, measured in run_both(recipe, out, merged=text is not None and number == 0).items():
+        for name, measured in run_both(recipe, out, text is not None and number == 0, threads, processes).items():
             if name not in found or measured["total"] < found[name]["total"]:
                 found[name] = measured | {"perplexity": found.get(name, {}).get("perplexity")}
         if text is not None and number == 0:
@@ -260,6 +264,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Of the shuffle of windows.")] = 0,
     threads: Annotated[int | None, typer.Option(help="CPU threads. [default: all cores]")] = None,
     comparing: Annotated[bool, typer.Option("--compare", help="Run `lrc compress` too, and compare.")] = False,
+    processes: Annotated[int, typer.Option(help="With --compare: of lrc, which share the threads.")] = 1,
     rounds: Annotated[int, typer.Option(help="With --compare: take each side's fastest of so many.")] = 1,
     text: Annotated[Path | None, typer.Option("--perplexity", help="With --compare: held-out text.")] = None,
     merged: Annotated[bool, typer.Option("--merged", help="Write a dense float32 checkpoint of the products.")] = False,
@@ -277,8 +282,7 @@ def main(
         device="cpu",
     )
     if comparing:
-        pin(threads or os.cpu_count() or 1)
-        found: Mapping[str, Any] = compare(recipe, out, text, rounds)
+        found: Mapping[str, Any] = compare(recipe, out, text, rounds, threads or os.cpu_count() or 1, processes)
         if not as_json:
             show(found, f"{model.name}, svd-llm, ratio {ratio:g}, {samples} windows of {seq_len} tokens")
             return

@@ -20,7 +20,7 @@ from lowrank_compress.errors import InputError, NumericsError
 # Relative to the mean diagonal. A pivot of the root below FLOOR is rounding, not information; jitter lifts it.
 JITTERS = (0.0, 1e-12, 1e-10, 1e-8, 1e-6, 1e-4)
 FLOOR = 1e-13
-# Columns of a triangular matrix that are multiplied at once.
+# Columns of a triangle that are multiplied at once.
 PANEL = 512
 
 
@@ -111,8 +111,7 @@ class Identity:
 
     def form(self, weight: Tensor) -> Tensor:
         """Return W Wᵀ, (p, p) float64, for W of shape (p, k)."""
-        weight = weight.double()
-        return weight @ weight.mT
+        return _square(weight.double())
 
     def root(self) -> Root:
         """Return the root I; there is nothing to damp."""
@@ -153,8 +152,7 @@ class Diagonal:
 
     def form(self, weight: Tensor) -> Tensor:
         """Return W diag(weights) Wᵀ without damping, (p, p) float64, for W of shape (p, k)."""
-        weight = weight.double()
-        return (weight * self.weights.double()) @ weight.mT
+        return _square(weight.double() * self.weights.double().sqrt())
 
     def root(self) -> Root:
         """Return diag(√weights) after shrinkage; weights that are still zero get the least jitter that lifts them."""
@@ -247,6 +245,16 @@ class Full:
 
 
 Metric: TypeAlias = Identity | Diagonal | Full
+
+
+def _square(weight: Tensor) -> Tensor:
+    """Return W Wᵀ; in panels, so that little more than one triangle is computed."""
+    result = weight.new_empty(len(weight), len(weight))
+    for start in range(0, len(weight), PANEL):
+        panel = slice(start, start + PANEL)
+        torch.matmul(weight[start:], weight[panel].mT, out=result[start:, panel])
+        result[panel, panel.stop :] = result[panel.stop :, panel].mT
+    return result
 
 
 def _scale(diagonal: Tensor) -> float:

@@ -60,6 +60,16 @@ def test_form_is_not_damped(metric: Metric, dense: torch.Tensor) -> None:
     torch.testing.assert_close(form, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("panel", [1, 3, 5, 7])
+def test_forms_in_panels(panel: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "PANEL", panel)
+    weight = torch.randn(5, SIZE, dtype=torch.float64)
+    squares = torch.rand(SIZE, dtype=torch.float64)
+    torch.testing.assert_close(Identity().form(weight), weight @ weight.T, rtol=1e-12, atol=1e-12)
+    expected = weight @ squares.diag() @ weight.T
+    torch.testing.assert_close(Diagonal(squares).form(weight), expected, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("panel", [1, 4, 6])
 def test_a_congruence_in_panels(panel: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "PANEL", panel)

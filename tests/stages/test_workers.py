@@ -64,8 +64,9 @@ def assert_same(one: Path, other: Path) -> None:
     assert (one / "model/config.json").read_bytes() == (other / "model/config.json").read_bytes()
 
 
-@pytest.mark.parametrize("keep", [(), ("--keep-statistics",)], ids=["drop", "keep"])
-@pytest.mark.parametrize(("method", "count"), [("auto", 2), ("svd-llm", 3), ("svd", 2)])
+@pytest.mark.parametrize(
+    ("method", "count", "keep"), [("auto", 2, ()), ("svd-llm", 3, ("--keep-statistics",)), ("svd", 2, ())]
+)
 def test_several_processes_make_what_one_makes(
     tiny: Tiny, tmp_path: Path, method: str, count: int, keep: tuple[str, ...]
 ) -> None:

@@ -19,201 +19,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import typer
-from costs import LARGEST_EIGH, apart, eigh_unit, evict, machine_rates, pin, size_of, timed
+from costs import LARGEST_EIGH, apart, evict, machine_rates, pin, size_of, timed
+from floor import work_of
 from random_llama import DTYPES, SHAPES, Shape, make_config, write
 from rich.console import Console
 from rich.table import Table
 
-from lowrank_compress.allocation.storage import STORAGES, largest_rank
-from lowrank_compress.artifacts.manifest import read_manifest
-from lowrank_compress.calibration.capture import needs_gradient
-from lowrank_compress.calibration.moments import STATISTICS, statistic_key
 from lowrank_compress.config import Recipe
 from lowrank_compress.demo import text as demo_text
-from lowrank_compress.methods.units import MatrixUnit, ModuleUnit, needed, stored_elements
-from lowrank_compress.model.blueprint import Blueprint
-from lowrank_compress.model.states import free_memory
-from lowrank_compress.stages.bases import Bases
 from lowrank_compress.stages.common import Run
-from lowrank_compress.stages.plan import Plan, make_plan
-from lowrank_compress.stages.ranks import RANKS, Choice, read_ranks
+from lowrank_compress.stages.plan import make_plan
 
 REST = "start and end"
 MOVED = ("read", "written", "from_disk", "to_disk")
 STEPS = ("tokenize", "forward", "loss", "backward", "decompose", "score", "factorize", "write")
 COLOURS = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377", "#bbbbbb", "#444444", "#994455")
-
-
-class Work(NamedTuple):
-    """A part of what a step must do; `unit` is what there is a rate for."""
-
-    step: str
-    what: str
-    unit: str
-
-
-class Floor:
-    """The least work of a run, from shapes: operations, decompositions and bytes.
-
-    A multiplication and an addition are two operations. Nothing is counted that another way of computing the same
-    result would not need: second moments and products with triangles are half of a full product, and δ = g W of
-    ``in_fisher`` is a part of the input's gradient anyway.
-
-    Parameters
-    ----------
-    plan, bases
-        The recipe, and its units and largest ranks.
-    tokens
-        Of the calibration set; 0 for methods without data.
-    """
-
-    def __init__(self, plan: Plan, bases: Bases, tokens: int) -> None:
-        self.plan, self.bases, self.tokens = plan, bases, tokens
-        self.blueprint: Blueprint = bases.blueprint
-        self.wanted = needed(bases.units)
-        self.gradient = needs_gradient(self.wanted)
-        self.amounts: dict[Work, float] = {}
-        self.eighs: set[tuple[int, int]] = set()
-
-    def add(self, step: str, what: str, unit: str, amount: float) -> None:
-        """Add work: operations in a precision, bytes read or written, or a number of decompositions."""
-        if amount:
-            work = Work(step, what, unit)
-            self.amounts[work] = self.amounts.get(work, 0) + amount
-
-    def eigh(self, step: str, size: int, keep: int, count: int = 1) -> None:
-        """Add eigendecompositions."""
-        self.eighs.add((size, keep))
-        unit = eigh_unit(size, keep)
-        self.add(step, unit.replace("eigh", "eigendecompositions of size"), unit, count)
-
-    def calibrate(self) -> None:
-        """Sweeps over the blocks, the head's loss, and statistics, all in float32."""
-        resolved = self.blueprint.resolved
-        if not self.tokens:
-            return
-        matrices = sum(target.elements for target in resolved.targets)
-        width = resolved.heads.query * resolved.heads.size
-        products = 2 * matrices * self.tokens
-        attention = 4 * self.tokens * self.plan.seq_len * width * len(resolved.blocks)
-        self.add("forward", "products with the weights", "float32", products)
-        self.add("forward", "attention", "float32", attention)
-        if self.gradient:
-            config = self.blueprint.model.config
-            logits = 2 * config.vocab_size * config.hidden_size * self.tokens
-            self.add("loss", "logits and their gradient", "float32", 2 * logits)
-            self.add("backward", "products with the weights, again", "float32", products)
-            self.add("backward", "attention, again", "float32", attention)
-            self.add("backward", "gradients of inputs", "float32", products)
-            self.add("backward", "gradient of attention", "float32", 2 * attention)
-        seen = set()
-        for target in resolved.targets:
-            for name in self.wanted.get(target.name, ()):
-                key = (target.block, statistic_key(target, name))
-                if key not in seen:
-                    seen.add(key)
-                    (m, n), length = target.shape, self.plan.seq_len
-                    each = min(2 * length * (m + n), 2 * m * n) if name == "row_fisher" else None
-                    amount = self.tokens * (each or STATISTICS[name].elements(target))
-                    self.add("backward" if self.gradient else "forward", "statistics", "float32", amount)
-
-    def decompose(self) -> None:
-        """Bases of all units, in float64."""
-        for unit in self.bases.units:
-            if isinstance(unit, MatrixUnit):
-                self._decompose_matrix(unit, self.bases.keep[unit.name])
-            elif isinstance(unit, ModuleUnit) and unit.method.group == "mlp":
-                self._decompose_mlp(unit)
-            elif isinstance(unit, ModuleUnit) and unit.method.group == "vo":
-                self._decompose_values(unit)
-        if self.bases.allocator.needs_spectrum:
-            for unit in self.bases.units:
-                k, far = min(unit.shape), max(unit.shape)
-                self.add("score", "products with the metrics", "float64", far * k**2)
-                self.eigh("score", k, k)
-
-    def _decompose_matrix(self, unit: MatrixUnit, keep: int) -> None:
-        k, far_size = min(unit.shape), max(unit.shape)
-        near, far = unit.method.sides(unit.target)
-        if not far.far or far.diagonal:
-            self.add("decompose", "products with the metrics", "float64", far_size * k**2)
-        self.eigh("decompose", k, keep)
-        if near.near and not near.diagonal:
-            self.add("decompose", "Cholesky factors", "float64", k**3 / 3)
-            self.add("decompose", "products with the metrics", "float64", 2 * k**3)
-            self.add("decompose", "projectors", "float64", 2 * k**2 * keep)
-
-    def _decompose_mlp(self, unit: ModuleUnit) -> None:
-        """Two Cholesky factors, an inverse and the images under the root; the order of the units by elimination."""
-        m, n = unit.roles["down"].shape
-        self.add("decompose", "Cholesky factors", "float64", 2 * n**3 / 3)
-        self.add("decompose", "inverses", "float64", 2 * n**3 / 3)
-        self.add("decompose", "losses of narrower MLPs", "float64", m * n**2)
-        if unit.method.fisher:
-            self.add("decompose", "losses of narrower MLPs", "float64", 2 * m**2 * n)
-            # Each unit that goes changes the weights, their measured images and the inverse, over those that are left.
-            self.add("decompose", "elimination of hidden units", "float64", 2 * m * n**2 + 2 * n**3 / 3)
-            self.add("decompose", "elimination of hidden units", "float64", 2 * m**2 * n)
-
-    def _decompose_values(self, unit: ModuleUnit) -> None:
-        heads = self.blueprint.resolved.heads
-        outputs = unit.roles["o"].elements
-        if not unit.method.fisher:
-            self.add("decompose", "products with the metrics", "float64", outputs * heads.size)
-        self.add("decompose", "products with the metrics", "float64", 2 * heads.key * heads.size**3)
-        scaling = 2 * heads.size * (outputs + unit.roles["v"].elements)
-        self.add("decompose", "projectors", "float64", 2 * heads.key * heads.size**3 + scaling)
-        self.eigh("decompose", heads.size, heads.size, heads.key)
-
-    def factorize(self, choices: Mapping[str, Choice]) -> None:
-        """Factors at the chosen ranks, in float64."""
-        for unit in self.bases.units:
-            choice = choices.get(unit.name)
-            if choice is None or choice.rank is None:
-                continue
-            if isinstance(unit, MatrixUnit):
-                self._factorize_matrix(unit, choice)
-            elif isinstance(unit, ModuleUnit) and unit.method.group == "mlp":
-                (m, n), width = unit.roles["down"].shape, choice.rank
-                down = 2 * m * (n - width) * width + m * width**2
-                self.add("factorize", "weights of narrower modules", "float64", down)
-            elif isinstance(unit, ModuleUnit) and unit.method.group == "vo":
-                both = sum(target.elements for target in unit.targets)
-                self.add("factorize", "weights of narrower modules", "float64", 2 * choice.rank * both)
-
-    def _factorize_matrix(self, unit: MatrixUnit, choice: Choice) -> None:
-        """The factors; pivot rows of them; where both formats are tried, what rounding does to each."""
-        assert choice.rank is not None
-        m, n = unit.shape
-        stored = stored_elements(unit, choice.format, choice.rank)
-        limit = min(unit.shape) - 1
-        formats = STORAGES[:2] if choice.format == "auto" else (choice.format,)
-        ranks = {form: min(largest_rank(form, unit.shape, stored), limit) for form in formats}
-        self.add("factorize", "factors", "float64", 2 * max(ranks.values()) * m * n)
-        if "pivot" in ranks:
-            r = ranks["pivot"]
-            # Two QR decompositions, the coefficients and the rows.
-            self.add("factorize", "pivots", "float64", 2 * n * r**2 + 2 * m * r**2 + (m - r) * r**2 + 2 * n * r**2)
-        if len(ranks) > 1:
-            tried = sum(ranks.values())
-            self.add("factorize", "rounding losses of both formats", "float64", 4 * m * n * tried)
-
-    def transfer(self, run: Run) -> None:
-        """Bytes: the checkpoint, from the disk once, or once a sweep if the memory cannot hold it; what is kept."""
-        size = sum(path.stat().st_size for path in set(self.plan.checkpoint.files.values()))
-        first = ("forward", "backward") if self.gradient else ("forward",) if self.tokens else ("decompose",)
-        cached = size < free_memory() // 2
-        for step in first[:1] if cached else (*first, "factorize"):
-            self.add(step, "the checkpoint", "read", size)
-        self.add("decompose", "bases", "write", size_of(run.scores))
-        self.add("write", "the compressed checkpoint", "write", size_of(run.model))
-
-    def seconds(self, rates: Mapping[str, float]) -> dict[Work, float]:
-        """Least seconds of each part."""
-        return {work: amount / rates[work.unit] for work, amount in self.amounts.items()}
 
 
 def make_checkpoint(directory: Path, shape: Shape, dtype: str) -> None:
@@ -233,18 +56,6 @@ def make_text(path: Path, size: int) -> None:
     text = demo_text.part("calibration").encode()
     whole = (text * (size // len(text) + 1))[: size + 8]
     path.write_bytes(whole.decode(errors="ignore").encode())
-
-
-def work_of(plan: Plan, run: Run) -> Floor:
-    """Count the work of a finished run."""
-    calibrated = read_manifest(run.statistics)
-    bases = Bases(plan.score, plan.checkpoint, "", run.scores)
-    floor = Floor(plan, bases, calibrated.report["tokens"] if calibrated else 0)
-    floor.calibrate()
-    floor.decompose()
-    floor.factorize(read_ranks(run.scores / RANKS, bases.sites))
-    floor.transfer(run)
-    return floor
 
 
 def measure(

@@ -48,6 +48,9 @@ def stories(assets: Path, tmp_path_factory: pytest.TempPathFactory):
     ("choice", "measured"),
     [
         (("svd", "uniform", "pair"), 178),
+        (("svd", "uniform", "pivot"), 24.4),
+        (("asvd", "uniform", "pair"), 143),
+        (("svd-llm", "uniform", "pair"), 30.6),
         (("svd-llm", "uniform", "pivot"), 10.2),
         (("kfac", "uniform", "pivot"), 9.4),
         (("svd", "welore", "pivot"), 16.3),

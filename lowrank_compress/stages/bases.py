@@ -25,7 +25,7 @@ from lowrank_compress.methods.units import Unit, candidate_ranks, dense_elements
 from lowrank_compress.model.blueprint import Blueprint, blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 
-VERSION = 1
+VERSION = 2
 
 
 class Bases:

@@ -18,7 +18,7 @@ from lowrank_compress.config import FactorizeConfig
 from lowrank_compress.errors import ArtifactError
 from lowrank_compress.methods.sites import all_units, sites_of
 from lowrank_compress.methods.units import Unit
-from lowrank_compress.model.blueprint import blueprint
+from lowrank_compress.model.blueprint import Blueprint, blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.export import ShardWriter, config_json, write_companions
 from lowrank_compress.model.layers import remote_code_entries, write_remote_code
@@ -27,7 +27,7 @@ from lowrank_compress.stages.encode import Encoder, cast
 from lowrank_compress.stages.ranks import RANKS, Choice, read_ranks
 from lowrank_compress.stages.report import block_losses, model_card, summary
 
-VERSION = 1
+VERSION = 2
 REPORT = "lowrank.json"
 
 
@@ -115,7 +115,7 @@ def run(
         reporter.advance("factorize", number, len(own))
 
     def write() -> Manifest:
-        result = _write(config, inputs, out_dir, reporter, identity, units, bases, work)
+        result = _write(config, plan, scores, out_dir, reporter, identity, units, bases, work)
         shutil.rmtree(work.directory, ignore_errors=True)
         return result
 
@@ -124,7 +124,8 @@ def run(
 
 def _write(
     config: FactorizeConfig,
-    inputs: Inputs,
+    plan: Blueprint,
+    scores: Manifest,
     out_dir: Path,
     reporter: Reporter,
     identity: Key,
@@ -133,7 +134,6 @@ def _write(
     work: BlockFiles,
 ) -> Manifest:
     """Put the encoded blocks together to a checkpoint, and commit it."""
-    plan, scores = blueprint(inputs.checkpoint), scores_manifest(inputs.scores)
     dtype: torch.dtype = getattr(torch, config.dtype)
     blocks = range(len(plan.resolved.blocks))
     if out_dir.exists():
@@ -156,10 +156,10 @@ def _write(
         stored |= made
         reporter.advance("write", block + 1, len(blocks))
     shards = writer.close()
-    settings = config_json(inputs.checkpoint, config.dtype, layout, remote_code_entries(plan.model.config))
+    settings = config_json(plan.checkpoint, config.dtype, layout, remote_code_entries(plan.model.config))
     write_json(out_dir / "config.json", settings)
     write_remote_code(out_dir)
-    write_companions(inputs.checkpoint, out_dir)
+    write_companions(plan.checkpoint, out_dir)
     report = summary(units, stored, losses, scores, config)
     write_json(out_dir / REPORT, report)
     write_text(out_dir / "README.md", model_card(report))

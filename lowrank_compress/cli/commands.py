@@ -170,8 +170,8 @@ def evaluate(target: str, config: EvaluateConfig, force: bool, reporter: Termina
     """Run the fourth stage on a run or a checkpoint."""
     if started() > 1:
         raise InputError(
-            "`lrc eval` is one process. For lm-eval tasks on several GPUs: accelerate launch -m lm_eval --model hf "
-            "--model_args pretrained=CHECKPOINT,trust_remote_code=True --tasks …"
+            "`lrc eval` is one process. For lm-eval tasks on several GPUs: `lrc export RUN --dense DIRECTORY`, then "
+            "accelerate launch -m lm_eval --model hf --model_args pretrained=DIRECTORY --tasks …"
         )
     run = Run(Path(target))
     for made_by in (run, Run(Path(target).parent)):  # a run, or the checkpoint inside one

@@ -59,7 +59,7 @@ def print_result(result: dict[str, Any], as_json: bool) -> None:
         f"stored elements.\nCheckpoint: {result['model']}"
     )
     if "cost" in result:
-        messages.print(_cost(result["cost"]), style="dim", markup=False)
+        messages.print(_cost(result["cost"]), style="dim", markup=False, soft_wrap=True)
     messages.print(f"Next: lrc eval {result['run']} --perplexity YOUR_TEXT.txt", style="dim", markup=False)
 
 

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import scipy.linalg
+import numpy as np
 import torch
 from torch import Tensor
 
 from lowrank_compress.errors import InputError, NumericsError
+from lowrank_compress.linalg.lapack import largest_eigenpairs
 
-# From this size on a CPU takes LAPACK's dsyevr (relatively robust representations), which needs less time and memory
-# than the divide and conquer behind torch. With an index range it turns to bisection and inverse iteration, faster
-# still up to about this share of the vectors. Measured at k = 512 and 2048, spectra flat, decaying, rank-deficient.
+# From this size on a CPU computes only the eigenvectors that are kept, in less time than torch takes for all.
 LAPACK_SIZE = 256
-PARTIAL_SHARE = 0.25
 
 
 def eigh(matrix: Tensor, keep: int | None = None) -> tuple[Tensor, Tensor]:
     """Decompose M = U diag(λ) Uᵀ, the largest eigenvalues first.
 
     Deterministic: exact LAPACK or cuSOLVER routines only, and of every eigenvector u and −u the one whose entry of
-    largest magnitude is positive. Where only a small part is kept on a CPU, only that part is computed.
+    largest magnitude is positive.
 
     Parameters
     ----------
     matrix
-        M, (k, k); only its symmetric part counts. Positive semi-definite up to rounding.
+        M, (k, k), symmetric; one triangle is read. Positive semi-definite up to rounding.
     keep
         How many eigenpairs to return; None, or k and more, means all k.
 
@@ -48,8 +46,6 @@ def eigh(matrix: Tensor, keep: int | None = None) -> tuple[Tensor, Tensor]:
     keep = size if keep is None else min(keep, size)
     if keep < 1:
         raise InputError(f"The number of eigenpairs to keep must be at least 1, got {keep}.")
-    matrix = matrix.double()
-    matrix = (matrix + matrix.mT).mul_(0.5)
     # A sum is finite only if all terms are, and needs no second matrix.
     if not bool(torch.isfinite(matrix.sum())):
         raise NumericsError(
@@ -58,18 +54,13 @@ def eigh(matrix: Tensor, keep: int | None = None) -> tuple[Tensor, Tensor]:
         )
     try:
         if matrix.is_cpu and size >= LAPACK_SIZE:
-            # The transpose of a C-ordered symmetric matrix is the same matrix in LAPACK's order: no copy is made.
-            pairs = scipy.linalg.eigh(
-                matrix.numpy().T,
-                subset_by_index=(size - keep, size - 1) if keep <= PARTIAL_SHARE * size else None,
-                driver="evr",
-                overwrite_a=True,
-                check_finite=False,
-            )
+            # The transpose of a C-ordered symmetric matrix is the same matrix in Fortran's order.
+            copy = matrix.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
+            pairs = largest_eigenpairs(copy.numpy().T, keep)
             values, vectors = torch.from_numpy(pairs[0]), torch.from_numpy(pairs[1])
         else:
-            values, vectors = torch.linalg.eigh(matrix)
-    except (torch.linalg.LinAlgError, scipy.linalg.LinAlgError) as error:
+            values, vectors = torch.linalg.eigh(matrix.double(), UPLO="U")
+    except (torch.linalg.LinAlgError, np.linalg.LinAlgError) as error:
         raise NumericsError(
             f"The eigendecomposition of a {size}x{size} matrix failed ({error}). Use a larger shrinkage or more "
             "calibration tokens."

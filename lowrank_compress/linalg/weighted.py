@@ -37,9 +37,9 @@ class Projector:
     total
         Σ σ_i² over all k components: the squared loss at rank 0.
     expand
-        (k, r_max) float64.
+        (k, r_max); float64 as it is computed.
     contract
-        (r_max, k) float64; contract @ expand = I.
+        (r_max, k), of the same dtype; contract @ expand = I.
     """
 
     values: Tensor
@@ -114,7 +114,7 @@ def factors(weight: Tensor, projector: Projector, rank: int) -> tuple[Tensor, Te
     Returns
     -------
     tuple of Tensor
-        A, (m, r), and B, (r, n), float64, on the projector's device.
+        A, (m, r), and B, (r, n), in the projector's dtype and on its device.
 
     Raises
     ------

@@ -202,15 +202,15 @@ class MatrixUnit:
         total = float(basis[f"{self.name}/total"])
         return Projector(basis[f"{self.name}/values"], total, expand, expand.T).tail()
 
-    def projector(self, basis: Mapping[str, Tensor]) -> Projector:
-        """Read the projector from a basis, in float64."""
-        expand = basis[f"{self.name}/expand"].double()
+    def projector(self, basis: Mapping[str, Tensor], dtype: torch.dtype = torch.float64) -> Projector:
+        """Read the projector from a basis, its matrices in a dtype to multiply in."""
+        expand = basis[f"{self.name}/expand"].to(dtype)
         contract = basis.get(f"{self.name}/contract")
         return Projector(
             basis[f"{self.name}/values"],
             float(basis[f"{self.name}/total"]),
             expand,
-            expand.T if contract is None else contract.double(),
+            expand.T if contract is None else contract.to(dtype),
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +19,15 @@ from lowrank_compress.artifacts.tensors import BlockFiles
 from lowrank_compress.calibration.moments import INFLUENCE, statistic_key
 from lowrank_compress.config import ScoreConfig
 from lowrank_compress.linalg.eigen import eigh
+from lowrank_compress.linalg.threads import apart
 from lowrank_compress.methods.linear import Damping
 from lowrank_compress.methods.sites import Site, all_units, first_units, sites_of
 from lowrank_compress.methods.units import Unit, candidate_ranks, dense_elements
 from lowrank_compress.model.blueprint import Blueprint, blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
+from lowrank_compress.model.states import free_memory
 
-VERSION = 2
+VERSION = 3
 
 
 class Bases:
@@ -43,12 +45,23 @@ class Bases:
         Id of the calibrate stage's result, which the statistics belong to.
     directory
         Where the basis files lie.
+    memory
+        Bytes to get by with; None for half of what is free. It changes no result.
     """
 
     step = "decompose"
 
-    def __init__(self, config: ScoreConfig, checkpoint: Checkpoint, calibration: str, directory: Path) -> None:
+    def __init__(
+        self,
+        config: ScoreConfig,
+        checkpoint: Checkpoint,
+        calibration: str,
+        directory: Path,
+        *,
+        memory: int | None = None,
+    ) -> None:
         self.config = config
+        self.memory = memory
         self.allocator = ALLOCATORS[config.allocate]
         self.device = torch.device(config.device)
         self.damping = Damping(config.damping_fisher, config.damping_gram, config.alpha)
@@ -114,7 +127,7 @@ class Bases:
         return self.files.finished(block)
 
     def take(self, block: int, means: MutableMapping[str, Tensor]) -> None:
-        """Decompose a block from its complete statistics, which are let go one by one when they have served."""
+        """Decompose a block from its complete statistics, which are let go when they have served."""
         tensors: dict[str, Tensor] = {}
         units = self.of_block(block)
         uses = {
@@ -123,27 +136,50 @@ class Bases:
             }
             for unit in units
         }
+        modules = [unit for unit in units if len(unit.targets) > 1]
         # The largest comes last, when there is most room.
-        order = sorted(units, key=lambda unit: max((means[key].numel() for key in uses[unit.name]), default=0))
-        for number, unit in enumerate(order):
-            tensors |= unit.decompose(self._weight, means, self.damping, self.keep[unit.name])
-            for key in uses[unit.name].difference(*(uses[later.name] for later in order[number + 1 :])):
+        modules.sort(key=lambda unit: max((means[key].numel() for key in uses[unit.name]), default=0))
+        groups = [[unit for unit in units if unit not in modules], *([unit] for unit in modules)]
+
+        def decompose(unit: Unit) -> dict[str, Tensor]:
+            return unit.decompose(self._weight, means, self.damping, self.keep[unit.name])
+
+        for number, group in enumerate(groups):
+            for found in self._each(decompose, group):
+                tensors |= found
+            later = [uses[unit.name] for rest in groups[number + 1 :] for unit in rest]
+            for key in set().union(*(uses[unit.name] for unit in group)).difference(*later):
                 del means[key]
         if INFLUENCE in means:
             tensors[INFLUENCE] = means[INFLUENCE]
         self.files.write(block, tensors)
+
+    def _each(self, work: Callable[[Unit], dict[str, Tensor]], units: Sequence[Unit]) -> list[dict[str, Tensor]]:
+        """Work on units of a block: on a CPU on several matrices at a time, as far as memory allows."""
+        if self.device.type != "cpu" or not all(len(unit.targets) == 1 for unit in units):
+            return [work(unit) for unit in units]
+        room = self.memory or free_memory() // 2
+        largest = max((working_bytes(unit) for unit in units), default=1)
+        # The longest first, so that none is left to run alone.
+        order = sorted(range(len(units)), key=lambda number: -working_bytes(units[number]))
+        found = apart(work, [units[number] for number in order], max(1, room // largest))
+        return [found[order.index(number)] for number in range(len(units))]
 
     def _weight(self, target: Target) -> Tensor:
         return self.blueprint.weight(target).to(self.device)
 
     def take_spectrum(self, block: int) -> None:
         """Keep the singular values of a block's weights themselves."""
-        tensors = {}
-        for unit in self.of_block(block):
+        tensors: dict[str, Tensor] = {}
+
+        def singular_values(unit: Unit) -> dict[str, Tensor]:
             (target,) = unit.targets
             weight = self._weight(target).double()
             small = weight @ weight.T if weight.shape[0] <= weight.shape[1] else weight.T @ weight
-            tensors[f"{unit.name}/singular_values"] = eigh(small)[0].sqrt()
+            return {f"{unit.name}/singular_values": eigh(small)[0].sqrt()}
+
+        for found in self._each(singular_values, self.of_block(block)):
+            tensors |= found
         self.spectra.write(block, tensors)
 
     def choose(self, curves: Mapping[str, Curve]) -> tuple[Unit, ...]:
@@ -168,6 +204,12 @@ class Bases:
                 values = None if spectrum is None else spectrum.numpy()
                 curves[unit.name] = self._curve(unit, tail, values, influence)
         return curves
+
+
+def working_bytes(unit: Unit) -> int:
+    """About how much the decomposition of a matrix takes: eight squares of its smaller side, and its weight twice."""
+    (target,) = unit.targets
+    return 8 * (8 * min(target.shape) ** 2 + 2 * target.elements)
 
 
 def predicted_losses(unit: Unit, basis: Mapping[str, Tensor], nats: bool) -> Tensor:

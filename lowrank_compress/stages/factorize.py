@@ -27,7 +27,7 @@ from lowrank_compress.stages.encode import Encoder, cast
 from lowrank_compress.stages.ranks import RANKS, Choice, read_ranks
 from lowrank_compress.stages.report import block_losses, model_card, summary
 
-VERSION = 2
+VERSION = 3
 REPORT = "lowrank.json"
 
 

@@ -15,16 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import scipy.linalg
 import torch
 from torch import Tensor
+
+from lowrank_compress.linalg.eigen import eigh
+from lowrank_compress.linalg.threads import apart as in_threads
 
 T = TypeVar("T")
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 PRODUCT = 2048  # rows and columns of the matrices whose product is timed
 LARGEST_EIGH = 4096  # larger ones are extrapolated
-PARTIAL_SHARE = 0.4  # above it a full decomposition is the fastest way to a part of it
 FILE = 512 << 20  # bytes of the file that is written and read
 CHUNK = 8 << 20
 REPEATS = 3
@@ -178,7 +179,7 @@ def resident(peak: bool = False) -> int:
 
 def eigh_unit(size: int, keep: int) -> str:
     """Name of the work of finding the `keep` leading eigenpairs of a symmetric matrix."""
-    return f"eigh {size}" if keep > PARTIAL_SHARE * size else f"eigh {size}, {keep} vectors"
+    return f"eigh {size}" if keep >= size else f"eigh {size}, {keep} vectors"
 
 
 def machine_rates(device: str, eighs: Sequence[tuple[int, int]], directory: Path) -> dict[str, float]:
@@ -195,8 +196,9 @@ def machine_rates(device: str, eighs: Sequence[tuple[int, int]], directory: Path
     -------
     dict
         ``float32`` and ``float64``: operations a second of a matrix product; ``read`` and ``write``: bytes a second,
-        past the page cache; `eigh_unit`: decompositions a second in float64, on a CPU by LAPACK's driver for a part of
-        the eigenpairs where few are kept. Those above `LARGEST_EIGH` are extrapolated by the cube of the size.
+        past the page cache; `eigh_unit`: decompositions a second in float64, by the package's own route, the fastest
+        that is known here: on a CPU as many at a time as there are threads. Those above `LARGEST_EIGH` are
+        extrapolated by the cube of the size.
     """
     rates = {
         name: 2 * PRODUCT**3 / _seconds(_product(getattr(torch, name), device), device)
@@ -207,7 +209,7 @@ def machine_rates(device: str, eighs: Sequence[tuple[int, int]], directory: Path
         matrix = torch.randn(round(size * share), round(size * share), dtype=torch.float64, device=device)
         matrix = matrix @ matrix.mT
         few = max(round(keep * share), 1)
-        rates[eigh_unit(size, keep)] = share**3 / _seconds(lambda m=matrix, few=few: _eigh(m, few), device)
+        rates[eigh_unit(size, keep)] = share**3 / _eigh_seconds(matrix, few, device)
     return rates | _disk_rates(directory)
 
 
@@ -216,12 +218,11 @@ def _product(dtype: torch.dtype, device: str) -> Callable[[], object]:
     return lambda: left @ right
 
 
-def _eigh(matrix: Tensor, keep: int) -> None:
-    size = len(matrix)
-    if matrix.is_cpu and keep <= PARTIAL_SHARE * size:
-        scipy.linalg.eigh(matrix.numpy().T, subset_by_index=(size - keep, size - 1), driver="evr", check_finite=False)
-    else:
-        torch.linalg.eigh(matrix)
+def _eigh_seconds(matrix: Tensor, keep: int, device: str) -> float:
+    at_once = torch.get_num_threads() if device == "cpu" else 1
+    if at_once == 1:
+        return _seconds(lambda: eigh(matrix, keep), device)
+    return _seconds(lambda: in_threads(lambda one: eigh(one, keep), [matrix] * at_once), device) / at_once
 
 
 def _seconds(work: Callable[[], object], device: str) -> float:

@@ -145,7 +145,7 @@ class _Sweep:
         replay, skeleton = self.replay, self.replay.skeleton
         for index in range(max(self.wanted_blocks, default=-1) + 1):
             moments = self._moments(index)
-            with torch.no_grad(), skeleton.block(index) as block:
+            with torch.no_grad(), skeleton.block(index, then=index + 1) as block:
                 for number, batch in enumerate(replay.batches):
                     entering = replay.load(hidden[number])
                     with tapped(skeleton, index, moments, batch, clip=None):
@@ -186,14 +186,14 @@ class _Sweep:
         return Moments(targets, self.wanted) if index in self.wanted_blocks else None
 
     def _forward(self, index: int, hidden: list[State]) -> list[State]:
-        with torch.no_grad(), self.replay.skeleton.block(index) as block:
+        with torch.no_grad(), self.replay.skeleton.block(index, then=index + 1) as block:
             return [self.replay.advance(index, block, number, state) for number, state in enumerate(hidden)]
 
     def _reverse(self, index: int, entering: list[State], gradients: list[State]) -> Moments | None:
         """Take a block's sums, and replace in place the gradients at its output by those at its input."""
         replay, skeleton = self.replay, self.replay.skeleton
         moments = self._moments(index)
-        with skeleton.block(index) as block:
+        with skeleton.block(index, then=index - 1) as block:
             for number, batch in enumerate(replay.batches):
                 x = replay.load(entering[number]).detach().requires_grad_()
                 with tapped(skeleton, index, moments, batch, self.clip), torch.enable_grad():

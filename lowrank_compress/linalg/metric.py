@@ -102,7 +102,12 @@ class TriangularRoot:
 
     def contract(self, vectors: Tensor) -> Tensor:
         """Return Uᵀ Cᵀ."""
-        return (self.lower @ vectors).mT
+        turned = vectors.mT
+        result = torch.empty_like(turned, memory_format=torch.contiguous_format)
+        for start in range(0, len(vectors), PANEL):
+            stop = start + PANEL
+            torch.matmul(turned[:, :stop], self.lower[start:stop, :stop].mT, out=result[:, start:stop])
+        return result
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,7 @@ class Replay:
     def sweep(self, hidden: list[State], advance: Callable[[int], None] | None = None) -> list[State]:
         """Run all blocks over all batches, one block in memory at a time; replaces `hidden` in place."""
         for index in range(len(self.skeleton.resolved.blocks)):
-            with torch.no_grad(), self.skeleton.block(index) as block:
+            with torch.no_grad(), self.skeleton.block(index, then=index + 1) as block:
                 for number, state in enumerate(hidden):
                     hidden[number] = self.advance(index, block, number, state)
             if advance is not None:

@@ -92,8 +92,15 @@ class Skeleton:
             self.model._init_weights(module)
 
     @contextmanager
-    def block(self, index: int) -> Iterator[nn.Module]:
+    def block(self, index: int, then: int | None = None) -> Iterator[nn.Module]:
         """Materialise one block; on leaving it goes back to the meta device.
+
+        Parameters
+        ----------
+        index
+            Which.
+        then
+            The block that will follow, if there is such a one: it is read from the disk meanwhile.
 
         Raises
         ------
@@ -107,6 +114,9 @@ class Skeleton:
         for module in block.modules():
             self._restore_buffers(module)
         block.requires_grad_(False)
+        if then is not None and 0 <= then < len(self.resolved.blocks):
+            stored = self.blueprint.stored
+            self.blueprint.checkpoint.expect(stored[name] for name in self.blueprint.inside(then) if name in stored)
         try:
             yield block
         finally:

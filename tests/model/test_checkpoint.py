@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
@@ -188,6 +190,22 @@ def test_sizes_come_from_the_header(dtype: torch.dtype, path: Path) -> None:
     assert checkpoint.stored("empty") == ((0,), 0)
     assert checkpoint.stored("scalar") == ((), dtype.itemsize)
     assert torch.equal(checkpoint.read("a"), tensor)
+
+
+def test_tensors_are_read_ahead_where_they_lie(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards(path)
+    asked: list[bytes] = []
+
+    def advise(descriptor: int, offset: int, length: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_WILLNEED
+        asked.append(os.pread(descriptor, length, offset))
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    Checkpoint(path).expect(["b", "a"])
+    assert asked == [np.ones(6, dtype=np.float32).tobytes(), bytes(8)]
+    monkeypatch.delattr(os, "posix_fadvise")  # as on macOS
+    Checkpoint(path).expect(["a"])
+    assert len(asked) == 2
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

@@ -96,6 +96,16 @@ def test_tied_heads_share_memory(saved: Saved) -> None:
     assert model.lm_head.weight.data_ptr() != model.model.embed_tokens.weight.data_ptr()
 
 
+def test_the_block_that_follows_is_read_ahead(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    skeleton = Skeleton(Checkpoint(saved("llama-tied")), torch.device("cpu"), torch.float32)
+    asked: list[set[str]] = []
+    monkeypatch.setattr(Checkpoint, "expect", lambda _, names: asked.append(set(names)))
+    for index, then in ((0, 1), (0, -1), (1, 2), (1, None)):
+        with skeleton.block(index, then=then):
+            pass
+    assert asked == [{name for name in skeleton.blueprint.stored.values() if ".layers.1." in name}]
+
+
 def test_a_block_leaves_memory_after_an_error(saved: Saved) -> None:
     skeleton = Skeleton(Checkpoint(saved("llama-lm")), CPU, torch.float32)
     with pytest.raises(KeyboardInterrupt), skeleton.block(1):

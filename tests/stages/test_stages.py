@@ -4,8 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from lowrank_compress.linalg.threads import apart
+from lowrank_compress.methods.units import Unit
+from lowrank_compress.stages import bases
+from lowrank_compress.stages.bases import working_bytes
 from tests.runs import Tiny, contents, done, refused, results, times
 
 Finished = Callable[[str], Path]
@@ -163,3 +168,26 @@ def test_a_failed_start_does_not_claim_the_directory(tiny: Tiny, tmp_path: Path)
     run = tmp_path / "run"
     refused("compress", *tiny.options(run), "--calibration", tmp_path / "nothing.txt")
     done("compress", *tiny.options(run))
+
+
+def test_matrices_are_decomposed_at_once_as_memory_allows(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    allowed: list[int] = []
+
+    def recorded(work: Callable[..., object], units: list[Unit], at_once: int) -> list[object]:
+        assert [working_bytes(unit) for unit in units] == sorted(map(working_bytes, units), reverse=True)
+        allowed.append(at_once)
+        return apart(work, units, at_once)
+
+    monkeypatch.setattr(bases, "apart", recorded)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for budget in ("1", "1MB", "8GB"):
+            done("compress", *tiny.options(tmp_path / budget, "kfac"), "--memory-budget", budget)
+    finally:
+        torch.set_num_threads(threads)
+    blocks = len(allowed) // 3
+    one, some, many = (set(allowed[place * blocks : (place + 1) * blocks]) for place in range(3))
+    assert one == {1}
+    assert 1 < min(some) < 100 < min(many)
+    assert results(tmp_path / "1") == results(tmp_path / "1MB") == results(tmp_path / "8GB")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import torch
 from costs import eigh_unit, size_of
 
 from lowrank_compress.allocation.storage import STORAGES, largest_rank
@@ -142,7 +143,7 @@ class Floor:
         self.eigh("decompose", heads.size, heads.size, heads.key)
 
     def factorize(self, choices: Mapping[str, Choice]) -> None:
-        """Factors at the chosen ranks, in float64."""
+        """Factors at the chosen ranks."""
         for unit in self.bases.units:
             choice = choices.get(unit.name)
             if choice is None or choice.rank is None:
@@ -158,21 +159,25 @@ class Floor:
                 self.add("factorize", "weights of narrower modules", "float64", 2 * choice.rank * both)
 
     def _factorize_matrix(self, unit: MatrixUnit, choice: Choice) -> None:
-        """The factors; pivot rows of them; where both formats are tried, what rounding does to each."""
+        """The factors; pivot rows of them; where both formats are tried, what rounding does to each.
+
+        Products that are rounded to 16 bits are in float32.
+        """
+        precision = "float32" if getattr(torch, self.plan.factorize.dtype).itemsize == 2 else "float64"
         assert choice.rank is not None
         m, n = unit.shape
         stored = stored_elements(unit, choice.format, choice.rank)
         limit = min(unit.shape) - 1
         formats = STORAGES[:2] if choice.format == "auto" else (choice.format,)
         ranks = {form: min(largest_rank(form, unit.shape, stored), limit) for form in formats}
-        self.add("factorize", "factors", "float64", 2 * max(ranks.values()) * m * n)
+        self.add("factorize", "factors", precision, 2 * max(ranks.values()) * m * n)
         if "pivot" in ranks:
             r = ranks["pivot"]
             # Two QR decompositions, the coefficients and the rows.
             self.add("factorize", "pivots", "float64", 2 * n * r**2 + 2 * m * r**2 + (m - r) * r**2 + 2 * n * r**2)
         if len(ranks) > 1:
             tried = sum(ranks.values())
-            self.add("factorize", "rounding losses of both formats", "float64", 4 * m * n * tried)
+            self.add("factorize", "rounding losses of both formats", precision, 4 * m * n * tried)
 
     def transfer(self, run: Run) -> None:
         """Bytes: the checkpoint, from the disk once, or once a sweep if the memory cannot hold it; what is kept."""

@@ -22,7 +22,7 @@ from lowrank_compress.linalg.eigen import eigh
 from lowrank_compress.linalg.threads import apart
 from lowrank_compress.methods.linear import Damping
 from lowrank_compress.methods.sites import Site, all_units, first_units, sites_of
-from lowrank_compress.methods.units import Unit, candidate_ranks, dense_elements
+from lowrank_compress.methods.units import MatrixUnit, Unit, candidate_ranks, dense_elements
 from lowrank_compress.model.blueprint import Blueprint, blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.states import free_memory
@@ -46,7 +46,7 @@ class Bases:
     directory
         Where the basis files lie.
     memory
-        Bytes to get by with; None for half of what is free. It changes no result.
+        Bytes to get by with; None for what is free. It changes no result.
     """
 
     step = "decompose"
@@ -136,7 +136,7 @@ class Bases:
             }
             for unit in units
         }
-        modules = [unit for unit in units if len(unit.targets) > 1]
+        modules = [unit for unit in units if not isinstance(unit, MatrixUnit)]
         # The largest comes last, when there is most room.
         modules.sort(key=lambda unit: max((means[key].numel() for key in uses[unit.name]), default=0))
         groups = [[unit for unit in units if unit not in modules], *([unit] for unit in modules)]
@@ -156,9 +156,10 @@ class Bases:
 
     def _each(self, work: Callable[[Unit], dict[str, Tensor]], units: Sequence[Unit]) -> list[dict[str, Tensor]]:
         """Work on units of a block: on a CPU on several matrices at a time, as far as memory allows."""
-        if self.device.type != "cpu" or not all(len(unit.targets) == 1 for unit in units):
+        if self.device.type != "cpu" or not all(isinstance(unit, MatrixUnit) for unit in units):
             return [work(unit) for unit in units]
-        room = self.memory or free_memory() // 2
+        # The other half is for hidden states.
+        room = (free_memory() if self.memory is None else self.memory) // 2
         largest = max((working_bytes(unit) for unit in units), default=1)
         # The longest first, so that none is left to run alone.
         order = sorted(range(len(units)), key=lambda number: -working_bytes(units[number]))
@@ -207,9 +208,13 @@ class Bases:
 
 
 def working_bytes(unit: Unit) -> int:
-    """About how much the decomposition of a matrix takes: eight squares of its smaller side, and its weight twice."""
-    (target,) = unit.targets
-    return 8 * (8 * min(target.shape) ** 2 + 2 * target.elements)
+    """About how much the decomposition of a matrix takes at a time.
+
+    Seven squares of its smaller side; and the weight itself twice, where no statistic stands for the larger side.
+    """
+    assert isinstance(unit, MatrixUnit)
+    _, far = unit.method.sides(unit.target)
+    return 8 * (7 * min(unit.shape) ** 2 + (0 if far.far and not far.diagonal else 2 * unit.target.elements))
 
 
 def predicted_losses(unit: Unit, basis: Mapping[str, Tensor], nats: bool) -> Tensor:

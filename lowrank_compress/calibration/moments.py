@@ -107,8 +107,8 @@ class Seen:
         (sequences, length, out) with the bias; padded positions are zero.
     g
         (sequences, length, out), or None where no gradient is taken; padded positions are zero.
-    weight
-        W, (out, in).
+    delta
+        g W, (sequences, length, in), where ``in_fisher`` is wanted of the target and g is there; or None.
     heads
         How an attention projection divides; None in the MLP.
     """
@@ -117,7 +117,7 @@ class Seen:
     y: Tensor
     z: Tensor
     g: Tensor | None
-    weight: Tensor
+    delta: Tensor | None
     heads: Heads | None
 
 
@@ -148,6 +148,11 @@ def mirror(total: Tensor) -> None:
 def _gradient(seen: Seen) -> Tensor:
     assert seen.g is not None
     return seen.g
+
+
+def _delta(seen: Seen) -> Tensor:
+    assert seen.delta is not None
+    return seen.delta
 
 
 def _heads(seen: Seen) -> Heads:
@@ -189,7 +194,7 @@ ROWS: Mapping[str, Callable[[Seen], Tensor]] = {
     "in_gram": lambda seen: seen.x,
     "out_gram": lambda seen: seen.y,
     "out_fisher": _gradient,
-    "in_fisher": lambda seen: _gradient(seen) @ seen.weight,
+    "in_fisher": _delta,
 }
 SUMS: Mapping[str, Callable[[Seen], Tensor]] = {
     "in_mean": lambda seen: _rows(seen.x).sum(0),
@@ -240,6 +245,10 @@ class Moments:
                         "Check what the method says it needs."
                     )
                 self._owner.setdefault(statistic_key(target, statistic), target.name)
+
+    def wants(self, target: Target, statistic: str) -> bool:
+        """Whether a statistic is wanted of a target."""
+        return statistic in self._wanted[target.name]
 
     def add(self, target: Target, seen: Seen, *, gradient: bool) -> None:
         """Add one batch's statistics of a target: those of gradients, or those of activations.

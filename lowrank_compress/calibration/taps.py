@@ -24,7 +24,7 @@ def tapped(skeleton: Skeleton, index: int, moments: Moments | None, batch: Batch
         for path, targets in skeleton.resolved.modules().items():
             if targets[0].block == index:
                 module = skeleton.model.get_submodule(path)
-                handles.append(module.register_forward_hook(_tap(targets, moments, batch, clip)))
+                handles += _tap(module, targets, moments, batch, clip)
     try:
         yield
     finally:
@@ -32,16 +32,30 @@ def tapped(skeleton: Skeleton, index: int, moments: Moments | None, batch: Batch
             handle.remove()
 
 
-def _tap(targets: tuple[Target, ...], moments: Moments, batch: Batch, clip: float | None):
-    """Build a forward hook that measures a module now, and its output's gradient when that is known."""
+def _tap(module: nn.Module, targets: tuple[Target, ...], moments: Moments, batch: Batch, clip: float | None):
+    """Hook a module: measure what it sees now, and the gradient of its output when that is known.
+
+    The gradient of a module's own input is δ = g W, which autograd computes anyway; only where several targets share a
+    fused weight each has to multiply by its own part.
+
+    Returns
+    -------
+    list
+        The handles of the hooks.
+    """
     shape = batch.ids.shape
     mask = None if batch.mask is None else batch.mask.bool()[..., None]
+    alone = len(targets) == 1 and moments.wants(targets[0], "in_fisher")
 
     def measured(values: Tensor, device: torch.device) -> Tensor:
         values = values.detach().reshape(*shape, -1)
         return values if mask is None else values.masked_fill(~mask.to(device), 0)
 
-    def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+    def before(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        # Others may read the same tensor, and its gradient would be the sum of all of theirs.
+        return (args[0].view_as(args[0]), *args[1:])
+
+    def after(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
         x = measured(args[0], out.device)
         stored_bias: Tensor | None = getattr(module, "bias", None)
         y = out.detach() if stored_bias is None else out.detach() - stored_bias
@@ -49,14 +63,18 @@ def _tap(targets: tuple[Target, ...], moments: Moments, batch: Batch, clip: floa
         z = y if stored_bias is None else measured(out, out.device)
         rows = {target.name: target.rows.index().to(out.device) for target in targets} if len(targets) > 1 else {}
 
-        def add(gradient: Tensor | None) -> None:
+        def add(gradient: Tensor | None, delta: Tensor | None = None) -> None:
             for target in targets:
                 index = rows.get(target.name)
                 part = y if index is None else y[..., index]
                 biased = part if z is y else z if index is None else z[..., index]
                 g = None if gradient is None else gradient if index is None else gradient[..., index]
-                weight = weights.read(module.get_parameter("weight").detach(), target)
-                moments.add(target, Seen(x, part, biased, g, weight, target.heads), gradient=gradient is not None)
+                inner = delta
+                if g is not None and inner is None and moments.wants(target, "in_fisher"):
+                    inner = g @ weights.read(module.get_parameter("weight").detach(), target)
+                moments.add(target, Seen(x, part, biased, g, inner, target.heads), gradient=gradient is not None)
+
+        waiting: list[tuple[Tensor, Tensor | None]] = []
 
         def on_gradient(gradient: Tensor) -> None:
             if not torch.isfinite(gradient).all():
@@ -64,22 +82,39 @@ def _tap(targets: tuple[Target, ...], moments: Moments, batch: Batch, clip: floa
                     f"The gradient at {targets[0].module} is NaN or infinite on the calibration data. Check the "
                     "checkpoint, or calibrate in float32."
                 )
-            add(clipped(measured(gradient, gradient.device), clip))
+            g = measured(gradient, gradient.device)
+            shares = clipping(g, clip)
+            g = g if shares is None else g * shares
+            if alone:
+                waiting.append((g, shares))
+            else:
+                add(g)
+
+        def on_inner_gradient(gradient: Tensor) -> None:
+            g, shares = waiting.pop()
+            delta = measured(gradient, gradient.device)
+            add(g, delta if shares is None else delta * shares)
 
         add(None)
         if out.requires_grad:
             out.register_hook(on_gradient)
+            if alone:
+                args[0].register_hook(on_inner_gradient)
 
-    return hook
+    handles = [module.register_forward_hook(after)]
+    return [*handles, module.register_forward_pre_hook(before)] if alone else handles
 
 
-def clipped(g: Tensor, clip: float | None) -> Tensor:
-    """Scale rows of g, (…, out), whose norm exceeds `clip` × the mean norm of the non-zero rows down to that norm."""
+def clipping(g: Tensor, clip: float | None) -> Tensor | None:
+    """What to multiply rows of g, (…, out), with so that none is too long: (…, 1), or None where nothing can be.
+
+    A row whose norm exceeds `clip` × the mean norm of the non-zero rows is scaled down to that norm.
+    """
     if clip is None:
-        return g
+        return None
     norms = g.norm(dim=-1, keepdim=True)
     nonzero = norms[norms > 0]
     if nonzero.numel() == 0:
-        return g
+        return None
     limit = clip * nonzero.mean()
-    return torch.where(norms > limit, g * (limit / norms.clamp_min(torch.finfo(g.dtype).tiny)), g)
+    return torch.where(norms > limit, limit / norms.clamp_min(torch.finfo(g.dtype).tiny), 1.0)

@@ -45,7 +45,7 @@ def seen_of(target: Target) -> Seen:
         for size in (10, target.shape[0], target.shape[0], target.shape[0])
     )
     weight = torch.randn(target.shape, generator=generator, dtype=torch.float64)
-    return Seen(x, y, z, g, weight, target.heads)
+    return Seen(x, y, z, g, g @ weight, target.heads)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_what_a_target_has_not(statistic: str, role: Role) -> None:
 def test_what_is_not_finite_is_an_error(statistic: str) -> None:
     target = target_of("q")
     seen = seen_of(target)
-    for values in (seen.x, seen.y, seen.z, seen.g):
+    for values in (seen.x, seen.y, seen.z, seen.g, seen.delta):
         assert values is not None
         values[1, 3, 2] = float("nan")
     moments = Moments((target,), {target.name: frozenset({statistic})})

@@ -186,8 +186,9 @@ MemoryBudget = Annotated[
     str | None,
     typer.Option(
         "--memory-budget",
-        help="Memory to get by with, such as 8GB: hidden states go to disk where they would take more than half of it "
-        "(default: what is free). Changes no result.",
+        help="Memory to get by with, such as 8GB: hidden states go to disk where they would take more than half of it, "
+        "and as many matrices are decomposed at a time as the other half holds (default: what is free). Changes no "
+        "result.",
         rich_help_panel=WHERE,
     ),
 ]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -132,6 +132,7 @@ def main(
     parameters: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "0.3B",
     dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "bfloat16",
     seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 0,
+    depth: Annotated[int | None, typer.Option(min=1, help="Number of blocks. [default: the size's own]")] = None,
 ) -> None:
     """Write a random checkpoint."""
     if parameters not in SHAPES:
@@ -141,7 +142,8 @@ def main(
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise typer.BadParameter(f"{directory} is there already and not an empty directory")
     directory.mkdir(parents=True, exist_ok=True)
-    count = write(directory, SHAPES[parameters], dtype, seed)
+    shape = SHAPES[parameters] if depth is None else replace(SHAPES[parameters], num_hidden_layers=depth)
+    count = write(directory, shape, dtype, seed)
     typer.echo(f"{directory}: {count:,} parameters in {dtype}")
 
 

@@ -17,7 +17,7 @@ Item = TypeVar("Item")
 Found = TypeVar("Found")
 
 
-def apart(work: Callable[[Item], Found], items: Sequence[Item], at_once: int | None = None) -> list[Found]:
+def in_threads(work: Callable[[Item], Found], items: Sequence[Item], at_once: int | None = None) -> list[Found]:
     """Apply `work` to each item in a thread of its own, in which torch, NumPy and SciPy use no further ones.
 
     Parameters

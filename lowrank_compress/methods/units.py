@@ -91,6 +91,10 @@ class Unit(Protocol):
         """About how many elements its basis has."""
         ...
 
+    def working_bytes(self) -> int:
+        """About how much memory `decompose` takes beside the statistics."""
+        ...
+
     def tail(self, basis: Mapping[str, Tensor]) -> Tensor:
         """Squared loss at rank 0, 1, …, as far as the basis was kept; (… + 1,) float64."""
         ...
@@ -196,6 +200,12 @@ class MatrixUnit:
         """One or two factors of a projector."""
         return keep * min(self.shape) * (2 if self.method.sides(self.target)[0].near else 1)
 
+    def working_bytes(self) -> int:
+        """Seven squares of the smaller side; and the weight twice, where no statistic stands for the larger side."""
+        _, far = self.method.sides(self.target)
+        weight = 0 if far.far and not far.diagonal else 2 * self.target.elements
+        return torch.float64.itemsize * (7 * min(self.shape) ** 2 + weight)
+
     def tail(self, basis: Mapping[str, Tensor]) -> Tensor:
         """Squared metric loss of the matrix."""
         expand = basis[f"{self.name}/expand"]  # only its size counts here
@@ -300,6 +310,10 @@ class ModuleUnit:
         """A square of the width for each of the heads, or for the MLP."""
         heads = self.targets[0].heads
         return self.shape[0] ** 2 * (1 if heads is None else 2 * heads.key)
+
+    def working_bytes(self) -> int:
+        """Four squares of the width."""
+        return torch.float64.itemsize * 4 * self.shape[0] ** 2
 
     def tail(self, basis: Mapping[str, Tensor]) -> Tensor:
         """Squared loss of the module's output."""

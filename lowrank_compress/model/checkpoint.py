@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -173,12 +174,15 @@ class Checkpoint:
             )
         return tensor
 
-    def expect(self, stored_names: Iterable[str]) -> None:
-        """Have the system read tensors from the disk while this process does other things, where it can."""
+    def read_ahead(self, stored_names: Iterable[str]) -> None:
+        """Have the system read tensors from the disk while this process does other things, where it can.
+
+        No more than a hint: what cannot be read is an error when it is needed.
+        """
         if not hasattr(os, "posix_fadvise"):
             return
         for path, names in groupby(sorted(stored_names, key=self.files.__getitem__), key=self.files.__getitem__):
-            with open(path, "rb") as file:
+            with contextlib.suppress(OSError), open(path, "rb") as file:
                 length = int.from_bytes(file.read(8), "little")
                 entries = json.loads(file.read(length))
                 for name in names:

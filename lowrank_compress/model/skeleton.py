@@ -116,7 +116,7 @@ class Skeleton:
         block.requires_grad_(False)
         if then is not None and 0 <= then < len(self.resolved.blocks):
             stored = self.blueprint.stored
-            self.blueprint.checkpoint.expect(stored[name] for name in self.blueprint.inside(then) if name in stored)
+            self.blueprint.checkpoint.read_ahead(stored[name] for name in self.blueprint.inside(then) if name in stored)
         try:
             yield block
         finally:

@@ -19,7 +19,9 @@ from lowrank_compress.artifacts.tensors import BlockFiles
 from lowrank_compress.calibration.moments import INFLUENCE, statistic_key
 from lowrank_compress.config import ScoreConfig
 from lowrank_compress.linalg.eigen import eigh
-from lowrank_compress.linalg.threads import apart
+from lowrank_compress.linalg.metric import Identity
+from lowrank_compress.linalg.threads import in_threads
+from lowrank_compress.linalg.weighted import smaller_side
 from lowrank_compress.methods.linear import Damping
 from lowrank_compress.methods.sites import Site, all_units, first_units, sites_of
 from lowrank_compress.methods.units import MatrixUnit, Unit, candidate_ranks, dense_elements
@@ -47,6 +49,8 @@ class Bases:
         Where the basis files lie.
     memory
         Bytes to get by with; None for what is free. It changes no result.
+    processes
+        How many share what is free.
     """
 
     step = "decompose"
@@ -59,9 +63,10 @@ class Bases:
         directory: Path,
         *,
         memory: int | None = None,
+        processes: int = 1,
     ) -> None:
         self.config = config
-        self.memory = memory
+        self.memory, self.processes = memory, processes
         self.allocator = ALLOCATORS[config.allocate]
         self.device = torch.device(config.device)
         self.damping = Damping(config.damping_fisher, config.damping_gram, config.alpha)
@@ -139,7 +144,7 @@ class Bases:
         modules = [unit for unit in units if not isinstance(unit, MatrixUnit)]
         # The largest comes last, when there is most room.
         modules.sort(key=lambda unit: max((means[key].numel() for key in uses[unit.name]), default=0))
-        groups = [[unit for unit in units if unit not in modules], *([unit] for unit in modules)]
+        groups = [[unit for unit in units if isinstance(unit, MatrixUnit)], *([unit] for unit in modules)]
 
         def decompose(unit: Unit) -> dict[str, Tensor]:
             return unit.decompose(self._weight, means, self.damping, self.keep[unit.name])
@@ -159,12 +164,10 @@ class Bases:
         if self.device.type != "cpu" or not all(isinstance(unit, MatrixUnit) for unit in units):
             return [work(unit) for unit in units]
         # The other half is for hidden states.
-        room = (free_memory() if self.memory is None else self.memory) // 2
-        largest = max((working_bytes(unit) for unit in units), default=1)
+        room = (free_memory() // self.processes if self.memory is None else self.memory) // 2
         # The longest first, so that none is left to run alone.
-        order = sorted(range(len(units)), key=lambda number: -working_bytes(units[number]))
-        found = apart(work, [units[number] for number in order], max(1, room // largest))
-        return [found[order.index(number)] for number in range(len(units))]
+        order = sorted(units, key=lambda unit: -unit.working_bytes())
+        return in_threads(work, order, max(1, room // max((unit.working_bytes() for unit in order), default=1)))
 
     def _weight(self, target: Target) -> Tensor:
         return self.blueprint.weight(target).to(self.device)
@@ -175,8 +178,8 @@ class Bases:
 
         def singular_values(unit: Unit) -> dict[str, Tensor]:
             (target,) = unit.targets
-            weight = self._weight(target).double()
-            small = weight @ weight.T if weight.shape[0] <= weight.shape[1] else weight.T @ weight
+            weight = self._weight(target)
+            small = Identity().form(weight if smaller_side(target.shape) == "out" else weight.T)
             return {f"{unit.name}/singular_values": eigh(small)[0].sqrt()}
 
         for found in self._each(singular_values, self.of_block(block)):
@@ -205,16 +208,6 @@ class Bases:
                 values = None if spectrum is None else spectrum.numpy()
                 curves[unit.name] = self._curve(unit, tail, values, influence)
         return curves
-
-
-def working_bytes(unit: Unit) -> int:
-    """About how much the decomposition of a matrix takes at a time.
-
-    Seven squares of its smaller side; and the weight itself twice, where no statistic stands for the larger side.
-    """
-    assert isinstance(unit, MatrixUnit)
-    _, far = unit.method.sides(unit.target)
-    return 8 * (7 * min(unit.shape) ** 2 + (0 if far.far and not far.diagonal else 2 * unit.target.elements))
 
 
 def predicted_losses(unit: Unit, basis: Mapping[str, Tensor], nats: bool) -> Tensor:

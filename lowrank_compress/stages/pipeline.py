@@ -96,7 +96,9 @@ def compress(
         )
     if found is None:
         keep_statistics = keep_statistics or workers.once(lambda: calibrate.kept(run.statistics, inputs.calibration))
-        bases = Bases(plan.score, plan.checkpoint, inputs.calibration.id, run.scores, memory=memory)
+        bases = Bases(
+            plan.score, plan.checkpoint, inputs.calibration.id, run.scores, memory=memory, processes=workers.count
+        )
         calibrate.run(
             plan.calibrate,
             calibrate.Inputs(plan.checkpoint),

@@ -119,7 +119,7 @@ def run(
     identity = key(config, inputs)
     if overwrite:
         workers.once(lambda: _save_edited_ranks(out_dir))
-    bases = Bases(config, inputs.checkpoint, inputs.calibration.id, out_dir)
+    bases = Bases(config, inputs.checkpoint, inputs.calibration.id, out_dir, processes=workers.count)
     check_options(config.allocate, config.storage, bases.sites)
     blocks = range(len(bases.resolved.blocks))
     found = workers.once(lambda: committed_scores(out_dir, identity, overwrite=overwrite))

@@ -7,8 +7,8 @@ from typing import Any
 
 from lowrank_compress.calibration.capture import boundaries
 from lowrank_compress.calibration.moments import STATISTICS, statistic_key
-from lowrank_compress.methods.units import MatrixUnit, full_rank, needed, needs_data
-from lowrank_compress.stages.bases import Bases, working_bytes
+from lowrank_compress.methods.units import needed, needs_data
+from lowrank_compress.stages.bases import Bases
 from lowrank_compress.stages.common import Run
 from lowrank_compress.stages.plan import Plan
 
@@ -76,17 +76,13 @@ def estimate(plan: Plan, bases: Bases) -> Need:
     copies = boundaries(len(resolved.blocks), wanted)
     basis = sum(unit.basis_elements(bases.keep[unit.name]) for unit in bases.units)
     width: int = plan.checkpoint.dtype.itemsize
-    largest = max(
-        working_bytes(unit) if isinstance(unit, MatrixUnit) else 4 * full_rank(unit) ** 2 * DOUBLE
-        for unit in bases.units
-    )
     return Need(
         memory={
             "outside the blocks": outside * SINGLE,
             "one block": block * SINGLE,
             "its statistics": sum(sizes.values()) * DOUBLE,
             "hidden states": tokens * model.config.hidden_size * SINGLE * copies,
-            "largest decomposition": largest,
+            "largest decomposition": max(unit.working_bytes() for unit in bases.units),
         },
         disk={
             "bases": basis * SINGLE,

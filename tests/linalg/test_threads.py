@@ -7,7 +7,7 @@ import pytest
 import torch
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from lowrank_compress.linalg.threads import apart
+from lowrank_compress.linalg.threads import in_threads
 
 
 def blas_threads() -> list[int]:
@@ -29,7 +29,7 @@ def test_each_item_has_one_thread(two_threads: None, at_once: int | None) -> Non
         np.linalg.eigvalsh(np.eye(4))
         return item**2, torch.get_num_threads(), blas_threads(), threading.current_thread().name
 
-    found = apart(work, range(5), at_once)
+    found = in_threads(work, range(5), at_once)
     assert [square for square, *_ in found] == [0, 1, 4, 9, 16]
     assert {threads for _, threads, *_ in found} == {1}
     assert all(set(threads) == {1} for _, _, threads, _ in found)
@@ -40,14 +40,14 @@ def test_each_item_has_one_thread(two_threads: None, at_once: int | None) -> Non
 
 def test_as_many_at_once_as_torch_has_threads(two_threads: None) -> None:
     both = threading.Barrier(2, timeout=30)
-    apart(lambda _: both.wait(), range(2))
+    in_threads(lambda _: both.wait(), range(2))
 
 
 def test_an_error_comes_through(two_threads: None) -> None:
     with pytest.raises(ZeroDivisionError):
-        apart(lambda item: 1 / item, [1, 0, 2])
+        in_threads(lambda item: 1 / item, [1, 0, 2])
     assert torch.get_num_threads() == 2
 
 
 def test_nothing_to_do() -> None:
-    assert apart(lambda item: item, []) == []
+    assert in_threads(lambda item: item, []) == []

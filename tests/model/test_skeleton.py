@@ -99,7 +99,7 @@ def test_tied_heads_share_memory(saved: Saved) -> None:
 def test_the_block_that_follows_is_read_ahead(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
     skeleton = Skeleton(Checkpoint(saved("llama-tied")), torch.device("cpu"), torch.float32)
     asked: list[set[str]] = []
-    monkeypatch.setattr(Checkpoint, "expect", lambda _, names: asked.append(set(names)))
+    monkeypatch.setattr(Checkpoint, "read_ahead", lambda _, names: asked.append(set(names)))
     for index, then in ((0, 1), (0, -1), (1, 2), (1, None)):
         with skeleton.block(index, then=then):
             pass

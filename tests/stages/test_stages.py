@@ -7,10 +7,9 @@ import pytest
 import torch
 import yaml
 
-from lowrank_compress.linalg.threads import apart
+from lowrank_compress.linalg.threads import in_threads
 from lowrank_compress.methods.units import Unit
 from lowrank_compress.stages import bases
-from lowrank_compress.stages.bases import working_bytes
 from tests.runs import Tiny, contents, done, refused, results, times
 
 Finished = Callable[[str], Path]
@@ -174,11 +173,12 @@ def test_matrices_are_decomposed_at_once_as_memory_allows(tiny: Tiny, tmp_path: 
     allowed: list[int] = []
 
     def recorded(work: Callable[..., object], units: list[Unit], at_once: int) -> list[object]:
-        assert [working_bytes(unit) for unit in units] == sorted(map(working_bytes, units), reverse=True)
+        needs = [unit.working_bytes() for unit in units]
+        assert needs == sorted(needs, reverse=True)
         allowed.append(at_once)
-        return apart(work, units, at_once)
+        return in_threads(work, units, at_once)
 
-    monkeypatch.setattr(bases, "apart", recorded)
+    monkeypatch.setattr(bases, "in_threads", recorded)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:

@@ -11,7 +11,7 @@ from costs import eigh_unit, size_of
 from lowrank_compress.allocation.storage import STORAGES, largest_rank
 from lowrank_compress.artifacts.manifest import read_manifest
 from lowrank_compress.calibration.capture import needs_gradient
-from lowrank_compress.calibration.moments import STATISTICS, statistic_key
+from lowrank_compress.calibration.statistics import STATISTICS, statistic_key
 from lowrank_compress.methods.units import MatrixUnit, ModuleUnit, needed, stored_elements
 from lowrank_compress.model.blueprint import Blueprint
 from lowrank_compress.model.states import free_memory

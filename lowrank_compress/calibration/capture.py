@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lowrank_compress.calibration.moments import STATISTICS, Moments
+from lowrank_compress.calibration.moments import Moments
+from lowrank_compress.calibration.statistics import STATISTICS
 from lowrank_compress.calibration.taps import tapped
 from lowrank_compress.calibration.workers import Workers
 from lowrank_compress.errors import InputError
@@ -78,7 +79,7 @@ def capture(
     batches
         The calibration set.
     wanted
-        Target name -> the statistics it needs (`moments.STATISTICS`).
+        Target name -> the statistics it needs (`statistics.STATISTICS`).
     skip
         Tells which blocks are finished already: they are run, but not measured nor yielded.
     clip

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lowrank_compress.arch.resolve import Target
-from lowrank_compress.calibration.moments import statistic_key
+from lowrank_compress.calibration.statistics import statistic_key
 from lowrank_compress.linalg.metric import Diagonal, Full, Identity, Metric
 from lowrank_compress.linalg.weighted import Projector, decompose, smaller_side
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from lowrank_compress.allocation.storage import STORAGES, cost, largest_rank
 from lowrank_compress.arch.resolve import Target
 from lowrank_compress.arch.spec import Role
-from lowrank_compress.calibration.moments import statistic_key
+from lowrank_compress.calibration.statistics import statistic_key
 from lowrank_compress.linalg.weighted import Projector
 from lowrank_compress.methods.linear import Damping, LinearMethod, decompose_target, sensitivities
 from lowrank_compress.methods.module import ModuleMethod

@@ -16,7 +16,7 @@ from lowrank_compress.allocation.table import ALLOCATORS
 from lowrank_compress.arch.resolve import Target
 from lowrank_compress.artifacts.manifest import canonical_hash
 from lowrank_compress.artifacts.tensors import BlockFiles
-from lowrank_compress.calibration.moments import INFLUENCE, statistic_key
+from lowrank_compress.calibration.statistics import INFLUENCE, statistic_key
 from lowrank_compress.config import ScoreConfig
 from lowrank_compress.linalg.eigen import eigh
 from lowrank_compress.linalg.metric import Identity

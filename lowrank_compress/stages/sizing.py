@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowrank_compress.calibration.capture import boundaries
-from lowrank_compress.calibration.moments import STATISTICS, statistic_key
+from lowrank_compress.calibration.statistics import STATISTICS, statistic_key
 from lowrank_compress.methods.units import needed, needs_data
 from lowrank_compress.stages.bases import Bases
 from lowrank_compress.stages.common import Run

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lowrank_compress.calibration import capture as module
 from lowrank_compress.calibration.capture import capture, needs_gradient
-from lowrank_compress.calibration.moments import STATISTICS, statistic_key
+from lowrank_compress.calibration.statistics import STATISTICS, statistic_key
 from lowrank_compress.calibration.taps import clipping
 from lowrank_compress.errors import NumericsError
 from lowrank_compress.model import replay as replaying

@@ -8,7 +8,6 @@ from lowrank_compress.arch.spec import Role
 from lowrank_compress.calibration.moments import (
     PANEL,
     ROWS,
-    STATISTICS,
     SUMS,
     Moments,
     Seen,
@@ -17,6 +16,7 @@ from lowrank_compress.calibration.moments import (
     row_sums_of_squared_gradients,
     turned,
 )
+from lowrank_compress.calibration.statistics import STATISTICS
 from lowrank_compress.errors import InputError, NumericsError
 
 HEADS = Heads(query=6, key=2, size=4, rotary=4)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowrank_compress.arch.resolve import Rows, Target, resolve
-from lowrank_compress.calibration.moments import STATISTICS, statistic_key
+from lowrank_compress.calibration.statistics import STATISTICS, statistic_key
 from lowrank_compress.linalg.weighted import factors
 from lowrank_compress.methods.linear import Damping, LinearMethod, decompose_target, sensitivities
 from lowrank_compress.methods.table import METHODS as ALL

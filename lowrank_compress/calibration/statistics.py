@@ -1,0 +1,88 @@
+"""The statistics that methods may ask for: their names, formulas and shapes.
+
+Notation: x (tokens, in) enters a linear map, y = x Wᵀ (tokens, out) leaves it without its bias and z with it,
+g = ∂ℒ/∂y of the *summed* loss, δ = g W (tokens, in). Statistics by head split z and g into (tokens, heads, size); t is,
+for each key-value head, the sum of g ⊙ z over its query heads. Means of activations are over real tokens; means of
+gradient products over what the summed loss is a sum of: scored tokens of a language model, examples of a classifier.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import get_args
+
+from lowrank_compress.arch.resolve import Target
+from lowrank_compress.arch.spec import Role
+
+INFLUENCE = "influence"
+"""Key of a block's influence among its means: it belongs to no target."""
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """One statistic: what it is the mean of, and what it needs.
+
+    Attributes
+    ----------
+    name
+        Key in tables and files.
+    dimensions
+        Its dimensions by name: "in" and "out" of the target; or "heads" of the target or "key_heads", with the "size"
+        of one.
+    gradient
+        Needs g, and is a mean over losses rather than tokens.
+    shared
+        Depends on the input alone, so that projections which read the same tensor share it.
+    help
+        The formula.
+    roles
+        Targets of which it can be taken.
+    """
+
+    name: str
+    dimensions: tuple[str, ...]
+    gradient: bool
+    shared: bool
+    help: str
+    roles: tuple[Role, ...] = get_args(Role)
+
+    def shape(self, target: Target) -> tuple[int, ...]:
+        """Return the shape of the statistic of a target."""
+        sizes = {"out": target.shape[0], "in": target.shape[1]}
+        if target.heads is not None:
+            heads = target.heads
+            own = heads.query if target.role == "q" else heads.key
+            sizes |= {"heads": own, "key_heads": heads.key, "size": heads.size}
+        return tuple(sizes[dimension] for dimension in self.dimensions)
+
+    def elements(self, target: Target) -> int:
+        """Return the number of elements of the statistic of a target."""
+        return math.prod(self.shape(target))
+
+
+_BY_HEAD = ("heads", "size", "size")
+
+STATISTICS: Mapping[str, Statistic] = {
+    statistic.name: statistic
+    for statistic in (
+        Statistic("in_gram", ("in", "in"), False, True, "E[x xᵀ]"),
+        Statistic("in_mean", ("in",), False, True, "E[x]"),
+        Statistic("in_abs", ("in",), False, True, "E|x|"),
+        Statistic("in_square", ("in",), False, True, "E[x²]"),
+        Statistic("out_gram", ("out", "out"), False, False, "E[y yᵀ]"),
+        Statistic("out_fisher", ("out", "out"), True, False, "E[g gᵀ]"),
+        Statistic("in_fisher", ("in", "in"), True, False, "E[δ δᵀ]"),
+        Statistic("out_square", ("out",), True, False, "E[g²]"),
+        Statistic("row_fisher", ("out",), True, False, "row sums of E[(∂ℒ_sequence/∂W)²]"),
+        Statistic("head_gram", _BY_HEAD, False, False, "E[z zᵀ] of each head", ("q", "k", "v")),
+        Statistic("head_fisher", _BY_HEAD, True, False, "E[g gᵀ] of each head", ("q", "k", "v")),
+        Statistic("score_fisher", ("key_heads", "size", "size"), True, False, "E[t tᵀ] of each key-value head", ("q",)),
+    )
+}
+
+
+def statistic_key(target: Target, statistic: str) -> str:
+    """Key under which a target finds a statistic: its own, or that of the input it shares with others."""
+    return f"{target.reads if STATISTICS[statistic].shared else target.name}/{statistic}"

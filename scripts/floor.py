@@ -14,7 +14,7 @@ from lowrank_compress.calibration.capture import needs_gradient
 from lowrank_compress.calibration.statistics import STATISTICS, statistic_key
 from lowrank_compress.methods.units import MatrixUnit, ModuleUnit, needed, stored_elements
 from lowrank_compress.model.blueprint import Blueprint
-from lowrank_compress.model.states import free_memory
+from lowrank_compress.model.memory import free_memory
 from lowrank_compress.stages.bases import Bases
 from lowrank_compress.stages.common import Run
 from lowrank_compress.stages.plan import Plan

@@ -24,9 +24,10 @@ from lowrank_compress.calibration.statistics import STATISTICS
 from lowrank_compress.calibration.taps import tapped
 from lowrank_compress.calibration.workers import Workers
 from lowrank_compress.errors import InputError
+from lowrank_compress.model.memory import free_memory
 from lowrank_compress.model.replay import Batch, Replay, lm_chunks, token_loss
 from lowrank_compress.model.skeleton import Skeleton
-from lowrank_compress.model.states import State, StateStore, free_memory
+from lowrank_compress.model.states import State, StateStore
 
 Wanted = Mapping[str, frozenset[str]]
 Advance = Callable[[str, int, int], None]

@@ -21,6 +21,7 @@ from lowrank_compress.demo import text as demo_text
 from lowrank_compress.errors import ArtifactError, CalibrationError, InputError
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.dense import write_dense
+from lowrank_compress.model.memory import HEAP, free_memory
 from lowrank_compress.stages import calibrate as calibrate_stage
 from lowrank_compress.stages import pipeline
 from lowrank_compress.stages import score as score_stage
@@ -35,8 +36,8 @@ def device_name(device: str | None) -> str:
     return str(compute_device(device or "auto"))
 
 
-def _bytes(size: str | None) -> int | None:
-    """Read a size such as 8GB or 512MiB.
+def _budget(size: str | None) -> int | None:
+    """Read a memory budget such as 8GB or 512MiB; where it is tight, freed memory is given back from now on.
 
     Raises
     ------
@@ -46,9 +47,12 @@ def _bytes(size: str | None) -> int | None:
     if size is None:
         return None
     try:
-        return int(TypeAdapter(ByteSize).validate_python(size))
+        budget = int(TypeAdapter(ByteSize).validate_python(size))
     except ValidationError:
         raise InputError(f"--memory-budget {size} is no size; expected a number of bytes, or one like 8GB.") from None
+    if budget < free_memory() // 2:
+        HEAP.give_back()
+    return budget
 
 
 def compress(
@@ -60,7 +64,7 @@ def compress(
     reporter: TerminalReporter,
 ) -> dict[str, Any]:
     """Run the whole pipeline but the evaluation."""
-    memory = _bytes(memory_budget)
+    memory = _budget(memory_budget)
     plan = make_plan(recipe)
     run = Run(out or pipeline.default_run(recipe))
     _refuse_foreign(run)
@@ -115,7 +119,7 @@ def calibrate(
     recipe: Recipe, out: Path | None, memory_budget: str | None, overwrite: bool, reporter: TerminalReporter
 ) -> dict[str, Any]:
     """Run the first stage."""
-    memory = _bytes(memory_budget)
+    memory = _budget(memory_budget)
     plan = make_plan(recipe)
     run = Run(out or pipeline.default_run(recipe))
     _refuse_foreign(run)

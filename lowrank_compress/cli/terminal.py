@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
@@ -129,24 +128,13 @@ def prepare_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     if not messages.is_terminal:
         os.environ.setdefault("TQDM_DISABLE", "1")
-    _return_freed_memory()
     import transformers
+
+    from lowrank_compress.model.memory import HEAP
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-
-
-def _return_freed_memory() -> None:
-    """Have glibc map every tensor of a megabyte and more by itself, and so give it back when it is freed.
-
-    By default it learns to keep pieces of up to 32 MB, between which the heap then falls apart: at a hidden size of
-    2048 that was a fifth of the peak.
-    """
-    import ctypes
-
-    m_mmap_threshold = -3
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").mallopt(m_mmap_threshold, 1 << 20)
+    HEAP.keep()
 
 
 def print_json(value: object) -> None:

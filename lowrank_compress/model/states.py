@@ -89,12 +89,3 @@ def _whole(transfer: Callable[..., int], descriptor: int, states: Tensor, offset
         if count == 0:
             raise OSError(f"A file of hidden states ended after {offset + done} bytes.")
         done += count
-
-
-def free_memory() -> int:
-    """Bytes of physical memory that are free to use now."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

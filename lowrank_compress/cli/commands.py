@@ -21,7 +21,7 @@ from lowrank_compress.demo import text as demo_text
 from lowrank_compress.errors import ArtifactError, CalibrationError, InputError
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.dense import write_dense
-from lowrank_compress.model.memory import HEAP, free_memory
+from lowrank_compress.model.memory import keep_freed
 from lowrank_compress.stages import calibrate as calibrate_stage
 from lowrank_compress.stages import pipeline
 from lowrank_compress.stages import score as score_stage
@@ -29,6 +29,7 @@ from lowrank_compress.stages.common import Run, compute_device
 from lowrank_compress.stages.meter import Meter
 from lowrank_compress.stages.plan import Plan, make_plan
 from lowrank_compress.stages.sizing import dry_run as plan_sizes
+from lowrank_compress.stages.sizing import roomy
 
 
 def device_name(device: str | None) -> str:
@@ -37,7 +38,7 @@ def device_name(device: str | None) -> str:
 
 
 def _budget(size: str | None) -> int | None:
-    """Read a memory budget such as 8GB or 512MiB; where it is tight, freed memory is given back from now on.
+    """Read a memory budget such as 8GB or 512MiB.
 
     Raises
     ------
@@ -47,12 +48,9 @@ def _budget(size: str | None) -> int | None:
     if size is None:
         return None
     try:
-        budget = int(TypeAdapter(ByteSize).validate_python(size))
+        return int(TypeAdapter(ByteSize).validate_python(size))
     except ValidationError:
         raise InputError(f"--memory-budget {size} is no size; expected a number of bytes, or one like 8GB.") from None
-    if budget < free_memory() // 2:
-        HEAP.give_back()
-    return budget
 
 
 def compress(
@@ -69,6 +67,8 @@ def compress(
     run = Run(out or pipeline.default_run(recipe))
     _refuse_foreign(run)
     _tell(plan, reporter)
+    if roomy(plan, memory):
+        keep_freed()
     with _working(run) as workers:
         workers.once(lambda: pipeline.claim(run, plan, overwrite=overwrite))
         meter = Meter(reporter)
@@ -124,6 +124,8 @@ def calibrate(
     run = Run(out or pipeline.default_run(recipe))
     _refuse_foreign(run)
     _tell(plan, reporter)
+    if roomy(plan, memory):
+        keep_freed()
     with _working(run) as workers:
         workers.once(lambda: pipeline.claim(run, plan, overwrite=overwrite))
         manifest = calibrate_stage.run(
@@ -222,10 +224,10 @@ def export_dense(target: str, out: Path, overwrite: bool, reporter: TerminalRepo
     console().print(f"Dense checkpoint: {out}")
 
 
-def dry_run(recipe: Recipe, out: Path | None) -> dict[str, Any]:
+def dry_run(recipe: Recipe, out: Path | None, memory_budget: str | None) -> dict[str, Any]:
     """Compute what a run would need; write nothing."""
     plan = make_plan(recipe)
-    return plan_sizes(plan, Run(out or pipeline.default_run(recipe)))
+    return plan_sizes(plan, Run(out or pipeline.default_run(recipe)), _budget(memory_budget))
 
 
 def demo(ratio: float, out: Path, reporter: TerminalReporter) -> list[dict[str, Any]]:

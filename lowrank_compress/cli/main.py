@@ -91,7 +91,7 @@ def compress(
 
         recipe = _recipe(config, given)
         if dry_run:
-            printing.print_dry_run(commands.dry_run(recipe, out), json)
+            printing.print_dry_run(commands.dry_run(recipe, out, memory_budget), json)
             return
         with reported() as reporter:
             result = commands.compress(recipe, out, memory_budget, keep_statistics, overwrite, reporter)

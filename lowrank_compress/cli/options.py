@@ -187,8 +187,8 @@ MemoryBudget = Annotated[
     typer.Option(
         "--memory-budget",
         help="Memory to get by with, such as 8GB: hidden states go to disk where they would take more than half of it, "
-        "as many matrices are decomposed at a time as the other half holds, and less than half of what is free is kept "
-        "low at the price of some speed (default: what is free). Changes no result.",
+        "and as many matrices are decomposed at a time as the other half holds; where it is not ample, freed memory is "
+        "given back at once, which costs some speed (default: what is free). Changes no result.",
         rich_help_panel=WHERE,
     ),
 ]

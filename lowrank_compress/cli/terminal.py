@@ -130,11 +130,11 @@ def prepare_libraries() -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")
     import transformers
 
-    from lowrank_compress.model.memory import HEAP
+    from lowrank_compress.model.memory import give_back_freed
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    HEAP.keep()
+    give_back_freed()
 
 
 def print_json(value: object) -> None:

@@ -1,8 +1,8 @@
-"""How much memory is free, and what the process's heap does with what is freed. Nothing of it changes a result.
+"""How much memory is free, and what the heap of a program does with what is freed. Nothing of it changes a result.
 
 The first touch of a fresh page costs many times what filling it costs. To map each tensor anew, and give it back when
-it is freed, takes less memory and about a fifth more time than to keep what is freed for the next tensor. What is kept
-falls into pieces, between which the large matrices of a decomposition find no room.
+it is freed, takes about a fifth more time than to keep what is freed for the next tensor; but what is kept falls into
+pieces, between which larger tensors find no room.
 """
 
 from __future__ import annotations
@@ -10,12 +10,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
-# Parameters of glibc's mallopt, and from which size on it maps tensors by themselves.
+# Parameters of glibc's mallopt.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-_LARGE, _HUGE, _NEVER = 1 << 20, 1 << 30, (1 << 31) - 1
 
 
 def free_memory() -> int:
@@ -27,44 +25,21 @@ def free_memory() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-class Heap:
-    """Whether glibc's heap keeps what is freed; where there is no glibc, nothing happens."""
-
-    def __init__(self) -> None:
-        self._libc: ctypes.CDLL | None = None
-        with contextlib.suppress(OSError):
-            self._libc = ctypes.CDLL("libc.so.6")
-        self._keeps = False
-
-    def keep(self) -> None:
-        """Keep freed memory for the next tensors."""
-        self._keeps = True
-        self._set(_TRIM_THRESHOLD, _NEVER)
-        self._set(_MMAP_THRESHOLD, _HUGE)
-
-    def give_back(self) -> None:
-        """Give back what is freed, at once for every tensor of a megabyte and more, and what was kept so far."""
-        self._keeps = False
-        self._set(_MMAP_THRESHOLD, _LARGE)
-        if self._libc is not None and hasattr(self._libc, "malloc_trim"):
-            self._libc.malloc_trim(0)
-
-    @contextlib.contextmanager
-    def giving_back(self) -> Iterator[None]:
-        """Give back what is freed meanwhile, if it is kept otherwise, so that large matrices do not tear it apart."""
-        if not self._keeps:
-            yield
-            return
-        self.give_back()
-        try:
-            yield
-        finally:
-            self.keep()
-
-    def _set(self, parameter: int, value: int) -> None:
-        if self._libc is not None and hasattr(self._libc, "mallopt"):
-            self._libc.mallopt(parameter, value)
+def keep_freed() -> None:
+    """Keep freed memory for the next tensors, in this process from now on; for programs, not for libraries."""
+    _set(_TRIM_THRESHOLD, (1 << 31) - 1)
+    _set(_MMAP_THRESHOLD, 1 << 30)
 
 
-HEAP = Heap()
-"""The process's own. Only a program changes it, never a library on its own account."""
+def give_back_freed() -> None:
+    """Give memory back when it is freed, for every tensor of a megabyte and more; the opposite of `keep_freed`.
+
+    By itself glibc learns to keep pieces of up to 32 MB.
+    """
+    _set(_MMAP_THRESHOLD, 1 << 20)
+
+
+def _set(parameter: int, value: int) -> None:
+    # Other systems have other heaps.
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").mallopt(parameter, value)

@@ -27,7 +27,7 @@ from lowrank_compress.methods.sites import Site, all_units, first_units, sites_o
 from lowrank_compress.methods.units import MatrixUnit, Unit, candidate_ranks, dense_elements
 from lowrank_compress.model.blueprint import Blueprint, blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
-from lowrank_compress.model.memory import HEAP, free_memory
+from lowrank_compress.model.memory import free_memory
 
 VERSION = 3
 
@@ -149,13 +149,12 @@ class Bases:
         def decompose(unit: Unit) -> dict[str, Tensor]:
             return unit.decompose(self._weight, means, self.damping, self.keep[unit.name])
 
-        with HEAP.giving_back():
-            for number, group in enumerate(groups):
-                for found in self._each(decompose, group):
-                    tensors |= found
-                later = [uses[unit.name] for rest in groups[number + 1 :] for unit in rest]
-                for key in set().union(*(uses[unit.name] for unit in group)).difference(*later):
-                    del means[key]
+        for number, group in enumerate(groups):
+            for found in self._each(decompose, group):
+                tensors |= found
+            later = [uses[unit.name] for rest in groups[number + 1 :] for unit in rest]
+            for key in set().union(*(uses[unit.name] for unit in group)).difference(*later):
+                del means[key]
         if INFLUENCE in means:
             tensors[INFLUENCE] = means[INFLUENCE]
         self.files.write(block, tensors)

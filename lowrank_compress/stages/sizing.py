@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lowrank_compress.calibration.capture import boundaries
 from lowrank_compress.calibration.statistics import STATISTICS, statistic_key
-from lowrank_compress.methods.units import needed, needs_data
+from lowrank_compress.methods.sites import all_units, sites_of
+from lowrank_compress.methods.units import Unit, needed, needs_data
+from lowrank_compress.model.blueprint import Blueprint, blueprint
+from lowrank_compress.model.memory import free_memory
 from lowrank_compress.stages.bases import Bases
 from lowrank_compress.stages.common import Run
 from lowrank_compress.stages.plan import Plan
@@ -31,8 +35,10 @@ class Need:
     disk: dict[str, int]
 
 
-def dry_run(plan: Plan, run: Run) -> dict[str, Any]:
+def dry_run(plan: Plan, run: Run, memory: int | None = None) -> dict[str, Any]:
     """Budget, ranks that need no data, memory and disk of a run; reads headers only and writes nothing.
+
+    `memory` are the bytes to get by with; None for what is free.
 
     Raises
     ------
@@ -44,7 +50,7 @@ def dry_run(plan: Plan, run: Run) -> dict[str, Any]:
     targets = bases.resolved.targets
     flat = plan.score.model_copy(update={"allocate": "uniform"})
     uniform = Bases(flat, plan.checkpoint, "", run.scores).keep
-    need = estimate(plan, bases)
+    need = estimate(plan, bases, memory)
     return {
         "recipe": plan.resolved().model_dump(mode="json"),
         "run": str(run.path),
@@ -62,30 +68,48 @@ def dry_run(plan: Plan, run: Run) -> dict[str, Any]:
     }
 
 
-def estimate(plan: Plan, bases: Bases) -> Need:
+def estimate(plan: Plan, bases: Bases, memory: int | None = None) -> Need:
     """Estimate memory and disk from shapes."""
-    model, resolved = bases.blueprint.model, bases.resolved
-    wanted = needed(bases.units)
+    basis = sum(unit.basis_elements(bases.keep[unit.name]) for unit in bases.units)
+    resident, spilled = _resident(plan, bases.blueprint, bases.units, memory)
+    outside = resident["outside the blocks"] // SINGLE
+    disk = {
+        "bases": basis * SINGLE,
+        "compressed checkpoint": 2 * (outside + bases.budget.limit) * plan.checkpoint.dtype.itemsize,
+    }
+    return Need(resident, disk | spilled)
+
+
+def roomy(plan: Plan, memory: int | None) -> bool:
+    """Whether a run needs so much less memory than there is that what is freed may be kept.
+
+    `memory` are the bytes to get by with; None for what is free.
+    """
+    whole = blueprint(plan.checkpoint)
+    resident, spilled = _resident(plan, whole, all_units(sites_of(whole.resolved, plan.score.scheme)), memory)
+    return not spilled and 2 * sum(resident.values()) <= (free_memory() if memory is None else memory)
+
+
+def _resident(
+    plan: Plan, whole: Blueprint, units: Sequence[Unit], memory: int | None
+) -> tuple[dict[str, int], dict[str, int]]:
+    """What a run has in memory at once, name -> bytes, and what of it goes to disk instead."""
+    model, resolved = whole.model, whole.resolved
+    wanted = needed(units)
     block = sum(p.numel() for p in model.get_submodule(resolved.blocks[0]).parameters())
     outside = sum(p.numel() for p in model.parameters()) - block * len(resolved.blocks)
     sizes: dict[str, int] = {}
     for target in resolved.of_block(0):
         for name in wanted.get(target.name, ()):
             sizes[statistic_key(target, name)] = STATISTICS[name].elements(target)
-    tokens = plan.recipe.samples * plan.seq_len if needs_data(bases.units) else 0
+    tokens = plan.recipe.samples * plan.seq_len if needs_data(units) else 0
     copies = boundaries(len(resolved.blocks), wanted)
-    basis = sum(unit.basis_elements(bases.keep[unit.name]) for unit in bases.units)
-    width: int = plan.checkpoint.dtype.itemsize
-    return Need(
-        memory={
-            "outside the blocks": outside * SINGLE,
-            "one block": block * SINGLE,
-            "its statistics": sum(sizes.values()) * DOUBLE,
-            "hidden states": tokens * model.config.hidden_size * SINGLE * copies,
-            "largest decomposition": max(unit.working_bytes() for unit in bases.units),
-        },
-        disk={
-            "bases": basis * SINGLE,
-            "compressed checkpoint": 2 * (outside + bases.budget.limit) * width,
-        },
-    )
+    states = {"hidden states": tokens * model.config.hidden_size * SINGLE * copies}
+    spills = states["hidden states"] > (free_memory() if memory is None else memory) // 2
+    resident = {
+        "outside the blocks": outside * SINGLE,
+        "one block": block * SINGLE,
+        "its statistics": sum(sizes.values()) * DOUBLE,
+        "largest decomposition": max(unit.working_bytes() for unit in units),
+    }
+    return (resident, states) if spills else (resident | states, {})

@@ -16,6 +16,8 @@ from lowrank_compress.allocation.table import ALLOCATORS
 from lowrank_compress.arch.table import ARCHITECTURES
 from lowrank_compress.config import Recipe
 from lowrank_compress.methods.table import METHODS
+from lowrank_compress.stages.plan import make_plan
+from lowrank_compress.stages.sizing import roomy
 from tests.runs import FEW, Tiny, contents, done, refused, results
 from tests.tiny import save_tiny
 
@@ -142,6 +144,21 @@ def test_dry_run_writes_nothing(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.
     assert (found["memory"]["its statistics"] > 0) == (method == "auto")
     assert contents(tiny.model.parent) == before
     assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_tells_where_hidden_states_lie(tiny: Tiny, tmp_path: Path):
+    options = [*tiny.options(tmp_path / "run", "auto"), "--dry-run", "--json"]
+    free, tight = done("compress", *options).json, done("compress", *options, "--memory-budget", "1kB").json
+    assert free["memory"]["hidden states"] == tight["disk"]["hidden states"] > 0
+    assert "hidden states" not in {*free["disk"], *tight["memory"]}
+
+
+def test_freed_memory_is_kept_where_there_is_twice_of_what_a_run_needs(tiny: Tiny, tmp_path: Path):
+    found = done("compress", *tiny.options(tmp_path / "run"), "--dry-run", "--json").json
+    plan, need = make_plan(Recipe(**found["recipe"])), sum(found["memory"].values())
+    assert roomy(plan, None)
+    assert roomy(plan, 2 * need)
+    assert not roomy(plan, 2 * need - 1)
 
 
 def test_dry_run_ranks_are_those_of_the_run(tiny: Tiny, pristine: Finished):

@@ -3,8 +3,9 @@
 SciPy's own wrappers hold the lock, so that threads could not decompose several matrices at a time, and its ``eigh``
 computes a part of the eigenvectors by bisection and inverse iteration. Here the matrix is reduced to tridiagonal form
 (dsytrd); relatively robust representations (dstemr: Dhillon and Parlett, Linear Algebra Appl. 387, 2004) give the
-eigenvectors that are asked for and no others; and those alone are turned back (dormtr). The routines are those that
-SciPy carries and offers to compiled code.
+eigenvectors that are asked for and no others; and those alone are turned back, by larger blocks of reflections than
+LAPACK's own routine for it takes (Schreiber and Van Loan, SIAM J. Sci. Stat. Comput. 10, 1989). The routines are those
+that SciPy carries and offers to compiled code.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from scipy.linalg import (
     LinAlgError,
     cython_lapack,  # pyright: ignore[reportAttributeAccessIssue]
 )
+
+# Reflections that are applied at once.
+BLOCK = 128
 
 
 def largest_eigenpairs(matrix: np.ndarray, keep: int) -> tuple[np.ndarray, np.ndarray]:
@@ -51,8 +55,20 @@ def largest_eigenpairs(matrix: np.ndarray, keep: int) -> tuple[np.ndarray, np.nd
     if found.value != count:
         raise LinAlgError(f"dstemr found {found.value} eigenpairs of {count}")
     values, vectors = values[count - keep : count], vectors[:, count - keep :]
-    _run(_DORMTR, b"L", b"L", b"N", size, keep, matrix, size, scales, vectors, size, workspaces=1)
+    _turn_back(matrix, scales, vectors)
     return values, vectors
+
+
+def _turn_back(reflected: np.ndarray, scales: np.ndarray, vectors: np.ndarray) -> None:
+    """Multiply vectors, (k, r), in place by the orthogonal matrix whose reflections dsytrd left below the diagonal."""
+    size, count = vectors.shape
+    triangle, space = np.empty((BLOCK, BLOCK), order="F"), np.empty((count, BLOCK), order="F")
+    for start in reversed(range(0, size - 1, BLOCK)):
+        width, height = min(BLOCK, size - 1 - start), size - 1 - start
+        block, part = reflected[start + 1 :, start:], vectors[start + 1 :]
+        _call(_DLARFT, b"F", b"C", height, width, block, size, scales[start:], triangle, BLOCK)
+        shapes = (height, count, width, block, size, triangle, BLOCK, part, size, space, count)
+        _call(_DLARFB, b"L", b"N", b"F", b"C", *shapes)
 
 
 def _routine(name: str) -> Callable[..., None]:
@@ -65,22 +81,29 @@ def _routine(name: str) -> Callable[..., None]:
     return ctypes.CFUNCTYPE(None)(address(capsule, signature(capsule)))
 
 
-_DSYTRD, _DSTEMR, _DORMTR = (_routine(name) for name in ("dsytrd", "dstemr", "dormtr"))
+_DSYTRD, _DSTEMR, _DLARFT, _DLARFB = map(_routine, ("dsytrd", "dstemr", "dlarft", "dlarfb"))
 
 
 def _run(routine: Callable[..., None], *arguments: object, workspaces: int) -> None:
-    """Call a routine whose last arguments are one or two workspaces (float64, then int), each with its length."""
+    """Call a routine whose last arguments are one or two workspaces (float64, then int) with their lengths, and a code.
+
+    Raises
+    ------
+    LinAlgError
+        The code tells of a failure.
+    """
+    code = ctypes.c_int()
     asked: list[np.ndarray] = [np.empty(1), np.empty(1, dtype=np.intc)][:workspaces]
-    _call(routine, *arguments, *(word for space in asked for word in (space, -1)))  # how long should they be?
+    lengths = (word for space in asked for word in (space, -1))
+    _call(routine, *arguments, *lengths, code)  # how long should they be?
     spaces = [np.empty(max(1, int(space[0])), dtype=space.dtype) for space in asked]
-    _call(routine, *arguments, *(word for space in spaces for word in (space, len(space))))
+    _call(routine, *arguments, *(word for space in spaces for word in (space, len(space))), code)
+    if code.value:
+        raise LinAlgError(f"a LAPACK routine returned the code {code.value}")
 
 
 def _call(routine: Callable[..., None], *arguments: object) -> None:
-    info = ctypes.c_int()
-    routine(*(_passed(argument) for argument in (*arguments, info)))
-    if info.value:
-        raise LinAlgError(f"a LAPACK routine returned the code {info.value}")
+    routine(*(_passed(argument) for argument in arguments))
 
 
 def _passed(argument: object) -> object:

@@ -116,7 +116,7 @@ class Identity:
 
     def form(self, weight: Tensor) -> Tensor:
         """Return W Wᵀ, (p, p) float64, for W of shape (p, k)."""
-        return _square(weight.double())
+        return _square(weight)
 
     def root(self) -> Root:
         """Return the root I; there is nothing to damp."""
@@ -253,11 +253,19 @@ Metric: TypeAlias = Identity | Diagonal | Full
 
 
 def _square(weight: Tensor) -> Tensor:
-    """Return W Wᵀ; in panels, so that little more than one triangle is computed."""
-    result = weight.new_empty(len(weight), len(weight))
+    """Return W Wᵀ in float64; in panels, so that little more than one triangle is computed.
+
+    Float32 holds the products of 16-bit numbers exactly: of such weights, those of PANEL columns are summed in it, as
+    those of tokens are in second moments, and the sums in float64.
+    """
+    exact = weight.dtype in (torch.float16, torch.bfloat16)
+    weight = weight.to(torch.float32 if exact else torch.float64)
+    depth = PANEL if exact else max(1, weight.shape[1])
+    result = weight.new_zeros(len(weight), len(weight), dtype=torch.float64)
     for start in range(0, len(weight), PANEL):
         panel = slice(start, start + PANEL)
-        torch.matmul(weight[start:], weight[panel].mT, out=result[start:, panel])
+        for part in weight.split(depth, dim=1):
+            result[start:, panel] += part[start:] @ part[panel].mT
         result[panel, panel.stop :] = result[panel.stop :, panel].mT
     return result
 

@@ -146,7 +146,7 @@ def decompose_target(
         A decomposition failed.
     """
     near, far = method.sides(target)
-    wide = weight.double() if smaller_side(target.shape) == "out" else weight.double().T
+    wide = weight if smaller_side(target.shape) == "out" else weight.T
     lookup = {
         name: means[statistic_key(target, name)].to(weight.device, torch.float64) for name in method.statistics(target)
     }
@@ -173,7 +173,7 @@ def _product(side: Side, wide: Tensor, means: Mapping[str, Tensor], damping: Dam
     if side.diagonal:
         return Diagonal(_diagonal(side, moment, damping)).form(wide)
     if side.centred and "in_mean" in means:
-        mean = wide @ means["in_mean"]
+        mean = wide.double() @ means["in_mean"]
         moment = moment - torch.outer(mean, mean)
     return moment
 

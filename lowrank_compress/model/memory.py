@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 
 # Parameters of glibc's mallopt.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 
 
 def free_memory() -> int:
@@ -29,6 +29,7 @@ def keep_freed() -> None:
     """Keep freed memory for the next tensors, in this process from now on; for programs, not for libraries."""
     _set(_TRIM_THRESHOLD, (1 << 31) - 1)
     _set(_MMAP_THRESHOLD, 1 << 30)
+    _set(_ARENA_MAX, 1)  # what one thread has freed, others can use
 
 
 def give_back_freed() -> None:

@@ -1,4 +1,4 @@
-"""The processes of one run, as torchrun starts them: each has a share of the calibration set and of the blocks.
+"""The processes of one command, as torchrun starts them: each has a share of the texts, the blocks or the tasks.
 
 The first does what must be done once; all see the same run directory.
 """
@@ -61,6 +61,14 @@ class Workers:
         if self.count > 1:
             for name in sorted(tensors):
                 dist.reduce(tensors[name], dst=owner)
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        """Add up numbers of all processes; all get the sums."""
+        if self.count == 1:
+            return list(values)
+        sums = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(sums)
+        return sums.tolist()
 
 
 def started(environment: Mapping[str, str] = os.environ) -> int:

@@ -14,7 +14,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from lowrank_compress.artifacts.files import read_json, sha256
 from lowrank_compress.artifacts.lock import locked
 from lowrank_compress.artifacts.manifest import Manifest, read_manifest
-from lowrank_compress.calibration.workers import Workers, started, workers_of
+from lowrank_compress.calibration.workers import Workers, workers_of
 from lowrank_compress.cli.terminal import TerminalReporter, console
 from lowrank_compress.config import EvaluateConfig, Recipe, load_recipe
 from lowrank_compress.demo import text as demo_text
@@ -67,9 +67,9 @@ def compress(
     run = Run(out or pipeline.default_run(recipe))
     _refuse_foreign(run)
     _tell(plan, reporter)
-    if roomy(plan, memory):
-        keep_freed()
     with _working(run) as workers:
+        if roomy(plan, memory, workers.count):
+            keep_freed()
         workers.once(lambda: pipeline.claim(run, plan, overwrite=overwrite))
         meter = Meter(reporter)
         manifest = pipeline.compress(
@@ -85,12 +85,12 @@ def compress(
 
 
 @contextmanager
-def _working(run: Run) -> Iterator[Workers]:
-    """Lock a run directory for the processes that work in it together: this one, or those that torchrun started.
+def _working(run: Run | None) -> Iterator[Workers]:
+    """Join the processes that torchrun started, if it did, and lock the run directory they work in, if there is one.
 
     The result is for the first to print; the others end here.
     """
-    with workers_of() as workers, locked(run.path) if workers.is_first else nullcontext():
+    with workers_of() as workers, locked(run.path) if run and workers.is_first else nullcontext():
         yield workers
     if not workers.is_first:
         raise typer.Exit
@@ -124,9 +124,9 @@ def calibrate(
     run = Run(out or pipeline.default_run(recipe))
     _refuse_foreign(run)
     _tell(plan, reporter)
-    if roomy(plan, memory):
-        keep_freed()
     with _working(run) as workers:
+        if roomy(plan, memory, workers.count):
+            keep_freed()
         workers.once(lambda: pipeline.claim(run, plan, overwrite=overwrite))
         manifest = calibrate_stage.run(
             plan.calibrate,
@@ -174,19 +174,12 @@ def factorize(path: Path, given: dict[str, Any], overwrite: bool, reporter: Term
 
 def evaluate(target: str, config: EvaluateConfig, force: bool, reporter: TerminalReporter) -> dict[str, Any]:
     """Run the fourth stage on a run or a checkpoint."""
-    if started() > 1:
-        raise InputError(
-            "`lrc eval` is one process. For lm-eval tasks on several GPUs: `lrc export RUN --dense DIRECTORY`, then "
-            "accelerate launch -m lm_eval --model hf --model_args pretrained=DIRECTORY --tasks …"
-        )
     run = Run(Path(target))
     for made_by in (run, Run(Path(target).parent)):  # a run, or the checkpoint inside one
         if made_by.recipe.exists() and made_by.index.exists() and not force:
             _refuse_calibration_text(made_by, config)
-    if run.recipe.exists():
-        with locked(run.path):
-            return pipeline.evaluate_target(target, config, reporter)
-    return pipeline.evaluate_target(target, config, reporter)
+    with _working(run if run.recipe.exists() else None) as workers:
+        return pipeline.evaluate_target(target, config, reporter, workers=workers)
 
 
 def _refuse_calibration_text(run: Run, config: EvaluateConfig) -> None:

@@ -46,6 +46,8 @@ def run_tasks(
     limit: int | None,
     batch_size: int,
     seed: int,
+    rank: int = 0,
+    processes: int = 1,
 ) -> dict[str, dict[str, float]]:
     """Evaluate a model on lm-eval tasks.
 
@@ -61,11 +63,13 @@ def run_tasks(
         Examples a task; None for all.
     batch_size, seed
         Passed on; all of lm-eval's seeds are set.
+    rank, processes
+        Which process of how many this is; they share the requests, and the first gets the results.
 
     Returns
     -------
     dict
-        Task -> metric -> value.
+        Task -> metric -> value; nothing in other processes than the first.
 
     Raises
     ------
@@ -94,6 +98,8 @@ def run_tasks(
             "`lm_eval ls tasks` prints the built-in ones."
         )
     adapter = huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    if processes > 1:
+        _share_requests(adapter, rank, processes)
     try:
         found: Any = lm_eval.simple_evaluate(
             model=adapter,
@@ -110,6 +116,8 @@ def run_tasks(
     except (OSError, ConnectionError, ValueError) as problem:
         first = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
         raise InputError(f"lm-eval could not run {', '.join(tasks)}: {first}") from problem
+    if found is None:
+        return {}
     return {
         task: {
             name.removesuffix(",none"): float(value)
@@ -118,3 +126,9 @@ def run_tasks(
         }
         for task, metrics in found["results"].items()
     }
+
+
+def _share_requests(adapter: Any, rank: int, processes: int) -> None:
+    """Let lm-eval divide its requests among processes as it does under its own launcher, which loads models itself."""
+    adapter._rank, adapter._world_size = rank, processes
+    adapter.accelerator = importlib.import_module("accelerate").Accelerator(cpu=adapter.device.type == "cpu")

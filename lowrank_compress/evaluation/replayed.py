@@ -39,6 +39,19 @@ class Perplexity:
         return math.exp(mean) if mean < 700 else math.inf
 
 
+@dataclass(frozen=True)
+class Accuracy:
+    """How many examples of how many were classified as labelled."""
+
+    right: int
+    examples: int
+
+    @property
+    def value(self) -> float:
+        """Their share."""
+        return self.right / self.examples
+
+
 def perplexity(
     skeleton: Skeleton, batches: Sequence[Batch], advance: Callable[[int, int], None] = lambda done, total: None
 ) -> Perplexity:
@@ -73,8 +86,8 @@ def perplexity(
 
 def accuracy(
     skeleton: Skeleton, batches: Sequence[Batch], advance: Callable[[int, int], None] = lambda done, total: None
-) -> float:
-    """Measure the share of examples whose largest logit is that of their label.
+) -> Accuracy:
+    """Count the examples whose largest logit is that of their label.
 
     Raises
     ------
@@ -93,7 +106,7 @@ def accuracy(
             assert batch.labels is not None
             right += int((logits.argmax(-1).cpu() == batch.labels).sum())
             count += len(batch.labels)
-    return right / count
+    return Accuracy(right, count)
 
 
 def _passes(

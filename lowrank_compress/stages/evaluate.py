@@ -21,10 +21,11 @@ from lowrank_compress.calibration.tokens import (
     load_tokenizer,
     window_batches,
 )
+from lowrank_compress.calibration.workers import Workers
 from lowrank_compress.config import EvaluateConfig
 from lowrank_compress.errors import CalibrationError, InputError
 from lowrank_compress.evaluation.harness import harness_version, run_tasks, task_files
-from lowrank_compress.evaluation.replayed import accuracy, perplexity
+from lowrank_compress.evaluation.replayed import Accuracy, Perplexity, accuracy, perplexity
 from lowrank_compress.evaluation.size import measure_size
 from lowrank_compress.model.blueprint import task_of
 from lowrank_compress.model.checkpoint import Checkpoint
@@ -76,7 +77,12 @@ def key(config: EvaluateConfig, inputs: Inputs) -> Key:
 
 
 def run(
-    config: EvaluateConfig, inputs: Inputs, out_dir: Path | None, reporter: Reporter | None = None
+    config: EvaluateConfig,
+    inputs: Inputs,
+    out_dir: Path | None,
+    reporter: Reporter | None = None,
+    *,
+    workers: Workers = Workers(),
 ) -> dict[str, Any]:
     """Evaluate, and where there is a directory for it, keep the result.
 
@@ -89,6 +95,8 @@ def run(
         plain checkpoint) writes nothing.
     reporter
         Told about progress.
+    workers
+        The processes that do this together, all called with the same: they share windows, examples and requests.
 
     Returns
     -------
@@ -103,24 +111,28 @@ def run(
     reporter = reporter or Silent()
     identity = key(config, inputs)
     if out_dir is not None:
-        found = committed(out_dir / identity.id, identity)
+        found = workers.once(lambda: committed(out_dir / identity.id, identity))
         if found is not None:
             return read_json(out_dir / identity.id / METRICS)
     metrics: dict[str, Any] = {"perplexity": {}, "classification": {}, "tasks": {}}
     models = _models(inputs)
     for role, checkpoint in models.items():
-        measured = _measure(config, checkpoint, role, reporter)
+        measured = _measure(config, checkpoint, role, reporter, workers)
         for kind in metrics:
             for name, values in measured[kind].items():
                 slot = metrics[kind].setdefault(name, {})
                 shared = {name: values.pop(name) for name in ("tokens", "n") if name in values}
                 slot |= {role: values["value"]} | shared
     metrics["size"] = size_report(inputs)
-    if out_dir is not None:
-        write_json(out_dir / identity.id / METRICS, metrics)
-        commit(out_dir / identity.id, identity, [METRICS], {}, environment(config.device))
-        _merge(out_dir)
-    return metrics
+
+    def keep() -> dict[str, Any]:
+        if out_dir is not None:
+            write_json(out_dir / identity.id / METRICS, metrics)
+            commit(out_dir / identity.id, identity, [METRICS], {}, environment(config.device))
+            _merge(out_dir)
+        return metrics
+
+    return workers.once(keep)
 
 
 def _models(inputs: Inputs) -> dict[str, Checkpoint]:
@@ -131,7 +143,7 @@ def _models(inputs: Inputs) -> dict[str, Checkpoint]:
 
 
 def _measure(
-    config: EvaluateConfig, checkpoint: Checkpoint, role: str, reporter: Reporter
+    config: EvaluateConfig, checkpoint: Checkpoint, role: str, reporter: Reporter, workers: Workers
 ) -> dict[str, dict[str, Any]]:
     """Measure one checkpoint: kind -> name -> {"value", "tokens" or "n"}."""
     measured: dict[str, dict[str, Any]] = {"perplexity": {}, "classification": {}, "tasks": {}}
@@ -148,7 +160,9 @@ def _measure(
             batches = text_batches(config, tokenizer, Source(name, config.text_column), seq_len)
             if skeleton.task != "lm":
                 raise InputError("Perplexity needs a causal language model; for a classifier use --classification.")
-            found = perplexity(skeleton, batches, _labelled(reporter, f"{role} perplexity"))
+            share = perplexity(skeleton, workers.share(batches), _labelled(reporter, f"{role} perplexity"))
+            nats, scored = workers.total([share.nats, share.tokens])
+            found = Perplexity(nats, int(scored))
             measured["perplexity"][name] = {"value": found.value, "tokens": found.tokens}
         if config.classification is not None:
             if skeleton.task != "classification":
@@ -158,13 +172,11 @@ def _measure(
             examples = read_examples(Source(config.classification, config.text_column, config.label_column))
             examples = examples.first(config.limit)
             batches = example_batches(tokenizer, examples, checkpoint.class_ids, seq_len, config.batch_size)
-            value = accuracy(skeleton, batches, _labelled(reporter, f"{role} accuracy"))
-            measured["classification"][config.classification] = {
-                "value": value,
-                "n": sum(len(batch.ids) for batch in batches),
-            }
+            part = accuracy(skeleton, workers.share(batches), _labelled(reporter, f"{role} accuracy"))
+            whole = Accuracy(*map(int, workers.total([part.right, part.examples])))
+            measured["classification"][config.classification] = {"value": whole.value, "n": whole.examples}
     if config.tasks:
-        measured["tasks"] = _run_tasks(config, checkpoint, role, reporter)
+        measured["tasks"] = _run_tasks(config, checkpoint, role, reporter, workers)
     return measured
 
 
@@ -189,7 +201,7 @@ def text_batches(config: EvaluateConfig, tokenizer: Any, source: Source, seq_len
 
 
 def _run_tasks(
-    config: EvaluateConfig, checkpoint: Checkpoint, role: str, reporter: Reporter
+    config: EvaluateConfig, checkpoint: Checkpoint, role: str, reporter: Reporter, workers: Workers
 ) -> dict[str, dict[str, Any]]:
     if task_of(checkpoint.config) != "lm":
         raise InputError("--tasks needs a causal language model; for a classifier use --classification.")
@@ -203,6 +215,8 @@ def _run_tasks(
         limit=config.limit,
         batch_size=config.batch_size,
         seed=config.seed,
+        rank=workers.rank,
+        processes=workers.count,
     )
     reporter.advance(f"{role} tasks", 1, 1)
     return {task: {"value": values} for task, values in found.items()}

@@ -160,7 +160,9 @@ def evaluation_inputs(target: str, trust_remote_code: bool) -> tuple[evaluate.In
     return evaluate.Inputs(Checkpoint(final), dense, manifest.report), run.evaluations
 
 
-def evaluate_target(target: str, config: EvaluateConfig, reporter: Reporter | None = None) -> dict[str, Any]:
+def evaluate_target(
+    target: str, config: EvaluateConfig, reporter: Reporter | None = None, *, workers: Workers = Workers()
+) -> dict[str, Any]:
     """Evaluate a run or a checkpoint."""
     inputs, out_dir = evaluation_inputs(target, config.trust_remote_code)
-    return evaluate.run(config, inputs, out_dir, reporter)
+    return evaluate.run(config, inputs, out_dir, reporter, workers=workers)

@@ -71,6 +71,7 @@ def dry_run(plan: Plan, run: Run, memory: int | None = None) -> dict[str, Any]:
 def estimate(plan: Plan, bases: Bases, memory: int | None = None) -> Need:
     """Estimate memory and disk from shapes."""
     basis = sum(unit.basis_elements(bases.keep[unit.name]) for unit in bases.units)
+    memory = free_memory() if memory is None else memory
     resident, spilled = _resident(plan, bases.blueprint, bases.units, memory)
     outside = resident["outside the blocks"] // SINGLE
     disk = {
@@ -80,18 +81,19 @@ def estimate(plan: Plan, bases: Bases, memory: int | None = None) -> Need:
     return Need(resident, disk | spilled)
 
 
-def roomy(plan: Plan, memory: int | None) -> bool:
+def roomy(plan: Plan, memory: int | None, processes: int = 1) -> bool:
     """Whether a run needs so much less memory than there is that what is freed may be kept.
 
-    `memory` are the bytes to get by with; None for what is free.
+    `memory` are the bytes that a process is to get by with; None for its part of what is free.
     """
     whole = blueprint(plan.checkpoint)
+    memory = free_memory() // processes if memory is None else memory
     resident, spilled = _resident(plan, whole, all_units(sites_of(whole.resolved, plan.score.scheme)), memory)
-    return not spilled and 2 * sum(resident.values()) <= (free_memory() if memory is None else memory)
+    return not spilled and 2 * sum(resident.values()) <= memory
 
 
 def _resident(
-    plan: Plan, whole: Blueprint, units: Sequence[Unit], memory: int | None
+    plan: Plan, whole: Blueprint, units: Sequence[Unit], memory: int
 ) -> tuple[dict[str, int], dict[str, int]]:
     """What a run has in memory at once, name -> bytes, and what of it goes to disk instead."""
     model, resolved = whole.model, whole.resolved
@@ -105,7 +107,7 @@ def _resident(
     tokens = plan.recipe.samples * plan.seq_len if needs_data(units) else 0
     copies = boundaries(len(resolved.blocks), wanted)
     states = {"hidden states": tokens * model.config.hidden_size * SINGLE * copies}
-    spills = states["hidden states"] > (free_memory() if memory is None else memory) // 2
+    spills = states["hidden states"] > memory // 2
     resident = {
         "outside the blocks": outside * SINGLE,
         "one block": block * SINGLE,

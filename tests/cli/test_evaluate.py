@@ -191,7 +191,19 @@ def test_tasks_need_a_language_model(tasks: Path, tmp_path: Path):
     assert "--tasks needs a causal language model" in message
 
 
-def test_several_processes(tiny: Tiny, monkeypatch: pytest.MonkeyPatch):
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "29500")):
-        monkeypatch.setenv(name, value)
-    assert "accelerate launch -m lm_eval" in refused("eval", tiny.model, "--perplexity", tiny.heldout)
+def test_processes_of_torchrun_share_the_requests(tiny: Tiny, finished: Finished, tasks: Path):
+    words = ["fox", "dog", "the", "over", "lazy", "quick", "brown"]
+    rows = [{"query": f"the {word}", "choices": [" fox", " jumps over"], "gold": i % 2} for i, word in enumerate(words)]
+    (tasks / "data.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    run = finished("svd")
+    asked = ["eval", str(run), "--tasks", "tiny_choice", "--include-path", str(tasks), "--json"]
+
+    def measured(*launcher: str) -> dict:
+        command = [sys.executable, "-m", *launcher, "lowrank_compress", *asked]
+        ran = subprocess.run(command, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+        shutil.rmtree(run / "eval")
+        return json.loads(ran.stdout)["tasks"]
+
+    together = measured("torch.distributed.run", "--nproc_per_node=2", "-m")
+    assert together == measured()

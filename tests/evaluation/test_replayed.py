@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from lowrank_compress.calibration.tokens import evaluation_windows, window_batches
 from lowrank_compress.errors import NumericsError
 from lowrank_compress.evaluation import replayed
-from lowrank_compress.evaluation.replayed import Perplexity, accuracy, perplexity
+from lowrank_compress.evaluation.replayed import Accuracy, Perplexity, accuracy, perplexity
 from lowrank_compress.model import replay
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.replay import Batch
@@ -104,7 +104,9 @@ def test_accuracy_equals_the_whole_model(case: str, saved: Saved) -> None:
     said: list[tuple[int, int]] = []
     # In float32: in float64 Gemma 2 makes NaN of padding that is longer than its window.
     skeleton = skeleton_of(saved, case, torch.float32)
-    assert accuracy(skeleton, batches, lambda done, total: said.append((done, total))) == 13 / 20
+    found = accuracy(skeleton, batches, lambda done, total: said.append((done, total)))
+    assert found == Accuracy(13, 20)
+    assert found.value == 13 / 20
     assert said[-1] == (len(skeleton.blocks), len(skeleton.blocks))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import time
@@ -78,6 +79,19 @@ def test_several_processes_make_what_one_makes(
     before = results(together)
     done("compress", *tiny.options(together, method), *FEW)
     assert results(together) == before
+
+
+def test_several_processes_evaluate_as_one(tiny: Tiny, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done("compress", *tiny.options(run, "svd"))
+    asked = ("eval", run, "--perplexity", tiny.heldout, "--batch-size", "1", "--json")
+    assert ended(start(3, *asked)) == [0] * 3
+    together = done(*asked).json["perplexity"]  # kept: not measured again
+    shutil.rmtree(run / "eval")
+    alone = done(*asked).json["perplexity"]
+    ((name, values),) = alone.items()
+    assert together == {name: pytest.approx(values, rel=1e-9)}
+    assert together[name]["tokens"] == values["tokens"]
 
 
 def test_after_a_process_has_died_another_number_of_them_goes_on(tiny: Tiny, tmp_path: Path) -> None:

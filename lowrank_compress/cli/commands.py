@@ -90,7 +90,7 @@ def _working(run: Run | None) -> Iterator[Workers]:
 
     The result is for the first to print; the others end here.
     """
-    with workers_of() as workers, locked(run.path) if run and workers.is_first else nullcontext():
+    with workers_of() as workers, locked(run.path) if run is not None and workers.is_first else nullcontext():
         yield workers
     if not workers.is_first:
         raise typer.Exit

@@ -115,7 +115,7 @@ class Identity:
     """The metric I: every output (or input) counts the same."""
 
     def form(self, weight: Tensor) -> Tensor:
-        """Return W Wᵀ, (p, p) float64, for W of shape (p, k)."""
+        """Return W Wᵀ, (p, p) float64, for W of shape (p, k); of 16-bit weights, in part summed in float32."""
         return _square(weight)
 
     def root(self) -> Root:

@@ -134,7 +134,7 @@ def decompose_target(
     Parameters
     ----------
     weight
-        W, (out, in), any floating dtype; computed in float64.
+        W, (out, in), any floating dtype; everything but the products of 16-bit weights (`Identity.form`) is in float64.
     means
         Statistics of the target's block, by `statistic_key`.
     keep

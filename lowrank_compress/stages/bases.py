@@ -29,7 +29,7 @@ from lowrank_compress.model.blueprint import Blueprint, blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.memory import free_memory
 
-VERSION = 3
+VERSION = 4
 
 
 class Bases:

@@ -116,8 +116,18 @@ def run_tasks(
     except (OSError, ConnectionError, ValueError) as problem:
         first = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
         raise InputError(f"lm-eval could not run {', '.join(tasks)}: {first}") from problem
-    if found is None:
+    return _by_task(found, rank)
+
+
+def _by_task(found: Any, rank: int) -> dict[str, dict[str, float]]:
+    """Take the numbers out of lm-eval's results, which it gives to the first process alone."""
+    if found is None and rank > 0:
         return {}
+    if found is None:
+        raise InputError(
+            "lm-eval gave no results: it takes this process for another than the first, because LOCAL_RANK is set. "
+            "Unset LOCAL_RANK, or start the processes by torchrun."
+        )
     return {
         task: {
             name.removesuffix(",none"): float(value)

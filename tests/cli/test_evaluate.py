@@ -12,6 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lowrank_compress.errors import InputError
+from lowrank_compress.evaluation import harness
 from tests.runs import Tiny, contents, done, lrc, refused, times
 from tests.tiny import save_tiny
 
@@ -207,3 +209,9 @@ def test_processes_of_torchrun_share_the_requests(tiny: Tiny, finished: Finished
 
     together = measured("torch.distributed.run", "--nproc_per_node=2", "-m")
     assert together == measured()
+
+
+def test_only_the_first_process_must_have_results():
+    assert harness._by_task(None, 1) == {}
+    with pytest.raises(InputError, match="LOCAL_RANK is set"):
+        harness._by_task(None, 0)

@@ -1,11 +1,12 @@
-"""LAPACK's route to the largest eigenpairs of a symmetric matrix, in steps and without Python's lock.
+"""What LAPACK does with a symmetric matrix and SciPy does not offer, or only under Python's lock.
 
 SciPy's own wrappers hold the lock, so that threads could not decompose several matrices at a time, and its ``eigh``
 computes a part of the eigenvectors by bisection and inverse iteration. Here the matrix is reduced to tridiagonal form
-(dsytrd); relatively robust representations (dstemr: Dhillon and Parlett, Linear Algebra Appl. 387, 2004) give the
-eigenvectors that are asked for and no others; and those alone are turned back, by larger blocks of reflections than
-LAPACK's own routine for it takes (Schreiber and Van Loan, SIAM J. Sci. Stat. Comput. 10, 1989). The routines are those
-that SciPy carries and offers to compiled code.
+(dsytrd); relatively robust representations (dstemr: Dhillon and Parlett, Linear Algebra Appl. 387, 2004) give its
+eigenvectors; and only those that are asked for are turned back, by larger blocks of reflections than LAPACK's own
+routine for it takes (Schreiber and Van Loan, SIAM J. Sci. Stat. Comput. 10, 1989). A congruence with a triangle is the
+step that reduces a generalized eigenproblem to a common one (dsygst), at half the operations of two products. The
+routines are those that SciPy carries and offers to compiled code.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ def largest_eigenpairs(matrix: np.ndarray, keep: int) -> tuple[np.ndarray, np.nd
     size = len(matrix)
     diagonal, beside, scales = np.empty(size), np.empty(size), np.empty(size)
     _run(_DSYTRD, b"L", size, matrix, size, diagonal, beside, scales, workspaces=1)
-    # Asked for all, it has a faster way to the eigenvalues, which pays from about half of the vectors on.
-    count, interval = (size, b"A") if 2 * keep > size else (keep, b"I")
+    # Asked for all, it has a faster way to the eigenvalues, which pays from about a quarter of the vectors on.
+    count, interval = (size, b"A") if 4 * keep > size else (keep, b"I")
     values, vectors = np.empty(size), np.empty((size, count), order="F")
     found, support, accurate = ctypes.c_int(), np.empty(2 * count, dtype=np.intc), ctypes.c_int(1)
     wanted = (b"V", interval, size, diagonal, beside, 0.0, 0.0, size - keep + 1, size)
@@ -57,6 +58,20 @@ def largest_eigenpairs(matrix: np.ndarray, keep: int) -> tuple[np.ndarray, np.nd
     values, vectors = values[count - keep : count], vectors[:, count - keep :]
     _turn_back(matrix, scales, vectors)
     return values, vectors
+
+
+def congruence(form: np.ndarray, lower: np.ndarray) -> None:
+    """Replace the lower triangle of P by that of Lᵀ P L.
+
+    Parameters
+    ----------
+    form
+        P, (k, k) float64, symmetric, in Fortran's order; of P and of the result the lower triangle alone counts.
+    lower
+        L, (k, k) float64, lower triangular with no zero on its diagonal, in Fortran's order.
+    """
+    size = len(form)
+    _run(_DSYGST, 2, b"L", size, form, size, lower, size)
 
 
 def _turn_back(reflected: np.ndarray, scales: np.ndarray, vectors: np.ndarray) -> None:
@@ -81,11 +96,11 @@ def _routine(name: str) -> Callable[..., None]:
     return ctypes.CFUNCTYPE(None)(address(capsule, signature(capsule)))
 
 
-_DSYTRD, _DSTEMR, _DLARFT, _DLARFB = map(_routine, ("dsytrd", "dstemr", "dlarft", "dlarfb"))
+_DSYTRD, _DSTEMR, _DSYGST, _DLARFT, _DLARFB = map(_routine, ("dsytrd", "dstemr", "dsygst", "dlarft", "dlarfb"))
 
 
-def _run(routine: Callable[..., None], *arguments: object, workspaces: int) -> None:
-    """Call a routine whose last arguments are one or two workspaces (float64, then int) with their lengths, and a code.
+def _run(routine: Callable[..., None], *arguments: object, workspaces: int = 0) -> None:
+    """Call a routine whose last arguments are up to two workspaces (float64, int) with their lengths, and a code.
 
     Raises
     ------
@@ -94,8 +109,8 @@ def _run(routine: Callable[..., None], *arguments: object, workspaces: int) -> N
     """
     code = ctypes.c_int()
     asked: list[np.ndarray] = [np.empty(1), np.empty(1, dtype=np.intc)][:workspaces]
-    lengths = (word for space in asked for word in (space, -1))
-    _call(routine, *arguments, *lengths, code)  # how long should they be?
+    if asked:  # how long should they be?
+        _call(routine, *arguments, *(word for space in asked for word in (space, -1)), code)
     spaces = [np.empty(max(1, int(space[0])), dtype=space.dtype) for space in asked]
     _call(routine, *arguments, *(word for space in spaces for word in (space, len(space))), code)
     if code.value:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lowrank_compress.errors import InputError, NumericsError
+from lowrank_compress.linalg.lapack import congruence
 
 # Relative to the mean diagonal. A pivot of the root below FLOOR is rounding, not information; jitter lifts it.
 JITTERS = (0.0, 1e-12, 1e-10, 1e-8, 1e-6, 1e-4)
@@ -84,17 +85,13 @@ class TriangularRoot:
 
     def congruence(self, form: Tensor) -> Tensor:
         """Return Cᵀ P C, exactly symmetric."""
-        # In panels, without the products with what is zero above the diagonal and without the other triangle.
-        panels = [slice(start, start + PANEL) for start in range(0, len(form), PANEL)]
-        half, result = torch.empty_like(form), torch.empty_like(form)
-        for panel in panels:
-            torch.matmul(form[:, panel.start :], self.lower[panel.start :, panel], out=half[:, panel])
-        for panel in panels:
-            below = self.lower[panel.start :, panel].mT
-            torch.matmul(below, half[panel.start :, : panel.stop], out=result[panel, : panel.stop])
-            result[: panel.start, panel] = result[panel, : panel.start].mT
-            result[panel, panel] = (result[panel, panel] + result[panel, panel].mT) / 2
-        return result
+        if form.is_cpu:
+            # The transpose of a C-ordered symmetric matrix is the same matrix in Fortran's order.
+            result = form.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
+            congruence(result.numpy().T, self.lower.mT.contiguous().numpy().T)
+            return _mirrored(result)
+        result = self.lower.mT @ form.double() @ self.lower
+        return (result + result.mT) / 2
 
     def expand(self, vectors: Tensor) -> Tensor:
         """Return C⁻ᵀ U."""
@@ -268,6 +265,16 @@ def _square(weight: Tensor) -> Tensor:
             result[start:, panel] += part[start:] @ part[panel].mT
         result[panel, panel.stop :] = result[panel.stop :, panel].mT
     return result
+
+
+def _mirrored(upper: Tensor) -> Tensor:
+    """Copy the upper triangle of (k, k) to the lower one, in place and in panels."""
+    for start in range(0, len(upper), PANEL):
+        panel = slice(start, start + PANEL)
+        upper[panel.stop :, panel] = upper[panel, panel.stop :].mT
+        corner = upper[panel, panel]
+        corner.copy_(corner.triu() + corner.triu(1).mT)
+    return upper
 
 
 def _scale(diagonal: Tensor) -> float:

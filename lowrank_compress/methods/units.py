@@ -7,7 +7,7 @@ encoded alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from lowrank_compress.allocation.storage import STORAGES, cost, largest_rank
 from lowrank_compress.arch.resolve import Target
 from lowrank_compress.arch.spec import Role
-from lowrank_compress.calibration.statistics import statistic_key
+from lowrank_compress.calibration.statistics import STATISTICS, statistic_key
 from lowrank_compress.linalg.weighted import Projector
 from lowrank_compress.methods.linear import Damping, LinearMethod, decompose_target, sensitivities
 from lowrank_compress.methods.module import ModuleMethod
@@ -327,6 +327,17 @@ def needed(units: Sequence[Unit]) -> dict[str, frozenset[str]]:
         for name, statistics in unit.statistics().items():
             wanted[name] = wanted.get(name, frozenset()) | statistics
     return wanted
+
+
+def statistics_bytes(units: Iterable[Unit]) -> int:
+    """Bytes of the statistics that units of one block need, those that they share counted once."""
+    sizes = {
+        statistic_key(target, name): STATISTICS[name].elements(target)
+        for unit in units
+        for target in unit.targets
+        for name in unit.statistics()[target.name]
+    }
+    return torch.float64.itemsize * sum(sizes.values())
 
 
 def needs_data(units: Sequence[Unit]) -> bool:

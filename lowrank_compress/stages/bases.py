@@ -24,18 +24,18 @@ from lowrank_compress.linalg.threads import in_threads
 from lowrank_compress.linalg.weighted import smaller_side
 from lowrank_compress.methods.linear import Damping
 from lowrank_compress.methods.sites import Site, all_units, first_units, sites_of
-from lowrank_compress.methods.units import MatrixUnit, Unit, candidate_ranks, dense_elements
+from lowrank_compress.methods.units import MatrixUnit, Unit, candidate_ranks, dense_elements, statistics_bytes
 from lowrank_compress.model.blueprint import Blueprint, blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.memory import free_memory
 
-VERSION = 4
+VERSION = 5
 
 
 class Bases:
     """The decompositions of a run, block by block.
 
-    As a `calibrate.Sink` it makes each from a block's statistics at once.
+    As a `calibrate.Sink` it makes them from blocks' statistics as soon as these are complete.
 
     Parameters
     ----------
@@ -131,50 +131,54 @@ class Bases:
         """Whether the block is decomposed."""
         return self.files.finished(block)
 
-    def take(self, block: int, means: MutableMapping[str, Tensor]) -> None:
-        """Decompose a block from its complete statistics, which are let go when they have served."""
-        tensors: dict[str, Tensor] = {}
-        units = self.of_block(block)
-        uses = {
-            unit.name: {
-                statistic_key(target, name) for target in unit.targets for name in unit.statistics()[target.name]
-            }
-            for unit in units
-        }
+    @property
+    def at_once(self) -> int:
+        """How many blocks to decompose together; it changes no result."""
+        return blocks_at_once(self.units, self.device, self._room())
+
+    def take(self, blocks: Mapping[int, MutableMapping[str, Tensor]]) -> None:
+        """Decompose blocks from their complete statistics, which are let go when they have served."""
+        tensors: dict[int, dict[str, Tensor]] = {block: {} for block in blocks}
+        units = [unit for block in blocks for unit in self.of_block(block)]
         modules = [unit for unit in units if not isinstance(unit, MatrixUnit)]
-        # The largest comes last, when there is most room.
-        modules.sort(key=lambda unit: max((means[key].numel() for key in uses[unit.name]), default=0))
+        # The largest come last, when there is most room.
+        modules.sort(key=lambda unit: max((blocks[unit.block][key].numel() for key in uses(unit)), default=0))
         groups = [[unit for unit in units if isinstance(unit, MatrixUnit)], *([unit] for unit in modules)]
 
         def decompose(unit: Unit) -> dict[str, Tensor]:
-            return unit.decompose(self._weight, means, self.damping, self.keep[unit.name])
+            return unit.decompose(self._weight, blocks[unit.block], self.damping, self.keep[unit.name])
 
         for number, group in enumerate(groups):
-            for found in self._each(decompose, group):
-                tensors |= found
-            later = [uses[unit.name] for rest in groups[number + 1 :] for unit in rest]
-            for key in set().union(*(uses[unit.name] for unit in group)).difference(*later):
-                del means[key]
-        if INFLUENCE in means:
-            tensors[INFLUENCE] = means[INFLUENCE]
-        self.files.write(block, tensors)
+            for unit, found in zip(group, self._each(decompose, group), strict=True):
+                tensors[unit.block] |= found
+            later = {(unit.block, key) for rest in groups[number + 1 :] for unit in rest for key in uses(unit)}
+            for block, key in {(unit.block, key) for unit in group for key in uses(unit)} - later:
+                del blocks[block][key]
+        for block, found in tensors.items():
+            if INFLUENCE in blocks[block]:
+                found[INFLUENCE] = blocks[block][INFLUENCE]
+            self.files.write(block, found)
+
+    def _room(self) -> int:
+        """Bytes that decompositions may take: half of the memory, the other half is for hidden states."""
+        return (free_memory() // self.processes if self.memory is None else self.memory) // 2
 
     def _each(self, work: Callable[[Unit], dict[str, Tensor]], units: Sequence[Unit]) -> list[dict[str, Tensor]]:
-        """Work on units of a block: on a CPU on several matrices at a time, as far as memory allows."""
+        """Work on units, on several matrices at a time where that helps; what is found, in the units' order."""
         if self.device.type != "cpu" or not all(isinstance(unit, MatrixUnit) for unit in units):
             return [work(unit) for unit in units]
-        # The other half is for hidden states.
-        room = (free_memory() // self.processes if self.memory is None else self.memory) // 2
         # The longest first, so that none is left to run alone.
         order = sorted(units, key=lambda unit: -unit.working_bytes())
-        return in_threads(work, order, max(1, room // max((unit.working_bytes() for unit in order), default=1)))
+        found = in_threads(work, order, units_at_once(order, self.device, self._room()))
+        by_name = {unit.name: tensors for unit, tensors in zip(order, found, strict=True)}
+        return [by_name[unit.name] for unit in units]
 
     def _weight(self, target: Target) -> Tensor:
         return self.blueprint.weight(target).to(self.device)
 
-    def take_spectrum(self, block: int) -> None:
-        """Keep the singular values of a block's weights themselves."""
-        tensors: dict[str, Tensor] = {}
+    def take_spectra(self, blocks: Sequence[int]) -> None:
+        """Keep the singular values of blocks' weights themselves."""
+        units = [unit for block in blocks for unit in self.of_block(block)]
 
         def singular_values(unit: Unit) -> dict[str, Tensor]:
             (target,) = unit.targets
@@ -182,9 +186,11 @@ class Bases:
             small = Identity().form(weight if smaller_side(target.shape) == "out" else weight.T)
             return {f"{unit.name}/singular_values": eigh(small)[0].sqrt()}
 
-        for found in self._each(singular_values, self.of_block(block)):
-            tensors |= found
-        self.spectra.write(block, tensors)
+        tensors: dict[int, dict[str, Tensor]] = {block: {} for block in blocks}
+        for unit, found in zip(units, self._each(singular_values, units), strict=True):
+            tensors[unit.block] |= found
+        for block, found in tensors.items():
+            self.spectra.write(block, found)
 
     def choose(self, curves: Mapping[str, Curve]) -> tuple[Unit, ...]:
         """Return the units of the better alternative of each site."""
@@ -208,6 +214,28 @@ class Bases:
                 values = None if spectrum is None else spectrum.numpy()
                 curves[unit.name] = self._curve(unit, tail, values, influence)
         return curves
+
+
+def uses(unit: Unit) -> frozenset[str]:
+    """Keys of the statistics that a unit's basis is made of, among those of its block."""
+    wanted = unit.statistics()
+    return frozenset(statistic_key(target, name) for target in unit.targets for name in wanted[target.name])
+
+
+def blocks_at_once(units: Sequence[Unit], device: torch.device, room: int) -> int:
+    """How many blocks to decompose together.
+
+    On a CPU as many as there are threads, so that all have work to the end; but no more than have their statistics in
+    half of the room.
+    """
+    waiting = statistics_bytes(unit for unit in units if unit.block == units[0].block)
+    return 1 if device.type != "cpu" else max(1, min(torch.get_num_threads(), room // (2 * max(waiting, 1))))
+
+
+def units_at_once(units: Sequence[Unit], device: torch.device, room: int) -> int:
+    """How many matrices to decompose at a time: on a CPU one in each thread, as far as there is room."""
+    largest = max((unit.working_bytes() for unit in units), default=1)
+    return 1 if device.type != "cpu" else max(1, min(torch.get_num_threads(), room // largest))
 
 
 def predicted_losses(unit: Unit, basis: Mapping[str, Tensor], nats: bool) -> Tensor:

@@ -5,7 +5,7 @@ Reads a checkpoint and a text; writes one safetensors file of means a block.
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -36,7 +36,7 @@ from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.narrowing import check_narrowing
 from lowrank_compress.model.replay import Batch
 from lowrank_compress.model.skeleton import Skeleton
-from lowrank_compress.stages.common import Reporter, Silent, checkpoint_id, environment, source_id
+from lowrank_compress.stages.common import Reporter, Silent, checkpoint_id, environment, in_parts, source_id
 
 VERSION = 3
 
@@ -49,7 +49,7 @@ class Inputs:
 
 
 class Sink(Protocol):
-    """Takes a block's statistics as soon as they are complete.
+    """Takes blocks' statistics as soon as they are complete.
 
     Attributes
     ----------
@@ -59,19 +59,24 @@ class Sink(Protocol):
 
     step: str
 
+    @property
+    def at_once(self) -> int:
+        """How many blocks it would like to take together."""
+        ...
+
     def finished(self, block: int) -> bool:
         """Whether the block has been taken by this or an earlier process."""
         ...
 
-    def take(self, block: int, means: MutableMapping[str, Tensor]) -> None:
-        """Take the statistics of a block; the mapping is the sink's to empty."""
+    def take(self, blocks: Mapping[int, MutableMapping[str, Tensor]]) -> None:
+        """Take the statistics of blocks; the mapping of each is the sink's to empty."""
         ...
 
 
 class FileSink:
     """Keeps statistics in the stage's directory."""
 
-    step = "keep"
+    step, at_once = "keep", 1
 
     def __init__(self, files: BlockFiles) -> None:
         self.files = files
@@ -80,9 +85,10 @@ class FileSink:
         """Whether the block's file is on disk, whole and of this calibration."""
         return self.files.finished(block)
 
-    def take(self, block: int, means: MutableMapping[str, Tensor]) -> None:
-        """Write the block's file."""
-        self.files.write(block, means)
+    def take(self, blocks: Mapping[int, MutableMapping[str, Tensor]]) -> None:
+        """Write the blocks' files."""
+        for block, means in blocks.items():
+            self.files.write(block, means)
 
 
 def key(config: CalibrateConfig, inputs: Inputs) -> Key:
@@ -154,9 +160,10 @@ def run(
     report: dict[str, object] = {"kept": kept, "tokens": 0, "windows": 0, "tokens_sha256": None}
     outputs = [files.name(block) for block in blocks] if kept else []
     if not needs_data(units):
-        for number, block in enumerate(own := workers.share(missing), 1):
-            receiver.take(block, {})
-            reporter.advance(receiver.step, number, len(own))
+        own = workers.share(missing)
+        for done, part in in_parts(own, receiver.at_once):
+            receiver.take({block: {} for block in part})
+            reporter.advance(receiver.step, done, len(own))
         return workers.once(lambda: commit(out_dir, identity, outputs, report, environment(config.device)))
     batches = calibration_batches(config, inputs.checkpoint, plan.task)
     if needs_gradient(wanted) and any(batch.labels is None for batch in batches) and plan.task != "lm":
@@ -200,10 +207,11 @@ def run(
             memory=None if memory is None else memory // 2,
             workers=workers,
         )
-        for number, statistics in enumerate(captured, 1):
-            receiver.take(statistics.block, statistics.means)
-            statistics.means.clear()  # they are large, and the next block's are under way
-            reporter.advance(receiver.step, number, own)
+        for done, part in in_parts(captured, receiver.at_once):
+            receiver.take({statistics.block: statistics.means for statistics in part})
+            for statistics in part:
+                statistics.means.clear()  # they are large, and the next block's are under way
+            reporter.advance(receiver.step, done, own)
     return workers.once(lambda: commit(out_dir, identity, outputs, report, environment(config.device)))
 
 

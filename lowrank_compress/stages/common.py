@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import platform
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -21,6 +22,8 @@ from lowrank_compress.artifacts.manifest import canonical_hash
 from lowrank_compress.calibration.sources import Source, load_hub
 from lowrank_compress.errors import ArtifactError, CalibrationError, InputError
 from lowrank_compress.model.checkpoint import Checkpoint
+
+Item = TypeVar("Item")
 
 
 class Reporter(Protocol):
@@ -44,6 +47,14 @@ class Silent:
     def warn(self, text: str) -> None:
         """Issue a Python warning."""
         warnings.warn(text, stacklevel=2)
+
+
+def in_parts(items: Iterable[Item], size: int) -> Iterator[tuple[int, list[Item]]]:
+    """Yield items by parts of `size`, the last of what is left, each with how many there have been by then."""
+    remaining, done = iter(items), 0
+    while part := list(itertools.islice(remaining, size)):
+        done += len(part)
+        yield done, part
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from lowrank_compress.methods.units import needs_data, stored_elements
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.registry import unknown
 from lowrank_compress.stages.bases import VERSION, Bases, ranking
-from lowrank_compress.stages.common import Reporter, Silent, environment
+from lowrank_compress.stages.common import Reporter, Silent, environment, in_parts
 from lowrank_compress.stages.ranks import RANKS, RANKS_BACKUP, Choice, write_ranks
 
 
@@ -126,12 +126,14 @@ def run(
     if found is not None:
         return found
     statistics = BlockFiles(inputs.statistics, inputs.calibration.id)
-    for number, block in enumerate(own := workers.share(blocks), 1):
-        if not bases.finished(block):
-            bases.take(block, _means(statistics, block) if needs_data(bases.units) else {})
-        if bases.allocator.needs_spectrum and not bases.spectra.finished(block):
-            bases.take_spectrum(block)
-        reporter.advance("score", number, len(own))
+    own = workers.share(blocks)
+    needs = needs_data(bases.units)
+    for done, part in in_parts(own, bases.at_once):
+        if todo := [block for block in part if not bases.finished(block)]:
+            bases.take({block: _means(statistics, block) if needs else {} for block in todo})
+        if bases.allocator.needs_spectrum:
+            bases.take_spectra([block for block in part if not bases.spectra.finished(block)])
+        reporter.advance("score", done, len(own))
     return workers.once(lambda: _choose(config, bases, identity, out_dir))
 
 

@@ -6,17 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from lowrank_compress.calibration.capture import boundaries
-from lowrank_compress.calibration.statistics import STATISTICS, statistic_key
 from lowrank_compress.methods.sites import all_units, sites_of
-from lowrank_compress.methods.units import Unit, needed, needs_data
+from lowrank_compress.methods.units import MatrixUnit, Unit, needed, needs_data, statistics_bytes
 from lowrank_compress.model.blueprint import Blueprint, blueprint
 from lowrank_compress.model.memory import free_memory
-from lowrank_compress.stages.bases import Bases
+from lowrank_compress.stages.bases import Bases, blocks_at_once, units_at_once
 from lowrank_compress.stages.common import Run
 from lowrank_compress.stages.plan import Plan
 
-DOUBLE, SINGLE = 8, 4
+SINGLE = 4
 
 
 @dataclass(frozen=True)
@@ -97,21 +98,22 @@ def _resident(
 ) -> tuple[dict[str, int], dict[str, int]]:
     """What a run has in memory at once, name -> bytes, and what of it goes to disk instead."""
     model, resolved = whole.model, whole.resolved
-    wanted = needed(units)
+    wanted, device, room = needed(units), torch.device(plan.score.device), memory // 2
     block = sum(p.numel() for p in model.get_submodule(resolved.blocks[0]).parameters())
     outside = sum(p.numel() for p in model.parameters()) - block * len(resolved.blocks)
-    sizes: dict[str, int] = {}
-    for target in resolved.of_block(0):
-        for name in wanted.get(target.name, ()):
-            sizes[statistic_key(target, name)] = STATISTICS[name].elements(target)
     tokens = plan.recipe.samples * plan.seq_len if needs_data(units) else 0
     copies = boundaries(len(resolved.blocks), wanted)
     states = {"hidden states": tokens * model.config.hidden_size * SINGLE * copies}
-    spills = states["hidden states"] > memory // 2
+    spills = states["hidden states"] > room
+    first = [unit for unit in units if unit.block == 0]
+    matrices = [unit for unit in first if isinstance(unit, MatrixUnit)]
     resident = {
         "outside the blocks": outside * SINGLE,
         "one block": block * SINGLE,
-        "its statistics": sum(sizes.values()) * DOUBLE,
-        "largest decomposition": max(unit.working_bytes() for unit in units),
+        "statistics": blocks_at_once(units, device, room) * statistics_bytes(first),
+        "decompositions": max(
+            units_at_once(matrices, device, room) * max((unit.working_bytes() for unit in matrices), default=0),
+            *(unit.working_bytes() for unit in first),
+        ),
     }
     return (resident, states) if spills else (resident | states, {})

@@ -141,7 +141,7 @@ def test_dry_run_writes_nothing(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.
     assert found["budget"]["largest_stored"] == 19968 - 5991  # ⌈0.3 · 19968⌉
     assert found["ranks_need_data"] == (method == "auto")
     assert found["memory"]["one block"] == 4 * (19968 // 2 + 2 * 32)  # float32 weights and norms
-    assert (found["memory"]["its statistics"] > 0) == (method == "auto")
+    assert (found["memory"]["statistics"] > 0) == (method == "auto")
     assert contents(tiny.model.parent) == before
     assert list(tmp_path.iterdir()) == []
 

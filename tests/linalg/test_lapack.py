@@ -65,6 +65,17 @@ def test_the_lower_triangle_is_read() -> None:
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.parametrize("name", ["flat", "graded", "rank deficient", "outlier", "one element"])
+def test_congruence(name: str) -> None:
+    form = matrices()[name]
+    size = len(form)
+    triangle = np.tril(np.random.default_rng(1).standard_normal((size, size))) + 2 * np.eye(size)
+    found, lower = np.asfortranarray(np.tril(form)), np.asfortranarray(triangle + np.triu(np.ones((size, size)), 1))
+    lapack.congruence(found, lower)
+    expected = triangle.T @ form @ triangle
+    np.testing.assert_allclose(np.tril(found), np.tril(expected), rtol=0, atol=1e-13 * np.abs(expected).max())
+
+
 def test_threads_find_the_same_bits() -> None:
     matrix = matrices()["graded"]
 

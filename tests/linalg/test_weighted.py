@@ -192,6 +192,9 @@ def test_the_choice_of_root_does_not_matter(shape: tuple[int, int], seed: int) -
             return Symmetric.Root(torch.from_numpy(reference.square_root(near)))
 
         class Root(TriangularRoot):
+            def congruence(self, form: torch.Tensor) -> torch.Tensor:
+                return self.lower.mT @ form @ self.lower
+
             def expand(self, vectors: torch.Tensor) -> torch.Tensor:
                 return torch.linalg.solve(self.lower.mT, vectors)
 

@@ -170,24 +170,23 @@ def test_a_failed_start_does_not_claim_the_directory(tiny: Tiny, tmp_path: Path)
 
 
 def test_matrices_are_decomposed_at_once_as_memory_allows(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    allowed: list[int] = []
+    calls: dict[str, list[tuple[int, int]]] = {}
 
     def recorded(work: Callable[..., object], units: list[Unit], at_once: int) -> list[object]:
         needs = [unit.working_bytes() for unit in units]
         assert needs == sorted(needs, reverse=True)
-        allowed.append(at_once)
+        calls[budget].append((len({unit.block for unit in units}), at_once))
         return in_threads(work, units, at_once)
 
     monkeypatch.setattr(bases, "in_threads", recorded)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        for budget in ("1", "1MB", "8GB"):
+        for budget in ("1", "300kB", "8GB"):
+            calls[budget] = []
             done("compress", *tiny.options(tmp_path / budget, "kfac"), "--memory-budget", budget)
     finally:
         torch.set_num_threads(threads)
-    blocks = len(allowed) // 3
-    one, some, many = (set(allowed[place * blocks : (place + 1) * blocks]) for place in range(3))
-    assert one == {1}
-    assert 1 < min(some) < 100 < min(many)
-    assert results(tmp_path / "1") == results(tmp_path / "1MB") == results(tmp_path / "8GB")
+    # (blocks together, matrices at a time)
+    assert calls == {"1": [(1, 1), (1, 1)], "300kB": [(1, 2), (1, 2)], "8GB": [(2, 2)]}
+    assert results(tmp_path / "1") == results(tmp_path / "300kB") == results(tmp_path / "8GB")

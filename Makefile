@@ -32,7 +32,7 @@ demo: $(STAMP)  ## Compress the embedded model three ways and compare, in about 
 	$(BIN)/lrc demo
 
 test: $(STAMP)  ## Run the tests: no GPU, no network
-	$(THREADS) $(OFFLINE) $(BIN)/python -m pytest -n $(TEST_WORKERS) $(PYTEST_OPTIONS)
+	$(THREADS) $(OFFLINE) $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadgroup $(PYTEST_OPTIONS)
 
 check: $(STAMP)  ## Format, lint and types; the same in the git hook and in CI
 	$(BIN)/ruff format --check .

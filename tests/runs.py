@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,3 +113,56 @@ def forked(work: Callable[[], object], *, kill_after: float | None = None) -> in
         time.sleep(kill_after)
         os.kill(pid, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def start(count: int, *arguments: object) -> list[int]:
+    """Fork the processes of one command, as torchrun would start them; their ids."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    started = []
+    for rank in range(count):
+        pid = os.fork()
+        if pid == 0:
+            os.environ |= {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(count),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+            code = 1
+            try:
+                said = lrc(*arguments)
+                code = said.code if not said.out or rank == 0 else 3
+            finally:
+                os._exit(code)
+        started.append(pid)
+    return started
+
+
+def ended(started: list[int]) -> list[int]:
+    """Wait for processes; their exit codes."""
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in started]
+
+
+def printed(place: Path, *commands: Sequence[object]) -> tuple[int, str, str]:
+    """Run commands in one forked process; the last one's exit code, and all on stdout and stderr, even past Python."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            for number, name in ((1, "out"), (2, "err")):
+                os.dup2(os.open(place / name, os.O_CREAT | os.O_WRONLY), number)
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+            for command in commands:
+                try:
+                    app([str(word) for word in command])
+                except SystemExit as ending:
+                    code = int(ending.code or 0)
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return code, (place / "out").read_text(), (place / "err").read_text()

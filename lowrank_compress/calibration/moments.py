@@ -49,7 +49,7 @@ def _rows(values: Tensor) -> Tensor:
     return values.flatten(0, -2)
 
 
-PANEL = 512
+PANEL = 256
 
 
 def add_second(total: Tensor, rows: Tensor) -> None:

@@ -38,7 +38,7 @@ from lowrank_compress.model.replay import Batch
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.stages.common import Reporter, Silent, checkpoint_id, environment, in_parts, source_id
 
-VERSION = 3
+VERSION = 4
 
 
 @dataclass(frozen=True)

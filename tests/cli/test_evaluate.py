@@ -3,8 +3,6 @@
 import json
 import math
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowrank_compress.errors import InputError
 from lowrank_compress.evaluation import harness
-from tests.runs import Tiny, contents, done, lrc, refused, times
+from tests.runs import Tiny, contents, done, ended, lrc, printed, refused, start, times
 from tests.tiny import save_tiny
 
 Finished = Callable[[str], Path]
@@ -30,15 +28,6 @@ doc_to_choice: "{{{{choices}}}}"
 doc_to_target: "{{{{gold}}}}"
 metric_list:
   - {{metric: acc, aggregation: mean, higher_is_better: true}}
-"""
-
-TWICE = """
-import contextlib, sys
-from lowrank_compress.cli.main import app
-run, tasks = sys.argv[1:]
-with contextlib.suppress(SystemExit):
-    app(["eval", run, "--tasks", "tiny_choice", "--include-path", tasks, "--json"])
-app(["eval", run, "--tasks", "tiny_chioce", "--include-path", tasks, "--json"])
 """
 
 
@@ -61,8 +50,8 @@ def slow_perplexity(model_path: Path, text: str) -> tuple[float, int]:
     )
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     total = 0.0
-    for start in range(0, len(ids), 159):
-        window = torch.tensor([[tokenizer.bos_token_id, *ids[start : start + 159]]])
+    for first in range(0, len(ids), 159):
+        window = torch.tensor([[tokenizer.bos_token_id, *ids[first : first + 159]]])
         with torch.no_grad():
             scores = model(window).logits.double().log_softmax(-1)[0, :-1]
         total -= float(scores.gather(1, window[0, 1:, None]).sum())
@@ -158,15 +147,15 @@ def test_a_changed_original_is_refused(tiny: Tiny, tmp_path: Path):
     assert "its files have changed since" in refused("eval", run, "--perplexity", tiny.heldout)
 
 
-def test_local_tasks_without_a_network(finished: Finished, tasks: Path):
+def test_local_tasks_without_a_network(finished: Finished, tasks: Path, tmp_path: Path):
     """In a process of its own, so that whatever lm-eval writes on stdout is seen."""
-    run = finished("auto")
-    found = subprocess.run([sys.executable, "-c", TWICE, str(run), str(tasks)], capture_output=True, text=True)
-    assert found.returncode == 2
-    values = json.loads(found.stdout)["tasks"]["tiny_choice"]
+    asked = ("eval", finished("auto"), "--include-path", tasks, "--json", "--tasks")
+    code, out, err = printed(tmp_path, (*asked, "tiny_choice"), (*asked, "tiny_chioce"))
+    assert code == 2
+    values = json.loads(out)["tasks"]["tiny_choice"]
     # The six examples differ in their answer only, and that is the first choice in half of them.
     assert values["dense"]["acc"] == values["compressed"]["acc"] == 0.5
-    message = " ".join(found.stderr.split())
+    message = " ".join(err.split())
     assert "lm-eval knows no task 'tiny_chioce'" in message
     assert "Tasks of --include-path: tiny_choice" in message
     assert "Traceback" not in message
@@ -193,22 +182,17 @@ def test_tasks_need_a_language_model(tasks: Path, tmp_path: Path):
     assert "--tasks needs a causal language model" in message
 
 
-def test_processes_of_torchrun_share_the_requests(tiny: Tiny, finished: Finished, tasks: Path):
+def test_several_processes_share_the_requests(finished: Finished, tasks: Path):
     words = ["fox", "dog", "the", "over", "lazy", "quick", "brown"]
     rows = [{"query": f"the {word}", "choices": [" fox", " jumps over"], "gold": i % 2} for i, word in enumerate(words)]
     (tasks / "data.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     run = finished("svd")
-    asked = ["eval", str(run), "--tasks", "tiny_choice", "--include-path", str(tasks), "--json"]
-
-    def measured(*launcher: str) -> dict:
-        command = [sys.executable, "-m", *launcher, "lowrank_compress", *asked]
-        ran = subprocess.run(command, capture_output=True, text=True)
-        assert ran.returncode == 0, ran.stderr
-        shutil.rmtree(run / "eval")
-        return json.loads(ran.stdout)["tasks"]
-
-    together = measured("torch.distributed.run", "--nproc_per_node=2", "-m")
-    assert together == measured()
+    asked = ("eval", run, "--tasks", "tiny_choice", "--include-path", tasks)
+    done(*asked)
+    alone = json.loads((run / "eval" / "metrics.json").read_text())
+    shutil.rmtree(run / "eval")
+    assert ended(start(2, *asked)) == [0, 0]
+    assert json.loads((run / "eval" / "metrics.json").read_text()) == alone
 
 
 def test_only_the_first_process_must_have_results():

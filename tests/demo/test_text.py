@@ -13,6 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lowrank_compress.demo import MODEL_DIRECTORY, text
 from lowrank_compress.errors import CalibrationError, InputError
 
+# All in one process: the corpus of the whole documentation is made but once there.
+pytestmark = pytest.mark.xdist_group("documentation")
+
 PARTS: tuple[text.Part, ...] = get_args(text.Part)
 
 

@@ -14,7 +14,7 @@ from lowrank_compress.demo import MODEL_DIRECTORY
 from lowrank_compress.demo.text import write_parts
 from tests.runs import done
 
-# A quarter of the calibration set that the numbers are from: it moves none of them by more than 7 %.
+# A quarter of the calibration set that the numbers are from, which moves them by a few percent.
 STORIES = ("--samples", 32, "--seq-len", 256, "--ratio", 0.2)
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,7 +99,9 @@ def commit(
     directory: Path, key: Key, outputs: Iterable[str], report: Mapping[str, Any], environment: Mapping[str, Any]
 ) -> Manifest:
     """Hash the outputs and write the manifest: from here on the stage counts as done."""
-    described = {name: describe(directory / name) for name in sorted(outputs)}
+    names = sorted(outputs)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # a hash is computed outside of Python's lock
+        described = dict(zip(names, pool.map(lambda name: describe(directory / name), names), strict=True))
     manifest = Manifest(key, described, dict(report), dict(environment))
     write_json(directory / MANIFEST, {"schema": SCHEMA, "id": manifest.id, **asdict(manifest)})
     return manifest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +89,8 @@ class Bases:
         }
         self.files = BlockFiles(directory, canonical_hash(identity), "basis")
         self.spectra = BlockFiles(directory, canonical_hash(identity | {"spectra": True}), "spectrum")
+        self._writer = ThreadPoolExecutor(1)
+        self._writing: list[Future[None]] = []
 
     def of_block(self, block: int) -> tuple[Unit, ...]:
         """Return the units of one block."""
@@ -137,7 +140,11 @@ class Bases:
         return blocks_at_once(self.units, self.device, self._room())
 
     def take(self, blocks: Mapping[int, MutableMapping[str, Tensor]]) -> None:
-        """Decompose blocks from their complete statistics, which are let go when they have served."""
+        """Decompose blocks from their complete statistics, which are let go when they have served.
+
+        The bases are written while the caller goes on, where there is room for them meanwhile.
+        """
+        self.settle()
         tensors: dict[int, dict[str, Tensor]] = {block: {} for block in blocks}
         units = [unit for block in blocks for unit in self.of_block(block)]
         modules = [unit for unit in units if not isinstance(unit, MatrixUnit)]
@@ -157,7 +164,22 @@ class Bases:
         for block, found in tensors.items():
             if INFLUENCE in blocks[block]:
                 found[INFLUENCE] = blocks[block][INFLUENCE]
-            self.files.write(block, found)
+            kept = {name: tensor.cpu() for name, tensor in found.items()}
+            self._writing.append(self._writer.submit(self.files.write, block, kept))
+        if 4 * sum(tensor.nbytes for found in tensors.values() for tensor in found.values()) > self._room():
+            self.settle()
+
+    def settle(self) -> None:
+        """Return when all blocks that were taken are on disk.
+
+        Raises
+        ------
+        ArtifactError
+            One could not be written.
+        """
+        writing, self._writing = self._writing, []
+        for written in writing:
+            written.result()
 
     def _room(self) -> int:
         """Bytes that decompositions may take: half of the memory, the other half is for hidden states."""

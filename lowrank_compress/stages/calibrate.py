@@ -72,6 +72,10 @@ class Sink(Protocol):
         """Take the statistics of blocks; the mapping of each is the sink's to empty."""
         ...
 
+    def settle(self) -> None:
+        """Return when all blocks that were taken are on disk."""
+        ...
+
 
 class FileSink:
     """Keeps statistics in the stage's directory."""
@@ -89,6 +93,9 @@ class FileSink:
         """Write the blocks' files."""
         for block, means in blocks.items():
             self.files.write(block, means)
+
+    def settle(self) -> None:
+        """Do nothing: they are."""
 
 
 def key(config: CalibrateConfig, inputs: Inputs) -> Key:
@@ -164,6 +171,7 @@ def run(
         for done, part in in_parts(own, receiver.at_once):
             receiver.take({block: {} for block in part})
             reporter.advance(receiver.step, done, len(own))
+        receiver.settle()
         return workers.once(lambda: commit(out_dir, identity, outputs, report, environment(config.device)))
     batches = calibration_batches(config, inputs.checkpoint, plan.task)
     if needs_gradient(wanted) and any(batch.labels is None for batch in batches) and plan.task != "lm":
@@ -212,6 +220,7 @@ def run(
             for statistics in part:
                 statistics.means.clear()  # they are large, and the next block's are under way
             reporter.advance(receiver.step, done, own)
+        receiver.settle()
     return workers.once(lambda: commit(out_dir, identity, outputs, report, environment(config.device)))
 
 

@@ -134,6 +134,7 @@ def run(
         if bases.allocator.needs_spectrum:
             bases.take_spectra([block for block in part if not bases.spectra.finished(block)])
         reporter.advance("score", done, len(own))
+    bases.settle()
     return workers.once(lambda: _choose(config, bases, identity, out_dir))
 
 

@@ -165,12 +165,14 @@ class Blueprint:
 def blueprint(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Blueprint:
     """Build a checkpoint's model on the meta device, resolve its targets and look up its tensors; reads headers only.
 
+    Without a dtype it is built once for each `Checkpoint` object, to be read and not changed.
+
     Parameters
     ----------
     checkpoint
         Dense, or compressed by this package.
     dtype
-        Of the model; None for what config.json says.
+        Of a model of one's own; None for what config.json says, and one that all share.
 
     Raises
     ------
@@ -179,6 +181,15 @@ def blueprint(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Bluep
     CheckpointError
         The files are not a whole checkpoint.
     """
+    if dtype is not None:
+        return _built(checkpoint, dtype)
+    kept = vars(checkpoint)  # where its config and headers are kept too, once they are read
+    if "blueprint" not in kept:
+        kept["blueprint"] = _built(checkpoint, None)
+    return kept["blueprint"]
+
+
+def _built(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Blueprint:
     config = copy.deepcopy(checkpoint.config)
     architecture_of(config)
     settings = checkpoint.raw_config.get("quantization_config")

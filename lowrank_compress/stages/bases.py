@@ -31,6 +31,7 @@ from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.memory import free_memory
 
 VERSION = 5
+MOST_AT_ONCE = 8  # blocks
 
 
 class Bases:
@@ -248,10 +249,11 @@ def blocks_at_once(units: Sequence[Unit], device: torch.device, room: int) -> in
     """How many blocks to decompose together.
 
     On a CPU as many as there are threads, so that all have work to the end; but no more than have their statistics in
-    half of the room.
+    half of the room, and no more than one would want to lose in a crash.
     """
     waiting = statistics_bytes(unit for unit in units if unit.block == units[0].block)
-    return 1 if device.type != "cpu" else max(1, min(torch.get_num_threads(), room // (2 * max(waiting, 1))))
+    most = min(torch.get_num_threads(), MOST_AT_ONCE)
+    return 1 if device.type != "cpu" else max(1, min(most, room // (2 * max(waiting, 1))))
 
 
 def units_at_once(units: Sequence[Unit], device: torch.device, room: int) -> int:

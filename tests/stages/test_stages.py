@@ -7,8 +7,12 @@ import pytest
 import torch
 import yaml
 
+from lowrank_compress.config import Scheme
 from lowrank_compress.linalg.threads import in_threads
-from lowrank_compress.methods.units import Unit
+from lowrank_compress.methods.sites import all_units, sites_of
+from lowrank_compress.methods.units import Unit, statistics_bytes
+from lowrank_compress.model.blueprint import blueprint
+from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.stages import bases
 from tests.runs import Tiny, contents, done, refused, results, times
 
@@ -190,3 +194,30 @@ def test_matrices_are_decomposed_at_once_as_memory_allows(tiny: Tiny, tmp_path: 
     # (blocks together, matrices at a time)
     assert calls == {"1": [(1, 1), (1, 1)], "300kB": [(1, 2), (1, 2)], "8GB": [(2, 2)]}
     assert results(tmp_path / "1") == results(tmp_path / "300kB") == results(tmp_path / "8GB")
+
+
+@pytest.mark.parametrize(
+    ("device", "threads", "room", "expected"),
+    [
+        ("cpu", 4, 1 << 40, 4),
+        ("cpu", 4, 1, 1),
+        ("cpu", 1, 1 << 40, 1),
+        ("cpu", 99, 1 << 40, 8),
+        ("cuda", 4, 1 << 40, 1),
+    ],
+)
+def test_blocks_at_once(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, device: str, threads: int, room: int, expected: int
+):
+    units = all_units(
+        sites_of(
+            blueprint(Checkpoint(tiny.model)).resolved, Scheme(qk="svd-llm", vo="svd-llm", mlp="svd-llm", metric="gram")
+        )
+    )
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert bases.blocks_at_once(units, torch.device(device), room) == expected
+    if device == "cpu" and threads == 4:
+        # Two blocks' statistics may fill half of the room.
+        two = 4 * statistics_bytes(unit for unit in units if unit.block == 0)
+        assert bases.blocks_at_once(units, torch.device(device), two) == 2
+        assert bases.blocks_at_once(units, torch.device(device), two - 1) == 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -113,37 +112,6 @@ def forked(work: Callable[[], object], *, kill_after: float | None = None) -> in
         time.sleep(kill_after)
         os.kill(pid, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def start(count: int, *arguments: object) -> list[int]:
-    """Fork the processes of one command, as torchrun would start them; their ids."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    started = []
-    for rank in range(count):
-        pid = os.fork()
-        if pid == 0:
-            os.environ |= {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(count),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-            }
-            code = 1
-            try:
-                said = lrc(*arguments)
-                code = said.code if not said.out or rank == 0 else 3
-            finally:
-                os._exit(code)
-        started.append(pid)
-    return started
-
-
-def ended(started: list[int]) -> list[int]:
-    """Wait for processes; their exit codes."""
-    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in started]
 
 
 def printed(place: Path, *commands: Sequence[object]) -> tuple[int, str, str]:

@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowrank_compress.errors import InputError
 from lowrank_compress.evaluation import harness
-from tests.runs import Tiny, contents, done, ended, lrc, printed, refused, start, times
+from tests.runs import Tiny, contents, done, lrc, printed, refused, times
 from tests.tiny import save_tiny
 
 Finished = Callable[[str], Path]
@@ -182,17 +184,17 @@ def test_tasks_need_a_language_model(tasks: Path, tmp_path: Path):
     assert "--tasks needs a causal language model" in message
 
 
-def test_several_processes_share_the_requests(finished: Finished, tasks: Path):
+def test_processes_of_torchrun_share_the_requests(finished: Finished, tasks: Path):
     words = ["fox", "dog", "the", "over", "lazy", "quick", "brown"]
     rows = [{"query": f"the {word}", "choices": [" fox", " jumps over"], "gold": i % 2} for i, word in enumerate(words)]
     (tasks / "data.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     run = finished("svd")
-    asked = ("eval", run, "--tasks", "tiny_choice", "--include-path", tasks)
-    done(*asked)
-    alone = json.loads((run / "eval" / "metrics.json").read_text())
+    asked = ["eval", str(run), "--tasks", "tiny_choice", "--include-path", str(tasks), "--json"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "lowrank_compress"]
+    ran = subprocess.run([*launcher, *asked], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
     shutil.rmtree(run / "eval")
-    assert ended(start(2, *asked)) == [0, 0]
-    assert json.loads((run / "eval" / "metrics.json").read_text()) == alone
+    assert json.loads(ran.stdout)["tasks"] == done(*asked).json["tasks"]
 
 
 def test_only_the_first_process_must_have_results():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -18,9 +19,40 @@ from lowrank_compress.errors import InputError
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.replay import Batch
 from lowrank_compress.model.skeleton import Skeleton
-from tests.runs import Tiny, done, ended, results, start
+from tests.runs import Tiny, done, lrc, results
 
 FEW = ("--micro-batch", "2")  # four micro-batches
+
+
+def start(count: int, *arguments: object) -> list[int]:
+    """Fork the processes of one command, as torchrun would start them; their ids."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    started = []
+    for rank in range(count):
+        pid = os.fork()
+        if pid == 0:
+            os.environ |= {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(count),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+            code = 1
+            try:
+                said = lrc(*arguments)
+                code = said.code if not said.out or rank == 0 else 3
+            finally:
+                os._exit(code)
+        started.append(pid)
+    return started
+
+
+def ended(started: list[int]) -> list[int]:
+    """Wait for processes; their exit codes."""
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in started]
 
 
 def assert_same(one: Path, other: Path) -> None:

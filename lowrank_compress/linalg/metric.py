@@ -262,9 +262,8 @@ def _square(weight: Tensor) -> Tensor:
     for start in range(0, len(weight), PANEL):
         panel = slice(start, start + PANEL)
         for part in weight.split(depth, dim=1):
-            result[start:, panel] += part[start:] @ part[panel].mT
-        result[panel, panel.stop :] = result[panel.stop :, panel].mT
-    return result
+            result[panel, start:] += part[panel] @ part[start:].mT
+    return _mirrored(result)
 
 
 def _mirrored(upper: Tensor) -> Tensor:

@@ -329,14 +329,19 @@ def needed(units: Sequence[Unit]) -> dict[str, frozenset[str]]:
     return wanted
 
 
-def statistics_bytes(units: Iterable[Unit]) -> int:
-    """Bytes of the statistics that units of one block need, those that they share counted once."""
-    sizes = {
+def uses(unit: Unit) -> dict[str, int]:
+    """Statistics that a unit's basis is made of: key among those of its block -> elements."""
+    wanted = unit.statistics()
+    return {
         statistic_key(target, name): STATISTICS[name].elements(target)
-        for unit in units
         for target in unit.targets
-        for name in unit.statistics()[target.name]
+        for name in wanted[target.name]
     }
+
+
+def statistics_bytes(units: Iterable[Unit]) -> int:
+    """Bytes of the float64 statistics that units of one block need, those that they share counted once."""
+    sizes = {key: elements for unit in units for key, elements in uses(unit).items()}
     return torch.float64.itemsize * sum(sizes.values())
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from lowrank_compress.allocation.table import ALLOCATORS
 from lowrank_compress.arch.resolve import Target
 from lowrank_compress.artifacts.manifest import canonical_hash
 from lowrank_compress.artifacts.tensors import BlockFiles
-from lowrank_compress.calibration.statistics import INFLUENCE, statistic_key
+from lowrank_compress.calibration.statistics import INFLUENCE
 from lowrank_compress.config import ScoreConfig
 from lowrank_compress.linalg.eigen import eigh
 from lowrank_compress.linalg.metric import Identity
@@ -25,13 +24,13 @@ from lowrank_compress.linalg.threads import in_threads
 from lowrank_compress.linalg.weighted import smaller_side
 from lowrank_compress.methods.linear import Damping
 from lowrank_compress.methods.sites import Site, all_units, first_units, sites_of
-from lowrank_compress.methods.units import MatrixUnit, Unit, candidate_ranks, dense_elements, statistics_bytes
+from lowrank_compress.methods.units import MatrixUnit, Unit, candidate_ranks, dense_elements, uses
 from lowrank_compress.model.blueprint import Blueprint, blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.memory import free_memory
+from lowrank_compress.stages.together import blocks_at_once, matrices_at_once, room
 
 VERSION = 5
-MOST_AT_ONCE = 8  # blocks
 
 
 class Bases:
@@ -90,8 +89,6 @@ class Bases:
         }
         self.files = BlockFiles(directory, canonical_hash(identity), "basis")
         self.spectra = BlockFiles(directory, canonical_hash(identity | {"spectra": True}), "spectrum")
-        self._writer = ThreadPoolExecutor(1)
-        self._writing: list[Future[None]] = []
 
     def of_block(self, block: int) -> tuple[Unit, ...]:
         """Return the units of one block."""
@@ -138,26 +135,26 @@ class Bases:
     @property
     def at_once(self) -> int:
         """How many blocks to decompose together; it changes no result."""
-        return blocks_at_once(self.units, self.device, self._room())
+        return blocks_at_once(self.units, self.device, self._memory())
 
     def take(self, blocks: Mapping[int, MutableMapping[str, Tensor]]) -> None:
         """Decompose blocks from their complete statistics, which are let go when they have served.
 
-        The bases are written while the caller goes on, where there is room for them meanwhile.
+        The bases are written while the caller goes on, where they take little of the room.
         """
         self.settle()
         tensors: dict[int, dict[str, Tensor]] = {block: {} for block in blocks}
         units = [unit for block in blocks for unit in self.of_block(block)]
         modules = [unit for unit in units if not isinstance(unit, MatrixUnit)]
-        # The largest come last, when there is most room.
-        modules.sort(key=lambda unit: max((blocks[unit.block][key].numel() for key in uses(unit)), default=0))
+        # Modules after matrices, and the largest last, when there is most room.
+        modules.sort(key=lambda unit: max(uses(unit).values(), default=0))
         groups = [[unit for unit in units if isinstance(unit, MatrixUnit)], *([unit] for unit in modules)]
 
         def decompose(unit: Unit) -> dict[str, Tensor]:
             return unit.decompose(self._weight, blocks[unit.block], self.damping, self.keep[unit.name])
 
         for number, group in enumerate(groups):
-            for unit, found in zip(group, self._each(decompose, group), strict=True):
+            for unit, found in self._each(decompose, group):
                 tensors[unit.block] |= found
             later = {(unit.block, key) for rest in groups[number + 1 :] for unit in rest for key in uses(unit)}
             for block, key in {(unit.block, key) for unit in group for key in uses(unit)} - later:
@@ -165,9 +162,8 @@ class Bases:
         for block, found in tensors.items():
             if INFLUENCE in blocks[block]:
                 found[INFLUENCE] = blocks[block][INFLUENCE]
-            kept = {name: tensor.cpu() for name, tensor in found.items()}
-            self._writing.append(self._writer.submit(self.files.write, block, kept))
-        if 4 * sum(tensor.nbytes for found in tensors.values() for tensor in found.values()) > self._room():
+            self.files.write_behind(block, found)
+        if 4 * sum(tensor.nbytes for found in tensors.values() for tensor in found.values()) > room(self._memory()):
             self.settle()
 
     def settle(self) -> None:
@@ -176,25 +172,23 @@ class Bases:
         Raises
         ------
         ArtifactError
-            One could not be written.
+            The disk is full.
         """
-        writing, self._writing = self._writing, []
-        for written in writing:
-            written.result()
+        self.files.settle()
 
-    def _room(self) -> int:
-        """Bytes that decompositions may take: half of the memory, the other half is for hidden states."""
-        return (free_memory() // self.processes if self.memory is None else self.memory) // 2
+    def _memory(self) -> int:
+        return free_memory() // self.processes if self.memory is None else self.memory
 
-    def _each(self, work: Callable[[Unit], dict[str, Tensor]], units: Sequence[Unit]) -> list[dict[str, Tensor]]:
-        """Work on units, on several matrices at a time where that helps; what is found, in the units' order."""
+    def _each(
+        self, work: Callable[[Unit], dict[str, Tensor]], units: Sequence[Unit]
+    ) -> list[tuple[Unit, dict[str, Tensor]]]:
+        """Work on units, on a CPU on several matrices at a time; pairs of a unit and what was found, in any order."""
         if self.device.type != "cpu" or not all(isinstance(unit, MatrixUnit) for unit in units):
-            return [work(unit) for unit in units]
+            return [(unit, work(unit)) for unit in units]
         # The longest first, so that none is left to run alone.
         order = sorted(units, key=lambda unit: -unit.working_bytes())
-        found = in_threads(work, order, units_at_once(order, self.device, self._room()))
-        by_name = {unit.name: tensors for unit, tensors in zip(order, found, strict=True)}
-        return [by_name[unit.name] for unit in units]
+        found = in_threads(work, order, matrices_at_once(order, self.device, self._memory()))
+        return list(zip(order, found, strict=True))
 
     def _weight(self, target: Target) -> Tensor:
         return self.blueprint.weight(target).to(self.device)
@@ -210,7 +204,7 @@ class Bases:
             return {f"{unit.name}/singular_values": eigh(small)[0].sqrt()}
 
         tensors: dict[int, dict[str, Tensor]] = {block: {} for block in blocks}
-        for unit, found in zip(units, self._each(singular_values, units), strict=True):
+        for unit, found in self._each(singular_values, units):
             tensors[unit.block] |= found
         for block, found in tensors.items():
             self.spectra.write(block, found)
@@ -237,29 +231,6 @@ class Bases:
                 values = None if spectrum is None else spectrum.numpy()
                 curves[unit.name] = self._curve(unit, tail, values, influence)
         return curves
-
-
-def uses(unit: Unit) -> frozenset[str]:
-    """Keys of the statistics that a unit's basis is made of, among those of its block."""
-    wanted = unit.statistics()
-    return frozenset(statistic_key(target, name) for target in unit.targets for name in wanted[target.name])
-
-
-def blocks_at_once(units: Sequence[Unit], device: torch.device, room: int) -> int:
-    """How many blocks to decompose together.
-
-    On a CPU as many as there are threads, so that all have work to the end; but no more than have their statistics in
-    half of the room, and no more than one would want to lose in a crash.
-    """
-    waiting = statistics_bytes(unit for unit in units if unit.block == units[0].block)
-    most = min(torch.get_num_threads(), MOST_AT_ONCE)
-    return 1 if device.type != "cpu" else max(1, min(most, room // (2 * max(waiting, 1))))
-
-
-def units_at_once(units: Sequence[Unit], device: torch.device, room: int) -> int:
-    """How many matrices to decompose at a time: on a CPU one in each thread, as far as there is room."""
-    largest = max((unit.working_bytes() for unit in units), default=1)
-    return 1 if device.type != "cpu" else max(1, min(torch.get_num_threads(), room // largest))
 
 
 def predicted_losses(unit: Unit, basis: Mapping[str, Tensor], nats: bool) -> Tensor:

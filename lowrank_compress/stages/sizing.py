@@ -13,9 +13,10 @@ from lowrank_compress.methods.sites import all_units, sites_of
 from lowrank_compress.methods.units import MatrixUnit, Unit, needed, needs_data, statistics_bytes
 from lowrank_compress.model.blueprint import Blueprint, blueprint
 from lowrank_compress.model.memory import free_memory
-from lowrank_compress.stages.bases import Bases, blocks_at_once, units_at_once
+from lowrank_compress.stages.bases import Bases
 from lowrank_compress.stages.common import Run
 from lowrank_compress.stages.plan import Plan
+from lowrank_compress.stages.together import blocks_at_once, matrices_at_once, room
 
 SINGLE = 4
 
@@ -98,21 +99,21 @@ def _resident(
 ) -> tuple[dict[str, int], dict[str, int]]:
     """What a run has in memory at once, name -> bytes, and what of it goes to disk instead."""
     model, resolved = whole.model, whole.resolved
-    wanted, device, room = needed(units), torch.device(plan.score.device), memory // 2
+    wanted, device = needed(units), torch.device(plan.score.device)
     block = sum(p.numel() for p in model.get_submodule(resolved.blocks[0]).parameters())
     outside = sum(p.numel() for p in model.parameters()) - block * len(resolved.blocks)
     tokens = plan.recipe.samples * plan.seq_len if needs_data(units) else 0
     copies = boundaries(len(resolved.blocks), wanted)
     states = {"hidden states": tokens * model.config.hidden_size * SINGLE * copies}
-    spills = states["hidden states"] > room
+    spills = states["hidden states"] > memory - room(memory)
     first = [unit for unit in units if unit.block == 0]
     matrices = [unit for unit in first if isinstance(unit, MatrixUnit)]
     resident = {
         "outside the blocks": outside * SINGLE,
         "one block": block * SINGLE,
-        "statistics": blocks_at_once(units, device, room) * statistics_bytes(first),
+        "statistics": blocks_at_once(units, device, memory) * statistics_bytes(first),
         "decompositions": max(
-            units_at_once(matrices, device, room) * max((unit.working_bytes() for unit in matrices), default=0),
+            matrices_at_once(matrices, device, memory) * max((unit.working_bytes() for unit in matrices), default=0),
             *(unit.working_bytes() for unit in first),
         ),
     }

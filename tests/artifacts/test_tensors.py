@@ -66,3 +66,24 @@ def test_a_file_that_is_no_block_is_not_finished(tmp_path: Path):
     assert not files.finished(0)
     save_file({"a": torch.zeros(1)}, files.path(0), metadata={"lrc": "no json"})
     assert not files.finished(0)
+
+
+def test_written_behind(tmp_path: Path):
+    behind, plain = BlockFiles(tmp_path / "behind", "id"), BlockFiles(tmp_path / "plain", "id")
+    tensors = {"a": torch.arange(6.0).view(2, 3).T, "b": torch.ones(2, dtype=torch.bfloat16)}
+    for block in range(3):
+        behind.write_behind(block, tensors)
+        plain.write(block, tensors)
+    behind.settle()
+    for block in range(3):
+        assert behind.finished(block)
+        assert behind.path(block).read_bytes() == plain.path(block).read_bytes()
+
+
+def test_a_failure_behind_is_raised_when_it_settles_and_once(tmp_path: Path):
+    (tmp_path / "file").write_text("no directory")
+    files = BlockFiles(tmp_path / "file", "id")
+    files.write_behind(0, {"a": torch.ones(1)})
+    with pytest.raises(FileExistsError):
+        files.settle()
+    files.settle()

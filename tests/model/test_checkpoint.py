@@ -240,3 +240,13 @@ def test_what_belongs_to_a_checkpoint(tmp_path: Path) -> None:
     assert files - names == {"README.md", "training_args.bin", INDEX}
     assert {file.name for file in checkpoint.companions()} == files & set(COMPANIONS)
     assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= names
+
+
+def test_a_blueprint_is_built_once_for_a_checkpoint_and_anew_for_another(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path)
+    checkpoint = Checkpoint(tmp_path)
+    assert blueprint(checkpoint) is blueprint(checkpoint)
+    assert blueprint(Checkpoint(tmp_path)) is not blueprint(checkpoint)
+    own = blueprint(checkpoint, torch.float64)
+    assert own is not blueprint(checkpoint, torch.float64)
+    assert own.model.dtype == torch.float64 != blueprint(checkpoint).model.dtype

@@ -14,6 +14,7 @@ from lowrank_compress.methods.units import Unit, statistics_bytes
 from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.stages import bases
+from lowrank_compress.stages.together import blocks_at_once
 from tests.runs import Tiny, contents, done, refused, results, times
 
 Finished = Callable[[str], Path]
@@ -197,7 +198,7 @@ def test_matrices_are_decomposed_at_once_as_memory_allows(tiny: Tiny, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("device", "threads", "room", "expected"),
+    ("device", "threads", "memory", "expected"),
     [
         ("cpu", 4, 1 << 40, 4),
         ("cpu", 4, 1, 1),
@@ -207,17 +208,14 @@ def test_matrices_are_decomposed_at_once_as_memory_allows(tiny: Tiny, tmp_path: 
     ],
 )
 def test_blocks_at_once(
-    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, device: str, threads: int, room: int, expected: int
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, device: str, threads: int, memory: int, expected: int
 ):
-    units = all_units(
-        sites_of(
-            blueprint(Checkpoint(tiny.model)).resolved, Scheme(qk="svd-llm", vo="svd-llm", mlp="svd-llm", metric="gram")
-        )
-    )
+    scheme = Scheme(qk="svd-llm", vo="svd-llm", mlp="svd-llm", metric="gram")
+    units = all_units(sites_of(blueprint(Checkpoint(tiny.model)).resolved, scheme))
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    assert bases.blocks_at_once(units, torch.device(device), room) == expected
+    assert blocks_at_once(units, torch.device(device), memory) == expected
     if device == "cpu" and threads == 4:
-        # Two blocks' statistics may fill half of the room.
-        two = 4 * statistics_bytes(unit for unit in units if unit.block == 0)
-        assert bases.blocks_at_once(units, torch.device(device), two) == 2
-        assert bases.blocks_at_once(units, torch.device(device), two - 1) == 1
+        # Two blocks' statistics may fill half of the room, which is half of the memory.
+        two = 8 * statistics_bytes(unit for unit in units if unit.block == 0)
+        assert blocks_at_once(units, torch.device(device), two) == 2
+        assert blocks_at_once(units, torch.device(device), two - 2) == 1

@@ -12,6 +12,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 
 from lowrank_compress.errors import CheckpointError, InputError, UnsupportedError
+from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import COMPANIONS, INDEX, SINGLE, Checkpoint, locate
 from tests.tiny import save_tiny
 

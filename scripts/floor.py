@@ -12,7 +12,9 @@ from lowrank_compress.allocation.storage import STORAGES, largest_rank
 from lowrank_compress.artifacts.manifest import read_manifest
 from lowrank_compress.calibration.capture import needs_gradient
 from lowrank_compress.calibration.statistics import STATISTICS, statistic_key
-from lowrank_compress.methods.units import MatrixUnit, ModuleUnit, needed, stored_elements
+from lowrank_compress.methods.matrix_unit import MatrixUnit
+from lowrank_compress.methods.module_unit import ModuleUnit
+from lowrank_compress.methods.units import needed, stored_elements
 from lowrank_compress.model.blueprint import Blueprint
 from lowrank_compress.model.memory import free_memory
 from lowrank_compress.stages.bases import Bases

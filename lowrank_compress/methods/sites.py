@@ -10,9 +10,11 @@ from lowrank_compress.arch.spec import GROUP_OF, Group
 from lowrank_compress.config import Scheme
 from lowrank_compress.errors import UnsupportedError
 from lowrank_compress.methods.linear import LinearMethod
+from lowrank_compress.methods.matrix_unit import MatrixUnit
 from lowrank_compress.methods.module import ModuleMethod
+from lowrank_compress.methods.module_unit import ModuleUnit
 from lowrank_compress.methods.scheme import DENSE, methods_of
-from lowrank_compress.methods.units import MatrixUnit, ModuleUnit, Unit, dense_elements
+from lowrank_compress.methods.units import Unit, dense_elements
 
 GROUP_NAMES: Mapping[Group, str] = {"qk": "query-key", "vo": "value-output", "mlp": "mlp"}
 

@@ -23,8 +23,9 @@ from lowrank_compress.linalg.metric import Identity
 from lowrank_compress.linalg.threads import in_threads
 from lowrank_compress.linalg.weighted import smaller_side
 from lowrank_compress.methods.linear import Damping
+from lowrank_compress.methods.matrix_unit import MatrixUnit
 from lowrank_compress.methods.sites import Site, all_units, first_units, sites_of
-from lowrank_compress.methods.units import MatrixUnit, Unit, candidate_ranks, dense_elements, uses
+from lowrank_compress.methods.units import Unit, candidate_ranks, dense_elements, uses
 from lowrank_compress.model.blueprint import Blueprint, blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.memory import free_memory

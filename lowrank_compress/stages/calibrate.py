@@ -29,8 +29,9 @@ from lowrank_compress.calibration.tokens import (
 from lowrank_compress.calibration.workers import Workers
 from lowrank_compress.config import CalibrateConfig
 from lowrank_compress.errors import ArtifactError, InputError
+from lowrank_compress.methods.matrix_unit import MatrixUnit
 from lowrank_compress.methods.sites import all_units, sites_of
-from lowrank_compress.methods.units import MatrixUnit, full_rank, needed, needs_data
+from lowrank_compress.methods.units import full_rank, needed, needs_data
 from lowrank_compress.model.blueprint import Task, blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.narrowing import check_narrowing

@@ -17,7 +17,9 @@ from lowrank_compress.config import FactorizeConfig
 from lowrank_compress.errors import InputError
 from lowrank_compress.linalg.pivot import pivot
 from lowrank_compress.linalg.weighted import Projector, factors
-from lowrank_compress.methods.units import MatrixUnit, ModuleUnit, Unit, stored_elements
+from lowrank_compress.methods.matrix_unit import MatrixUnit
+from lowrank_compress.methods.module_unit import ModuleUnit
+from lowrank_compress.methods.units import Unit, stored_elements
 from lowrank_compress.model.blueprint import Blueprint
 from lowrank_compress.model.surgery import (
     ROTARY,

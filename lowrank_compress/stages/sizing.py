@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from lowrank_compress.calibration.capture import boundaries
+from lowrank_compress.methods.matrix_unit import MatrixUnit
 from lowrank_compress.methods.sites import all_units, sites_of
-from lowrank_compress.methods.units import MatrixUnit, Unit, needed, needs_data, statistics_bytes
+from lowrank_compress.methods.units import Unit, needed, needs_data, statistics_bytes
 from lowrank_compress.model.blueprint import Blueprint, blueprint
 from lowrank_compress.model.memory import free_memory
 from lowrank_compress.stages.bases import Bases

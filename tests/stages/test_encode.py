@@ -12,8 +12,8 @@ from lowrank_compress.config import FactorizeConfig, Scheme
 from lowrank_compress.errors import InputError
 from lowrank_compress.linalg.metric import Identity
 from lowrank_compress.linalg.weighted import decompose
+from lowrank_compress.methods.matrix_unit import MatrixUnit
 from lowrank_compress.methods.sites import all_units, sites_of
-from lowrank_compress.methods.units import MatrixUnit
 from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.stages.encode import Encoder

@@ -116,7 +116,9 @@ class Contestant:
         self.weights, self.read = weight_bytes(self.model)
         self.kv_bytes_per_token = 0.0
         # Generation needs the logits of the last position only; for those of a whole prompt some models lack memory.
-        last = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        parameters = inspect.signature(self.model.forward).parameters
+        last = "logits_to_keep" in parameters
+        self._cache_name = "cache" if "cache" in parameters else "past_key_values"
         self._options: dict[str, Any] = {"use_cache": True} if task == "lm" else {}
         self._options |= {"logits_to_keep": 1} if last else {}
         self._prefill = self._decode = self.model
@@ -126,7 +128,7 @@ class Contestant:
         """Run once, uncompiled, and find out what a token adds to the cache."""
         found = self.model(ids.to(self.device), **self._options)
         if self.task == "lm":
-            self.kv_bytes_per_token = cache_bytes(found.past_key_values) / ids.numel()
+            self.kv_bytes_per_token = cache_bytes(found[self._cache_name]) / ids.numel()
 
     def prepare(self, ids: Tensor) -> int:
         """Get ready for prompts of a shape: compile if that is asked for, and run once; return the memory it took.
@@ -149,7 +151,7 @@ class Contestant:
                 self._decode = torch.compile(self.model.forward, dynamic=False, mode=mode)
                 self._cache = StaticCache(config=self.model.config, max_cache_len=total)
                 # Makes the cache's tensors, outside of any graph.
-                self.model(ids.to(self.device), past_key_values=self._cache, **self._options)
+                self.model(ids.to(self.device), **{self._cache_name: self._cache}, **self._options)
         self.measure(ids)
         if gpu:
             return self.weights + torch.cuda.max_memory_allocated(self.device) - before
@@ -190,7 +192,7 @@ class Contestant:
     def _next(self, forward: Callable[..., Any], ids: Tensor, cache: Cache) -> Tensor:
         if self.settings.compile:
             torch.compiler.cudagraph_mark_step_begin()
-        logits = forward(ids, past_key_values=cache, **self._options).logits
+        logits = forward(ids, **{self._cache_name: cache}, **self._options).logits
         return logits[:, -1:].argmax(-1)
 
     def _now(self) -> float:

@@ -249,6 +249,28 @@ class Heads(NamedTuple):
     o: str
 
 
+# What models hand to their attention beside its inputs: arguments of the attention function, and others that change
+# nothing in an attention.
+PASSED_ON = frozenset(
+    [
+        "cache_position",
+        "cu_seq_lens_k",
+        "cu_seq_lens_q",
+        "is_causal",
+        "max_length_k",
+        "max_length_q",
+        "num_items_in_batch",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "position_ids",
+        "return_dict",
+        "seq_idx",
+        "use_cache",
+    ]
+)
+
+
 class CompressedAttention(nn.Module):
     """Self-attention whose queries and keys have one width, and its values another, smaller than the stock head's size.
 
@@ -277,20 +299,37 @@ class CompressedAttention(nn.Module):
         *,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Any = None,
+        cache: Any = None,
         past_key_values: Any = None,
         layer_past: Any = None,
         encoder_hidden_states: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Map (batch, tokens, hidden) to the output (batch, tokens, hidden) and, where known, attention weights."""
+        """Map (batch, tokens, hidden) to the output (batch, tokens, hidden) and, where known, attention weights.
+
+        The cache has another name in every few versions of transformers and in some families; all are taken. What
+        else comes must be in `PASSED_ON`.
+
+        Raises
+        ------
+        TypeError
+            An argument is given that this attention does not know: ignored, it could change the result.
+        ValueError
+            It is asked to attend to another sequence.
+        """
         if encoder_hidden_states is not None:
             raise ValueError("a compressed attention attends to its own sequence only, got encoder_hidden_states")
+        if unknown := sorted(name for name, value in kwargs.items() if value is not None and name not in PASSED_ON):
+            raise TypeError(
+                f"{type(self).__name__} got {', '.join(unknown)}, which this version of lowrank_compress does not know "
+                f"with transformers {transformers.__version__}: update lowrank_compress, or use an older transformers"
+            )
         query, key, value = (states.transpose(1, 2) for states in self._project(hidden_states))
         if isinstance(norm := getattr(self, "q_norm", None), nn.Module):
             query, key = norm(query), self.get_submodule("k_norm")(key)
         if position_embeddings is not None:
             query, key = self._rotate(query, key, *position_embeddings)
-        cache = layer_past if past_key_values is None else past_key_values
+        cache = next((given for given in (cache, past_key_values, layer_past) if given is not None), None)
         if isinstance(cache, EncoderDecoderCache):
             cache = cache.self_attention_cache
         if cache is not None:
@@ -301,7 +340,7 @@ class CompressedAttention(nn.Module):
         else:
             # By way of the family: this file is imported before transformers has its table of attention functions.
             family = _family(self.lr_stock_class)
-            attend = family.ALL_ATTENTION_FUNCTIONS.get_interface(implementation, family.eager_attention_forward)
+            attend = _attention_function(family, implementation)
             context, weights = attend(
                 self,
                 *_equally_wide(query, key, value, implementation),
@@ -409,6 +448,14 @@ def _equally_wide(query: Tensor, key: Tensor, value: Tensor, implementation: str
     if cuda:
         width = -(-width // 8) * 8
     return [nn.functional.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in states]
+
+
+def _attention_function(family: Any, implementation: str) -> Any:
+    """Look up an attention function by name; transformers 4 has no `get_interface`."""
+    table = family.ALL_ATTENTION_FUNCTIONS
+    if hasattr(table, "get_interface"):
+        return table.get_interface(implementation, family.eager_attention_forward)
+    return family.eager_attention_forward if implementation == "eager" else table[implementation]
 
 
 def _family(stock: type) -> Any:

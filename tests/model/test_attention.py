@@ -12,7 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    DynamicCache,
+    PreTrainedModel,
+)
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_compress.arch.resolve import Resolved, Target, resolve
@@ -498,3 +504,24 @@ def test_conv1d_stays_conv1d() -> None:
     assert isinstance(attention.c_attn, Conv1D)
     assert "heads=4, kv_heads=4, query_key=4, value=4" in repr(attention)
     assert type(attention).__name__ == "CompressedGPT2Attention"
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values", "layer_past"])
+def test_the_cache_by_every_name(name: str) -> None:
+    small, _ = narrowed(one("llama-lm"), 0.7)
+    attention = compressed(small)[0]
+    given, seen = DynamicCache(), []
+    hidden = torch.randn(1, 3, small.config.hidden_size, dtype=small.dtype)
+    tables = torch.ones(1, 3, small.config.head_dim, dtype=small.dtype)
+    for part in hidden.split([2, 1], 1):
+        seen.append(attention(part, position_embeddings=(tables[:, : part.shape[1]],) * 2, **{name: given})[0])
+    assert given.get_seq_length() == 3
+    alone = attention(hidden[:, 2:], position_embeddings=(tables[:, :1],) * 2)[0]
+    assert not torch.allclose(seen[1], alone)
+
+
+def test_an_unknown_argument_is_an_error() -> None:
+    small, _ = narrowed(one("llama-lm"), 0.7)
+    small(IDS, cu_seq_lens_q=None)  # known, and not given
+    with pytest.raises(TypeError, match="got kv_store, which this version of lowrank_compress does not know"):
+        small(IDS, kv_store=object())

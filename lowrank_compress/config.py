@@ -6,27 +6,45 @@ changes that stage's result, so that a change of the output dtype, say, does not
 
 from __future__ import annotations
 
+import reprlib
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from typing_extensions import Self
 
-from lowrank_compress.errors import InputError
+from lowrank_compress.artifacts.files import read_small_text
+from lowrank_compress.errors import ArtifactError, InputError
 
 RatioOf = Literal["blocks", "model"]
 ModuleMetric = Literal["gram", "kfac"]
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
-class Strict(BaseModel):
-    """Immutable, and closed to unknown keys."""
+# Numbers that are larger are mistakes: nothing has so many windows, tokens or elements.
+MANY = 10**9
+RECIPE_BYTES = 1 << 20
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+
+class Strict(BaseModel):
+    """Immutable, closed to unknown keys and to numbers that are none."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _texts(self) -> Self:
+        for name, value in self:
+            for text in value if isinstance(value, tuple) else (value,):
+                if isinstance(text, str) and (not text.strip() or "\0" in text or not text.isprintable()):
+                    raise ValueError(f"{name} is {text!r}; expected printable text, or nothing at all")
+        return self
 
 
 class Recipe(Strict):
     """Everything that `lrc compress` can be told; the names are those of the options."""
+
+    model_config = ConfigDict(strict=True)
 
     model: str
     revision: str | None = None
@@ -46,10 +64,10 @@ class Recipe(Strict):
     calibration: str | None = None
     text_column: str | None = None
     label_column: str | None = None
-    samples: int = Field(default=128, ge=1)
-    seq_len: int | None = Field(default=None, ge=8)
-    seed: int = Field(default=0, ge=0)
-    micro_batch: int | None = Field(default=None, ge=1)
+    samples: int = Field(default=128, ge=1, le=MANY)
+    seq_len: int | None = Field(default=None, ge=8, le=MANY)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    micro_batch: int | None = Field(default=None, ge=1, le=MANY)
 
     damping_fisher: float = Field(default=1e-4, ge=0, lt=1)
     damping_gram: float = Field(default=1e-6, ge=0, lt=1)
@@ -58,7 +76,7 @@ class Recipe(Strict):
     floor: float = Field(default=0.0, ge=0, le=1)
     temperature: float | None = Field(default=None, gt=0)
     cap: float = Field(default=0.8, gt=0, le=1)
-    round_to: int | None = Field(default=None, ge=1)
+    round_to: int | None = Field(default=None, ge=1, le=MANY)
 
     device: str = "auto"
     dtype: str | None = None
@@ -70,8 +88,12 @@ class Recipe(Strict):
         return self
 
     def to_yaml(self) -> str:
-        """Render as a file that `--config` reads back."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        """Render as a file that `--config` reads back; whether to trust code is no part of it."""
+        return yaml.safe_dump(self.settings(), sort_keys=False, allow_unicode=True)
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that may stand in a file."""
+        return self.model_dump(mode="json", exclude={"trust_remote_code"})
 
 
 def load_recipe(path: Path | None, options: dict[str, Any]) -> Recipe:
@@ -87,20 +109,17 @@ def load_recipe(path: Path | None, options: dict[str, Any]) -> Recipe:
     Raises
     ------
     InputError
-        The file cannot be read, a field is unknown, or a value is out of range.
+        The file cannot be read, a field is unknown, a value is out of range, or the file would have a checkpoint's code
+        run: only the command line may say that, each time.
     """
-    fields: dict[str, Any] = {}
-    if path is not None:
-        try:
-            found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (OSError, UnicodeDecodeError) as problem:
-            raise InputError(f"The recipe {path} cannot be read ({problem}). Pass an existing YAML file.") from None
-        except yaml.YAMLError as problem:
-            raise InputError(f"The recipe {path} is not YAML: {' '.join(str(problem).split())}") from None
-        if not isinstance(found, dict):
-            raise InputError(f"The recipe {path} holds a {type(found).__name__}; expected `option: value` lines.")
-        fields |= found
-    fields |= {name: value for name, value in options.items() if value is not None}
+    fields = {} if path is None else read_recipe_file(path)
+    given = {name: value for name, value in options.items() if value is not None}
+    if fields.pop("trust_remote_code", False) and not given.get("trust_remote_code"):
+        raise InputError(
+            f"The recipe {path} says trust_remote_code, which would run the checkpoint's own code. Only the command "
+            "line may say so, each time: pass --trust-remote-code if you trust the checkpoint, or remove the line."
+        )
+    fields |= given
     where = f"The recipe {path}" if path is not None else "The command line"
     if "model" not in fields:
         raise InputError(f"{where} names no model. Pass a checkpoint directory or a hub name.")
@@ -108,6 +127,47 @@ def load_recipe(path: Path | None, options: dict[str, Any]) -> Recipe:
         return Recipe(**fields)
     except ValidationError as problem:
         raise InputError(f"{where}: {_explain(problem)}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without aliases, which a small file can explode with, and without a key twice."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it uses an alias (*), which a recipe has no need of")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        names = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for name in names:
+            if not isinstance(name, str):
+                raise yaml.YAMLError(f"the key {name!r} is a {type(name).__name__}; expected the name of an option")
+            if names.count(name) > 1:
+                raise yaml.YAMLError(f"the option {name!r} is there twice")
+        return super().construct_mapping(node, deep)
+
+
+def read_recipe_file(path: Path) -> dict[str, Any]:
+    """Read the options that a recipe file gives.
+
+    Raises
+    ------
+    InputError
+        It cannot be read, is not YAML, or is no mapping of options.
+    """
+    try:
+        text = read_small_text(path, RECIPE_BYTES)
+        found = yaml.load(text, _Loader) or {}
+    except FileNotFoundError:
+        raise InputError(f"The recipe {path} does not exist. Pass an existing YAML file.") from None
+    except ArtifactError as problem:
+        raise InputError(f"The recipe cannot be read: {problem}") from None
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as problem:
+        what = "it is nested too deep" if isinstance(problem, RecursionError) else " ".join(str(problem).split())
+        raise InputError(f"The recipe {path} is not YAML that can be used: {what}") from None
+    if not isinstance(found, dict):
+        raise InputError(f"The recipe {path} holds a {type(found).__name__}; expected `option: value` lines.")
+    return found
 
 
 def _explain(problem: ValidationError) -> str:
@@ -118,7 +178,8 @@ def _explain(problem: ValidationError) -> str:
         if error["type"] == "extra_forbidden":
             parts.append(f"unknown option {name!r}; known are {known}")
         else:
-            parts.append(f"{name}: {error['msg'].removeprefix('Value error, ')} (got {error['input']!r})")
+            got = "" if error["type"] == "value_error" else f" (got {reprlib.repr(error['input'])})"
+            parts.append(f"{name}: {error['msg'].removeprefix('Value error, ')}{got}")
     return "; ".join(parts) + "."
 
 
@@ -188,9 +249,9 @@ class EvaluateConfig(Strict):
     label_column: str | None = None
     tasks: tuple[str, ...] = ()
     include_path: str | None = None
-    seq_len: int | None = None
-    limit: int | None = None
-    batch_size: int = 8
-    seed: int = 0
+    seq_len: int | None = Field(default=None, ge=2, le=MANY)
+    limit: int | None = Field(default=None, ge=1, le=MANY)
+    batch_size: int = Field(default=8, ge=1, le=MANY)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     device: str = "cpu"
     trust_remote_code: bool = False

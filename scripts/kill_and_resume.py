@@ -80,7 +80,7 @@ def start(options: argparse.Namespace, run: Path) -> tuple[float, subprocess.Pop
     ]
     quiet = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=quiet)
-    lock = run / ".lock"
+    lock = run / ".lock.pid"
     while process.poll() is None and not (lock.exists() and lock.read_text() == f"pid {process.pid}\n"):
         time.sleep(0.002)
     return time.monotonic(), process

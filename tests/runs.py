@@ -15,6 +15,7 @@ from typing import Any
 from typer.testing import CliRunner
 
 from lowrank_compress.artifacts.files import sha256
+from lowrank_compress.artifacts.lock import HOLDER
 from lowrank_compress.cli.main import app
 
 FEW = ("--samples", "8", "--seq-len", "32")
@@ -79,8 +80,12 @@ def refused(*arguments: object) -> str:
 
 
 def contents(directory: Path) -> dict[str, str]:
-    """Hash every file below a directory."""
-    return {str(path.relative_to(directory)): sha256(path) for path in sorted(directory.rglob("*")) if path.is_file()}
+    """Hash every file below a directory, but for what is being built."""
+    return {
+        str(path.relative_to(directory)): sha256(path)
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name != HOLDER and ".lrc-" not in str(path.relative_to(directory))
+    }
 
 
 def results(run: Path) -> dict[str, str]:
@@ -92,6 +97,12 @@ def times(directory: Path) -> dict[str, int]:
     """When each file below a directory was written."""
     files = [path for path in directory.rglob("*") if path.is_file()]
     return {str(path.relative_to(directory)): path.stat().st_mtime_ns for path in files}
+
+
+def block_file(directory: Path, kind: str, block: int) -> Path:
+    """Find the file of a block in a stage's directory."""
+    (found,) = directory.glob(f"{kind}-*-{block:04d}.safetensors")
+    return found
 
 
 def looks_finished(run: Path) -> list[str]:

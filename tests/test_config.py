@@ -44,7 +44,7 @@ def test_a_bad_recipe_is_explained(tmp_path: Path, text: str, message: str) -> N
 
 
 def test_a_missing_recipe_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"cannot be read"):
+    with pytest.raises(InputError, match=r"none\.yaml does not exist"):
         load_recipe(tmp_path / "none.yaml", {})
 
 

@@ -1,4 +1,17 @@
-"""Whole files or none: every artefact is written under a temporary name, synced and renamed."""
+"""The one place from which files are written, and through which files of unknown origin are read.
+
+The law, for every writer of this package:
+
+- What is written goes to a file of its own in the same directory, under a name that nobody can foresee, created anew
+  (never through a link that somebody has put there), synced, and renamed: whole or not at all, and what was there
+  before stands until then.
+- What is removed is what a manifest of ours lists, with the hash that it lists (see `artifacts.directories`), or a
+  temporary file of ours that a killed process has left.
+
+The law for readers: a run or a checkpoint may have come from anybody. Only regular files are opened, small ones are no
+larger than they can honestly be, and what is read back is under a hash. Somebody who computes all hashes anew is not
+found out; he cannot run code, write elsewhere, or make this program hang.
+"""
 
 from __future__ import annotations
 
@@ -6,31 +19,49 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable
+import re
+import stat
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from lowrank_compress.errors import ArtifactError
 
-TEMPORARY = ".partial"
+# Larger than any configuration, manifest or index that is one.
+SMALL = 256 << 20
+_PREFIX, _SUFFIX = ".lrc-", ".tmp"
+_TEMPORARY = re.compile(r"\.lrc-[a-z0-9_]{8}\.tmp")
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it; a failure leaves nothing behind.
+    """Let `write` fill a new file beside `path`, then rename it; a failure leaves nothing behind.
+
+    Parameters
+    ----------
+    path
+        Where to. A symbolic link there is replaced, not followed.
+    write
+        Writes to the path that it is given, where an empty file is.
 
     Raises
     ------
     ArtifactError
-        The disk is full.
+        The disk is full, or there is a directory at `path`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + TEMPORARY)
+    make_directory(path.parent)
+    if path.is_dir() and not path.is_symlink():
+        raise ArtifactError(f"{path} is a directory where a file is to be written. Move it, or choose another place.")
+    descriptor, name = tempfile.mkstemp(_SUFFIX, _PREFIX, path.parent)
+    temporary = Path(name)
+    os.close(descriptor)
     try:
         write(temporary)
-        with open(temporary, "rb+") as handle:
-            os.fsync(handle.fileno())
-        # safetensors makes files that nobody else can read; who may enter the directory may read what is in it.
+        sync(temporary)
+        # Temporary files are for nobody else to read; who may enter the directory may read what is in it.
         temporary.chmod(path.parent.stat().st_mode & 0o666)
         os.replace(temporary, path)
+        sync(path.parent)
     except BaseException as problem:
         temporary.unlink(missing_ok=True)
         if is_disk_full(problem):
@@ -39,6 +70,42 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
                 "disk that a run needs) and repeat the command; finished blocks are kept."
             ) from problem
         raise
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory and what leads to it, if it is not there.
+
+    Raises
+    ------
+    ArtifactError
+        Something else is there.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ArtifactError(f"{path} is to be a directory, but a file is in its place. Choose another place.") from None
+
+
+def sync(path: Path) -> None:
+    """Have a file's bytes, or a directory's names, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def is_temporary(path: Path) -> bool:
+    """Tell whether a file is one that a process of ours, perhaps killed, has not yet given its name."""
+    return _TEMPORARY.fullmatch(path.name) is not None and path.is_file() and not path.is_symlink()
+
+
+def sweep(directory: Path) -> None:
+    """Remove temporary files that a killed process of ours has left in a directory that nobody else works in."""
+    if directory.is_dir():
+        for path in directory.iterdir():
+            if is_temporary(path):
+                path.unlink()
 
 
 def is_disk_full(problem: BaseException) -> bool:
@@ -62,7 +129,85 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> dict:
+def is_regular(path: Path) -> bool:
+    """Tell whether a path leads to a regular file, which opening and reading cannot make anybody wait for."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except (OSError, ValueError):
+        return False
+
+
+def read_bytes(path: Path, limit: int = SMALL) -> bytes:
+    """Read a small file.
+
+    Raises
+    ------
+    FileNotFoundError
+        It is not there.
+    ArtifactError
+        It is no regular file, cannot be read, or is larger than `limit` bytes.
+    """
+    try:
+        # Not to wait for a writer of a named pipe.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from None
+    except (OSError, ValueError) as problem:
+        raise ArtifactError(f"{path} cannot be read ({problem}). Expected a readable file.") from None
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode):
+        os.close(descriptor)
+        raise ArtifactError(f"{path} is no regular file; expected one. Remove it, or choose another directory.")
+    with open(descriptor, "rb") as file:
+        if found.st_size > limit:
+            raise ArtifactError(f"{path} has {found.st_size:,} bytes; no such file has more than {limit:,}.")
+        return file.read(limit + 1)
+
+
+def read_small_text(path: Path, limit: int = SMALL) -> str:
+    """Read a small UTF-8 file.
+
+    Raises
+    ------
+    FileNotFoundError
+        It is not there.
+    ArtifactError
+        It is no regular file, too large, or not UTF-8.
+    """
+    try:
+        return read_bytes(path, limit).decode("utf-8")
+    except UnicodeDecodeError as problem:
+        raise ArtifactError(f"{path} is not UTF-8 text ({problem}).") from None
+
+
+def parse_json(text: str, *, unique: bool = False) -> Any:
+    """Parse JSON.
+
+    Parameters
+    ----------
+    unique
+        Refuse an object that has a key twice; else the last one counts, as it does for Python.
+
+    Raises
+    ------
+    ValueError
+        It is not JSON, or nested too deep.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if unique and len(found) != len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is there twice")
+        return found
+
+    try:
+        return json.loads(text, object_pairs_hook=once)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises
@@ -71,10 +216,10 @@ def read_json(path: Path) -> dict:
         The file is missing, or is not a JSON object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(read_small_text(path), unique=True)
     except FileNotFoundError:
         raise ArtifactError(f"{path} does not exist; expected a file written by an earlier stage.") from None
-    except (ValueError, OSError) as problem:
+    except ValueError as problem:
         raise ArtifactError(
             f"{path} cannot be read as JSON ({problem}). Repair it or repeat the stage with --overwrite."
         ) from problem
@@ -83,8 +228,53 @@ def read_json(path: Path) -> dict:
     return value
 
 
+def canonical_hash(value: object) -> str:
+    """Hash a JSON value independently of key order and formatting."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object with a hash over itself, for `read_sealed`."""
+    write_json(path, {**value, "digest": canonical_hash(value)})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Read what `write_sealed` wrote.
+
+    Raises
+    ------
+    ArtifactError
+        It is missing, or not as it was written.
+    """
+    found = read_json(path)
+    digest = found.pop("digest", None)
+    if digest is None:
+        raise ArtifactError(
+            f"{path} has no hash of itself: it was edited, or written by an older version of this program. Repeat the "
+            "stage that writes it with --overwrite."
+        )
+    try:
+        intact = digest == canonical_hash(found)
+    except ValueError:
+        intact = False  # numbers that are none
+    if not intact:
+        raise ArtifactError(
+            f"{path} is not as it was written (its hash differs). Repeat the stage that writes it with --overwrite."
+        )
+    return found
+
+
 def sha256(path: Path) -> str:
-    """Hash a file's bytes."""
+    """Hash a file's bytes.
+
+    Raises
+    ------
+    ArtifactError
+        It is no regular file.
+    """
+    if path.exists() and not is_regular(path):
+        raise ArtifactError(f"{path} is no regular file; expected one. Remove it, or choose another directory.")
     with open(path, "rb") as handle:
         digest = hashlib.sha256()
         while chunk := handle.read(1 << 20):

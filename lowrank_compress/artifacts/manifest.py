@@ -7,17 +7,16 @@ without one holds unfinished work.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lowrank_compress.artifacts.files import read_json, sha256, write_json
+from lowrank_compress.artifacts.directories import Listed, remove_listed
+from lowrank_compress.artifacts.files import canonical_hash, is_regular, read_sealed, sha256, sweep, write_sealed
+from lowrank_compress.artifacts.hashes import file_hashes
 from lowrank_compress.errors import ArtifactError
 
 SCHEMA = 1
@@ -66,29 +65,26 @@ class Manifest:
         return self.key.id
 
 
-def canonical_hash(value: object) -> str:
-    """Hash a JSON value independently of key order and formatting."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def read_manifest(directory: Path) -> Manifest | None:
     """Read a stage's manifest; None if the stage is not committed.
 
     Raises
     ------
     ArtifactError
-        The manifest is not one, or its id is not the hash of its key.
+        The manifest is not one, is not as it was written, or its id is not the hash of its key.
     """
     path = directory / MANIFEST
     if not path.exists():
         return None
-    found = read_json(path)
+    found = read_sealed(path)
     try:
         manifest = Manifest(Key(**found["key"]), found["outputs"], found["report"], found["environment"])
-        if manifest.id == found["id"]:
+        plain = all(
+            Path(name).name == name and set(entry) == {"sha256", "size"} for name, entry in found["outputs"].items()
+        )
+        if manifest.id == found["id"] and plain:
             return manifest
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, AttributeError, ValueError):
         pass
     raise ArtifactError(
         f"{path} is damaged or was written by another version of this program. Repeat the stage with --overwrite."
@@ -98,12 +94,18 @@ def read_manifest(directory: Path) -> Manifest | None:
 def commit(
     directory: Path, key: Key, outputs: Iterable[str], report: Mapping[str, Any], environment: Mapping[str, Any]
 ) -> Manifest:
-    """Hash the outputs and write the manifest: from here on the stage counts as done."""
+    """Hash the outputs and write the manifest: from here on the stage counts as done.
+
+    What an earlier manifest lists and this one does not is removed, where it is as it was written.
+    """
     names = sorted(outputs)
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # a hash is computed outside of Python's lock
         described = dict(zip(names, pool.map(lambda name: describe(directory / name), names), strict=True))
     manifest = Manifest(key, described, dict(report), dict(environment))
-    write_json(directory / MANIFEST, {"schema": SCHEMA, "id": manifest.id, **asdict(manifest)})
+    before = listed(directory)
+    write_sealed(directory / MANIFEST, {"schema": SCHEMA, "id": manifest.id, **asdict(manifest)})
+    remove_listed(directory, {name: digest for name, digest in before.items() if name not in {*described, MANIFEST}})
+    sweep(directory)
     return manifest
 
 
@@ -112,8 +114,21 @@ def describe(path: Path) -> dict[str, Any]:
     return {"sha256": sha256(path), "size": path.stat().st_size}
 
 
-def committed(directory: Path, key: Key, *, overwrite: bool = False) -> Manifest | None:
-    """Return the manifest if this very result is on disk, None if there is none or it lacks a file.
+def listed(directory: Path) -> Listed:
+    """Name the files of a directory that are a result of ours, with the hashes they were written with."""
+    try:
+        found = read_manifest(directory)
+    except ArtifactError:
+        found = None
+    if found is None:
+        return {}
+    return {name: recorded["sha256"] for name, recorded in found.outputs.items()} | {MANIFEST: ""}
+
+
+def committed(directory: Path, key: Key, *, overwrite: bool = False, editable: Container[str] = ()) -> Manifest | None:
+    """Return the manifest if this very result is on disk, with the bytes it was written with; None if it is to be made.
+
+    Nothing is removed: another result stands until the new one is complete.
 
     Parameters
     ----------
@@ -122,37 +137,63 @@ def committed(directory: Path, key: Key, *, overwrite: bool = False) -> Manifest
     key
         What is to be computed.
     overwrite
-        Remove a result of another key instead of refusing it, and one of this key whose bytes have changed.
+        Make anew a result of another key, or one whose bytes have changed, instead of refusing it.
+    editable
+        Outputs that people may change.
 
     Raises
     ------
     ArtifactError
-        Another result is there; the message names the first key that differs.
+        Another result is there (the message names the first key that differs), or one that was changed.
     """
-    found = read_manifest(directory) if not overwrite else _lenient(directory)
+    if directory.is_symlink():
+        raise ArtifactError(f"{directory} is a link; expected a directory of the run itself. Replace it by one.")
+    try:
+        found = read_manifest(directory)
+    except ArtifactError:
+        if overwrite:
+            return None
+        raise
     if found is None:
         return None
-    if found.id == key.id and not (altered(directory, found) if overwrite else missing(directory, found)):
+    if found.id != key.id:
+        if overwrite:
+            return None
+        raise ArtifactError(
+            f"{directory} holds the result of another recipe: {difference(asdict(found.key), asdict(key))}. "
+            "Choose another directory with --out, or pass --overwrite to replace it."
+        )
+    if missing(directory, found):
+        return None  # the stage verifies and reuses what is whole
+    changed = [name for name in altered(directory, found) if name not in editable]
+    if not changed:
         return found
-    if found.id == key.id:
-        (directory / MANIFEST).unlink()  # the stage verifies and reuses what is whole
-        return None
     if overwrite:
-        shutil.rmtree(directory)
         return None
     raise ArtifactError(
-        f"{directory} holds the result of another recipe: {difference(asdict(found.key), asdict(key))}. "
-        "Choose another directory with --out, or pass --overwrite to replace it."
+        f"{directory / changed[0]} is not as it was written{_more(changed)}. Restore it, or pass --overwrite to make "
+        "it again (what was changed is kept beside it)."
     )
 
 
-def _lenient(directory: Path) -> Manifest | None:
-    """Read a manifest that is about to be replaced; a damaged one is removed with its stage."""
-    try:
-        return read_manifest(directory)
-    except ArtifactError:
-        shutil.rmtree(directory)
-        return None
+def require_intact(directory: Path, manifest: Manifest, editable: Container[str] = ()) -> None:
+    """Refuse to build on a result that is not as it was written.
+
+    Raises
+    ------
+    ArtifactError
+        A file is missing or changed.
+    """
+    changed = [name for name in altered(directory, manifest) if name not in editable]
+    if changed:
+        raise ArtifactError(
+            f"{directory / changed[0]} is missing or not as it was written{_more(changed)}. Restore it, or repeat the "
+            f"{manifest.key.stage} stage with --overwrite."
+        )
+
+
+def _more(names: list[str]) -> str:
+    return f" (nor are {len(names) - 1} other files)" if len(names) > 1 else ""
 
 
 def difference(there: Mapping[str, Any], asked: Mapping[str, Any], path: str = "") -> str:
@@ -170,14 +211,17 @@ def difference(there: Mapping[str, Any], asked: Mapping[str, Any], path: str = "
 
 def missing(directory: Path, manifest: Manifest) -> list[str]:
     """Name the outputs that are not there; much quicker than `altered`."""
-    return [name for name in manifest.outputs if not (directory / name).exists()]
+    return [name for name in manifest.outputs if not is_regular(directory / name)]
 
 
-def altered(directory: Path, manifest: Manifest) -> list[str]:
-    """Name the outputs that are missing or whose bytes are not the recorded ones."""
-    wrong = []
-    for name, recorded in manifest.outputs.items():
-        path = directory / name
-        if not path.exists() or path.stat().st_size != recorded["size"] or sha256(path) != recorded["sha256"]:
-            wrong.append(name)
-    return wrong
+def altered(directory: Path, manifest: Manifest, *, remember: bool = True) -> list[str]:
+    """Name the outputs that are missing or whose bytes are not the recorded ones.
+
+    Parameters
+    ----------
+    remember
+        Trust hashes taken before of the same files (`hashes.file_hashes`); else read every byte.
+    """
+    there = {name: directory / name for name in manifest.outputs if is_regular(directory / name)}
+    found = file_hashes(there) if remember else {name: sha256(path) for name, path in there.items()}
+    return [name for name, recorded in manifest.outputs.items() if found.get(name) != recorded["sha256"]]

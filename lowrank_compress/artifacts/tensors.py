@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lowrank_compress.artifacts.files import write_atomically
+from lowrank_compress.artifacts.directories import keep_aside
+from lowrank_compress.artifacts.files import canonical_hash, is_regular, parse_json, sweep, write_atomically
 from lowrank_compress.errors import ArtifactError
 
 
 class BlockFiles:
     """A folder of one safetensors file a block, each marked with the id of the result it belongs to.
 
-    A file carries in its header the id and a SHA-256 over its tensors, so that a rerun can tell a finished block of
-    this very result from a damaged one, or from one that another recipe left behind.
+    A file carries in its header the id and a SHA-256 over its tensors, notes and id, so that a rerun can tell a
+    finished block of this very result from a damaged one. Its name holds the beginning of the id: the files of another
+    result stand beside it until the manifest of the new one is written.
 
     Parameters
     ----------
@@ -38,13 +40,13 @@ class BlockFiles:
         self.directory = directory
         self.id = id
         self._prefix = prefix
-        self._verified: dict[int, tuple[int, int]] = {}
+        self._verified: dict[int, tuple[int, ...]] = {}
         self._writer = ThreadPoolExecutor(1)
         self._writing: list[Future[None]] = []
 
     def name(self, block: int) -> str:
         """File name of a block."""
-        return f"{self._prefix}-{block:04d}.safetensors"
+        return f"{self._prefix}-{self.id[:8]}-{block:04d}.safetensors"
 
     def path(self, block: int) -> Path:
         """Path of a block's file."""
@@ -54,9 +56,10 @@ class BlockFiles:
         """Write a finished block, with JSON notes in its header; it appears whole or not at all."""
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
         # One metadata key only: safetensors does not keep the order of several, and bytes must repeat.
-        header = {
-            "lrc": json.dumps({"digest": _digest(plain), "id": self.id, "notes": dict(notes or {})}, sort_keys=True)
-        }
+        said = {"id": self.id, "notes": dict(notes or {})}
+        header = {"lrc": json.dumps(said | {"digest": _digest(plain, said)}, sort_keys=True)}
+        if not is_regular(self.path(block)) or self._header(block) is None:
+            keep_aside(self.path(block))  # nothing of ours
         write_atomically(self.path(block), lambda path: save_file(plain, path, metadata=header))
         self._verified[block] = self._stamp(block)
 
@@ -90,25 +93,41 @@ class BlockFiles:
             return False
         stamp = self._stamp(block)
         if self._verified.get(block) != stamp:
-            if _digest(load_file(self.path(block))) != header.get("digest"):
+            try:
+                digest = _digest(load_file(self.path(block)), {"id": self.id, "notes": header.get("notes")})
+            except (SafetensorError, ValueError):
+                return False
+            if digest != header.get("digest"):
                 return False
             self._verified[block] = stamp
         return True
 
-    def _stamp(self, block: int) -> tuple[int, int]:
+    def _stamp(self, block: int) -> tuple[int, ...]:
         stat = self.path(block).stat()
-        return stat.st_size, stat.st_mtime_ns
+        return stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns
 
     def notes(self, block: int) -> dict[str, Any]:
         """Read the notes of a block that `read` accepts."""
         return (self._header(block) or {}).get("notes", {})
 
+    def remove(self, blocks: Iterable[int]) -> None:
+        """Remove the finished files of blocks, and the directory if nothing is left in it."""
+        for block in blocks:
+            if self.finished(block):
+                self.path(block).unlink()
+        sweep(self.directory)
+        if self.directory.is_dir() and not any(self.directory.iterdir()):
+            self.directory.rmdir()
+
     def _header(self, block: int) -> dict[str, Any] | None:
+        if not is_regular(self.path(block)):
+            return None
         try:
             with safe_open(self.path(block), framework="pt") as handle:
-                return json.loads((handle.metadata() or {}).get("lrc", "{}"))
-        except (FileNotFoundError, SafetensorError, ValueError):
+                found = parse_json((handle.metadata() or {})["lrc"])
+        except (OSError, SafetensorError, ValueError, KeyError):
             return None
+        return found if isinstance(found, dict) else None
 
     def read(self, block: int) -> dict[str, Tensor]:
         """Read a block.
@@ -126,11 +145,16 @@ class BlockFiles:
                 f"{self.path(block)} belongs to another result ({header.get('id')}; expected {self.id}). "
                 "Repeat the stage that writes it."
             )
+        if not self.finished(block):
+            raise ArtifactError(
+                f"{self.path(block)} is not as it was written. Repeat the stage that writes it, with --overwrite."
+            )
         return load_file(self.path(block))
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _digest(tensors: Mapping[str, Tensor], said: Mapping[str, Any]) -> str:
+    """Hash a block's tensors, and what its header says."""
+    digest = hashlib.sha256(canonical_hash(said).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data if tensor.numel() else b"")

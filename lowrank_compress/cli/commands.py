@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 import typer
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from lowrank_compress.artifacts.files import read_json, sha256
+from lowrank_compress.artifacts.directories import refuse_unsafe
+from lowrank_compress.artifacts.files import read_json, read_sealed, sha256
 from lowrank_compress.artifacts.lock import locked
 from lowrank_compress.artifacts.manifest import Manifest, read_manifest
 from lowrank_compress.calibration.workers import Workers, workers_of
@@ -19,7 +19,7 @@ from lowrank_compress.cli.terminal import TerminalReporter, console
 from lowrank_compress.config import EvaluateConfig, Recipe, load_recipe
 from lowrank_compress.demo import text as demo_text
 from lowrank_compress.errors import ArtifactError, CalibrationError, InputError
-from lowrank_compress.model.checkpoint import Checkpoint
+from lowrank_compress.model.checkpoint import Checkpoint, locate
 from lowrank_compress.model.dense import write_dense
 from lowrank_compress.model.memory import keep_freed
 from lowrank_compress.stages import calibrate as calibrate_stage
@@ -65,7 +65,7 @@ def compress(
     memory = _budget(memory_budget)
     plan = make_plan(recipe)
     run = Run(out or pipeline.default_run(recipe))
-    _refuse_foreign(run)
+    pipeline.refuse_foreign(run)
     _tell(plan, reporter)
     with _working(run) as workers:
         if roomy(plan, memory, workers.count):
@@ -101,16 +101,6 @@ def _tell(plan: Plan, reporter: TerminalReporter) -> None:
         reporter.warn(note)
 
 
-def _refuse_foreign(run: Run) -> None:
-    """Refuse a directory that is something else before even a lock file is put into it."""
-    if run.path.exists() and not run.path.is_dir():
-        raise InputError(f"--out {run.path} is a file; expected a directory, existing or not.")
-    if not run.recipe.exists() and run.begun():
-        raise ArtifactError(
-            f"{run.path} is not empty and is no run of this program. Choose another directory with --out."
-        )
-
-
 def _result(run: Run, manifest: Manifest) -> dict[str, Any]:
     return {"run": str(run.path), "model": str(run.final_model()), "id": manifest.id, **manifest.report}
 
@@ -122,7 +112,7 @@ def calibrate(
     memory = _budget(memory_budget)
     plan = make_plan(recipe)
     run = Run(out or pipeline.default_run(recipe))
-    _refuse_foreign(run)
+    pipeline.refuse_foreign(run)
     _tell(plan, reporter)
     with _working(run) as workers:
         if roomy(plan, memory, workers.count):
@@ -142,10 +132,7 @@ def calibrate(
 
 def _changed_plan(run: Run, given: dict[str, Any]) -> Plan:
     """The plan of an existing run with some options changed; the run's recipe follows."""
-    if not run.recipe.exists():
-        raise ArtifactError(
-            f"{run.path} is no run: it has no recipe.yaml. Make one with `lrc calibrate` or `lrc compress`."
-        )
+    run.require()
     return make_plan(load_recipe(run.recipe, given))
 
 
@@ -167,7 +154,7 @@ def factorize(path: Path, given: dict[str, Any], overwrite: bool, reporter: Term
     with _working(run) as workers:
         manifest = pipeline.finish(plan, run, reporter, workers=workers, overwrite=overwrite)
         # Another storage than the ranks were chosen for is no recipe: it would choose other ranks.
-        changed = _changed_plan(run, {"dtype": given["dtype"]})
+        changed = _changed_plan(run, {name: given[name] for name in ("dtype", "trust_remote_code")})
         workers.once(lambda: pipeline.claim(run, changed, overwrite=True))
     return _result(run, manifest)
 
@@ -176,9 +163,9 @@ def evaluate(target: str, config: EvaluateConfig, force: bool, reporter: Termina
     """Run the fourth stage on a run or a checkpoint."""
     run = Run(Path(target))
     for made_by in (run, Run(Path(target).parent)):  # a run, or the checkpoint inside one
-        if made_by.recipe.exists() and made_by.index.exists() and not force:
+        if made_by.exists() and made_by.index.exists() and not force:
             _refuse_calibration_text(made_by, config)
-    with _working(run if run.recipe.exists() else None) as workers:
+    with _working(run if run.exists() else None) as workers:
         return pipeline.evaluate_target(target, config, reporter, workers=workers)
 
 
@@ -200,20 +187,16 @@ def _refuse_calibration_text(run: Run, config: EvaluateConfig) -> None:
 def export_dense(target: str, out: Path, overwrite: bool, reporter: TerminalReporter) -> None:
     """Write the dense checkpoint of compressed weights."""
     run = Run(Path(target))
-    source = Checkpoint(run.final_model() if run.recipe.exists() else Path(target))
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--dense {out} is a file; expected a directory, existing or not.")
-    if out.resolve() in (source.path.resolve(), run.path.resolve()):
-        raise InputError(f"--dense {out} is what is to be made dense. Choose another directory.")
-    if out.exists() and any(out.iterdir()):
-        if not overwrite:
-            raise ArtifactError(f"{out} is not empty. Choose another directory, or pass --overwrite to replace it.")
-        if not (out / "config.json").exists():
-            raise ArtifactError(
-                f"{out} is not empty and is no checkpoint; it is not replaced. Choose another directory."
-            )
-        shutil.rmtree(out)
-    write_dense(source, out, lambda done, total: reporter.advance("export", done, total))
+    is_run = run.exists()
+    source = Checkpoint(run.final_model() if is_run else locate(target))
+    precious = {"the_compressed_checkpoint": source.path}
+    if is_run:
+        index = read_sealed(run.index)
+        precious |= {"its_original": Path(index["base"])} if Path(index["base"]).is_dir() else {}
+        if run.path.resolve().is_relative_to(out.resolve()):
+            raise InputError(f"--dense {str(out)!r} holds the run {run.path}. Name another directory.")
+    refuse_unsafe(out, "--dense", **precious)
+    write_dense(source, out, lambda done, total: reporter.advance("export", done, total), overwrite=overwrite)
     console().print(f"Dense checkpoint: {out}")
 
 

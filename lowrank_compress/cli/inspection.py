@@ -53,7 +53,7 @@ def show(target: str, as_json: bool) -> None:
     from lowrank_compress.stages.common import Run
 
     run = Run(Path(target))
-    is_run = run.recipe.exists()
+    is_run = run.exists()
     report = read_report(run.final_model() if is_run else Path(target))
     spectra = {name: values for name, values in (_spectra(run) if is_run else {}).items() if name in report["matrices"]}
     if as_json:

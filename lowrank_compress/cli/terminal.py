@@ -101,7 +101,8 @@ def friendly(debug: bool) -> Iterator[None]:
         if debug or not (is_disk_full(problem) or isinstance(problem, PermissionError)):
             raise
         what = "The disk is full" if is_disk_full(problem) else "Permission denied"
-        messages.print(f"[bold red]Error:[/] {what}: {_escape(str(problem))}. Nothing half-written counts as finished.")
+        text = f"{what}: {_escape(str(problem))}. Nothing half-written counts as finished."
+        messages.print(f"[bold red]Error:[/] {text}", soft_wrap=True)
         raise typer.Exit(2) from None
 
 

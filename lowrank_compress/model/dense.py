@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from lowrank_compress.errors import CheckpointError
+from lowrank_compress.artifacts.directories import recover, replacing
+from lowrank_compress.artifacts.files import read_sealed, write_sealed
+from lowrank_compress.artifacts.hashes import file_hashes
+from lowrank_compress.errors import ArtifactError, CheckpointError
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.export import ShardWriter, write_companions
 from lowrank_compress.model.layers import restore_modules
@@ -18,31 +20,57 @@ from lowrank_compress.model.skeleton import Skeleton
 SHARD_BYTES = 1_000_000_000
 
 
+EXPORT = "lrc-export.json"
+"""In a dense export: the files that it consists of, with their hashes. Only such a directory is ever replaced."""
+
+
 def write_dense(
-    checkpoint: Checkpoint, out: Path, advance: Callable[[int, int], None] = lambda done, total: None
+    checkpoint: Checkpoint,
+    out: Path,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    overwrite: bool = False,
 ) -> None:
     """Multiply factors out and write a stock checkpoint in the factors' dtype; one block is in memory at a time.
 
-    The directory appears whole or not at all.
+    The directory appears whole or not at all, and what was there stands until then.
+
+    Parameters
+    ----------
+    overwrite
+        Replace an earlier export. What else lies in its directory, or was changed since, is kept there.
 
     Raises
     ------
     CheckpointError
         The checkpoint is not compressed.
+    ArtifactError
+        `out` is a file, or holds files and is not to be replaced, or is no export.
     """
     if (checkpoint.raw_config.get("quantization_config") or {}).get("quant_method") != "lowrank":
         raise CheckpointError(f"{checkpoint.path} is not compressed by this package; there is nothing to make dense.")
-    draft = out.with_name(out.name + ".partial")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    try:
+    recover(out, {})
+    with replacing(out, _replaceable(out, overwrite)) as draft:
         _write(checkpoint, draft, advance)
-        if out.exists():
-            out.rmdir()
-        draft.rename(out)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
+        write_sealed(draft / EXPORT, {"schema": 1, "files": file_hashes({path.name: path for path in draft.iterdir()})})
+
+
+def _replaceable(out: Path, overwrite: bool) -> dict[str, str]:
+    """List what may be removed from `out`: the files of an earlier export."""
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise ArtifactError(f"{out} is a file or a link; expected a directory, existing or not.")
+    if not out.exists() or not any(out.iterdir()):
+        return {}
+    if not overwrite:
+        raise ArtifactError(f"{out} is not empty. Choose another directory, or pass --overwrite to replace an export.")
+    if not (out / EXPORT).exists():
+        raise ArtifactError(
+            f"{out} is not empty and is no dense export of this program; it is not replaced. Choose another directory."
+        )
+    files = read_sealed(out / EXPORT).get("files")
+    if not isinstance(files, dict) or not all(Path(name).name == name and digest for name, digest in files.items()):
+        raise ArtifactError(f"{out / EXPORT} is no list of files; {out} is not replaced. Choose another directory.")
+    return {**files, EXPORT: ""}
 
 
 def _write(checkpoint: Checkpoint, out: Path, advance: Callable[[int, int], None]) -> None:

@@ -14,7 +14,7 @@ from lowrank_compress.allocation.budget import Budget
 from lowrank_compress.allocation.curve import DENSE, Curve, make_curve
 from lowrank_compress.allocation.table import ALLOCATORS
 from lowrank_compress.arch.resolve import Target
-from lowrank_compress.artifacts.manifest import canonical_hash
+from lowrank_compress.artifacts.files import canonical_hash
 from lowrank_compress.artifacts.tensors import BlockFiles
 from lowrank_compress.calibration.statistics import INFLUENCE
 from lowrank_compress.config import ScoreConfig

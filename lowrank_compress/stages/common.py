@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import itertools
-import json
-import os
 import platform
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 
 import lowrank_compress
-from lowrank_compress.artifacts.files import TEMPORARY, read_json, sha256, write_json
-from lowrank_compress.artifacts.lock import LOCK
-from lowrank_compress.artifacts.manifest import canonical_hash
+from lowrank_compress.artifacts.files import canonical_hash, is_temporary, read_sealed, read_small_text, sha256
+from lowrank_compress.artifacts.hashes import file_hashes
+from lowrank_compress.artifacts.lock import HOLDER, LOCK
+from lowrank_compress.artifacts.manifest import read_manifest, require_intact
 from lowrank_compress.calibration.sources import Source, load_hub
+from lowrank_compress.config import RECIPE_BYTES, Recipe
 from lowrank_compress.errors import ArtifactError, CalibrationError, InputError
 from lowrank_compress.model.checkpoint import Checkpoint
 
@@ -95,8 +95,22 @@ class Run:
 
     def begun(self) -> bool:
         """Whether the directory holds more than a recipe: work, or something else's files."""
-        own = (LOCK, self.recipe.name, self.recipe.name + TEMPORARY)
-        return self.path.exists() and any(path.name not in own for path in self.path.iterdir())
+        own = (LOCK, HOLDER, self.recipe.name)
+        return self.path.exists() and any(
+            path.name not in own and not is_temporary(path) for path in self.path.iterdir()
+        )
+
+    def exists(self) -> bool:
+        """Whether the directory is a run: its recipe is one that this program wrote, be it edited since."""
+        return recipe_state(self.recipe) in ("ours", "edited")
+
+    def require(self) -> None:
+        """Raise an ArtifactError unless the directory is a run."""
+        if not self.exists():
+            raise ArtifactError(
+                f"{self.path} is no run: it has no recipe.yaml of this program. Pass the directory that --out named, "
+                "or make a run with `lrc compress`."
+            )
 
     def final_model(self) -> Path:
         """The directory of the final checkpoint, as run.json names it.
@@ -104,13 +118,50 @@ class Run:
         Raises
         ------
         ArtifactError
-            The run has not got that far.
+            The run has not got that far, or run.json or the checkpoint was changed.
         """
         if not self.index.exists():
             raise ArtifactError(
                 f"{self.path} has no run.json: the run has no checkpoint yet. Finish it with `lrc factorize`."
             )
-        return self.path / read_json(self.index)["model"]
+        name = read_sealed(self.index).get("model")
+        if name != self.model.name:
+            raise ArtifactError(f"{self.index} names {name!r} as the checkpoint; expected {self.model.name!r}.")
+        manifest = read_manifest(self.model)
+        if manifest is None:
+            raise ArtifactError(f"{self.model} is not finished. Repeat `lrc compress` or `lrc factorize` on this run.")
+        require_intact(self.model, manifest)
+        return self.model
+
+
+# The first lines of a run's recipe: the second says by a hash whether what follows is as it was written.
+_HEADER = (
+    "# The options of this run, defaults written out; `lrc compress --config` with this file repeats it.\n# sha256 "
+)
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """Render the recipe.yaml of a run."""
+    text = recipe.to_yaml()
+    return f"{_HEADER}{hashlib.sha256(text.encode()).hexdigest()}\n{text}"
+
+
+def recipe_state(path: Path) -> Literal["none", "ours", "edited", "foreign"]:
+    """Tell whether a recipe is as this program wrote it, was edited since, or is somebody else's.
+
+    Raises
+    ------
+    ArtifactError
+        It is no file that can be read.
+    """
+    try:
+        text = read_small_text(path, RECIPE_BYTES)
+    except FileNotFoundError:
+        return "none"
+    if not text.startswith(_HEADER):
+        return "foreign"
+    digest, _, rest = text.removeprefix(_HEADER).partition("\n")
+    return "ours" if digest == hashlib.sha256(rest.encode()).hexdigest() else "edited"
 
 
 def compute_device(name: str) -> torch.device:
@@ -154,32 +205,8 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def checkpoint_id(checkpoint: Checkpoint) -> str:
-    """SHA-256 over a checkpoint's config, weight and tokenizer files; hashes are memoised by path, size and mtime."""
-    return canonical_hash(_memoised_hashes(checkpoint.identity()))
-
-
-def _memoised_hashes(files: Mapping[str, Path]) -> dict[str, str]:
-    """Hash files, remembering each hash in the user's cache directory."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    memo_path = (Path(home) if home else Path.home() / ".cache") / "lowrank_compress" / "hashes.json"
-    try:
-        memo: dict[str, str] = read_json(memo_path)
-    except ArtifactError:
-        memo = {}
-    hashes: dict[str, str] = {}
-    fresh: dict[str, str] = {}
-    for name, path in files.items():
-        real = path.resolve()
-        stat = real.stat()
-        key = json.dumps([str(real), stat.st_size, stat.st_mtime_ns])
-        if key not in memo:
-            fresh[key] = sha256(real)
-        hashes[name] = memo.get(key) or fresh[key]
-    if fresh:
-        # A memo that cannot be kept costs time, not correctness.
-        with contextlib.suppress(OSError, ArtifactError):
-            write_json(memo_path, memo | fresh)
-    return hashes
+    """SHA-256 over a checkpoint's config, weight and tokenizer files; their hashes are remembered."""
+    return canonical_hash(file_hashes(checkpoint.identity()))
 
 
 def source_id(source: Source) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from lowrank_compress.artifacts.files import read_json, sha256, write_json
-from lowrank_compress.artifacts.manifest import Key, canonical_hash, commit, committed
+from lowrank_compress.artifacts.directories import keep_aside
+from lowrank_compress.artifacts.files import canonical_hash, read_json, sha256, write_json
+from lowrank_compress.artifacts.manifest import Key, altered, commit, committed, read_manifest
 from lowrank_compress.calibration.sources import Source, read_examples, read_text
 from lowrank_compress.calibration.tokens import (
     bos_of,
@@ -23,7 +25,7 @@ from lowrank_compress.calibration.tokens import (
 )
 from lowrank_compress.calibration.workers import Workers
 from lowrank_compress.config import EvaluateConfig
-from lowrank_compress.errors import CalibrationError, InputError
+from lowrank_compress.errors import ArtifactError, CalibrationError, InputError
 from lowrank_compress.evaluation.harness import harness_version, run_tasks, task_files
 from lowrank_compress.evaluation.replayed import Accuracy, Perplexity, accuracy, perplexity
 from lowrank_compress.evaluation.size import measure_size
@@ -111,7 +113,8 @@ def run(
     reporter = reporter or Silent()
     identity = key(config, inputs)
     if out_dir is not None:
-        found = workers.once(lambda: committed(out_dir / identity.id, identity))
+        # What was edited is no measurement: it is kept aside and measured anew.
+        found = workers.once(lambda: committed(out_dir / identity.id, identity, overwrite=True))
         if found is not None:
             return read_json(out_dir / identity.id / METRICS)
     metrics: dict[str, Any] = {"perplexity": {}, "classification": {}, "tasks": {}}
@@ -127,9 +130,10 @@ def run(
 
     def keep() -> dict[str, Any]:
         if out_dir is not None:
+            keep_aside(out_dir / identity.id / METRICS)
             write_json(out_dir / identity.id / METRICS, metrics)
             commit(out_dir / identity.id, identity, [METRICS], {}, environment(config.device))
-            _merge(out_dir)
+            write_json(out_dir / METRICS, merged(out_dir))
         return metrics
 
     return workers.once(keep)
@@ -242,11 +246,13 @@ def size_report(inputs: Inputs) -> dict[str, Any]:
     return report
 
 
-def _merge(out_dir: Path) -> None:
-    """Gather all evaluations of a run, by their ids, in one file."""
-    merged: dict[str, Any] = {}
+def merged(out_dir: Path) -> dict[str, Any]:
+    """Gather all evaluations of a run that are as they were written, by their ids."""
+    evaluations: dict[str, Any] = {}
     for path in sorted(out_dir.glob(f"*/{METRICS}")):
-        if (path.parent / "manifest.json").exists():
-            key = read_json(path.parent / "manifest.json")["key"]
-            merged[path.parent.name] = {"config": key["config"], "inputs": key["inputs"], **read_json(path)}
-    write_json(out_dir / METRICS, {"schema": 1, "evaluations": merged})
+        with contextlib.suppress(ArtifactError):
+            manifest = read_manifest(path.parent)
+            if manifest is not None and not altered(path.parent, manifest):
+                key = manifest.key
+                evaluations[path.parent.name] = {"config": key.config, "inputs": key.inputs, **read_json(path)}
+    return {"schema": 1, "evaluations": evaluations}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,8 +9,17 @@ from typing import Any
 
 import torch
 
+from lowrank_compress.artifacts.directories import recover, replacing
 from lowrank_compress.artifacts.files import sha256, write_json, write_text
-from lowrank_compress.artifacts.manifest import Key, Manifest, commit, committed, read_manifest
+from lowrank_compress.artifacts.manifest import (
+    Key,
+    Manifest,
+    commit,
+    committed,
+    listed,
+    read_manifest,
+    require_intact,
+)
 from lowrank_compress.artifacts.tensors import BlockFiles
 from lowrank_compress.calibration.workers import Workers
 from lowrank_compress.config import FactorizeConfig
@@ -45,11 +53,12 @@ def scores_manifest(scores: Path) -> Manifest:
     Raises
     ------
     ArtifactError
-        That stage is not finished.
+        That stage is not finished, or what it wrote (but for the ranks) was changed.
     """
     manifest = read_manifest(scores)
     if manifest is None or not (scores / RANKS).exists():
         raise ArtifactError(f"{scores} holds no finished scores. Run `lrc score` on this run first.")
+    require_intact(scores, manifest, editable=(RANKS,))
     return manifest
 
 
@@ -99,6 +108,7 @@ def run(
     choices = read_ranks(inputs.scores / RANKS, sites)  # before anything is removed
     units = [unit for unit in all_units(sites) if unit.name in choices]
     identity = key(config, inputs)
+    workers.once(lambda: recover(out_dir, listed(out_dir)))
     if not overwrite:
         _refuse_other_ranks(out_dir, identity, inputs.scores / RANKS)
     found = workers.once(lambda: committed(out_dir, identity, overwrite=overwrite))
@@ -115,8 +125,9 @@ def run(
         reporter.advance("factorize", number, len(own))
 
     def write() -> Manifest:
-        result = _write(config, plan, scores, out_dir, reporter, identity, units, bases, work)
-        shutil.rmtree(work.directory, ignore_errors=True)
+        with replacing(out_dir, listed(out_dir)) as draft:
+            result = _write(config, plan, scores, draft, reporter, identity, units, bases, work)
+        work.remove(blocks)
         return result
 
     return workers.once(write)
@@ -136,9 +147,6 @@ def _write(
     """Put the encoded blocks together to a checkpoint, and commit it."""
     dtype: torch.dtype = getattr(torch, config.dtype)
     blocks = range(len(plan.resolved.blocks))
-    if out_dir.exists():
-        shutil.rmtree(out_dir)  # not committed: unfinished work
-    out_dir.mkdir(parents=True)
     writer = ShardWriter(out_dir, config.shard_bytes)
     for name in plan.outside():
         writer.add(plan.name_on_disk(name), cast(plan.read(name), dtype))

@@ -5,17 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from lowrank_compress.artifacts.files import read_json, write_json, write_text
+from lowrank_compress.artifacts.directories import keep_aside
+from lowrank_compress.artifacts.files import read_sealed, sweep, write_sealed, write_text
 from lowrank_compress.artifacts.manifest import Manifest, difference, read_manifest
 from lowrank_compress.calibration.workers import Workers
-from lowrank_compress.config import EvaluateConfig, Recipe
-from lowrank_compress.errors import ArtifactError
+from lowrank_compress.config import EvaluateConfig, Recipe, read_recipe_file
+from lowrank_compress.errors import ArtifactError, InputError
 from lowrank_compress.model.checkpoint import Checkpoint, locate
 from lowrank_compress.stages import calibrate, evaluate, factorize, score
 from lowrank_compress.stages.bases import Bases
-from lowrank_compress.stages.common import Reporter, Run, Silent, checkpoint_id, display_name
+from lowrank_compress.stages.common import Reporter, Run, Silent, checkpoint_id, display_name, recipe_state, recipe_text
 from lowrank_compress.stages.plan import Plan
 
 
@@ -29,25 +28,54 @@ def default_run(recipe: Recipe) -> Path:
 def claim(run: Run, plan: Plan, *, overwrite: bool) -> None:
     """Make a run directory this recipe's, or find that it is.
 
+    A recipe that says the same stays as it is, comments and all; one that was edited and says something else is kept as
+    recipe.yaml.bak.
+
     Raises
     ------
     ArtifactError
         It holds something else, or the run of another recipe.
     """
+    refuse_foreign(run)
+    for directory in (run.path, run.statistics, run.scores):
+        sweep(directory)
     mine = plan.resolved()
-    if run.recipe.exists():
-        there = yaml.safe_load(run.recipe.read_text(encoding="utf-8")) or {}
-        asked = mine.model_dump(mode="json")
-        if there != asked and run.begun() and not overwrite:
+    state = recipe_state(run.recipe)
+    if state != "none":
+        there, asked = read_recipe_file(run.recipe), mine.settings()
+        there.pop("trust_remote_code", None)
+        if there == asked:
+            return
+        if run.begun() and not overwrite:
             raise ArtifactError(
                 f"{run.path} is the run of another recipe: {difference(there, asked)}. Choose another directory with "
                 "--out, or pass --overwrite to replace it."
             )
-    elif run.begun():
+    if state == "edited":
+        keep_aside(run.recipe)
+    write_text(run.recipe, recipe_text(mine))
+
+
+def refuse_foreign(run: Run) -> None:
+    """Refuse a directory that is something else, before anything is put into it.
+
+    Raises
+    ------
+    ArtifactError, InputError
+        It is a file, or holds files but no recipe that this program wrote.
+    """
+    if run.path.exists() and not run.path.is_dir():
+        raise InputError(f"--out {run.path} is a file; expected a directory, existing or not.")
+    state = recipe_state(run.recipe)
+    if state == "foreign":
+        raise ArtifactError(
+            f"{run.recipe} is no recipe of a run (or of one made by an older version of this program); it is not "
+            "replaced. Choose another directory with --out. A recipe of your own is given with --config."
+        )
+    if state == "none" and run.begun():
         raise ArtifactError(
             f"{run.path} is not empty and is no run of this program. Choose another directory with --out."
         )
-    write_text(run.recipe, mine.to_yaml())
 
 
 def inputs_of_score(plan: Plan, run: Run) -> score.Inputs:
@@ -131,7 +159,7 @@ def finish(
         "revision": plan.recipe.revision,
         "base_id": checkpoint_id(plan.checkpoint),
     }
-    workers.once(lambda: write_json(run.index, index))
+    workers.once(lambda: write_sealed(run.index, index))
     return manifest
 
 
@@ -144,13 +172,12 @@ def evaluation_inputs(target: str, trust_remote_code: bool) -> tuple[evaluate.In
         The target is neither, the run is unfinished, or its original is gone or changed.
     """
     run = Run(Path(target))
-    if not run.recipe.exists():
+    if not run.exists():
         return evaluate.Inputs(Checkpoint(locate(target), trust_remote_code)), None
     final = run.final_model()
-    index = read_json(run.index)
+    index = read_sealed(run.index)
     manifest = read_manifest(final)
-    if manifest is None:
-        raise ArtifactError(f"{final} is not finished. Repeat `lrc compress` or `lrc factorize` on this run.")
+    assert manifest is not None
     dense = Checkpoint(locate(index["base"], index.get("revision")), trust_remote_code)
     if checkpoint_id(dense) != index["base_id"]:
         raise ArtifactError(

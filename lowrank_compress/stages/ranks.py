@@ -14,7 +14,6 @@ from lowrank_compress.methods.sites import Site
 from lowrank_compress.methods.units import Unit, full_rank
 
 RANKS = "ranks.json"
-RANKS_BACKUP = "ranks.json.bak"
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,6 @@ Writes a basis file a block (kept up to the largest rank that can pay) and ranks
 
 from __future__ import annotations
 
-import contextlib
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +14,9 @@ from torch import Tensor
 from lowrank_compress.allocation.curve import DENSE
 from lowrank_compress.allocation.storage import STORAGES
 from lowrank_compress.allocation.table import ALLOCATORS
+from lowrank_compress.artifacts.directories import keep_aside
 from lowrank_compress.artifacts.files import sha256
-from lowrank_compress.artifacts.manifest import Key, Manifest, altered, commit, committed, read_manifest
+from lowrank_compress.artifacts.manifest import Key, Manifest, commit, committed, read_manifest
 from lowrank_compress.artifacts.tensors import BlockFiles
 from lowrank_compress.calibration.workers import Workers
 from lowrank_compress.config import ScoreConfig
@@ -28,7 +27,7 @@ from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.registry import unknown
 from lowrank_compress.stages.bases import VERSION, Bases, ranking
 from lowrank_compress.stages.common import Reporter, Silent, environment, in_parts
-from lowrank_compress.stages.ranks import RANKS, RANKS_BACKUP, Choice, write_ranks
+from lowrank_compress.stages.ranks import RANKS, Choice, write_ranks
 
 
 @dataclass(frozen=True)
@@ -184,16 +183,11 @@ def _means(statistics: BlockFiles, block: int) -> dict[str, Tensor]:
 
 
 def committed_scores(out_dir: Path, identity: Key, *, overwrite: bool) -> Manifest | None:
-    """As `manifest.committed`, but an overwritten result leaves its bases, and edited ranks are no damage."""
-    if overwrite and (out_dir / "manifest.json").exists():
-        with contextlib.suppress(ArtifactError):
-            found = committed(out_dir, identity)
-            if found is not None and set(altered(out_dir, found)) <= {RANKS}:
-                return found
+    """As `manifest.committed`, but edited ranks are no damage; where they are to be replaced, they are kept aside."""
+    found = committed(out_dir, identity, overwrite=overwrite, editable=(RANKS,))
+    if found is None and overwrite:
         _save_edited_ranks(out_dir)
-        (out_dir / "manifest.json").unlink(missing_ok=True)
-        return None
-    return committed(out_dir, identity)
+    return found
 
 
 def _save_edited_ranks(out_dir: Path) -> None:
@@ -207,5 +201,4 @@ def _save_edited_ranks(out_dir: Path) -> None:
     except ArtifactError:
         edited = True  # perhaps
     if edited:
-        shutil.move(ranks, out_dir / RANKS_BACKUP)
-        (out_dir / "manifest.json").unlink(missing_ok=True)
+        keep_aside(ranks)

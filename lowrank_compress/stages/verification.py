@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lowrank_compress.artifacts.files import read_json, read_sealed
 from lowrank_compress.artifacts.manifest import altered, read_manifest
 from lowrank_compress.config import load_recipe
 from lowrank_compress.errors import ArtifactError, LrcError
@@ -11,7 +12,8 @@ from lowrank_compress.methods.scheme import scheme_of
 from lowrank_compress.methods.sites import sites_of
 from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint, locate
-from lowrank_compress.stages.common import Run
+from lowrank_compress.stages.common import Run, recipe_state
+from lowrank_compress.stages.evaluate import METRICS, merged
 from lowrank_compress.stages.ranks import RANKS, read_ranks
 
 
@@ -22,7 +24,7 @@ def verify(path: Path) -> list[dict[str, str]]:
     -------
     list of dict
         ``stage``, ``file``, ``state``: "intact", "missing or altered", "damaged manifest", "edited by hand"
-        (ranks.json that parses and fits), "not there yet", "dropped" (statistics).
+        (the recipe, or ranks.json that parses and fits), "not there yet", "dropped" (statistics).
 
     Raises
     ------
@@ -30,14 +32,44 @@ def verify(path: Path) -> list[dict[str, str]]:
         The directory is no run.
     """
     run = Run(path)
-    if not run.recipe.exists():
-        raise ArtifactError(f"{path} is no run: it has no recipe.yaml. Pass the directory that --out named.")
-    findings: list[dict[str, str]] = []
+    run.require()
+    state = "intact" if recipe_state(run.recipe) == "ours" else "edited by hand"
+    findings = [{"stage": "recipe", "file": run.recipe.name, "state": state}]
     stages = [("calibrate", run.statistics), ("score", run.scores), ("factorize", run.model)]
     stages += [("eval", directory) for directory in sorted(run.evaluations.glob("*")) if directory.is_dir()]
     for stage, directory in stages:
         findings += _verify_stage(run, stage, directory)
-    return findings
+    findings += _verify_file("factorize", run.index, _index_is_intact(run))
+    metrics = run.evaluations / METRICS
+    return findings + _verify_file("eval", metrics, metrics.exists() and _reads(metrics) == merged(run.evaluations))
+
+
+def _verify_file(stage: str, path: Path, intact: bool) -> list[dict[str, str]]:
+    """Report on a file that no manifest lists; it says nothing that others do not."""
+    if not path.exists():
+        return []
+    where = path.name if stage == "factorize" else f"{path.parent.name}/{path.name}"
+    return [{"stage": stage, "file": where, "state": "intact" if intact else "missing or altered"}]
+
+
+def _reads(path: Path) -> object:
+    try:
+        return read_json(path)
+    except ArtifactError:
+        return None
+
+
+def _index_is_intact(run: Run) -> bool:
+    """Whether run.json is as it was written, and of the model that is there."""
+    try:
+        manifest = read_manifest(run.model)
+        return (
+            run.index.exists()
+            and manifest is not None
+            and (read_sealed(run.index).get("base_id") == manifest.key.inputs["checkpoint"])
+        )
+    except (ArtifactError, KeyError):
+        return False
 
 
 def _verify_stage(run: Run, stage: str, directory: Path) -> list[dict[str, str]]:
@@ -48,7 +80,7 @@ def _verify_stage(run: Run, stage: str, directory: Path) -> list[dict[str, str]]
         return [{"stage": stage, "file": f"{where}/manifest.json", "state": "damaged manifest"}]
     if manifest is None:
         return [{"stage": stage, "file": where, "state": "not there yet"}]
-    wrong = set(altered(directory, manifest))
+    wrong = set(altered(directory, manifest, remember=False))
     findings = []
     for name in manifest.outputs:
         state = "missing or altered" if name in wrong else "intact"

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,9 @@ def test_json_keeps_order_and_letters(tmp_path: Path):
     [
         (None, "does not exist"),
         (b"{", "cannot be read as JSON"),
-        (b"\xff", "cannot be read"),
+        (b"\xff", "is not UTF-8"),
+        (b'{"a": 1, "a": 2}', "the key 'a' is there twice"),
+        (b"[" * 100_000, "nested too deep"),
         (b"[]", "JSON list; expected an object"),
     ],
 )
@@ -74,3 +77,53 @@ def test_hash_is_of_the_bytes(tmp_path: Path):
     data = bytes(range(256)) * 9000  # more than one chunk
     (tmp_path / "a").write_bytes(data)
     assert files.sha256(tmp_path / "a") == hashlib.sha256(data).hexdigest()
+
+
+def test_a_link_is_replaced_and_not_followed(tmp_path: Path):
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "a.json").symlink_to(tmp_path / "precious")
+    files.write_json(tmp_path / "a.json", {})
+    assert (tmp_path / "precious").read_text() == "mine"
+    assert not (tmp_path / "a.json").is_symlink()
+
+
+def test_what_has_the_name_of_a_draft_stays(tmp_path: Path):
+    (tmp_path / "a.json.partial").write_text("mine")
+    files.write_json(tmp_path / "a.json", {})
+    assert (tmp_path / "a.json.partial").read_text() == "mine"
+
+
+def test_only_our_temporary_files_are_swept(tmp_path: Path):
+    for name in (".lrc-abcdefgh.tmp", ".lrc-notes.tmp", "lrc-abcdefgh.tmp", "a.tmp"):
+        (tmp_path / name).write_text("")
+    (tmp_path / ".lrc-12345678.tmp").mkdir()
+    files.sweep(tmp_path)
+    kept = {".lrc-notes.tmp", "lrc-abcdefgh.tmp", "a.tmp", ".lrc-12345678.tmp"}
+    assert {path.name for path in tmp_path.iterdir()} == kept
+
+
+def test_pipes_and_devices_are_not_opened(tmp_path: Path):
+    os.mkfifo(tmp_path / "a.json")
+    for path in (tmp_path / "a.json", Path("/dev/zero"), tmp_path):
+        with pytest.raises(ArtifactError, match="no regular file"):
+            files.read_bytes(path)
+    with pytest.raises(ArtifactError, match="no regular file"):
+        files.sha256(tmp_path / "a.json")
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path: Path):
+    (tmp_path / "a.json").write_bytes(b" " * 11)
+    with pytest.raises(ArtifactError, match="has 11 bytes; no such file has more than 10"):
+        files.read_bytes(tmp_path / "a.json", 10)
+
+
+def test_a_sealed_file_that_was_edited_is_refused(tmp_path: Path):
+    path = tmp_path / "a.json"
+    files.write_sealed(path, {"model": "model", "n": 1.5})
+    assert files.read_sealed(path) == {"model": "model", "n": 1.5}
+    path.write_text(path.read_text().replace("1.5", "1.6"))
+    with pytest.raises(ArtifactError, match="is not as it was written"):
+        files.read_sealed(path)
+    files.write_json(path, {"model": "model", "n": 1.5})
+    with pytest.raises(ArtifactError, match="has no hash of itself"):
+        files.read_sealed(path)

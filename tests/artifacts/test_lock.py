@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_compress.artifacts.lock import LOCK, locked
+from lowrank_compress.artifacts.lock import HOLDER, locked
 from lowrank_compress.errors import LockedError
 from tests.runs import forked
 
@@ -28,6 +28,6 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path: Path):
             time.sleep(60)
 
     assert forked(hold, kill_after=0.2) == -9
-    assert (tmp_path / LOCK).read_text() != f"pid {os.getpid()}\n"
+    assert (tmp_path / HOLDER).read_text() != f"pid {os.getpid()}\n"
     with locked(tmp_path):
-        assert (tmp_path / LOCK).read_text() == f"pid {os.getpid()}\n"
+        assert (tmp_path / HOLDER).read_text() == f"pid {os.getpid()}\n"

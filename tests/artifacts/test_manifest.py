@@ -50,17 +50,25 @@ def test_report_and_environment_are_not_in_the_id(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"id": "0" * 64}, {"key": {"stage": "score"}}, {"outputs": None, "key": None}], ids=["id", "key", "none"]
+    "change",
+    [
+        {"id": "0" * 64},
+        {"key": {"stage": "score"}},
+        {"outputs": None, "key": None},
+        {"report": {"tokens": 4}},
+        {"environment": {}},
+    ],
+    ids=["id", "key", "none", "report", "environment"],
 )
-def test_a_damaged_manifest_is_an_error_and_overwrite_removes_its_stage(tmp_path: Path, change: dict):
+def test_a_damaged_manifest_is_an_error_that_overwrite_passes_over(tmp_path: Path, change: dict):
     stage = tmp_path / "stage"
     commit(stage)
     found = json.loads((stage / MANIFEST).read_text())
     (stage / MANIFEST).write_text(json.dumps(found | change))
-    with pytest.raises(ArtifactError, match=r"manifest\.json is damaged .* --overwrite"):
+    with pytest.raises(ArtifactError, match=r"manifest\.json is not as it was written .* --overwrite"):
         manifest.committed(stage, KEY)
     assert manifest.committed(stage, KEY, overwrite=True) is None
-    assert not stage.exists()
+    assert (stage / "ranks").exists()
 
 
 def test_another_result_is_refused_by_the_first_key_that_differs(tmp_path: Path):
@@ -69,9 +77,37 @@ def test_another_result_is_refused_by_the_first_key_that_differs(tmp_path: Path)
     other = Key("score", 1, {"ratio": 0.3, "options": {"floor": 0.1, "seed": 2}}, {"calibration": "abc"})
     with pytest.raises(ArtifactError, match=r"config\.options\.floor is 0\.0 there and 0\.1 here.*--overwrite"):
         manifest.committed(stage, other)
-    assert stage.exists()
+    before = {path.name: path.read_bytes() for path in stage.iterdir()}
     assert manifest.committed(stage, other, overwrite=True) is None
-    assert not stage.exists()
+    assert {path.name: path.read_bytes() for path in stage.iterdir()} == before
+
+
+def test_what_the_new_result_lacks_goes_when_it_is_complete_and_nothing_else(tmp_path: Path):
+    (tmp_path / "edited").write_text("ours")
+    (tmp_path / "old").write_text("ours")
+    (tmp_path / "both").write_text("ours")
+    manifest.commit(tmp_path, KEY, ["edited", "old", "both"], {}, {})
+    (tmp_path / "edited").write_text("theirs")
+    (tmp_path / "notes").write_text("theirs")
+    manifest.commit(tmp_path, Key("score", 2, {}, {}), ["both"], {}, {})
+    assert {path.name for path in tmp_path.iterdir()} == {"both", "edited", "notes", MANIFEST}
+
+
+def test_a_result_with_a_changed_file_is_refused_by_its_name(tmp_path: Path):
+    commit(tmp_path)
+    (tmp_path / "ranks").write_text("2")
+    with pytest.raises(ArtifactError, match="ranks is not as it was written"):
+        manifest.committed(tmp_path, KEY)
+    assert manifest.committed(tmp_path, KEY, editable=("ranks",)) is not None
+    assert manifest.committed(tmp_path, KEY, overwrite=True) is None
+
+
+def test_names_that_lead_elsewhere_are_refused(tmp_path: Path):
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "stage").mkdir()
+    (tmp_path / "stage" / "ranks").write_text("1")
+    manifest.commit(tmp_path / "stage", KEY, ["../precious"], {}, {})
+    assert manifest.listed(tmp_path / "stage") == {}
 
 
 def test_overwrite_keeps_the_same_result(tmp_path: Path):

@@ -1,5 +1,6 @@
 """Block files: whole, marked with the result they belong to, and the same bytes every time."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ def test_blocks_come_back_as_they_were(tmp_path: Path):
     files.write(3, TENSORS)
     found = files.read(3)
     assert files.finished(3)
-    assert files.name(3) == "block-0003.safetensors"
+    assert files.name(3) == "block-id-0003.safetensors"
     assert set(found) == set(TENSORS)
     for name, tensor in TENSORS.items():
         assert found[name].dtype == tensor.dtype
@@ -40,6 +41,8 @@ def test_bytes_do_not_depend_on_order_or_directory(tmp_path: Path):
 def test_a_block_of_another_result_is_not_ours(tmp_path: Path):
     BlockFiles(tmp_path, "mine").write(0, TENSORS)
     other = BlockFiles(tmp_path, "other")
+    assert not other.finished(0)
+    shutil.copyfile(tmp_path / "block-mine-0000.safetensors", other.path(0))
     assert not other.finished(0)
     with pytest.raises(ArtifactError, match=r"belongs to another result \(mine; expected other\)"):
         other.read(0)
@@ -68,6 +71,24 @@ def test_a_file_that_is_no_block_is_not_finished(tmp_path: Path):
     assert not files.finished(0)
 
 
+def test_what_is_not_ours_is_kept(tmp_path: Path):
+    files = BlockFiles(tmp_path, "id")
+    files.path(0).write_text("theirs")
+    files.write(0, TENSORS)
+    assert files.finished(0)
+    assert (tmp_path / f"{files.name(0)}.bak").read_text() == "theirs"
+
+
+def test_edited_notes_are_no_finished_block(tmp_path: Path):
+    files = BlockFiles(tmp_path, "id")
+    files.write(0, TENSORS, notes={"rank": 3})
+    assert files.notes(0) == {"rank": 3}
+    whole = files.path(0).read_bytes()
+    files.path(0).write_bytes(whole.replace(b'rank\\": 3', b'rank\\": 4'))
+    assert files.path(0).read_bytes() != whole
+    assert not files.finished(0)
+
+
 def test_written_behind(tmp_path: Path):
     behind, plain = BlockFiles(tmp_path / "behind", "id"), BlockFiles(tmp_path / "plain", "id")
     tensors = {"a": torch.arange(6.0).view(2, 3).T, "b": torch.ones(2, dtype=torch.bfloat16)}
@@ -84,6 +105,6 @@ def test_a_failure_behind_is_raised_when_it_settles_and_once(tmp_path: Path):
     (tmp_path / "file").write_text("no directory")
     files = BlockFiles(tmp_path / "file", "id")
     files.write_behind(0, {"a": torch.ones(1)})
-    with pytest.raises(FileExistsError):
+    with pytest.raises(ArtifactError, match="a file is in its place"):
         files.settle()
     files.settle()

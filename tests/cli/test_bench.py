@@ -10,8 +10,10 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowrank_compress.cli.benchmark import bar
+from lowrank_compress.config import Recipe
 from lowrank_compress.evaluation.size import measure_size
 from lowrank_compress.model.checkpoint import Checkpoint
+from lowrank_compress.stages.common import recipe_text
 from tests.runs import FEW as FEW_SAMPLES
 from tests.runs import Tiny, done, refused
 from tests.tiny import save_tiny
@@ -91,7 +93,7 @@ def test_bad_targets(pristine: Finished, tiny: Tiny, tmp_path: Path):
     assert "is no run, so that its original is not known" in refused("bench", tiny.model)
     assert "is to be measured twice" in refused("bench", tiny.model, "--against", tiny.model)
     (tmp_path / "begun").mkdir()
-    (tmp_path / "begun" / "recipe.yaml").write_text("model: somewhere\n")
+    (tmp_path / "begun" / "recipe.yaml").write_text(recipe_text(Recipe(model="somewhere")))
     assert "the run has no checkpoint yet" in refused("bench", tmp_path / "begun")
 
 

@@ -24,7 +24,7 @@ Finished = Callable[[str], Path]
         (["--ratio", 0], ["--ratio 0.0 is not between 0 and 1"]),
         (["--ratio", 1], ["--ratio 1.0 is not between 0 and 1"]),
         (["--ratio", 1.5], ["--ratio 1.5 is not between 0 and 1", "0.3 for 30 %"]),
-        (["--ratio", "nan"], ["is not between 0 and 1"]),
+        (["--ratio", "nan"], ["ratio: Input should be a finite number"]),
         (["--ratio", 0.999], ["ratio of 0.999 is out of reach", "largest reachable ratio is 0.9"]),
         (["--ratio", 0.999, "--method", "svd"], ["out of reach", "largest reachable ratio is 0.9"]),
         (["--ratio", 0.9, "--ratio-of", "model"], ["out of reach", "largest reachable ratio is 0.7"]),
@@ -42,7 +42,7 @@ Finished = Callable[[str], Path]
             ["--calibration", "hf:some/set:config:train"],
             ["data set hf:some/set", "Pass a text file with --calibration"],
         ),
-        (["--config", "/no/such.yaml"], ["The recipe /no/such.yaml cannot be read"]),
+        (["--config", "/no/such.yaml"], ["The recipe /no/such.yaml does not exist"]),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
@@ -99,7 +99,8 @@ def test_recipes(tiny: Tiny, tmp_path: Path, content: str, message: str):
 
 def test_a_damaged_recipe_of_a_run(finished: Finished):
     run = finished("svd")
-    (run / "recipe.yaml").write_text("model: x\nratoi: 1\n")
+    written = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(written.replace("ratio:", "ratoi:"))
     assert "unknown option 'ratoi'" in refused("score", run)
     assert "unknown option 'ratoi'" in refused("factorize", run)
 

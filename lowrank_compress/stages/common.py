@@ -22,6 +22,7 @@ from lowrank_compress.calibration.sources import Source, load_hub
 from lowrank_compress.config import RECIPE_BYTES, Recipe
 from lowrank_compress.errors import ArtifactError, CalibrationError, InputError
 from lowrank_compress.model.checkpoint import Checkpoint
+from lowrank_compress.stages.hardware import hardware
 
 Item = TypeVar("Item")
 
@@ -201,6 +202,7 @@ def environment(device: str) -> dict[str, Any]:
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
         "device": device if device == "cpu" else torch.cuda.get_device_name(device),
+        **hardware(),
     }
 
 

@@ -1,0 +1,73 @@
+"""What a compressed checkpoint stands for, whatever way it is stored: its weights, multiplied out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from lowrank_compress.arch.resolve import Target
+from lowrank_compress.model import weights
+from lowrank_compress.model.checkpoint import Checkpoint
+from lowrank_compress.model.layers import CompressedAttention, restore_modules
+from lowrank_compress.model.skeleton import Skeleton
+
+
+def reconstruction(checkpoint: Checkpoint) -> Iterator[tuple[str, Iterable[Tensor]]]:
+    """Yield the name and the tensor, in pieces, of everything that the checkpoint computes with.
+
+    The factors of a matrix may be turned by any invertible matrix between them without a change to the product, and so
+    may the values and the output of a head that has fewer dimensions than stock. Therefore a compressed matrix comes as
+    its product Ŵ (out, in), and narrower values and output come as the product of both, head by head, with the values'
+    bias as a further column. What is narrower than stock is padded with zeros. One block is in memory at a time, in at
+    least float32.
+
+    Parameters
+    ----------
+    checkpoint
+        A compressed checkpoint; of a dense one its own tensors come, fused ones in parts.
+    """
+    skeleton = Skeleton(checkpoint, torch.device("cpu"), torch.promote_types(checkpoint.dtype, torch.float32))
+    plan = skeleton.blueprint
+    for name in plan.outside():
+        yield name, [plan.read(name)]
+    for index, prefix in enumerate(plan.resolved.blocks):
+        targets = plan.resolved.of_block(index)
+        with skeleton.block(index) as block:
+            narrow = any(
+                isinstance(module, CompressedAttention) and module.lr_heads.value < module.lr_heads.size
+                for module in block.modules()
+            )
+            restore_modules(block)
+            state = {f"{prefix}.{leaf}": tensor for leaf, tensor in block.state_dict().items()}
+            yield from _block(targets, state, narrow)
+
+
+def _block(
+    targets: Iterable[Target], state: Mapping[str, Tensor], narrow: bool
+) -> Iterator[tuple[str, Iterable[Tensor]]]:
+    targets = list(targets)
+    claimed = {f"{target.module}.{leaf}" for target in targets for leaf in ("weight", "bias")}
+    yield from ((name, [tensor]) for name, tensor in state.items() if name not in claimed)
+    for target in targets:
+        joined = narrow and target.role in ("v", "o")
+        if not joined:
+            yield target.name, [weights.read(state[f"{target.module}.weight"], target)]
+        if target.has_bias and not (joined and target.role == "v"):
+            yield f"{target.name}.bias", [weights.bias(state[f"{target.module}.bias"], target)]
+    if narrow:
+        value, output = (next(target for target in targets if target.role == role) for role in "vo")
+        yield f"{value.name} · {output.name}", _products(value, output, state)
+
+
+def _products(value: Target, output: Target, state: Mapping[str, Tensor]) -> Iterator[Tensor]:
+    """Yield for each head its output times its values (and their bias): (hidden, hidden) or one column more."""
+    assert value.heads is not None
+    heads = value.heads
+    right = weights.read(state[f"{value.module}.weight"], value).double()
+    if value.has_bias:
+        right = torch.cat([right, weights.bias(state[f"{value.module}.bias"], value).double()[:, None]], 1)
+    left = weights.read(state[f"{output.module}.weight"], output).double()
+    for head, columns in enumerate(left.split(heads.size, 1)):
+        yield columns @ right.split(heads.size)[head // (heads.query // heads.key)]

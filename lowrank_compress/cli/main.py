@@ -80,22 +80,47 @@ def compress(
             "--dry-run", help="Print budget, ranks, memory and disk, and write nothing.", rich_help_panel=o.WHERE
         ),
     ] = False,
+    check: o.Check = None,
+    tolerance: o.Tolerance = None,
+    against: o.ExpectedRun = None,
+    report: o.Report = None,
     json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
-    """Compress a checkpoint: calibrate, score, factorize. The result is RUN/model."""
+    """Compress a checkpoint: calibrate, score, factorize. The result is RUN/model.
+
+    With --check, exit code 0 means the same bytes as expected, 3 the same within --tolerance, 2 anything else.
+    """
     given = {name: value for name, value in locals().items() if name in Recipe.model_fields}
     with friendly(debug):
         prepare_libraries()
-        from lowrank_compress.cli import commands, printing
+        from lowrank_compress.cli import checking, commands, printing
 
         recipe = _recipe(config, given)
+        checking.refuse_options(check, dry_run=dry_run, overwrite=overwrite, other=(tolerance, against, report))
         if dry_run:
             printing.print_dry_run(commands.dry_run(recipe, out, memory_budget), json)
             return
+        if check is None:
+            with reported() as reporter:
+                result = commands.compress(recipe, out, memory_budget, keep_statistics, overwrite, reporter)
+            printing.print_result(result, json)
+            return
         with reported() as reporter:
-            result = commands.compress(recipe, out, memory_budget, keep_statistics, overwrite, reporter)
-        printing.print_result(result, json)
+            found = checking.check(
+                recipe,
+                check,
+                out,
+                tolerance=tolerance,
+                against=against,
+                report=report,
+                compress=lambda place: commands.compress(
+                    recipe, place, memory_budget, keep_statistics, False, reporter
+                ),
+                reporter=reporter,
+            )
+        checking.show(found, check, json)
+    raise typer.Exit(found.exit_code)
 
 
 @app.command()
@@ -273,13 +298,31 @@ def list_entries(
 
 
 @app.command()
-def verify(run: o.RunDir, json: o.Json = False, debug: o.Debug = False) -> None:
+def verify(
+    run: o.RunDir,
+    write: Annotated[
+        Path | None,
+        typer.Option(
+            "--write",
+            metavar="EXPECTED.json",
+            help="Also write what the run must come out as when it is made again, for `lrc compress --check`.",
+            show_default=False,
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Let --write replace a file that is no expectation.")
+    ] = False,
+    json: o.Json = False,
+    debug: o.Debug = False,
+) -> None:
     """Check every file of a run against its manifests; exit code 2 if one is damaged."""
     with friendly(debug):
         prepare_libraries()
-        from lowrank_compress.cli import inspection
+        from lowrank_compress.cli import checking, inspection
 
         inspection.verify(run, json)
+        if write is not None:
+            checking.write(run, write, overwrite)
 
 
 @app.command()

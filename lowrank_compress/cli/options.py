@@ -11,6 +11,7 @@ DATA = "Calibration data"
 WHAT = "What to compress, and how"
 WHERE = "Where and how to run"
 TUNING = "Fine tuning"
+CHECK = "Making a run again and comparing"
 
 Model = Annotated[
     str | None,
@@ -194,6 +195,46 @@ MemoryBudget = Annotated[
 ]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the results of another recipe.", rich_help_panel=WHERE)
+]
+Check = Annotated[
+    Path | None,
+    typer.Option(
+        "--check",
+        metavar="EXPECTED.json",
+        help="Make the run again from nothing (in --out, or in a temporary directory) and compare every byte with what "
+        "`lrc verify RUN --write EXPECTED.json` wrote.",
+        rich_help_panel=CHECK,
+        show_default=False,
+    ),
+]
+Tolerance = Annotated[
+    float | None,
+    typer.Option(
+        "--tolerance",
+        help="Where bytes differ, accept weights (multiplied out) within this distance of the expected, relative to "
+        "their norm, such as 1e-4.",
+        rich_help_panel=CHECK,
+        show_default=False,
+    ),
+]
+ExpectedRun = Annotated[
+    Path | None,
+    typer.Option(
+        "--against",
+        help="The expected run, or its model/, to compare single elements with (default: the one that EXPECTED.json "
+        "names, if it is there)",
+        rich_help_panel=CHECK,
+        show_default=False,
+    ),
+]
+Report = Annotated[
+    Path | None,
+    typer.Option(
+        "--report",
+        help="Write what was found to a file, .json or else Markdown.",
+        rich_help_panel=CHECK,
+        show_default=False,
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

@@ -14,7 +14,8 @@ from lowrank_compress.config import DTYPES
 from lowrank_compress.errors import InputError
 from lowrank_compress.evaluation.speed import PHASES, Settings, benchmark
 from lowrank_compress.model.blueprint import task_of
-from lowrank_compress.model.checkpoint import Checkpoint, locate
+from lowrank_compress.model.checkpoint import Checkpoint
+from lowrank_compress.model.locate import locate
 from lowrank_compress.registry import unknown
 from lowrank_compress.stages.common import Run, compute_device, display_name, environment
 

@@ -19,8 +19,9 @@ from lowrank_compress.cli.terminal import TerminalReporter, console
 from lowrank_compress.config import EvaluateConfig, Recipe, load_recipe
 from lowrank_compress.demo import text as demo_text
 from lowrank_compress.errors import ArtifactError, CalibrationError, InputError
-from lowrank_compress.model.checkpoint import Checkpoint, locate
+from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.dense import write_dense
+from lowrank_compress.model.locate import locate
 from lowrank_compress.model.memory import keep_freed
 from lowrank_compress.stages import calibrate as calibrate_stage
 from lowrank_compress.stages import pipeline

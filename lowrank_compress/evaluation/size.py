@@ -54,7 +54,7 @@ def kv_bytes(checkpoint: Checkpoint) -> int:
     if plan.task != "lm":
         return 0
     heads, path = plan.resolved.heads, plan.resolved.architecture.attention
-    settings = checkpoint.raw_config.get("quantization_config") or {}
+    settings = checkpoint.quantization or {}
     narrower = settings.get("attention", {})
     width = 0
     for block in plan.resolved.blocks:

@@ -14,16 +14,23 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightRenaming, dot_natural_key, rename_source_key
 
 from lowrank_compress.arch.resolve import Resolved, Target, resolve
 from lowrank_compress.arch.table import architecture_of
-from lowrank_compress.errors import CheckpointError, UnsupportedError
-from lowrank_compress.model import weights
-from lowrank_compress.model.checkpoint import Checkpoint
-from lowrank_compress.model.layers import QUANT_METHOD, LowRankConfig, swap_modules
+from lowrank_compress.errors import CheckpointError, LrcError, UnsupportedError
+from lowrank_compress.model import contract, weights
+from lowrank_compress.model.casting import cast
+from lowrank_compress.model.checkpoint import Checkpoint, first_line
+from lowrank_compress.model.layers import LowRankConfig, swap_modules
 
 Task = Literal["lm", "classification"]
 
@@ -36,7 +43,8 @@ def task_of(config: PretrainedConfig) -> Task:
     UnsupportedError
         It is neither.
     """
-    named = (getattr(config, "architectures", None) or ["(none)"])[0]
+    listed = getattr(config, "architectures", None)
+    named = str(listed[0]) if isinstance(listed, list | tuple) and listed else str(listed or "(none)")
     if named.endswith(("ForCausalLM", "LMHeadModel")):
         return "lm"
     if named.endswith("ForSequenceClassification"):
@@ -75,6 +83,8 @@ class Blueprint:
         are tied to, whichever of them is stored.
     ties
         Further names on disk of tensors that are tied: name on disk -> that of the one they are tied to.
+    warnings
+        What the user should know about what is stored.
     """
 
     checkpoint: Checkpoint
@@ -82,6 +92,7 @@ class Blueprint:
     resolved: Resolved
     stored: Mapping[str, str]
     ties: Mapping[str, str]
+    warnings: tuple[str, ...] = ()
 
     @property
     def task(self) -> Task:
@@ -89,14 +100,21 @@ class Blueprint:
         return task_of(self.model.config)
 
     def read(self, name: str) -> Tensor:
-        """Read a tensor by its name in the model.
+        """Read a tensor by its name in the model, in the dtype that `from_pretrained` gives it.
 
         Raises
         ------
         CheckpointError
             It is not stored, or not finite.
+        NumericsError
+            It has values beyond the dtype that config.json asks for.
         """
-        return self.checkpoint.read(self.name_on_disk(name))
+        return self._read(self.name_on_disk(name))
+
+    def _read(self, on_disk: str) -> Tensor:
+        return cast(
+            self.checkpoint.read(on_disk), self.checkpoint.dtype, f"The tensor {on_disk} of {self.checkpoint.path}"
+        )
 
     def weight(self, target: Target) -> Tensor:
         """Read the matrix of a target, (out, in), as stored."""
@@ -144,7 +162,7 @@ class Blueprint:
             They do not.
         """
         for other, one in self.ties.items():
-            if not torch.equal(self.checkpoint.read(one), self.checkpoint.read(other)):
+            if not torch.equal(self._read(one), self._read(other)):
                 raise CheckpointError(
                     f"{self.checkpoint.path} stores different values in {one} and {other}, which its config.json ties. "
                     "Set tie_word_embeddings to false there if the weights are right."
@@ -192,31 +210,51 @@ def blueprint(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Bluep
 def _built(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Blueprint:
     config = copy.deepcopy(checkpoint.config)
     architecture_of(config)
-    settings = checkpoint.raw_config.get("quantization_config")
-    if settings is not None and settings.get("quant_method") != QUANT_METHOD:
-        raise UnsupportedError(
-            f"{checkpoint.path} is quantized ({settings.get('quant_method')}); expected plain floating-point weights. "
-            "Compress the unquantized checkpoint."
-        )
     config.use_cache = False
     auto = AutoModelForCausalLM if task_of(config) == "lm" else AutoModelForSequenceClassification
-    with torch.device("meta"):
-        model: PreTrainedModel = auto.from_config(config, dtype=config.dtype if dtype is None else dtype)
-    resolved = resolve(model)
-    if settings is not None:
-        swap_modules(model, LowRankConfig(**settings))
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = auto.from_config(
+                config,
+                dtype=checkpoint.dtype if dtype is None else dtype,
+                trust_remote_code=checkpoint.trust_remote_code and config.model_type not in CONFIG_MAPPING,
+            )
+        resolved = resolve(model)
+        if checkpoint.quantization is not None:
+            swap_modules(model, LowRankConfig(**checkpoint.quantization))
+    except LrcError:
+        raise
+    except Exception as problem:  # whatever sizes that do not fit together run into
+        raise CheckpointError(
+            f"{checkpoint.path / 'config.json'} describes a model that cannot be built: {first_line(problem)} "
+            f"({type(problem).__name__}). It is damaged, or was edited."
+        ) from problem
     model.eval().requires_grad_(False)
-    return Blueprint(checkpoint, model, resolved, *_locations(checkpoint, model))
+    found, ties, unknown = _locations(checkpoint, model)
+    contract.check(checkpoint.path, model, checkpoint.tensors, found, ties)
+    warnings = contract.dropped(checkpoint.path, contract.unexpected(model, unknown))
+    return Blueprint(checkpoint, model, resolved, found, ties, warnings)
 
 
-def _locations(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[dict[str, str], dict[str, str]]:
-    """Map names in the model to names on disk, and further names of tied tensors to those."""
+def _locations(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
+    """Map names in the model to names on disk, further names of tied tensors to those, strange names to new ones."""
     renamings = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
     state = model.state_dict()
     found: dict[str, str] = {}
-    for stored in checkpoint.files:
+    unknown: dict[str, str] = {}
+    # In the order in which transformers goes through them: some rules take effect from the first match on.
+    for stored in sorted(checkpoint.files, key=dot_natural_key):
         name, _ = rename_source_key(stored, renamings, [], model.base_model_prefix, state)
-        if name in state:
+        if name not in state and stored in state:
+            name, _ = rename_source_key(stored, [], [], model.base_model_prefix, state)
+        if name not in state:
+            unknown[stored] = name
+        elif name in found:
+            raise CheckpointError(
+                f"{checkpoint.path} stores the tensor {name} twice, as {found[name]} and as {stored}. Which one counts "
+                "is not said: remove one."
+            )
+        else:
             found[name] = stored
     ties: dict[str, str] = {}
     for name, source in model.all_tied_weights_keys.items():
@@ -224,4 +262,4 @@ def _locations(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[dict[str
             ties[found.pop(name)] = found[source]
         elif name in found:
             found[source] = found.pop(name)
-    return found, ties
+    return found, ties, unknown

@@ -47,7 +47,7 @@ def write_dense(
     ArtifactError
         `out` is a file, or holds files and is not to be replaced, or is no export.
     """
-    if (checkpoint.raw_config.get("quantization_config") or {}).get("quant_method") != "lowrank":
+    if checkpoint.quantization is None:
         raise CheckpointError(f"{checkpoint.path} is not compressed by this package; there is nothing to make dense.")
     recover(out, {})
     with replacing(out, _replaceable(out, overwrite)) as draft:

@@ -11,8 +11,10 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lowrank_compress.model.checkpoint import INDEX, SINGLE, Checkpoint
+from lowrank_compress.model.casting import require_finite
+from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.layers import LowRankConfig
+from lowrank_compress.model.shards import INDEX, SINGLE
 
 
 class ShardWriter:
@@ -34,7 +36,14 @@ class ShardWriter:
         self._total = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Add a tensor; those added before may go to disk."""
+        """Add a tensor; those added before may go to disk.
+
+        Raises
+        ------
+        NumericsError
+            It has NaN or infinite elements.
+        """
+        require_finite(tensor, name)
         size = tensor.numel() * tensor.element_size()
         if self._pending and self._bytes + size > self.limit:
             self._flush()

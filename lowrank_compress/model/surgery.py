@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lowrank_compress.arch.resolve import Heads, Target
 from lowrank_compress.arch.spec import Role
+from lowrank_compress.model.casting import cast
 
 ROTARY = "lr_rotary"  # the buffer of `layers.CompressedAttention`
 
@@ -59,10 +60,11 @@ class Encoded:
         whole[self.index], whole[others] = inner, rest
         return whole
 
-    def cast(self, dtype: torch.dtype) -> Encoded:
-        """Round to the dtype in which it will be stored."""
-        outer = None if self.outer is None else self.outer.to(dtype)
-        return Encoded(self.format, self.rank, self.inner.to(dtype), outer, self.index)
+    def cast(self, dtype: torch.dtype, name: str) -> Encoded:
+        """Round to the dtype in which it will be stored; `name` is the matrix's, for the error where that overflows."""
+        what = name if self.outer is None else f"A factor of {name}"
+        outer = None if self.outer is None else cast(self.outer, dtype, what)
+        return Encoded(self.format, self.rank, cast(self.inner, dtype, what), outer, self.index)
 
 
 def module_entry(targets: Sequence[Target], parts: Sequence[Encoded]) -> dict[str, Any]:

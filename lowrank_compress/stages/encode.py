@@ -21,6 +21,7 @@ from lowrank_compress.methods.matrix_unit import MatrixUnit
 from lowrank_compress.methods.module_unit import ModuleUnit
 from lowrank_compress.methods.units import Unit, stored_elements
 from lowrank_compress.model.blueprint import Blueprint
+from lowrank_compress.model.casting import cast
 from lowrank_compress.model.surgery import (
     ROTARY,
     Encoded,
@@ -122,7 +123,9 @@ class Encoder:
         self._attention(block, pieces, made)
         for name in self.plan.inside(block):
             if name not in replaced:
-                made.tensors[self.plan.name_on_disk(name)] = cast(self.plan.read(name), self.dtype)
+                made.tensors[self.plan.name_on_disk(name)] = cast(
+                    self.plan.read(name), self.dtype, f"The tensor {name}"
+                )
         return made
 
     def _matrix(self, unit: MatrixUnit, choice: Choice, bases: Mapping[str, Tensor], pieces: _Pieces) -> Choice:
@@ -151,7 +154,7 @@ class Encoder:
         basis = {name.removeprefix(stem): t.to(self.device) for name, t in bases.items() if name.startswith(stem)}
         reduced = unit.method.reduce(unit.targets[0].heads, weights, biases, basis, choice.rank)
         for role, weight in reduced.weights.items():
-            inner = weight.cpu().to(self.dtype)
+            inner = cast(weight.cpu(), self.dtype, f"The smaller {unit.roles[role].name}")
             pieces.parts[unit.roles[role].name] = Encoded("dense", len(inner), inner)
         pieces.biases |= {unit.roles[role].name: bias.cpu() for role, bias in reduced.biases.items()}
         pieces.widths[unit.method.group] = choice.rank
@@ -184,13 +187,15 @@ class Encoder:
             replaced.add(f"{path}.weight")
             if first.has_bias:
                 biases = [pieces.biases.get(target.name, plan.bias(target).double()) for target in targets]
-                made.tensors[plan.name_on_disk(f"{path}.bias")] = joined(targets, biases).to(self.dtype)
+                made.tensors[plan.name_on_disk(f"{path}.bias")] = cast(
+                    joined(targets, biases), self.dtype, f"The bias of {path}"
+                )
                 replaced.add(f"{path}.bias")
         return replaced
 
     def _dense(self, target: Target) -> Encoded:
         """Take a matrix as it is."""
-        return Encoded("dense", target.shape[0], self.plan.weight(target)).cast(self.dtype)
+        return Encoded("dense", target.shape[0], self.plan.weight(target)).cast(self.dtype, target.name)
 
     def _attention(self, block: int, pieces: _Pieces, made: EncodedBlock) -> None:
         """Describe an attention whose heads have become narrower."""
@@ -237,7 +242,7 @@ class Encoder:
             if best is not None and tail >= least:
                 continue
             pair = left[:, :rank], right[:rank]
-            part = _encoded(form, *pair).cast(self.dtype)
+            part = _encoded(form, *pair).cast(self.dtype, unit.target.name)
             loss = tail + self._rounding_loss(unit.target, part, *pair, bases) if len(ranks) > 1 else tail
             if best is None or loss < least:
                 best, least = part, loss
@@ -277,8 +282,3 @@ def _encoded(form: str, left: Tensor, right: Tensor) -> Encoded:
         return Encoded("pair", len(right), right, left)
     found = pivot(left, right)
     return Encoded("pivot", len(right), found.pivots, found.coefficients, found.index)
-
-
-def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast a floating-point tensor; leave others."""
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor

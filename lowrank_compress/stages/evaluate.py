@@ -29,7 +29,7 @@ from lowrank_compress.errors import ArtifactError, CalibrationError, InputError
 from lowrank_compress.evaluation.harness import harness_version, run_tasks, task_files
 from lowrank_compress.evaluation.replayed import Accuracy, Perplexity, accuracy, perplexity
 from lowrank_compress.evaluation.size import measure_size
-from lowrank_compress.model.blueprint import task_of
+from lowrank_compress.model.blueprint import blueprint, task_of
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.replay import Batch
 from lowrank_compress.model.skeleton import Skeleton
@@ -120,6 +120,8 @@ def run(
     metrics: dict[str, Any] = {"perplexity": {}, "classification": {}, "tasks": {}}
     models = _models(inputs)
     for role, checkpoint in models.items():
+        for warning in blueprint(checkpoint).warnings:
+            reporter.warn(warning)
         measured = _measure(config, checkpoint, role, reporter, workers)
         for kind in metrics:
             for name, values in measured[kind].items():
@@ -141,7 +143,7 @@ def run(
 
 def _models(inputs: Inputs) -> dict[str, Checkpoint]:
     if inputs.dense is None:
-        compressed = "quantization_config" in inputs.checkpoint.raw_config
+        compressed = inputs.checkpoint.quantization is not None
         return {"compressed" if compressed else "dense": inputs.checkpoint}
     return {"compressed": inputs.checkpoint, "dense": inputs.dense}
 

@@ -27,11 +27,12 @@ from lowrank_compress.errors import ArtifactError
 from lowrank_compress.methods.sites import all_units, sites_of
 from lowrank_compress.methods.units import Unit
 from lowrank_compress.model.blueprint import Blueprint, blueprint
+from lowrank_compress.model.casting import cast
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.export import ShardWriter, config_json, write_companions
 from lowrank_compress.model.layers import remote_code_entries, write_remote_code
 from lowrank_compress.stages.common import Reporter, Silent, checkpoint_id, environment
-from lowrank_compress.stages.encode import Encoder, cast
+from lowrank_compress.stages.encode import Encoder
 from lowrank_compress.stages.ranks import RANKS, Choice, read_ranks
 from lowrank_compress.stages.report import block_losses, model_card, summary
 
@@ -149,7 +150,7 @@ def _write(
     blocks = range(len(plan.resolved.blocks))
     writer = ShardWriter(out_dir, config.shard_bytes)
     for name in plan.outside():
-        writer.add(plan.name_on_disk(name), cast(plan.read(name), dtype))
+        writer.add(plan.name_on_disk(name), cast(plan.read(name), dtype, f"The tensor {name}"))
     layout: dict[str, dict[str, Any]] = {"modules": {}, "dense_shapes": {}, "attention": {}}
     stored: dict[str, Choice] = {}
     losses: dict[str, float] = {}

@@ -11,7 +11,8 @@ from lowrank_compress.artifacts.manifest import Manifest, difference, read_manif
 from lowrank_compress.calibration.workers import Workers
 from lowrank_compress.config import EvaluateConfig, Recipe, read_recipe_file
 from lowrank_compress.errors import ArtifactError, InputError
-from lowrank_compress.model.checkpoint import Checkpoint, locate
+from lowrank_compress.model.checkpoint import Checkpoint
+from lowrank_compress.model.locate import locate
 from lowrank_compress.stages import calibrate, evaluate, factorize, score
 from lowrank_compress.stages.bases import Bases
 from lowrank_compress.stages.common import Reporter, Run, Silent, checkpoint_id, display_name, recipe_state, recipe_text
@@ -173,12 +174,12 @@ def evaluation_inputs(target: str, trust_remote_code: bool) -> tuple[evaluate.In
     """
     run = Run(Path(target))
     if not run.exists():
-        return evaluate.Inputs(Checkpoint(locate(target), trust_remote_code)), None
+        return evaluate.Inputs(Checkpoint(locate(target, None, trust_remote_code), trust_remote_code)), None
     final = run.final_model()
     index = read_sealed(run.index)
     manifest = read_manifest(final)
     assert manifest is not None
-    dense = Checkpoint(locate(index["base"], index.get("revision")), trust_remote_code)
+    dense = Checkpoint(locate(index["base"], index.get("revision"), trust_remote_code), trust_remote_code)
     if checkpoint_id(dense) != index["base_id"]:
         raise ArtifactError(
             f"{index['base']} is not the checkpoint that {target} was made from: its files have changed since. Restore "

@@ -18,7 +18,8 @@ from lowrank_compress.methods.sites import all_units, sites_of
 from lowrank_compress.methods.table import METHODS
 from lowrank_compress.methods.units import needed, needs_data
 from lowrank_compress.model.blueprint import blueprint
-from lowrank_compress.model.checkpoint import Checkpoint, locate
+from lowrank_compress.model.checkpoint import Checkpoint
+from lowrank_compress.model.locate import directory_of, locate
 from lowrank_compress.stages.common import compute_device, source_id
 from lowrank_compress.stages.score import check_options
 
@@ -112,7 +113,9 @@ class Plan:
     def resolved(self) -> Recipe:
         """The recipe with all defaults written out; it repeats the run on its own."""
         model = (
-            str(self.checkpoint.path.resolve()) if Path(self.recipe.model).expanduser().is_dir() else self.recipe.model
+            self.recipe.model
+            if (directory := directory_of(self.recipe.model)) is None
+            else str(directory.resolve())  # of an adapter, not of what it was merged to
         )
         source = self.recipe.calibration
         if source is not None and not source.startswith("hf:"):
@@ -147,11 +150,10 @@ def make_plan(recipe: Recipe) -> Plan:
         )
     method = METHODS[recipe.method]
     device = str(compute_device(recipe.device))
-    checkpoint = Checkpoint(locate(recipe.model, recipe.revision), recipe.trust_remote_code)
-    if checkpoint.raw_config.get("quantization_config") is not None:
-        kind = checkpoint.raw_config["quantization_config"].get("quant_method")
+    checkpoint = Checkpoint(locate(recipe.model, recipe.revision, recipe.trust_remote_code), recipe.trust_remote_code)
+    if checkpoint.quantization is not None:
         raise UnsupportedError(
-            f"{recipe.model} is already compressed or quantized ({kind}); start from the dense checkpoint."
+            f"{recipe.model} is already compressed by this program; start from the dense checkpoint it was made from."
         )
     design = blueprint(checkpoint)
     scheme, notes = scheme_of(recipe, design.resolved.architecture)
@@ -181,4 +183,4 @@ def make_plan(recipe: Recipe) -> Plan:
     dtype = recipe.dtype or str(checkpoint.dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise InputError(f"The checkpoint's weights are {dtype}; name an output --dtype: {', '.join(DTYPES)}.")
-    return Plan(recipe, checkpoint, seq_len, device, dtype, scheme, notes)
+    return Plan(recipe, checkpoint, seq_len, device, dtype, scheme, (*design.warnings, *notes))

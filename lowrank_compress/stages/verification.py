@@ -11,7 +11,8 @@ from lowrank_compress.errors import ArtifactError, LrcError
 from lowrank_compress.methods.scheme import scheme_of
 from lowrank_compress.methods.sites import sites_of
 from lowrank_compress.model.blueprint import blueprint
-from lowrank_compress.model.checkpoint import Checkpoint, locate
+from lowrank_compress.model.checkpoint import Checkpoint
+from lowrank_compress.model.locate import locate
 from lowrank_compress.stages.common import Run, recipe_state
 from lowrank_compress.stages.evaluate import METRICS, merged
 from lowrank_compress.stages.ranks import RANKS, read_ranks

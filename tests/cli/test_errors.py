@@ -198,7 +198,7 @@ def test_a_hub_name_offline(tmp_path: Path):
 
 def test_a_compressed_checkpoint_is_not_compressed_again(tiny: Tiny, pristine: Finished, tmp_path: Path):
     message = refused("compress", pristine("svd") / "model", *tiny.options(tmp_path / "run")[1:])
-    assert "already compressed or quantized (lowrank)" in message
+    assert "is already compressed by this program; start from the dense checkpoint" in message
 
 
 @pytest.mark.parametrize("command", ["compress", "calibrate"])

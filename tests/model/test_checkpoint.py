@@ -13,7 +13,9 @@ from safetensors.torch import save_file
 
 from lowrank_compress.errors import CheckpointError, InputError, UnsupportedError
 from lowrank_compress.model.blueprint import blueprint
-from lowrank_compress.model.checkpoint import COMPANIONS, INDEX, SINGLE, Checkpoint, locate
+from lowrank_compress.model.checkpoint import Checkpoint
+from lowrank_compress.model.locate import locate
+from lowrank_compress.model.shards import COMPANIONS, INDEX, SINGLE
 from tests.tiny import save_tiny
 
 
@@ -55,21 +57,6 @@ def test_a_file_is_no_checkpoint(tmp_path: Path) -> None:
         locate(str(tmp_path / SINGLE))
 
 
-def test_a_repository_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only what a checkpoint needs is asked for: no pickles, no code."""
-    asked: list[tuple[str, str | None, list[str]]] = []
-
-    def download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
-        asked.append((name, revision, allow_patterns))
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert locate("owner/name", "v2") == tmp_path
-    assert asked[0][:2] == ("owner/name", "v2")
-    assert {"*.safetensors", "config.json", INDEX, "tokenizer.json"} <= set(asked[0][2])
-    assert not any(pattern.endswith((".bin", ".py", ".pt")) for pattern in asked[0][2])
-
-
 def test_a_repository_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     def download(*_: object, **__: object) -> str:
         raise LocalEntryNotFoundError("no network\nand more lines")
@@ -83,7 +70,9 @@ def test_a_repository_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_directory_without_config(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"has no config\.json; expected a Hugging Face checkpoint directory"):
+    with pytest.raises(
+        CheckpointError, match=r"has no config\.json, nor anything else; expected a Hugging Face checkpoint"
+    ):
         Checkpoint(tmp_path)
 
 
@@ -98,7 +87,8 @@ def test_a_config_that_is_no_json_object(text: str, message: str, path: Path) ->
 
 
 def test_a_config_that_transformers_cannot_read(path: Path) -> None:
-    (path / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": "wide"}))
+    save_file({"a": torch.ones(2, 3)}, path / SINGLE)
+    (path / "config.json").write_text(json.dumps({"model_type": "llama", "layer_types": "all"}))
     with pytest.raises(CheckpointError, match=r"transformers cannot read .*config\.json \(model_type 'llama'"):
         _ = Checkpoint(path).config
 
@@ -114,6 +104,7 @@ def test_a_model_type_that_nobody_knows(config: dict[str, object], message: str,
 
 
 def test_labels_of_a_classifier(path: Path) -> None:
+    save_file({"a": torch.ones(2, 3)}, path / SINGLE)
     labels = {"id2label": {"0": "bad", "1": "good", "2": "so-so"}, "label2id": {"bad": 0, "good": 1, "so-so": 2}}
     (path / "config.json").write_text(json.dumps({"model_type": "bert", **labels}))
     assert Checkpoint(path).class_ids == {"bad": 0, "good": 1, "so-so": 2}
@@ -125,12 +116,9 @@ def test_labels_of_a_classifier(path: Path) -> None:
 def test_one_file(path: Path) -> None:
     save_file({"a": torch.ones(2, 3), "b": torch.zeros(4)}, path / SINGLE)
     assert Checkpoint(path).files == {"a": path / SINGLE, "b": path / SINGLE}
-    # Where both are there, the index says which files count.
+    # Where both are there, the single file counts, as it does for transformers.
     shards(path)
-    assert {file.name for file in Checkpoint(path).files.values()} == {
-        "model-00001-of-00002.safetensors",
-        "model-00002-of-00002.safetensors",
-    }
+    assert {file.name for file in Checkpoint(path).files.values()} == {SINGLE}
 
 
 def test_shards(path: Path) -> None:

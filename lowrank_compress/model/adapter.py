@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import tempfile
 import warnings
@@ -22,6 +23,7 @@ from lowrank_compress.artifacts.files import canonical_hash
 from lowrank_compress.artifacts.hashes import cache_directory, file_hashes
 from lowrank_compress.errors import CheckpointError, InputError, LrcError, UnsupportedError
 from lowrank_compress.model.blueprint import blueprint
+from lowrank_compress.model.casting import require_finite
 from lowrank_compress.model.checkpoint import Checkpoint, first_line
 from lowrank_compress.model.shards import COMPANIONS, Stored, open_tensors, read_settings
 
@@ -29,6 +31,8 @@ ADAPTER = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _HEADS = (".score.weight", ".classifier.weight", ".classifier.out_proj.weight")
 _PREFIX = "base_model.model."
+# peft writes a module of the adapter's own under several names where the vocabulary has grown.
+_WRAPPED = re.compile(r"\.(original_module|modules_to_save)\.")
 
 
 def merged(adapter: Path, find: Callable[[str, str | None], Path]) -> Path:
@@ -146,7 +150,7 @@ def _merge(base: Checkpoint, adapter: Path, settings: Mapping[str, Any]) -> PreT
     try:
         whole = PeftModel.from_pretrained(model, adapter, torch_device="cpu")
         expected = set(get_peft_model_state_dict(whole, save_embedding_layers=False))
-        known = expected | set(whole.state_dict())
+        known = {*expected, *whole.state_dict(), *(name for name in tensors if _WRAPPED.sub(".", name) in expected)}
         if not hasattr(whole, "merge_and_unload") or not hasattr(whole.base_model, "merge_and_unload"):
             raise UnsupportedError(
                 f"An adapter of the kind {settings['peft_type']} ({adapter}) adds no weights that can be merged into "
@@ -157,7 +161,10 @@ def _merge(base: Checkpoint, adapter: Path, settings: Mapping[str, Any]) -> PreT
                 f"The adapter {adapter} does not fit its base: the tensor {wrong[0]} and {len(wrong) - 1} more are in "
                 "only one of them. The base is another one, or adapter_config.json was edited."
             )
-        return whole.merge_and_unload(safe_merge=True)
+        found = whole.merge_and_unload()
+        for name, tensor in found.state_dict().items():
+            require_finite(tensor, name)
+        return found
     except LrcError:
         raise
     except Exception as problem:  # peft raises many types

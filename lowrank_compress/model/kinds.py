@@ -56,9 +56,7 @@ def no_config(where: object, names: Collection[str]) -> str:
     if any(name.startswith("adapter_model") for name in names):
         return f"{where} has adapter weights without adapter_config.json; expected both. Download the adapter again."
     if other := _other_weights(names):
-        return (
-            f"{where} has no config.json; {EXPECTED}. It has {other}: pass the original checkpoint they were made from."
-        )
+        return f"{where} has no config.json; {EXPECTED}. It has {other}: pass the checkpoint that they were made from."
     return f"{where} has no config.json; {EXPECTED}. It has {few(names)}."
 
 

@@ -4,17 +4,14 @@ import json
 import os
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 
-from lowrank_compress.errors import CheckpointError, InputError, UnsupportedError
+from lowrank_compress.errors import CheckpointError, UnsupportedError
 from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
-from lowrank_compress.model.locate import locate
 from lowrank_compress.model.shards import COMPANIONS, INDEX, SINGLE
 from tests.tiny import save_tiny
 
@@ -33,37 +30,6 @@ def shards(path: Path) -> None:
     save_file({"b": torch.zeros(4, dtype=torch.bfloat16)}, path / names[1])
     index = {"metadata": {}, "weight_map": {"a": names[0], "b": names[1]}}
     (path / INDEX).write_text(json.dumps(index))
-
-
-# --- Finding it
-
-
-def test_a_directory_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert locate(str(tmp_path)) == tmp_path
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "models").mkdir()
-    assert locate("~/models") == tmp_path / "models"
-
-
-@pytest.mark.parametrize("name", ["./nothing", "/nothing/here", "~/nothing", "a/b/c"])
-def test_a_directory_that_is_not_there(name: str) -> None:
-    with pytest.raises(InputError, match=f"The directory {name} does not exist"):
-        locate(name)
-
-
-def test_a_file_is_no_checkpoint(tmp_path: Path) -> None:
-    (tmp_path / SINGLE).write_bytes(b"")
-    with pytest.raises(InputError, match="is a file; expected a checkpoint directory"):
-        locate(str(tmp_path / SINGLE))
-
-
-def test_a_repository_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    def download(*_: object, **__: object) -> str:
-        raise LocalEntryNotFoundError("no network\nand more lines")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    with pytest.raises(InputError, match=r"'owner/name' is neither a directory here nor .* \(no network\)"):
-        locate("owner/name")
 
 
 # --- Its config

@@ -12,10 +12,10 @@ THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format bench scale hooks clean
+.PHONY: help setup demo test check regenerate format bench scale hooks clean
 
 help:  ## List the targets
-	@sed -nE 's/^([a-z]+):.*## (.*)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-13s%s\n", $$1, $$2}'
+	@sed -nE 's/^([a-z]+):.*## (.*)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-17s%s\n", $$1, $$2}'
 
 setup: $(STAMP)  ## Make .venv with everything in it (again when pyproject.toml or constraints.txt change)
 
@@ -38,6 +38,11 @@ check: $(STAMP)  ## Format, lint and types; the same in the git hook and in CI
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
+
+# Arguments of scripts/regenerate.py: ARGS='--recipes auto,svd-llm', or ARGS=--write for a change that is meant.
+ARGS ?=
+regenerate: $(STAMP)  ## Make the checkpoint of every recipe again and compare every byte (ARGS=--write: expect these)
+	$(THREADS) $(OFFLINE) $(BIN)/python scripts/regenerate.py $(ARGS)
 
 format: $(STAMP)  ## Format the code and mend what ruff can mend
 	$(BIN)/ruff check --fix --quiet . || true

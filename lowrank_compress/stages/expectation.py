@@ -26,7 +26,8 @@ from lowrank_compress.artifacts.manifest import Manifest, read_manifest
 from lowrank_compress.config import Recipe, load_recipe
 from lowrank_compress.errors import ArtifactError, InputError
 from lowrank_compress.linalg.sketch import Sketch, sketch
-from lowrank_compress.model.checkpoint import Checkpoint, locate
+from lowrank_compress.model.checkpoint import Checkpoint
+from lowrank_compress.model.locate import locate
 from lowrank_compress.model.reconstruction import reconstruction
 from lowrank_compress.stages.common import Run, checkpoint_id, display_name
 from lowrank_compress.stages.verification import verify

@@ -286,7 +286,7 @@ def test_pipes_in_a_run_are_refused_at_once(tiny: Tiny, finished: Finished):
         run = finished("svd")
         (run / name).unlink()
         os.mkfifo(run / name)
-        for command in (["factorize", run], ["eval", run, "--perplexity", tiny.heldout], ["verify", run]):
+        for command in (["eval", run, "--perplexity", tiny.heldout], ["verify", run], ["factorize", run]):
             replaced = name == "run.json" and command[0] == "factorize"
             assert lrc(*command).code == (0 if replaced else 2), (name, command)
         shutil.rmtree(run)

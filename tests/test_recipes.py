@@ -30,7 +30,7 @@ def _data(recipe: Recipe, directory: Path) -> Path:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_runs(path: Path, tmp_path: Path) -> None:
-    recipe = Recipe(model="", **yaml.safe_load(path.read_text(encoding="utf-8")))
+    recipe = Recipe(model="named-below", **yaml.safe_load(path.read_text(encoding="utf-8")))
     task = "lm" if recipe.label_column is None else "classification"
     # Biases, so that afm has something to restore the mean through.
     model = save_tiny("gpt2" if task == "lm" else "bert", tmp_path / "model", task)

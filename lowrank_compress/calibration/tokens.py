@@ -6,15 +6,17 @@ Text is tokenised without special tokens. A window is [bos, if the tokenizer add
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lowrank_compress.calibration.sources import Examples
+from lowrank_compress.calibration.sources import Chat, Examples, Render
 from lowrank_compress.errors import CalibrationError, InputError
+from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.replay import Batch
 
 
@@ -35,6 +37,11 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTok
         ) from problem
 
 
+def vocabulary_of(checkpoint: Checkpoint) -> int | None:
+    """Rows of a checkpoint's embedding, as its config says."""
+    return getattr(checkpoint.config.get_text_config(), "vocab_size", None)
+
+
 def bos_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The bos token that the tokenizer puts before a text, if it does."""
     with_special = tokenizer("a", add_special_tokens=True)["input_ids"]
@@ -42,10 +49,92 @@ def bos_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return bos if bos is not None and with_special and with_special[0] == bos else None  # pyright: ignore
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
-    """Token ids of a text, (tokens,) int64, without special tokens."""
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.long)
+def renderer(tokenizer: PreTrainedTokenizerBase) -> Render | None:
+    """Return what makes a text of a conversation by the tokenizer's chat template; None where it has none.
+
+    A bos token at the beginning is left out: windows bring their own.
+    """
+    if not tokenizer.chat_template:
+        return None
+
+    def render(chat: Chat) -> str:
+        text = str(tokenizer.apply_chat_template(chat, tokenize=False))
+        bos = tokenizer.bos_token
+        return text.removeprefix(bos) if isinstance(bos, str) else text
+
+    return render
+
+
+# Characters that are tokenised at once, and those around them.
+PART, CONTEXT = 1 << 18, 1 << 10
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str | Iterable[str],
+    vocabulary: int | None = None,
+    *,
+    part: int = PART,
+    context: int = CONTEXT,
+) -> Tensor:
+    """Token ids of a text, (tokens,) int32, without special tokens.
+
+    A tokenizer takes some 200 bytes a character. A long text is therefore tokenised in parts of `part` characters, each
+    with `context` characters around it, and cut where a token begins: tokens depend on their surroundings only, so that
+    they are those of the whole text.
+
+    Parameters
+    ----------
+    text
+        The text, whole or in pieces of any length.
+    vocabulary
+        Rows of the model's embedding, which every id must have one of.
+    part, context
+        Characters at once, and around them.
+
+    Raises
+    ------
+    InputError
+        An id is beyond the vocabulary.
+    """
+    parts = _in_parts(tokenizer, iter((text,)) if isinstance(text, str) else iter(text), part, context)
+    ids = torch.from_numpy(np.concatenate([np.zeros(0, np.int32), *parts]))
+    if vocabulary is not None and len(ids) and int(ids.max()) >= vocabulary:
+        worst = int(ids.max())
+        raise InputError(
+            f"The tokenizer makes the token {tokenizer.convert_ids_to_tokens(worst)!r} with id {worst}, but the model "
+            f"has embeddings for ids below {vocabulary} only. The tokenizer belongs to another model."
+        )
+    return ids
+
+
+def _in_parts(
+    tokenizer: PreTrainedTokenizerBase, pieces: Iterator[str], part: int, context: int
+) -> Iterator[np.ndarray]:
+    """Tokenise a text that comes in pieces; arrays of int32 ids, one after the other those of the text."""
+    if not tokenizer.is_fast:  # it does not say where its tokens are
+        yield np.array(tokenizer("".join(pieces), add_special_tokens=False, verbose=False)["input_ids"], np.int32)
+        return
+    before, rest = "", ""
+    for piece in pieces:
+        rest += piece
+        while len(rest) > part + context:
+            ids, starts = _tokens(tokenizer, before + rest[: part + context])
+            cut = int(starts[starts <= len(before) + part].max())
+            if cut <= len(before):  # one token of more than `part` characters
+                break
+            yield ids[(starts >= len(before)) & (starts < cut)]
+            taken = cut - len(before)
+            before, rest = (before + rest[:taken])[-context:], rest[taken:]
+    ids, starts = _tokens(tokenizer, before + rest)
+    yield ids[starts >= len(before)]
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return ids, int32, and where each token begins; a token of no characters begins where the one after it does."""
+    found = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+    spans = np.array(found["offset_mapping"], np.int64).reshape(-1, 2)
+    return np.array(found["input_ids"], np.int32), np.maximum.accumulate(spans[:, 0])
 
 
 def calibration_windows(ids: Tensor, seq_len: int, samples: int, seed: int, bos: int | None) -> Tensor:
@@ -66,7 +155,7 @@ def calibration_windows(ids: Tensor, seq_len: int, samples: int, seed: int, bos:
             "text or a smaller --seq-len."
         )
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:samples]
-    windows = ids[: count * body].view(count, body)[order]
+    windows = ids[: count * body].view(count, body)[order].long()
     return windows if bos is None else torch.cat([torch.full((len(windows), 1), bos), windows], dim=1)
 
 
@@ -78,8 +167,8 @@ def evaluation_windows(ids: Tensor, seq_len: int, bos: int | None) -> list[Tenso
     scores all its positions but the first.
     """
     if bos is not None:
-        return [torch.cat([torch.tensor([bos]), part]) for part in ids.split(seq_len - 1)]
-    return [ids[start : start + seq_len] for start in range(0, len(ids) - 1, seq_len - 1)]
+        return [torch.cat([torch.tensor([bos]), part.long()]) for part in ids.split(seq_len - 1)]
+    return [ids[start : start + seq_len].long() for start in range(0, len(ids) - 1, seq_len - 1)]
 
 
 def window_batches(windows: Sequence[Tensor], size: int) -> list[Batch]:
@@ -97,27 +186,36 @@ def window_batches(windows: Sequence[Tensor], size: int) -> list[Batch]:
 def example_batches(
     tokenizer: PreTrainedTokenizerBase, examples: Examples, label_ids: Mapping[str, int], seq_len: int, size: int
 ) -> list[Batch]:
-    """Tokenise labelled texts as the model expects them (special tokens included), padded within each batch.
+    """Tokenise labelled texts as the model expects them, special tokens included.
+
+    Examples of one length make a batch, in their order: nothing is padded, so that no result depends on the company
+    that an example is in, on which side the tokenizer pads, or on what the model takes for padding.
 
     Raises
     ------
     InputError
-        A label is not one of the model's classes, or the tokenizer cannot pad.
+        A label is not one of the model's classes.
+    CalibrationError
+        An example has no tokens.
     """
-    if tokenizer.pad_token_id is None:
-        raise InputError(
-            "The tokenizer has no padding token, which batches of a classifier need. Set `pad_token` in "
-            "tokenizer_config.json."
-        )
     labels = None if examples.labels is None else [_label(label, label_ids) for label in examples.labels]
+    by_length: dict[int, list[tuple[int, list[int], list[int] | None]]] = {}
+    for number, text in enumerate(examples.texts):
+        pair = {} if examples.seconds is None else {"text_pair": examples.seconds[number]}
+        found = tokenizer(text, **pair, truncation=True, max_length=seq_len, padding=False, verbose=False)
+        ids, kinds = found["input_ids"], found.get("token_type_ids") if pair else None
+        if not ids:
+            raise CalibrationError(
+                f"Example {number + 1} has no tokens: its text is {text!r}. Remove it, or fill it in."
+            )
+        by_length.setdefault(len(ids), []).append((number, ids, kinds))  # pyright: ignore[reportArgumentType]
     batches = []
-    for part in _chunks(range(len(examples.texts)), size):
-        encoded = tokenizer(
-            [examples.texts[i] for i in part], padding=True, truncation=True, max_length=seq_len, return_tensors="pt"
-        )
-        mask: Tensor = encoded["attention_mask"]  # pyright: ignore[reportAssignmentType]
-        ids: Tensor = encoded["input_ids"]  # pyright: ignore[reportAssignmentType]
-        batches.append(Batch(ids, mask, None if labels is None else torch.tensor([labels[i] for i in part])))
+    for group in by_length.values():
+        for start in range(0, len(group), size):
+            part = group[start : start + size]
+            kinds = None if part[0][2] is None else torch.tensor([kinds for _, _, kinds in part])
+            chosen = None if labels is None else torch.tensor([labels[number] for number, _, _ in part])
+            batches.append(Batch(torch.tensor([ids for _, ids, _ in part]), None, chosen, kinds))
     return batches
 
 
@@ -131,16 +229,11 @@ def _label(label: str, label_ids: Mapping[str, int]) -> int:
     raise InputError(f"The label {label!r} is none of the model's classes: {known}. Check --label-column.")
 
 
-def _chunks(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
-
-
 def batches_hash(batches: Sequence[Batch]) -> str:
     """SHA-256 over all token ids, masks and labels."""
     digest = hashlib.sha256()
     for batch in batches:
-        for part in (batch.ids, batch.mask, batch.labels):
+        for part in (batch.ids, batch.mask, batch.labels, batch.kinds):
             if part is not None:
                 digest.update(f"{tuple(part.shape)}".encode())
                 digest.update(part.to(torch.int64).contiguous().numpy().tobytes())

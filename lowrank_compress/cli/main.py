@@ -32,7 +32,12 @@ app = typer.Typer(
 
 
 def _recipe(config: Path | None, given: dict[str, Any]) -> Recipe:
-    return load_recipe(config, given)
+    return load_recipe(config, given | {"text_column": _columns(given["text_column"])})
+
+
+def _columns(names: list[str] | None) -> str | None:
+    """Put the names of columns together as a recipe has them."""
+    return ",".join(names) if names else None
 
 
 @app.command()
@@ -251,7 +256,7 @@ def evaluate(
         config = EvaluateConfig(
             perplexity=tuple(perplexity or ()),
             classification=classification,
-            text_column=text_column,
+            text_column=_columns(text_column),
             label_column=label_column,
             tasks=tuple(name for name in (tasks or "").split(",") if name),
             include_path=None if include_path is None else str(include_path),

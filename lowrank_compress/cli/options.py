@@ -81,7 +81,13 @@ Calibration = Annotated[
     ),
 ]
 TextColumn = Annotated[
-    str | None, typer.Option("--text-column", help="Column of a table with the text.", rich_help_panel=DATA)
+    list[str] | None,
+    typer.Option(
+        "--text-column",
+        help="Column of a table with the text or the conversation; dots lead into nested values. Given twice: pairs of "
+        "sentences, for a classifier.",
+        rich_help_panel=DATA,
+    ),
 ]
 LabelColumn = Annotated[
     str | None, typer.Option("--label-column", help="Column with the class label (classifiers).", rich_help_panel=DATA)

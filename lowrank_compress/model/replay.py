@@ -33,11 +33,14 @@ class Batch:
         (sequences, length) int64, 1 for real tokens; None where nothing is padded.
     labels
         (sequences,) int64 class labels; None for language models, whose labels are the ids themselves.
+    kinds
+        (sequences, length) int64, which sentence of a pair each token is of; None where there is but one.
     """
 
     ids: Tensor
     mask: Tensor | None = None
     labels: Tensor | None = None
+    kinds: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -168,8 +171,9 @@ class Replay:
 
     def _run(self, model: nn.Module, batch: Batch) -> Any:
         device = self.skeleton.device
-        mask = {} if batch.mask is None else {"attention_mask": batch.mask.to(device)}
-        return model(input_ids=batch.ids.to(device), **mask)
+        more = {"attention_mask": batch.mask, "token_type_ids": batch.kinds}
+        given = {name: part.to(device) for name, part in more.items() if part is not None}
+        return model(input_ids=batch.ids.to(device), **given)
 
     @contextmanager
     def _stubbed(self, forward: Callable[..., Tensor]) -> Iterator[None]:

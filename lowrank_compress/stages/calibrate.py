@@ -16,7 +16,7 @@ from torch import Tensor
 from lowrank_compress.artifacts.manifest import Key, Manifest, commit, committed, read_manifest
 from lowrank_compress.artifacts.tensors import BlockFiles
 from lowrank_compress.calibration.capture import capture, needs_gradient
-from lowrank_compress.calibration.sources import Source, read_examples, read_text, shuffled
+from lowrank_compress.calibration.sources import Source, pieces, read_examples, shuffled
 from lowrank_compress.calibration.tokens import (
     batches_hash,
     bos_of,
@@ -24,6 +24,8 @@ from lowrank_compress.calibration.tokens import (
     encode,
     example_batches,
     load_tokenizer,
+    renderer,
+    vocabulary_of,
     window_batches,
 )
 from lowrank_compress.calibration.workers import Workers
@@ -39,7 +41,7 @@ from lowrank_compress.model.replay import Batch
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.stages.common import Reporter, Silent, checkpoint_id, environment, in_parts, source_id
 
-VERSION = 4
+VERSION = 5
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,12 @@ def run(
         "windows": sum(len(batch.ids) for batch in batches),
         "tokens_sha256": batches_hash(batches),
     }
+    count, what = sum(len(batch.ids) for batch in batches), "windows" if batches[0].labels is None else "examples"
+    if count < config.samples:
+        reporter.warn(
+            f"The calibration text has {count} {what}, fewer than the {config.samples} asked for; all are taken. Pass "
+            "more text, a smaller --seq-len, or a smaller --samples."
+        )
     largest = max(full_rank(unit) for unit in units)
     if tokens < largest:
         reporter.warn(
@@ -250,9 +258,9 @@ def calibration_batches(config: CalibrateConfig, checkpoint: Checkpoint, task: T
     """
     tokenizer = load_tokenizer(checkpoint.path, checkpoint.trust_remote_code)
     source = _source(config)
-    if task == "classification" and config.text_column is not None:
+    if task == "classification" and (config.text_column is not None or config.label_column is not None):
         examples = shuffled(read_examples(source), config.samples, config.seed)
         return example_batches(tokenizer, examples, checkpoint.class_ids, config.seq_len, config.micro_batch)
-    ids = encode(tokenizer, read_text(source))
+    ids = encode(tokenizer, pieces(source, renderer(tokenizer)), vocabulary_of(checkpoint))
     windows = calibration_windows(ids, config.seq_len, config.samples, config.seed, bos_of(tokenizer))
     return window_batches(list(windows), config.micro_batch)

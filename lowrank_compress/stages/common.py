@@ -19,8 +19,9 @@ from lowrank_compress.artifacts.hashes import file_hashes
 from lowrank_compress.artifacts.lock import HOLDER, LOCK
 from lowrank_compress.artifacts.manifest import read_manifest, require_intact
 from lowrank_compress.calibration.sources import Source, load_hub
+from lowrank_compress.calibration.tables import check_file
 from lowrank_compress.config import RECIPE_BYTES, Recipe
-from lowrank_compress.errors import ArtifactError, CalibrationError, InputError
+from lowrank_compress.errors import ArtifactError, InputError
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.stages.hardware import hardware
 
@@ -217,16 +218,12 @@ def source_id(source: Source) -> str:
     Raises
     ------
     CalibrationError
-        It does not exist.
+        It does not exist, or cannot be read.
     """
     if source.is_hub:
         return f"{source.name}@{load_hub(source)._fingerprint}"
-    path = Path(source.name)
-    if not path.is_file():
-        raise CalibrationError(
-            f"The text file {source.name} does not exist. Pass an existing file, or hf:NAME[:CONFIG[:SPLIT]]."
-        )
-    return sha256(path)
+    check_file(source.name)
+    return sha256(Path(source.name))
 
 
 def display_name(model: str) -> str:

@@ -14,13 +14,15 @@ from transformers import AutoModelForCausalLM
 from lowrank_compress.artifacts.directories import keep_aside
 from lowrank_compress.artifacts.files import canonical_hash, read_json, sha256, write_json
 from lowrank_compress.artifacts.manifest import Key, altered, commit, committed, read_manifest
-from lowrank_compress.calibration.sources import Source, read_examples, read_text
+from lowrank_compress.calibration.sources import Source, pieces, read_examples
 from lowrank_compress.calibration.tokens import (
     bos_of,
     encode,
     evaluation_windows,
     example_batches,
     load_tokenizer,
+    renderer,
+    vocabulary_of,
     window_batches,
 )
 from lowrank_compress.calibration.workers import Workers
@@ -163,7 +165,9 @@ def _measure(
         if seq_len > longest:
             raise InputError(f"--seq-len {seq_len} is more than the model's {longest} positions.")
         for name in config.perplexity:
-            batches = text_batches(config, tokenizer, Source(name, config.text_column), seq_len)
+            batches = text_batches(
+                config, tokenizer, Source(name, config.text_column), seq_len, vocabulary_of(checkpoint)
+            )
             if skeleton.task != "lm":
                 raise InputError("Perplexity needs a causal language model; for a classifier use --classification.")
             share = perplexity(skeleton, workers.share(batches), _labelled(reporter, f"{role} perplexity"))
@@ -190,7 +194,9 @@ def _labelled(reporter: Reporter, step: str) -> Callable[[int, int], None]:
     return lambda done, total: reporter.advance(step, done, total)
 
 
-def text_batches(config: EvaluateConfig, tokenizer: Any, source: Source, seq_len: int) -> list[Batch]:
+def text_batches(
+    config: EvaluateConfig, tokenizer: Any, source: Source, seq_len: int, vocabulary: int | None = None
+) -> list[Batch]:
     """Windows of an evaluation text.
 
     Raises
@@ -199,7 +205,8 @@ def text_batches(config: EvaluateConfig, tokenizer: Any, source: Source, seq_len
         The text is empty or has a single token.
     """
     bos = bos_of(tokenizer)
-    windows = evaluation_windows(encode(tokenizer, read_text(source)), seq_len, bos)[: config.limit]
+    ids = encode(tokenizer, pieces(source, renderer(tokenizer)), vocabulary)
+    windows = evaluation_windows(ids, seq_len, bos)[: config.limit]
     windows = [window for window in windows if len(window) > 1]
     if not windows:
         raise CalibrationError(f"{source.name} has too few tokens to measure perplexity on. Pass a longer text.")

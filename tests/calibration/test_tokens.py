@@ -1,16 +1,20 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import datasets
+import pandas
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
+from lowrank_compress.calibration import tokens
 from lowrank_compress.calibration.sources import PAPERS_DATA, Examples, Source, read_examples, read_text, shuffled
+from lowrank_compress.calibration.tables import COMPRESSED
 from lowrank_compress.calibration.tokens import (
     batches_hash,
     bos_of,
@@ -19,11 +23,12 @@ from lowrank_compress.calibration.tokens import (
     evaluation_windows,
     example_batches,
     load_tokenizer,
+    renderer,
     window_batches,
 )
 from lowrank_compress.errors import CalibrationError, InputError
 from lowrank_compress.model.replay import Batch
-from tests.tiny import BOS, PAD, tiny_text, tiny_tokenizer
+from tests.tiny import BOS, tiny_text, tiny_tokenizer
 
 lengths = st.integers(min_value=2, max_value=300)
 seq_lens = st.integers(min_value=2, max_value=40)
@@ -151,7 +156,7 @@ def test_the_hash_sees_every_change() -> None:
 def test_text_has_no_special_tokens(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     text = tiny_text(300)
     ids = encode(tokenizer, text)
-    assert ids.dtype == torch.int64
+    assert ids.dtype == torch.int32
     assert BOS not in ids.tolist()
     assert tokenizer.decode(ids) == text
     assert bos_of(tokenizer) == BOS
@@ -249,16 +254,26 @@ def test_a_very_long_field(tmp_path: Path) -> None:
         ("a.csv", "text,label\nx,1\n", ("txt", "label"), "has no column 'txt'; it has text, label"),
         ("a.csv", "text,label\nx,1\n", ("text", "class"), "has no column 'class'; it has text, label"),
         ("a.csv", "text,label\n", ("text", "label"), "has no rows"),
-        ("a.jsonl", '{"text": "x"}\n[1]\n', ("text", "label"), "Line 2 of .* is a JSON list; expected an object"),
-        ("a.jsonl", '{"text": "x"}\n\n{"text": \n', ("text", "label"), "Line 3 of .* is not JSON"),
-        ("a.txt", "text", ("text", "label"), r"is no table; a column can be named for \.jsonl"),
-        ("a.csv", "text,label\nx,1\ny\nz,0\n", ("text", "label"), "3 texts and 2 labels in 3 rows"),
+        (
+            "a.jsonl",
+            '{"text": "x", "label": 1}\n[1]\n',
+            ("text", "label"),
+            "Line 2 of .* is a JSON list; expected an object",
+        ),
+        ("a.jsonl", '{"text": "x", "label": 1}\n\n{"text": \n', ("text", "label"), "Line 3 of .* is not JSON"),
+        ("a.txt", "text", ("text", "label"), r"is no table; examples come from \.jsonl"),
+        (
+            "a.csv",
+            "text,label\nx,1\ny\nz,0\n",
+            ("text", "label"),
+            r"Row 2 of .* has 1 values under 2 column names \(text, label\)",
+        ),
         # As many texts as labels, but not of the same rows.
         (
             "a.jsonl",
             '{"text": "x", "label": 1}\n{"text": "y", "label": null}\n{"text": null, "label": 0}\n',
             ("text", "label"),
-            "2 texts and 2 labels in 3 rows",
+            "Row 2 of .* has nothing as label in the column 'label'",
         ),
     ],
 )
@@ -268,8 +283,8 @@ def test_tables_with_mistakes(name: str, text: str, columns: tuple[str, str], me
 
 
 def test_the_text_column_must_be_named(tmp_path: Path) -> None:
-    source = write(tmp_path, "a.csv", "text\nx\n")
-    with pytest.raises(InputError, match="name the column that holds the text with --text-column"):
+    source = write(tmp_path, "a.csv", "body,number\nx,1\n")
+    with pytest.raises(InputError, match="name the one that holds the text with --text-column: body, number"):
         read_text(Source(source))
     with pytest.raises(InputError, match="need --text-column"):
         read_examples(Source(source))
@@ -298,22 +313,205 @@ def test_a_data_set_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
         read_text(Source(PAPERS_DATA))
 
 
+@pytest.mark.parametrize("end", [".gz", ".bz2", ".xz"])
+def test_compressed_files(end: str, tmp_path: Path) -> None:
+    for name, content in {"a.txt": "some text\n", "a.jsonl": '{"text": "some text\\n"}'}.items():
+        with COMPRESSED[end](tmp_path / (name + end), "wt") as file:
+            file.write(content)
+        assert read_text(Source(str(tmp_path / (name + end)))) == "some text\n"
+        (tmp_path / (name + end)).write_bytes((tmp_path / (name + end)).read_bytes()[:-6])
+        with pytest.raises(CalibrationError, match="cannot be read as"):
+            read_text(Source(str(tmp_path / (name + end))))
+
+
+def test_a_parquet_table(tmp_path: Path) -> None:
+    data = datasets.Dataset.from_dict({"data": [{"text": "one"}, {"text": "two"}], "label": [1, 0]})
+    data.to_parquet(tmp_path / "a.parquet")
+    assert read_text(Source(str(tmp_path / "a.parquet"), "data.text")) == "one\n\ntwo"
+    assert read_examples(Source(str(tmp_path / "a.parquet"), "data.text", "label")).labels == ["1", "0"]
+
+
+def test_a_json_array_has_columns_too(tmp_path: Path) -> None:
+    source = write(tmp_path, "a.json", ' [{"body": "one", "more": [1]}, {"body": "two", "more": [{"x": "y"}]}]')
+    assert read_text(Source(source, "body")) == "one\n\ntwo"
+    with pytest.raises(InputError, match=r"a table without a column text or messages; name the one .*: body, more"):
+        read_text(Source(source))
+    with pytest.raises(CalibrationError, match=r"Row 1 of .* has nothing in the column 'more.0.x'"):
+        read_text(Source(source, "more.0.x"))
+    assert read_text(Source(write(tmp_path, "b.json", '{"text": "a line"}\n{"text": "another"}'))) == (
+        "a line\n\nanother"
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [("3", "a int"), ("2.5", "a float"), ('["a"]', "a list"), ('{"a": 1}', "a dict"), ("null", "nothing")],
+)
+def test_what_is_no_text_is_refused_by_row_and_column(value: str, what: str, tmp_path: Path) -> None:
+    source = write(tmp_path, "a.jsonl", f'{{"text": "fine"}}\n{{"text": {value}}}\n')
+    with pytest.raises(CalibrationError, match=f"Row 2 of .* has {what} in the column 'text'; expected text"):
+        read_text(Source(source))
+    with pytest.raises(CalibrationError, match=f"Row 2 of .* has {what} in the column 'text'; expected text"):
+        read_examples(Source(source, "text"))
+
+
+def test_half_characters_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match=r"Row 1 of .* has half a character"):
+        read_text(Source(write(tmp_path, "a.jsonl", '{"text": "a\\ud800"}')))
+
+
+CHAT = [{"role": "user", "content": "the fox"}, {"role": "assistant", "content": "a dog"}]
+SHARED = [{"from": "human", "value": "the fox"}, {"from": "gpt", "value": "a dog"}]
+
+
+@pytest.mark.parametrize(("column", "chat"), [("messages", CHAT), ("conversations", SHARED)])
+def test_conversations_go_through_the_chat_template(tmp_path: Path, column: str, chat: list[dict[str, str]]) -> None:
+    tokenizer = tiny_tokenizer(tmp_path)
+    assert renderer(tokenizer) is None
+    source = Source(write(tmp_path, "a.jsonl", json.dumps({column: chat}) + "\n" + json.dumps({column: chat})), column)
+    with pytest.raises(InputError, match=f"'{column}' .* holds conversations, and .* has no chat template"):
+        read_text(source, renderer(tokenizer))
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+    text = read_text(source, renderer(tokenizer))
+    assert text == "[user] the fox[assistant] a dog\n\n[user] the fox[assistant] a dog"
+    assert BOS not in encode(tokenizer, text).tolist()
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(CalibrationError, match=r"refuses the conversation in row 1 .*roles must alternate"):
+        read_text(source, renderer(tokenizer))
+
+
+def test_a_table_that_pandas_wrote(tmp_path: Path) -> None:
+    frame = pandas.DataFrame({"text": ['so "good"', "a\ttab", "two\nlines", "NA", "1"], "label": [1, 0, 1, 0, 1]})
+    for name, separator in (("a.tsv", "\t"), ("a.csv", ",")):
+        frame.to_csv(tmp_path / name, sep=separator, index=False)
+        found = read_examples(Source(str(tmp_path / name), "text", "label"))
+        assert found == Examples(list(frame.text), ["1", "0", "1", "0", "1"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"\x1f\x8b\x08\0rest", "looks like a file that is gzip-compressed"),
+        ("a.txt", "text".encode("utf-16"), "looks like UTF-16 text; convert it to UTF-8"),
+        ("a.txt", b"PAR1\xff\xff", "looks like a Parquet table"),
+        ("a.txt", b"abc\0def", "holds NUL characters"),
+        ("a.parquet", b"no table", "cannot be read as Parquet"),
+        ("a.json", b'[{"text": "a"', "cannot be read as json"),
+        ("a.json", b"[1]", "Row 1 of .* is a JSON int"),
+        ("a.csv", b"text,text\na,b\n", "two columns 'text'"),
+        ("a.csv", b'text\n"never closed\n', "holds no text|never closed"),
+    ],
+)
+def test_files_that_are_not_what_they_seem(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    if "never closed" in message:
+        assert read_text(Source(str(tmp_path / name))) == "never closed\n"
+        return
+    with pytest.raises(CalibrationError, match=message):
+        read_text(Source(str(tmp_path / name)))
+
+
+def test_places_that_are_no_files(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="is a directory; expected a text file or a table"):
+        read_text(Source(str(tmp_path)))
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(CalibrationError, match="is no regular file"):
+        read_text(Source(str(tmp_path / "pipe.txt")))
+    with pytest.raises(InputError, match="is no table; --text-column is for"):
+        read_text(Source(write(tmp_path, "a.txt", "x"), "text"))
+
+
+def test_splits_of_the_hub_may_be_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def load(*given: object, split: str) -> datasets.Dataset:
+        asked.append((*given, split))
+        return datasets.Dataset.from_dict({"text": ["one"]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    read_text(Source("hf:owner/name:config:train[:10]"))
+    read_text(Source("hf:name::train[10%:20%]+test[:5]"))
+    assert asked == [("owner/name", "config", "train[:10]"), ("name", None, "train[10%:20%]+test[:5]")]
+    with pytest.raises(InputError, match="hf:NAME::train"):
+        read_text(Source("hf:name:train[:10]"))
+
+
+# --- Long texts
+
+
+@pytest.mark.parametrize("part", [200, 1000])
+def test_a_text_in_parts_has_the_tokens_of_the_whole(tokenizer: PreTrainedTokenizerBase, part: int) -> None:
+    text = tiny_text(3000) + "   \n\n " + "fox" * 400 + " a\n" * 90
+    whole = encode(tokenizer, text).tolist()
+    pieces = (text[i : i + 37] for i in range(0, len(text), 37))
+    for one in (text, pieces):
+        assert encode(tokenizer, one, part=part, context=60).tolist() == whole
+
+
+@pytest.mark.assets
+@pytest.mark.parametrize("model", ["stories260k-llama-gqa", "books-gpt2-2m", "sst2-bert-mini"])
+def test_trained_tokenizers_in_parts(assets: Path, model: str) -> None:
+    """BPE over the whole text, byte-level BPE, word pieces: none sees where a part ends."""
+    tokenizer = load_tokenizer(assets / "models" / model)
+    text = (assets / "text" / "wikitext2-valid.txt").read_text()[:100_000]
+    whole = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    assert encode(tokenizer, text, part=1500).tolist() == whole
+
+
+def test_memory_does_not_follow_the_text(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No call of the tokenizer, which is what takes memory, sees more than a part with what is around it."""
+    seen: list[int] = []
+    inner = tokens._tokens
+
+    def counted(tokenizer: PreTrainedTokenizerBase, text: str) -> object:
+        seen.append(len(text))
+        return inner(tokenizer, text)
+
+    monkeypatch.setattr(tokens, "_tokens", counted)
+    encode(tokenizer, tiny_text(60_000).replace("\n", " "), part=4096, context=512)  # one line
+    assert len(seen) > 12
+    assert max(seen) <= 4096 + 2 * 512
+
+
+def test_tokens_beyond_the_vocabulary_are_named(tokenizer: PreTrainedTokenizerBase) -> None:
+    worst = int(encode(tokenizer, "the quick fox").max())
+    with pytest.raises(InputError, match=rf"makes the token .* with id {worst}, but .* below {worst} only"):
+        encode(tokenizer, "the quick fox", worst)
+
+
 # --- Examples for a classifier
 
 
-def test_examples_become_padded_batches(tokenizer: PreTrainedTokenizerBase) -> None:
-    texts = ["the quick brown fox", "dog", "the lazy dog jumps over it again and again", "fox"]
-    batches = example_batches(tokenizer, Examples(texts, ["b", "0", "a", "1"]), {"a": 0, "b": 1}, 64, 3)
-    assert [len(batch.ids) for batch in batches] == [3, 1]
-    assert torch.cat([batch.labels for batch in batches if batch.labels is not None]).tolist() == [1, 0, 0, 1]
-    rows = [(batch, row) for batch in batches for row in range(len(batch.ids))]
-    for text, (batch, row) in zip(texts, rows, strict=True):
-        assert batch.mask is not None
-        real = batch.ids[row][batch.mask[row].bool()]
-        assert real.tolist() == tokenizer(text)["input_ids"]
-        assert (batch.ids[row][~batch.mask[row].bool()] == PAD).all()
-    # No longer than its longest text needs.
-    assert all(bool((batch.mask == 1).any(0).all()) for batch in batches if batch.mask is not None)
+def test_pairs_of_sentences(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    source = write(tmp_path, "a.csv", "premise,hypothesis,label\na fox,a dog,0\nthe fox,the lazy dog,1\n")
+    found = read_examples(Source(source, "premise,hypothesis", "label"))
+    assert found == Examples(["a fox", "the fox"], ["0", "1"], ["a dog", "the lazy dog"])
+    for example, (batch,) in (
+        (i, example_batches(tokenizer, found.picked([i]), {"a": 0, "b": 1}, 64, 3)) for i in (0, 1)
+    ):
+        alone = tokenizer(found.texts[example], (found.seconds or [])[example])["input_ids"]
+        assert batch.ids.tolist() == [alone]
+    with pytest.raises(InputError, match="names 3 columns"):
+        read_examples(Source(source, "premise,hypothesis,label"))
+    with pytest.raises(InputError, match="are for classifiers"):
+        read_text(Source(source, "premise,hypothesis"))
+
+
+def test_examples_of_one_length_make_a_batch(tokenizer: PreTrainedTokenizerBase) -> None:
+    texts = ["the quick brown fox", "dog", "the lazy dog jumps over it again and again", "fox", "dog", "dog"]
+    tokenizer.padding_side = "left"
+    found = example_batches(tokenizer, Examples(texts, ["b", "0", "a", "1", "0", "0"]), {"a": 0, "b": 1}, 64, 2)
+    expected: dict[int, list[tuple[list[int], int]]] = {}
+    for text, label in zip(texts, (1, 0, 0, 1, 0, 0), strict=True):
+        ids = tokenizer(text)["input_ids"]
+        expected.setdefault(len(ids), []).append((ids, label))  # pyright: ignore
+    rows: dict[int, list[tuple[list[int], int]]] = {}
+    for batch in found:
+        assert batch.mask is None
+        assert batch.labels is not None
+        assert len(batch.ids) <= 2
+        rows.setdefault(batch.ids.shape[1], []).extend(zip(batch.ids.tolist(), batch.labels.tolist(), strict=True))
+    assert rows == expected
 
 
 def test_long_examples_are_truncated_with_their_special_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -335,11 +533,10 @@ def test_a_name_wins_over_a_number(tokenizer: PreTrainedTokenizerBase) -> None:
     assert batch.labels.tolist() == [0, 1]
 
 
-def test_a_tokenizer_that_cannot_pad(tmp_path: Path) -> None:
+def test_a_tokenizer_need_not_pad(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer(tmp_path)
     tokenizer.pad_token = None
-    with pytest.raises(InputError, match="no padding token"):
-        example_batches(tokenizer, Examples(["fox"], ["0"]), {"a": 0}, 64, 3)
+    assert len(example_batches(tokenizer, Examples(["fox", "the dog"], ["0", "0"]), {"a": 0}, 64, 3)) == 2
 
 
 def test_examples_are_drawn_by_the_seed() -> None:

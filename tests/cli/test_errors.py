@@ -66,7 +66,7 @@ def test_no_gpu(tiny: Tiny, tmp_path: Path):
         ("blank.txt", " \n\n", [], "holds no text"),
         ("short.txt", "the quick", [], "one window of --seq-len 32 needs 31"),
         ("binary.txt", b"\xff\xfe\x00", [], "cannot be read as UTF-8"),
-        ("table.csv", "a,b\n1,2\n", [], "name the column that holds the text with --text-column"),
+        ("table.csv", "a,b\n1,2\n", [], "name the one that holds the text with --text-column"),
         ("table.csv", "a,b\n1,2\n", ["--text-column", "c"], "has no column 'c'; it has a, b"),
         ("lines.jsonl", '{"text": "a"}\n{\n', ["--text-column", "text"], "Line 2 of"),
         ("lines.jsonl", "[1]\n", ["--text-column", "text"], "is a JSON list"),

@@ -126,7 +126,21 @@ def load_recipe(path: Path | None, options: dict[str, Any]) -> Recipe:
     try:
         return Recipe(**fields)
     except ValidationError as problem:
-        raise InputError(f"{where}: {_explain(problem)}") from None
+        raise InputError(f"{where}: {_explain(problem, Recipe)}") from None
+
+
+def evaluate_config(**options: Any) -> EvaluateConfig:
+    """Make the config of an evaluation from the command line's options.
+
+    Raises
+    ------
+    InputError
+        A value is out of range.
+    """
+    try:
+        return EvaluateConfig(**options)
+    except ValidationError as problem:
+        raise InputError(f"The command line: {_explain(problem, EvaluateConfig)}") from None
 
 
 class _Loader(yaml.SafeLoader):
@@ -170,8 +184,8 @@ def read_recipe_file(path: Path) -> dict[str, Any]:
     return found
 
 
-def _explain(problem: ValidationError) -> str:
-    known = ", ".join(Recipe.model_fields)
+def _explain(problem: ValidationError, kind: type[Strict]) -> str:
+    known = ", ".join(kind.model_fields)
     parts = []
     for error in problem.errors():
         name = ".".join(map(str, error["loc"])) or "recipe"

@@ -161,7 +161,10 @@ def read_bytes(path: Path, limit: int = SMALL) -> bytes:
     with open(descriptor, "rb") as file:
         if found.st_size > limit:
             raise ArtifactError(f"{path} has {found.st_size:,} bytes; no such file has more than {limit:,}.")
-        return file.read(limit + 1)
+        try:
+            return file.read(limit + 1)
+        except OSError as problem:  # a disk that fails, or a file that is one in name only, as under /proc
+            raise ArtifactError(f"{path} cannot be read ({problem}). Expected a readable file.") from None
 
 
 def read_small_text(path: Path, limit: int = SMALL) -> str:
@@ -271,12 +274,17 @@ def sha256(path: Path) -> str:
     Raises
     ------
     ArtifactError
-        It is no regular file.
+        It is no regular file, or cannot be read.
     """
     if path.exists() and not is_regular(path):
         raise ArtifactError(f"{path} is no regular file; expected one. Remove it, or choose another directory.")
-    with open(path, "rb") as handle:
-        digest = hashlib.sha256()
-        while chunk := handle.read(1 << 20):
-            digest.update(chunk)
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as handle:
+            while chunk := handle.read(1 << 20):
+                digest.update(chunk)
+    except FileNotFoundError:
+        raise
+    except OSError as problem:
+        raise ArtifactError(f"{path} cannot be read ({problem}). Expected a readable file.") from None
     return digest.hexdigest()

@@ -222,6 +222,11 @@ def altered(directory: Path, manifest: Manifest, *, remember: bool = True) -> li
     remember
         Trust hashes taken before of the same files (`hashes.file_hashes`); else read every byte.
     """
-    there = {name: directory / name for name in manifest.outputs if is_regular(directory / name)}
+    there = {
+        name: directory / name
+        for name, recorded in manifest.outputs.items()
+        # A file of another size is another one, and may be a huge one.
+        if is_regular(directory / name) and (directory / name).stat().st_size == recorded["size"]
+    }
     found = file_hashes(there) if remember else {name: sha256(path) for name, path in there.items()}
     return [name for name, recorded in manifest.outputs.items() if found.get(name) != recorded["sha256"]]

@@ -9,7 +9,7 @@ import typer
 
 from lowrank_compress.cli import options as o
 from lowrank_compress.cli.terminal import friendly, prepare_libraries, print_json, reported
-from lowrank_compress.config import EvaluateConfig, Recipe, load_recipe
+from lowrank_compress.config import Recipe, evaluate_config, load_recipe
 
 app = typer.Typer(
     name="lrc",
@@ -253,7 +253,7 @@ def evaluate(
         prepare_libraries()
         from lowrank_compress.cli import commands, printing
 
-        config = EvaluateConfig(
+        config = evaluate_config(
             perplexity=tuple(perplexity or ()),
             classification=classification,
             text_column=_columns(text_column),

@@ -111,6 +111,13 @@ def test_pipes_and_devices_are_not_opened(tmp_path: Path):
         files.sha256(tmp_path / "a.json")
 
 
+@pytest.mark.skipif(not Path("/proc/self/mem").is_file(), reason="needs a file that opens and cannot be read")
+def test_a_file_that_fails_while_it_is_read_is_an_error_of_ours():
+    for read in (files.read_bytes, files.sha256):
+        with pytest.raises(ArtifactError, match=r"/proc/self/mem cannot be read \(.*Input/output error"):
+            read(Path("/proc/self/mem"))
+
+
 def test_a_file_that_is_too_large_is_not_read(tmp_path: Path):
     (tmp_path / "a.json").write_bytes(b" " * 11)
     with pytest.raises(ArtifactError, match="has 11 bytes; no such file has more than 10"):

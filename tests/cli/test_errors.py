@@ -54,6 +54,19 @@ def test_options(tiny: Tiny, tmp_path: Path, options: list[object], messages: li
     done("compress", *tiny.options(run))  # a command that failed at once does not claim the directory
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--seed", 2**63], "seed: Input should be less than 4294967296"),
+        (["--limit", 10**12], "limit: Input should be less than or equal to 1000000000"),
+        (["--label-column", "a\udcff"], "expected printable text"),
+        (["--classification", ""], "classification is ''"),
+    ],
+)
+def test_options_of_an_evaluation(tiny: Tiny, options: list[object], message: str):
+    assert message in refused("eval", tiny.model, "--perplexity", tiny.heldout, *options, "--json")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_no_gpu(tiny: Tiny, tmp_path: Path):
     assert "sees no GPU. Use --device cpu" in refused("compress", *tiny.options(tmp_path / "run"), "--device", "cuda")

@@ -137,12 +137,7 @@ def expect(path: Path, relative_to: Path | None = None) -> Expectation:
     scores, model = read_manifest(run.scores), read_manifest(run.model)
     if scores is None or model is None:
         raise ArtifactError(f"{path} is not finished. Repeat `lrc compress` on it first.")
-    checkpoint = Checkpoint(locate(recipe.model, recipe.revision))
-    if checkpoint_id(checkpoint) != model.key.inputs["checkpoint"]:
-        raise ArtifactError(
-            f"{recipe.model} is not the checkpoint that {path} was made from: its files have changed since. Restore "
-            "it: an expectation names its tensors."
-        )
+    checkpoint = _base_of(recipe, model.key.inputs["checkpoint"], path)
     here = relative_to is not None and path.resolve().is_relative_to(relative_to.resolve())
     return Expectation(
         version=lowrank_compress.__version__,
@@ -178,6 +173,18 @@ def text_of(recipe: Recipe, calibration: Manifest | None) -> Input | None:
         return None
     hub = recipe.calibration.startswith("hf:")
     return Input(name=recipe.calibration if hub else Path(recipe.calibration).name, id=found)
+
+
+def _base_of(recipe: Recipe, id: str, run: Path) -> Checkpoint:
+    """Find the checkpoint that a run was made from; code that was trusted then is part of it, and is not run."""
+    for trusted in (False, True):
+        checkpoint = Checkpoint(locate(recipe.model, recipe.revision, trusted), trusted)
+        if checkpoint_id(checkpoint) == id:
+            return checkpoint
+    raise ArtifactError(
+        f"{recipe.model} is not the checkpoint that {run} was made from: its files have changed since. Restore it: an "
+        "expectation names its tensors."
+    )
 
 
 def _base(checkpoint: Checkpoint, name: str) -> Base:

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from lowrank_compress.artifacts.files import read_bytes, write_text
+from lowrank_compress.calibration.workers import started
 from lowrank_compress.cli.comparing import as_lines, as_markdown, headline
-from lowrank_compress.cli.terminal import TerminalReporter, console, print_json
+from lowrank_compress.cli.terminal import IS_FIRST, TerminalReporter, console, messages, print_json
 from lowrank_compress.config import Recipe
 from lowrank_compress.errors import ArtifactError, InputError
 from lowrank_compress.stages.common import Run, environment
 from lowrank_compress.stages.comparison import Comparison, compare, environment_changes, require_recipe
 from lowrank_compress.stages.differences import Reference
-from lowrank_compress.stages.expectation import Expectation, expect, read_expectation, write_expectation
+from lowrank_compress.stages.expectation import (
+    Expectation,
+    expect,
+    is_expectation,
+    read_expectation,
+    write_expectation,
+)
 from lowrank_compress.stages.plan import make_plan
 
 # The first bytes of a report, by which it is known as one that may be replaced.
@@ -40,9 +46,19 @@ def refuse_options(check: Path | None, *, dry_run: bool, overwrite: bool, other:
 
 
 def write(run: Path, path: Path, overwrite: bool) -> None:
-    """Write the expectation of a run."""
+    """Write the expectation of a run.
+
+    Raises
+    ------
+    InputError
+        It would be in the way of the run's own files.
+    """
+    real = path.resolve()
+    inside = real.relative_to(run.resolve()) if real.is_relative_to(run.resolve()) else None
+    if inside is not None and (len(inside.parts) > 1 or (path.exists() and not is_expectation(path))):
+        raise InputError(f"--write {path} is among the files of the run itself. Choose another place.")
     write_expectation(path, expect(run, path.parent), overwrite=overwrite)
-    console().print(f"Expectation: {path}")
+    messages.print(f"Expectation: {path}", markup=False, soft_wrap=True)
 
 
 def check(
@@ -91,7 +107,7 @@ def check(
     plan = make_plan(recipe)
     require_recipe(expectation, plan.resolved())
     now = environment(plan.device)
-    if changes := environment_changes(expectation.model.environment, now | {"processes": _processes()}):
+    if changes := environment_changes(expectation.model.environment, now | {"processes": started()}):
         told = "; ".join(f"{change.what} {change.expected} → {change.found}" for change in changes)
         reporter.warn(
             f"The environment differs from that of {expected}, so other last bits are to be expected: {told}."
@@ -103,10 +119,6 @@ def check(
         text = as_markdown(found, expected.name) if report.suffix != ".json" else _dumped(found)
         write_text(report, f"{_MARKDOWN}\n{text}" if report.suffix != ".json" else text)
     return found
-
-
-def _processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _reference(expectation: Expectation, expected: Path, against: Path | None) -> Reference:
@@ -133,10 +145,11 @@ def _refuse_foreign(report: Path) -> None:
 @contextmanager
 def _place(out: Path | None, reporter: TerminalReporter) -> Iterator[Path]:
     """Yield a directory in which nothing is yet, so that all is made again."""
-    if out is not None and (int(os.environ.get("RANK", "0")) or not out.exists() or not _begun(out)):
+    together = started() > 1
+    if out is not None and ((together and not IS_FIRST) or not Run(out).exists()):
         yield out
         return
-    if _processes() > 1:
+    if together:
         raise InputError("A check by several processes needs a directory they share: pass a new one with --out.")
     if out is not None:
         reporter.warn(
@@ -144,10 +157,6 @@ def _place(out: Path | None, reporter: TerminalReporter) -> Iterator[Path]:
         )
     with tempfile.TemporaryDirectory(prefix="lrc-check-") as temporary:
         yield Path(temporary) / "run"
-
-
-def _begun(out: Path) -> bool:
-    return not out.is_dir() or Run(out).exists() or Run(out).begun()
 
 
 def show(found: Comparison, expected: Path, as_json: bool) -> None:

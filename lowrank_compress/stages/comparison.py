@@ -273,7 +273,8 @@ def _near(one: FileEntry, two: FileEntry, tolerance: float) -> bool:
     """Whether two JSON files differ in fractions alone, and in these by little."""
     if one.frame is None or one.frame != two.frame:
         return False
-    return bool(np.allclose(two.numbers(), one.numbers(), rtol=LOSS_MOVES * tolerance, atol=tolerance**2))
+    left, right = one.numbers(), two.numbers()
+    return left.shape == right.shape and np.allclose(right, left, rtol=LOSS_MOVES * tolerance, atol=tolerance**2)
 
 
 def _verdict(

@@ -36,7 +36,7 @@ KIND = "lowrank_compress expectation"
 SCHEMA = 1
 _BASIS = re.compile(r"basis-[0-9a-f]{8}-(\d+)\.safetensors")
 # What is not of the recipe's doing: the model and the text are named by content, the device is of the environment.
-_PLACES = {"model", "calibration", "device"}
+_PLACES = {"model", "revision", "calibration", "device"}
 
 
 class _Part(BaseModel):

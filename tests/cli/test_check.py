@@ -260,6 +260,27 @@ def test_no_expectation_of_a_base_that_has_changed(tiny: Tiny, tmp_path: Path):
     assert "changed since" in refused_any("verify", tmp_path / "run", "--write", tmp_path / "e.json")
 
 
+def test_an_expectation_is_not_put_among_the_files_of_the_run(finished: Finished):
+    run = finished("svd")
+    before = contents(run)
+    for place in ("model/config.json", "scores/expected.json", "recipe.yaml", "run.json"):
+        assert "of the run itself" in refused_any("verify", run, "--write", run / place, "--overwrite")
+    assert contents(run) == before
+    done("verify", run, "--write", run / "expected.json")
+    assert json.loads((run / "expected.json").read_text())["checkpoint"] == "."
+
+
+def test_stdout_is_one_object(pristine: Finished, tmp_path: Path):
+    assert done("verify", pristine("svd"), "--write", tmp_path / "e.json", "--json").json["ok"]
+
+
+def test_a_foreign_directory_is_refused(tiny: Tiny, method: str, expected: Path, tmp_path: Path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("mine")
+    refused("compress", *again(tiny, method, "--check", expected, "--out", tmp_path / "mine"))
+    assert contents(tmp_path / "mine").keys() == {"thesis.tex"}
+
+
 def test_only_an_expectation_is_replaced(pristine: Finished, tmp_path: Path):
     path = tmp_path / "e.json"
     path.write_text('{"mine": 1}')

@@ -153,6 +153,12 @@ def test_elements_are_compared_with_the_run_that_the_expectation_names(tiny: Tin
         assert {each["weight"] for each in found["weights"] if each["distance"]} == {"model.layers.0.mlp.up_proj"}
 
 
+def test_a_runs_own_recipe_is_enough(finished: Finished, tmp_path: Path):
+    run = finished("svd")
+    done("verify", run, "--write", tmp_path / "e.json")
+    assert lrc("compress", "--config", run / "recipe.yaml", "--check", tmp_path / "e.json").code == 0
+
+
 def test_a_run_that_is_there_counts_for_nothing(tiny: Tiny, finished: Finished, tmp_path: Path):
     run = finished("svd")
     done("verify", run, "--write", tmp_path / "e.json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -125,6 +126,20 @@ def test_more_processes_than_micro_batches(tiny: Tiny) -> None:
     batches = [Batch(torch.ones(2, 8, dtype=torch.long))] * 2
     with pytest.raises(InputError, match="has 2 micro-batches for 3 processes"):
         next(capture(skeleton, batches, {}, skip=lambda block: False, workers=Workers(0, 3)))
+
+
+def test_a_check_by_several_processes_says_so(tiny: Tiny, tmp_path: Path) -> None:
+    options = [*tiny.options(tmp_path / "one", "kfac"), *FEW]
+    done("compress", *options)
+    done("verify", tmp_path / "one", "--write", tmp_path / "e.json")
+    check = [*options[:-3], tmp_path / "two", *FEW, "--check", tmp_path / "e.json", "--tolerance", "1e-4"]
+    codes = ended(start(2, "compress", *check, "--report", tmp_path / "report.json"))
+    assert codes[0] in (0, 3)
+    assert codes[1] == 0
+    (change,) = json.loads((tmp_path / "report.json").read_text())["environment"]
+    assert change == {"what": "processes", "expected": "1", "found": "2"}
+    # Without a directory that both see there is none they could share.
+    assert ended(start(2, "compress", *options[:-4], *FEW, "--check", tmp_path / "e.json"))[0] == 2
 
 
 def test_alone_without_torchrun() -> None:

@@ -69,8 +69,16 @@ class Registry(Mapping[str, T], Generic[T]):
         return len(self._entries())
 
 
-def unknown(kind: str, name: str, known: Mapping[str, object] | list[str] | tuple[str, ...]) -> str:
-    """Compose the message for a name that is not in a table: the nearest known name first, then all of them."""
-    close = difflib.get_close_matches(name, list(known), n=1)
+def unknown(
+    kind: str, name: str, known: Mapping[str, object] | list[str] | tuple[str, ...], *, guess: bool = True
+) -> str:
+    """Compose the message for a name that is not in a table: the nearest known name first, then all of them.
+
+    Parameters
+    ----------
+    guess
+        Whether a name that is nearly a known one is a slip of the pen; not so for names that the user did not choose.
+    """
+    close = difflib.get_close_matches(name, list(known), n=1) if guess else []
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return f"Unknown {kind} {name!r}.{hint} Known: {', '.join(sorted(known))}."

@@ -129,8 +129,8 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
 
 
 def unknown_model_type(name: str) -> str:
-    """Compose the message for a model type that no entry lists: the nearest one that is known, then all."""
-    return unknown("model type", name, _by_model_type())
+    """Compose the message for a model type that no entry lists, with all that are known."""
+    return unknown("model type", name, _by_model_type(), guess=False)
 
 
 def _by_model_type() -> dict[str, Architecture]:

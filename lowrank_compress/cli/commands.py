@@ -134,7 +134,7 @@ def calibrate(
 def _changed_plan(run: Run, given: dict[str, Any]) -> Plan:
     """The plan of an existing run with some options changed; the run's recipe follows."""
     run.require()
-    return make_plan(load_recipe(run.recipe, given))
+    return make_plan(load_recipe(run.recipe, given), reads_text=False)
 
 
 def score(path: Path, given: dict[str, Any], overwrite: bool, reporter: TerminalReporter) -> dict[str, Any]:

@@ -125,5 +125,12 @@ def verify(path: Path, as_json: bool) -> None:
         first = bad[0]
         raise ArtifactError(
             f"{len(bad)} of {len(findings)} files are not what was written, the first {first['file']} "
-            f"({first['state']}). Repeat the {first['stage']} stage with --overwrite."
+            f"({first['state']}). {_mend(first['stage'])}"
         )
+
+
+def _mend(stage: str) -> str:
+    """Say what makes a stage's files anew."""
+    if stage == "eval":
+        return "Repeat `lrc eval` with the same options: what was changed is measured anew."
+    return f"Repeat the {stage} stage with --overwrite."

@@ -232,7 +232,10 @@ def evaluate(
     label_column: o.LabelColumn = None,
     tasks: Annotated[str | None, typer.Option("--tasks", help="lm-eval tasks, separated by commas.")] = None,
     include_path: Annotated[
-        Path | None, typer.Option("--include-path", help="Directory of lm-eval task YAML files of your own.")
+        Path | None,
+        typer.Option(
+            "--include-path", parser=o.a_path, metavar="PATH", help="Directory of lm-eval task YAML files of your own."
+        ),
     ] = None,
     seq_len: Annotated[
         int | None, typer.Option("--seq-len", min=2, help="Tokens a window (default: 2048, or the model's longest)")
@@ -309,6 +312,7 @@ def verify(
         Path | None,
         typer.Option(
             "--write",
+            parser=o.a_path,
             metavar="EXPECTED.json",
             help="Also write what the run must come out as when it is made again, for `lrc compress --check`.",
             show_default=False,
@@ -333,7 +337,12 @@ def verify(
 @app.command()
 def export(
     target: Annotated[str, typer.Argument(help="A run directory or a compressed checkpoint.", show_default=False)],
-    dense: Annotated[Path, typer.Option("--dense", help="New directory for a dense checkpoint.", show_default=False)],
+    dense: Annotated[
+        Path,
+        typer.Option(
+            "--dense", parser=o.a_path, metavar="PATH", help="New directory for a dense checkpoint.", show_default=False
+        ),
+    ],
     overwrite: o.Overwrite = False,
     debug: o.Debug = False,
 ) -> None:
@@ -408,7 +417,9 @@ def bench(
 @app.command()
 def demo(
     ratio: Annotated[float, typer.Option("--ratio", help="Share of parameters to remove.")] = 0.3,
-    out: Annotated[Path, typer.Option("--out", help="Directory for the runs.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option("--out", parser=o.a_path, metavar="PATH", help="Directory for the runs.")] = Path(
+        "runs/demo"
+    ),
     json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:

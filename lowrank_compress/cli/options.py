@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,11 +13,23 @@ WHERE = "Where and how to run"
 TUNING = "Fine tuning"
 CHECK = "Making a run again and comparing"
 
+
+def a_path(text: str) -> Path:
+    """Read a path; nothing is none, though Python takes it for the working directory."""
+    if not text.strip() or "\0" in text:
+        raise typer.BadParameter(f"expected a path, got {text!r}")
+    return Path(text)
+
+
+PATH: dict[str, Any] = {"parser": a_path, "metavar": "PATH"}
+
 Model = Annotated[
     str | None,
     typer.Argument(help="Checkpoint directory or hub name. May come from --config instead.", show_default=False),
 ]
-RunDir = Annotated[Path, typer.Argument(help="Run directory (what --out named).", show_default=False)]
+RunDir = Annotated[
+    Path, typer.Argument(parser=a_path, metavar="RUN", help="Run directory (what --out named).", show_default=False)
+]
 Ratio = Annotated[
     float | None,
     typer.Option("--ratio", help="Share of parameters to remove, between 0 and 1 (default: 0.3)", rich_help_panel=WHAT),
@@ -181,12 +193,20 @@ Trust = Annotated[
 ]
 Out = Annotated[
     Path | None,
-    typer.Option("--out", help="Run directory (default: runs/<model>-<method>-<ratio>)", rich_help_panel=WHERE),
+    typer.Option(
+        "--out",
+        help="Run directory (default: runs/<model>-<method>-<ratio>)",
+        rich_help_panel=WHERE,
+        **PATH,
+    ),
 ]
 Config = Annotated[
     Path | None,
     typer.Option(
-        "--config", help="Recipe: a YAML file with these options. Options given here win.", rich_help_panel=WHERE
+        "--config",
+        help="Recipe: a YAML file with these options. Options given here win.",
+        rich_help_panel=WHERE,
+        **PATH,
     ),
 ]
 MemoryBudget = Annotated[
@@ -206,6 +226,7 @@ Check = Annotated[
     Path | None,
     typer.Option(
         "--check",
+        parser=a_path,
         metavar="EXPECTED.json",
         help="Make the run again from nothing (in --out, or in a temporary directory) and compare every byte with what "
         "`lrc verify RUN --write EXPECTED.json` wrote.",
@@ -227,6 +248,8 @@ ExpectedRun = Annotated[
     Path | None,
     typer.Option(
         "--against",
+        parser=a_path,
+        metavar="PATH",
         help="The expected run, or its model/, to compare single elements with (default: the one that EXPECTED.json "
         "names, if it is there)",
         rich_help_panel=CHECK,
@@ -237,6 +260,8 @@ Report = Annotated[
     Path | None,
     typer.Option(
         "--report",
+        parser=a_path,
+        metavar="PATH",
         help="Write what was found to a file, .json or else Markdown.",
         rich_help_panel=CHECK,
         show_default=False,

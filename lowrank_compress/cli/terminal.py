@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
+import tempfile
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -78,32 +81,84 @@ def reported() -> Iterator[TerminalReporter]:
 
 @contextmanager
 def friendly(debug: bool) -> Iterator[None]:
-    """Turn errors that the user can act on into one paragraph and exit code 2; everything else keeps its traceback.
+    """Turn errors that input can cause into one paragraph and exit code 2, all others into one line and exit code 1.
+
+    The traceback of the others goes to a file, for whoever mends them.
 
     Parameters
     ----------
     debug
-        Show the traceback of every error.
+        Show the traceback of every error instead.
     """
     try:
         yield
-    except LrcError as problem:
-        if debug:
-            raise
-        messages.print(f"[bold red]Error:[/] {_escape(str(problem))}", soft_wrap=True)
-        raise typer.Exit(2) from None
+    except (typer.Exit, typer.Abort):
+        raise
     except KeyboardInterrupt:
         messages.print("Interrupted. The same command continues from the finished blocks.")
         raise typer.Exit(130) from None
-    except Exception as problem:  # safetensors reports a full disk by an exception of its own
-        from lowrank_compress.artifacts.files import is_disk_full
-
-        if debug or not (is_disk_full(problem) or isinstance(problem, PermissionError)):
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; nothing may be written when Python ends either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(141) from None
+    except Exception as problem:
+        if debug:
             raise
-        what = "The disk is full" if is_disk_full(problem) else "Permission denied"
-        text = f"{what}: {_escape(str(problem))}. Nothing half-written counts as finished."
-        messages.print(f"[bold red]Error:[/] {text}", soft_wrap=True)
-        raise typer.Exit(2) from None
+        text = _explained(problem)
+        if text is not None:
+            messages.print(f"[bold red]Error:[/] {_escape(_one_line(text))}", soft_wrap=True)
+            raise typer.Exit(2) from None
+        messages.print(f"[bold red]Unexpected:[/] {_escape(_unexpected(problem))}", soft_wrap=True)
+        raise typer.Exit(1) from None
+
+
+def _explained(problem: Exception) -> str | None:
+    """Say what an error means to the user; None if it is not his to mend."""
+    from lowrank_compress.artifacts.files import is_disk_full
+
+    if isinstance(problem, LrcError):
+        return str(problem)
+    if is_disk_full(problem):  # safetensors reports it by an exception of its own
+        return f"The disk is full: {problem}. Nothing half-written counts as finished. Free some space and repeat."
+    if _lacks_memory(problem):
+        return (
+            "There is not enough memory for this. Take fewer or shorter windows (--samples, --seq-len) or a smaller "
+            "--batch-size or --memory-budget, where the command has them, or a machine with more."
+        )
+    if isinstance(problem, OSError):
+        where = f"{problem.filename}: " if problem.filename else ""
+        return (
+            f"{where}{problem.strerror or problem}. Check that the place is there, that you may read it (and write to "
+            "it, if it is for results), and that its name is not too long; or choose another."
+        )
+    return None
+
+
+def _lacks_memory(problem: Exception) -> bool:
+    words = ("can't allocate memory", "out of memory", "unable to mmap")
+    return isinstance(problem, MemoryError) or (
+        isinstance(problem, RuntimeError) and any(word in str(problem).lower() for word in words)
+    )
+
+
+def _one_line(text: str) -> str:
+    """Show a text in one paragraph, with what cannot be printed spelled out and very long words cut in the middle."""
+    plain = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text.replace("\n", " "))
+    return re.sub(r"(\S{100})\S{200,}(\S{100})", r"\1…\2", plain)
+
+
+def _unexpected(problem: Exception) -> str:
+    """Keep the traceback in a file, and say where."""
+    what = f"{type(problem).__name__}: {_one_line(str(problem))[:200]}"
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="lrc-", suffix=".txt", delete=False, encoding="utf-8", errors="backslashreplace"
+        ) as file:
+            file.write(f"{sys.version}\n{sys.argv}\n\n")
+            traceback.print_exception(problem, file=file)
+    except OSError:
+        return f"{what}. This is a fault of lrc. Repeat with --debug for the traceback, and report it with that."
+    return f"{what}. This is a fault of lrc; please report it with {file.name}, which holds the traceback."
 
 
 def _escape(text: str) -> str:

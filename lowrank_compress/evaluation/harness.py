@@ -6,7 +6,7 @@ import importlib
 import logging
 import re
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,13 @@ from lowrank_compress.errors import InputError
 BOOTSTRAP = 1000
 # Names of data files in a task's YAML.
 _FILE_NAMES = re.compile(r"[^\s\"',\[\]{}]+\.(?:jsonl?|csv|tsv|txt|parquet)")
-# Imported when called: they take seconds, and lm-eval is an optional dependency.
+# Imported when called: they take seconds.
 _MODULES = ("lm_eval", "lm_eval.tasks", "lm_eval.models.huggingface")
 
 
 def harness_version() -> str:
-    """Version of the installed lm-eval; "none" without it."""
-    try:
-        return version("lm_eval")
-    except PackageNotFoundError:
-        return "none"
+    """Version of the installed lm-eval."""
+    return version("lm_eval")
 
 
 def task_files(directory: Path) -> list[Path]:
@@ -74,15 +71,9 @@ def run_tasks(
     Raises
     ------
     InputError
-        lm-eval is not installed, a task is unknown, or its data cannot be had.
+        A task is unknown, or its data cannot be had.
     """
-    try:
-        lm_eval, harness, huggingface = map(importlib.import_module, _MODULES)
-    except ImportError as problem:
-        raise InputError(
-            f"--tasks needs lm-eval, which is not installed ({problem}). Install it: pip install "
-            "'lowrank_compress[tasks]'."
-        ) from problem
+    lm_eval, harness, huggingface = map(importlib.import_module, _MODULES)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if include_path is not None and not include_path.is_dir():
         raise InputError(f"--include-path {include_path} is no directory; expected one with lm-eval task YAML files.")

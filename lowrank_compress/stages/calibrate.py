@@ -101,13 +101,16 @@ class FileSink:
         """Do nothing: they are."""
 
 
-def key(config: CalibrateConfig, inputs: Inputs) -> Key:
-    """Everything the statistics depend on; a text counts by its content, not by its path."""
+def key(config: CalibrateConfig, inputs: Inputs, text: str | None = None) -> Key:
+    """Everything the statistics depend on; a text counts by its content, not by its path.
+
+    `text` is the identity of that content where the text itself need not be there; None to look.
+    """
     resolved = blueprint(inputs.checkpoint).resolved
     units = all_units(sites_of(resolved, config.scheme))
     found = {"checkpoint": checkpoint_id(inputs.checkpoint)}
     if needs_data(units):
-        found["text"] = source_id(_source(config))
+        found["text"] = text or source_id(_source(config))
     settings = config.model_dump(mode="json", exclude={"source", "scheme"})
     wanted = needed(units)
     by_role: dict[str, set[str]] = {}

@@ -7,10 +7,10 @@ from typing import Any
 
 from lowrank_compress.artifacts.directories import keep_aside
 from lowrank_compress.artifacts.files import read_sealed, sweep, write_sealed, write_text
-from lowrank_compress.artifacts.manifest import Manifest, difference, read_manifest
+from lowrank_compress.artifacts.manifest import Key, Manifest, difference, read_manifest
 from lowrank_compress.calibration.workers import Workers
 from lowrank_compress.config import EvaluateConfig, Recipe, read_recipe_file
-from lowrank_compress.errors import ArtifactError, InputError
+from lowrank_compress.errors import ArtifactError, CalibrationError, InputError
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.locate import locate
 from lowrank_compress.stages import calibrate, evaluate, factorize, score
@@ -81,8 +81,21 @@ def refuse_foreign(run: Run) -> None:
 
 def inputs_of_score(plan: Plan, run: Run) -> score.Inputs:
     """What the score stage reads in this run."""
-    calibration = calibrate.key(plan.calibrate, calibrate.Inputs(plan.checkpoint))
+    calibration = _calibration(plan, run)
     return score.Inputs(plan.checkpoint, calibration, run.statistics)
+
+
+def _calibration(plan: Plan, run: Run) -> Key:
+    """The key of the calibration; where its text is gone, that of the one that was made, if all else is the same."""
+    inputs = calibrate.Inputs(plan.checkpoint)
+    try:
+        return calibrate.key(plan.calibrate, inputs)
+    except CalibrationError:
+        made = read_manifest(run.statistics)
+        text = None if made is None else made.key.inputs.get("text")
+        if made is None or text is None or calibrate.key(plan.calibrate, inputs, text) != made.key:
+            raise
+        return made.key
 
 
 def compress(

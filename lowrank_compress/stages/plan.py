@@ -136,8 +136,13 @@ class Plan:
         )
 
 
-def make_plan(recipe: Recipe) -> Plan:
+def make_plan(recipe: Recipe, *, reads_text: bool = True) -> Plan:
     """Decide every default of a recipe and check it before any work.
+
+    Parameters
+    ----------
+    reads_text
+        Whether the calibration text will be read, if the method needs one.
 
     Raises
     ------
@@ -175,7 +180,7 @@ def make_plan(recipe: Recipe) -> Plan:
         raise InputError(
             f"--seq-len {seq_len} is more than the {longest} positions of the model. Use at most {longest}."
         )
-    if needs_data(units):
+    if needs_data(units) and reads_text:
         load_tokenizer(checkpoint.path, recipe.trust_remote_code)
         source = Source(recipe.calibration or PAPERS_DATA, recipe.text_column, recipe.label_column)
         if not source.is_hub:

@@ -68,9 +68,7 @@ def test_multimodal_models_are_refused(model_type: str) -> None:
 
 
 def test_unknown_type_lists_the_known() -> None:
-    with pytest.raises(
-        UnsupportedError, match=r"Unknown model type 'gpt_neo'\. Known: .*roberta"
-    ):
+    with pytest.raises(UnsupportedError, match=r"Unknown model type 'gpt_neo'\. Known: .*roberta"):
         architecture_of(CONFIG_MAPPING["gpt_neo"]())
 
 

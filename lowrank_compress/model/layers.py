@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import shutil
 import sys
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -25,7 +26,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 QUANT_METHOD = "lowrank"
-VERSION = 1
+# Of what a checkpoint holds; raised when code that knows only earlier ones could not load it. 2: indices are int32.
+VERSION = 2
+INDEX_DTYPE = torch.int32
 FORMATS = ("pair", "pivot", "dense")
 REMOTE_FILE = "modeling_lowrank.py"
 PACKAGE = "lowrank_compress.model.layers"
@@ -78,6 +81,8 @@ class CompressedLinear(nn.Module):
 
     Notes
     -----
+    Indices are int32; int64, which checkpoints of version 1 have, is taken as well.
+
     Weights start uninitialised: they are always loaded. The empty buffer ``weight`` (0,) makes a load by code that
     does not know this layer fail with a size mismatch instead of starting from random weights.
     """
@@ -116,7 +121,7 @@ class CompressedLinear(nn.Module):
             if form != "dense":
                 self.add_module(f"lr_out{suffix}", linear(width, rows - width if form == "pivot" else rows))
             if form == "pivot":
-                self.register_buffer(f"lr_index{suffix}", torch.arange(width, device=device))
+                self.register_buffer(f"lr_index{suffix}", torch.arange(width, dtype=INDEX_DTYPE, device=device))
         self.register_buffer("weight", torch.empty(0, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
 
@@ -135,7 +140,7 @@ class CompressedLinear(nn.Module):
             for rows, form, _, suffix in self.parts:
                 row = torch.arange(rows, device=device)
                 if form == "pivot":
-                    index = self.get_buffer(f"lr_index{suffix}").to(device)
+                    index = self.get_buffer(f"lr_index{suffix}").to(device, torch.int64)
                     row = torch.argsort(torch.ones_like(row).scatter(0, index, 0), stable=True)
                 size = rows // self.heads
                 emitted.append(row // size * (self.out_features // self.heads) + offset + row % size)
@@ -249,14 +254,15 @@ class Heads(NamedTuple):
     o: str
 
 
-# What models hand to their attention beside its inputs: arguments of the attention function, and others that change
-# nothing in an attention.
+# What models hand to their attention beside its inputs, and stock classes pass on as it is: arguments of the attention
+# functions of transformers, and others that change nothing in an attention.
 PASSED_ON = frozenset(
     [
-        "cache_position",
         "cu_seq_lens_k",
         "cu_seq_lens_q",
+        "deterministic",
         "is_causal",
+        "kernel_options",
         "max_length_k",
         "max_length_q",
         "num_items_in_batch",
@@ -280,10 +286,11 @@ class CompressedAttention(nn.Module):
 
     Notes
     -----
-    ``lr_rotary`` (kv_heads, query_key), int64, is there if the family rotates queries and keys and a head keeps but
-    some dimensions or keeps them in another order. It says which dimension of the stock head each kept one was, for
-    each key-value head and its queries: the first half holds the first members i of the kept pairs, the second half
-    their partners, i + rotary / 2. Dimensions past the rotary ones are not rotated; any two of them make a pair.
+    ``lr_rotary`` (kv_heads, query_key), int32 (int64 in version 1), is there if the family rotates queries and keys
+    and a head keeps but some dimensions or keeps them in another order. It says which dimension of the stock head each
+    kept one was, for each key-value head and its queries: the first half holds the first members i of the kept pairs,
+    the second half their partners, i + rotary / 2. Dimensions past the rotary ones are not rotated; any two of them
+    make a pair.
     """
 
     config: Any
@@ -302,28 +309,26 @@ class CompressedAttention(nn.Module):
         cache: Any = None,
         past_key_values: Any = None,
         layer_past: Any = None,
+        cache_position: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Map (batch, tokens, hidden) to the output (batch, tokens, hidden) and, where known, attention weights.
 
         The cache has another name in every few versions of transformers and in some families; all are taken. What
-        else comes must be in `PASSED_ON`.
+        else comes must be in `PASSED_ON`, or be a parameter of the attention function that is in use.
 
         Raises
         ------
         TypeError
-            An argument is given that this attention does not know: ignored, it could change the result.
+            Another argument is given: ignored, it could change the result.
         ValueError
             It is asked to attend to another sequence.
         """
         if encoder_hidden_states is not None:
             raise ValueError("a compressed attention attends to its own sequence only, got encoder_hidden_states")
-        if unknown := sorted(name for name, value in kwargs.items() if value is not None and name not in PASSED_ON):
-            raise TypeError(
-                f"{type(self).__name__} got {', '.join(unknown)}, which this version of lowrank_compress does not know "
-                f"with transformers {transformers.__version__}: update lowrank_compress, or use an older transformers"
-            )
+        if unknown := {name for name, value in kwargs.items() if value is not None} - PASSED_ON:
+            self._refuse(unknown)
         query, key, value = (states.transpose(1, 2) for states in self._project(hidden_states))
         if isinstance(norm := getattr(self, "q_norm", None), nn.Module):
             query, key = norm(query), self.get_submodule("k_norm")(key)
@@ -333,15 +338,14 @@ class CompressedAttention(nn.Module):
         if isinstance(cache, EncoderDecoderCache):
             cache = cache.self_attention_cache
         if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
+            # Transformers 4 tells a static cache where the new tokens belong; 5 has no such argument.
+            places = () if cache_position is None else ({"cache_position": cache_position},)
+            key, value = cache.update(key, value, self.layer_idx, *places)
         implementation = self.config._attn_implementation
         if implementation == "eager" and getattr(self, "reorder_and_upcast_attn", False):  # GPT-2
             context, weights = getattr(self, "_upcast_and_reordered_attn")(query, key, value, attention_mask)  # noqa: B009
         else:
-            # By way of the family: this file is imported before transformers has its table of attention functions.
-            family = _family(self.lr_stock_class)
-            attend = _attention_function(family, implementation)
-            context, weights = attend(
+            context, weights = _attention_function(self.lr_stock_class, implementation)(
                 self,
                 *_equally_wide(query, key, value, implementation),
                 attention_mask,
@@ -356,6 +360,16 @@ class CompressedAttention(nn.Module):
         if isinstance(dropout := getattr(self, "resid_dropout", None), nn.Module):
             context = dropout(context)
         return context, weights
+
+    def _refuse(self, names: Iterable[str]) -> None:
+        """Raise for the arguments among these that the attention function in use does not name."""
+        attend = _attention_function(self.lr_stock_class, self.config._attn_implementation)
+        if unknown := sorted(set(names) - set(inspect.signature(attend).parameters)):
+            raise TypeError(
+                f"{type(self).__name__} got {', '.join(unknown)}, which compressed attention does not take, with "
+                f"transformers {transformers.__version__}; ignored, it could change the result. Leave it out, or "
+                "update lowrank_compress"
+            )
 
     def _project(self, hidden: Tensor) -> tuple[Tensor, ...]:
         """Return queries, keys and values, each (batch, tokens, heads, width)."""
@@ -373,7 +387,7 @@ class CompressedAttention(nn.Module):
         heads, rotary = self.lr_heads, cos.shape[-1]
         if not heads.rotary:
             return _family(self.lr_stock_class).apply_rotary_pos_emb(query, key, cos, sin)
-        first = self.lr_rotary[:, : heads.query_key // 2]
+        first = self.lr_rotary[:, : heads.query_key // 2].long()
         cos, sin = cos[..., : rotary // 2], sin[..., : rotary // 2]
         if rotary < heads.size:
             # Pairs that are not rotated look up one more column: the cosine and sine of no rotation.
@@ -409,7 +423,7 @@ class CompressedAttention(nn.Module):
         """Return, for each of q, k, v or for the fused one, which row of the stock projection each row was."""
         heads, kv_heads, size, query_key, value, rotary, interleaved, q, k, v, _ = self.lr_heads
         device = getattr(self, v).weight.device
-        keys = self.lr_rotary if rotary else torch.arange(query_key, device=device).expand(kv_heads, -1)
+        keys = self.lr_rotary.long() if rotary else torch.arange(query_key, device=device).expand(kv_heads, -1)
         queries = keys.repeat_interleave(heads // kv_heads, 0)
         values = torch.arange(value, device=device).expand(kv_heads, -1)
 
@@ -450,8 +464,10 @@ def _equally_wide(query: Tensor, key: Tensor, value: Tensor, implementation: str
     return [nn.functional.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in states]
 
 
-def _attention_function(family: Any, implementation: str) -> Any:
+def _attention_function(stock: type, implementation: str) -> Any:
     """Look up an attention function by name; transformers 4 has no `get_interface`."""
+    # By way of the family: this file is imported before transformers has its table of attention functions.
+    family = _family(stock)
     table = family.ALL_ATTENTION_FUNCTIONS
     if hasattr(table, "get_interface"):
         return table.get_interface(implementation, family.eager_attention_forward)
@@ -492,7 +508,7 @@ class LowRankConfig(QuantizationConfigMixin):
         head by head, and the paths of ``"q"``, ``"k"``, ``"v"`` (thrice the same if fused) and ``"o"``. Projections
         that are smaller than stock have entries in `dense_shapes`, those with factors in `modules`.
     version : int
-        The version of this layout.
+        That of the checkpoint, up to `VERSION`; what is saved again has the present one.
     factor_quantization : None
         Reserved for a quantization of the factors themselves.
 
@@ -514,10 +530,10 @@ class LowRankConfig(QuantizationConfigMixin):
     ) -> None:
         if quant_method != QUANT_METHOD:
             raise ValueError(f"expected quant_method {QUANT_METHOD!r}, got {quant_method!r}")
-        if version != VERSION:
+        if type(version) is not int or not 1 <= version <= VERSION:
             raise ValueError(
-                f"this checkpoint is of low-rank format version {version!r}, but this code reads version {VERSION}: "
-                "install the lowrank_compress that wrote it"
+                f"this checkpoint is of low-rank format version {version!r}, but this code reads versions 1 to "
+                f"{VERSION}: update lowrank_compress, or install the version that wrote the checkpoint"
             )
         if factor_quantization is not None or unknown:
             what = ", ".join(sorted(unknown)) or "factor_quantization"
@@ -525,7 +541,7 @@ class LowRankConfig(QuantizationConfigMixin):
                 f"the low-rank quantization_config uses {what}, unknown to this code: update lowrank_compress"
             )
         self.quant_method: Any = QUANT_METHOD
-        self.version = version
+        self.version = VERSION
         self.factor_quantization = factor_quantization
         self.modules = {path: _checked(path, entry) for path, entry in (modules or {}).items()}
         self.dense_shapes = {path: [int(n) for n in shape] for path, shape in (dense_shapes or {}).items()}
@@ -674,7 +690,7 @@ def _swap_attention(model: nn.Module, path: str, entry: Mapping[str, Any]) -> No
     module.__class__ = _compressed_class(type(module))
     module.lr_heads = heads
     if heads.rotary:
-        index = torch.zeros(heads.kv_heads, heads.query_key, dtype=torch.int64, device=linear["q"].weight.device)
+        index = torch.zeros(heads.kv_heads, heads.query_key, dtype=INDEX_DTYPE, device=linear["q"].weight.device)
         module.register_buffer("lr_rotary", index)
 
 
@@ -801,6 +817,10 @@ class LowRankQuantizer(HfQuantizer):
                 # Else .half() and .float() raise; no weight is quantized.
                 module.__dict__["is_quantized"] = False
                 module.config.__dict__["_is_quantized"] = False
+            for name, buffer in list(module._buffers.items()):
+                # Checkpoints of version 1 have wider ones.
+                if name.startswith(("lr_index", "lr_rotary")) and buffer is not None and buffer.device.type != "meta":
+                    module._buffers[name] = buffer.to(INDEX_DTYPE)
             if isinstance(module, CompressedLinear):
                 module.remember_order()
         model.save_pretrained = _Saver(model)
@@ -847,7 +867,7 @@ class _Saver:
     def __call__(self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> Any:
         model = self.model()
         if model is None:
-            raise ReferenceError("the model of this save_pretrained is gone")
+            raise ReferenceError("the model of this save_pretrained is gone: keep it in a variable until it is saved")
         model.config.auto_map = remote_code_entries(model.config)
         if is_main_process:
             write_remote_code(save_directory)

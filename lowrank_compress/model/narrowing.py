@@ -9,7 +9,7 @@ from lowrank_compress.arch.resolve import Heads, Resolved, Target
 from lowrank_compress.arch.spec import Role
 from lowrank_compress.errors import UnsupportedError
 from lowrank_compress.model import weights
-from lowrank_compress.model.layers import LowRankConfig, restore_modules, swap_modules
+from lowrank_compress.model.layers import INDEX_DTYPE, LowRankConfig, restore_modules, swap_modules
 from lowrank_compress.model.replay import Batch, Replay
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.model.surgery import ROTARY, attention_entry
@@ -45,7 +45,7 @@ def check_narrowing(skeleton: Skeleton, batch: Batch) -> None:
                 f"{problem}. Give the attention a linear method, for instance --attention kfac."
             ) from None
         if rotary:
-            index = _pairs(resolved.heads).expand(resolved.heads.key, -1).to(skeleton.device)
+            index = _pairs(resolved.heads).expand(resolved.heads.key, -1).to(skeleton.device, INDEX_DTYPE)
             setattr(skeleton.model.get_submodule(path), ROTARY, index)
         found = replay.step(0, block, 0, hidden)
         restore_modules(block)

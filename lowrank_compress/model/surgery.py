@@ -12,6 +12,7 @@ from torch import Tensor
 from lowrank_compress.arch.resolve import Heads, Target
 from lowrank_compress.arch.spec import Role
 from lowrank_compress.model.casting import cast
+from lowrank_compress.model.layers import INDEX_DTYPE
 
 ROTARY = "lr_rotary"  # the buffer of `layers.CompressedAttention`
 
@@ -121,5 +122,5 @@ def module_tensors(targets: Sequence[Target], parts: Sequence[Encoded], dtype: t
         if part.outer is not None:
             tensors[f"lr_out{suffix}.weight"] = part.outer.to(dtype)
         if part.index is not None:
-            tensors[f"lr_index{suffix}"] = part.index
+            tensors[f"lr_index{suffix}"] = part.index.to(INDEX_DTYPE)
     return tensors

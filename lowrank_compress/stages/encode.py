@@ -22,6 +22,7 @@ from lowrank_compress.methods.module_unit import ModuleUnit
 from lowrank_compress.methods.units import Unit, stored_elements
 from lowrank_compress.model.blueprint import Blueprint
 from lowrank_compress.model.casting import cast
+from lowrank_compress.model.layers import INDEX_DTYPE
 from lowrank_compress.model.surgery import (
     ROTARY,
     Encoded,
@@ -210,7 +211,7 @@ class Encoder:
         if pieces.index is not None:
             below = targets["q"].module.removeprefix(path) + ".weight"
             on_disk = self.plan.name_on_disk(f"{targets['q'].module}.weight").removesuffix(below)
-            made.tensors[f"{on_disk}.{ROTARY}"] = pieces.index
+            made.tensors[f"{on_disk}.{ROTARY}"] = pieces.index.to(INDEX_DTYPE)
 
     def _planned(self, unit: MatrixUnit, choice: Choice) -> Choice:
         """The choice in the storage asked for: what ranks.json says, or as much as fits its stored count."""

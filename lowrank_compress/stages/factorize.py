@@ -36,7 +36,7 @@ from lowrank_compress.stages.encode import Encoder
 from lowrank_compress.stages.ranks import RANKS, Choice, read_ranks
 from lowrank_compress.stages.report import block_losses, model_card, summary
 
-VERSION = 3
+VERSION = 4
 REPORT = "lowrank.json"
 
 

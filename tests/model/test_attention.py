@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
@@ -373,7 +374,7 @@ def test_gradients_copies_and_half_precision(case: str) -> None:
         assert len(compressed(twin)) == len(compressed(small))
         assert torch.equal(logits(twin), expected)
         twin.bfloat16()
-        assert all(module.lr_rotary.dtype == torch.int64 for module in compressed(twin) if module.lr_heads.rotary)
+        assert all(module.lr_rotary.dtype == torch.int32 for module in compressed(twin) if module.lr_heads.rotary)
         torch.testing.assert_close(logits(twin).double(), expected, rtol=0.2, atol=0.2)
     gradients = []
     for checkpointing in (False, True):
@@ -522,6 +523,74 @@ def test_the_cache_by_every_name(name: str) -> None:
 
 def test_an_unknown_argument_is_an_error() -> None:
     small, _ = narrowed(one("llama-lm"), 0.7)
-    small(IDS, cu_seq_lens_q=None)  # known, and not given
-    with pytest.raises(TypeError, match="got kv_store, which this version of lowrank_compress does not know"):
-        small(IDS, kv_store=object())
+    small(IDS, kv_store=None, use_cache=False, output_hidden_states=True)
+    with pytest.raises(TypeError, match="got head_mask, kv_store, which compressed attention does not take"):
+        small(IDS, kv_store=object(), head_mask=torch.ones(4))
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_the_attention_function_gets_what_the_stock_module_passes_on(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names and values, those that callers give included."""
+    seen: list[dict[str, Any]] = []
+
+    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, temperature: float = 1, **given: Any):
+        seen.append({**given, "mask": mask, "temperature": temperature})
+        return torch.zeros(*query.transpose(1, 2).shape[:3], value.shape[-1], dtype=value.dtype), None
+
+    lengths = torch.tensor([0, 12, 24])
+    options = {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": 12, "max_length_k": 12}
+    options |= {"num_items_in_batch": torch.tensor(2), "temperature": 0.5, "kernel_options": {"BLOCK_M": 16}}
+    mask = torch.ones_like(IDS)
+    mask[0, :4] = 0
+    calls = []
+    for model in narrowed(one(case), 0.7):
+        monkeypatch.setattr(sys.modules[type(model).__module__], "eager_attention_forward", attend)
+        model.set_attn_implementation("eager")
+        seen.clear()
+        logits(model, attention_mask=mask, **options)
+        # OPT scales its queries beforehand.
+        calls.append(
+            [{name: value for name, value in call.items() if name != "scaling" and value is not None} for call in seen]
+        )
+    assert calls[0]
+    assert calls[0][0]["temperature"] == 0.5
+    for ours, stock in zip(*calls, strict=True):
+        assert ours.keys() == stock.keys()
+        for name, value in stock.items():
+            assert torch.equal(ours[name], value) if isinstance(value, Tensor) else ours[name] == value, name
+
+
+def test_a_cache_is_told_where_the_tokens_belong() -> None:
+    """As transformers 4 does; its static cache would put every token in the first place."""
+    small, _ = narrowed(one("llama-lm"), 0.7)
+    given = []
+
+    class Cache:
+        def update(self, key: Tensor, value: Tensor, layer: int, *places: Any) -> tuple[Tensor, Tensor]:
+            given.append(places)
+            return key, value
+
+    hidden = torch.randn(1, 2, small.config.hidden_size, dtype=small.dtype)
+    tables = torch.ones(1, 2, small.config.head_dim, dtype=small.dtype)
+    for place in (None, torch.tensor([5, 6])):
+        compressed(small)[0](hidden, position_embeddings=(tables, tables), cache=Cache(), cache_position=place)
+    assert given == [(), ({"cache_position": place},)]
+
+
+def test_an_attention_of_the_first_version_loads_bit_for_bit(tmp_path: Path) -> None:
+    small, _ = narrowed(one("llama-lm"), 0.7)
+    save(small, tmp_path)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert {module.lr_rotary.dtype for module in compressed(expected)} == {torch.int32}
+    tensors = load_file(tmp_path / "model.safetensors")
+    wider = {name: value.long() if "lr_rotary" in name else value for name, value in tensors.items()}
+    save_file(wider, tmp_path / "model.safetensors", {"format": "pt"})
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert {module.lr_rotary.dtype for module in compressed(loaded)} == {torch.int32}
+    assert torch.equal(logits(loaded), logits(expected))
+    for attention in compressed(loaded):
+        attention.lr_rotary = attention.lr_rotary.long()
+    assert torch.equal(logits(loaded), logits(expected))
+    assert torch.equal(logits(loaded.dequantize()), logits(expected.dequantize()))

@@ -143,7 +143,7 @@ def test_casts_leave_the_indices_alone() -> None:
     index = module.get_buffer("lr_index_0").clone()
     for cast in (module.bfloat16, module.half, module.float):
         cast()
-        assert module.get_buffer("lr_index_0").dtype == torch.int64
+        assert module.get_buffer("lr_index_0").dtype == torch.int32
         assert torch.equal(module.get_buffer("lr_index_0"), index)
         assert module.weight.dtype == module.lr_in.get_parameter("weight").dtype
 
@@ -224,19 +224,25 @@ def test_config_survives_its_dict() -> None:
     config = LowRankConfig({"a.b": entry("fused mix")}, {"c": [3, 4]})
     assert config.to_dict() == {
         "quant_method": "lowrank",
-        "version": 1,
+        "version": 2,
         "factor_quantization": None,
         "modules": {"a.b": entry("fused mix")},
         "dense_shapes": {"c": [3, 4]},
         "attention": {},
     }
     assert LowRankConfig(**config.to_dict()).to_dict() == config.to_dict()
+    # What is saved again is of the present version.
+    assert LowRankConfig(**{**config.to_dict(), "version": 1}).to_dict() == config.to_dict()
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "of low-rank format version 2, but this code reads version 1"),
+        ({"version": 3}, "of low-rank format version 3, but this code reads versions 1 to 2: update lowrank_compress"),
+        ({"version": 0}, "format version 0, but"),
+        ({"version": True}, "format version True, but"),
+        ({"version": "2"}, "format version '2', but"),
+        ({"version": None}, "format version None, but"),
         ({"quant_method": "gptq"}, "expected quant_method 'lowrank', got 'gptq'"),
         ({"factor_quantization": {"bits": 8}}, "uses factor_quantization, unknown to this code"),
         ({"rotation": 1}, "uses rotation, unknown to this code"),

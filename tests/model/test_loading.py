@@ -30,9 +30,11 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 
 import lowrank_compress
 from lowrank_compress.model import layers
+from lowrank_compress.model.checkpoint import Checkpoint as CheckpointFiles
+from lowrank_compress.model.dense import write_dense
 from lowrank_compress.model.layers import REMOTE_FILE, CompressedLinear, LowRankConfig, remote_code_entries
 from tests.model.test_layers import fill
-from tests.tiny import tiny_model
+from tests.tiny import tiny_model, tiny_tokenizer
 
 torch.set_num_threads(1)
 
@@ -190,6 +192,50 @@ def test_kinds_of_checkpoint(checkpoint: Checkpoint, options: dict[str, Any]) ->
         torch.testing.assert_close(logits(model), logits(dense), rtol=tolerance, atol=tolerance)
 
 
+def first_version(directory: Path, target: Path) -> Path:
+    """Copy a checkpoint as the first version wrote it: with indices of twice the size."""
+    target = edited(directory, target, lambda settings: settings.update(version=1))
+    wider = {name: value.long() if "lr_index" in name else value for name, value in stored(directory).items()}
+    (target / "model.safetensors").unlink()
+    save_file(wider, target / "model.safetensors", {"format": "pt"})
+    return target
+
+
+@pytest.mark.parametrize("model_type", PLANS)
+def test_a_checkpoint_of_the_first_version_loads_bit_for_bit(
+    checkpoint: Checkpoint, tmp_path: Path, model_type: str
+) -> None:
+    directory, _ = checkpoint(model_type)
+    old = first_version(directory, tmp_path / "old")
+    kinds = {value.dtype for name, value in stored(old).items() if "lr_index" in name}
+    assert kinds == {torch.int64}
+    expected = auto_class(model_type).from_pretrained(directory)
+    for load in ({}, {"device_map": {"": "cpu"}}):
+        model, info = auto_class(model_type).from_pretrained(old, output_loading_info=True, **load)
+        assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        assert_holds(model, directory)
+        assert torch.equal(logits(model), logits(expected))
+    for assign in (False, True):
+        model = auto_class(model_type).from_pretrained(directory)
+        for name, buffer in model.named_buffers():
+            if "lr_index" in name:
+                buffer.zero_()
+        model.load_state_dict(stored(old), strict=False, assign=assign)
+        assert torch.equal(logits(model), logits(expected))
+    if model_type == "llama":
+        model = auto_class(model_type).from_pretrained(old)
+        model.save_pretrained(tmp_path / "again")
+        assert_holds(auto_class(model_type).from_pretrained(tmp_path / "again"), directory)
+        saved = json.loads((tmp_path / "again" / "config.json").read_text())
+        assert saved["quantization_config"]["version"] == layers.VERSION
+        tiny_tokenizer(old)
+        tiny_tokenizer(edited(directory, tmp_path / "new", lambda _: None))
+        for place in ("old", "new"):
+            write_dense(CheckpointFiles(tmp_path / place), tmp_path / f"{place}-dense")
+        dense = [stored(tmp_path / f"{place}-dense") for place in ("old", "new")]
+        assert all(torch.equal(dense[0][name], value) for name, value in dense[1].items())
+
+
 def test_dtype_asked_for_is_cast_once(checkpoint: Checkpoint) -> None:
     directory, _ = checkpoint()
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
@@ -296,7 +342,7 @@ def test_casts(checkpoint: Checkpoint) -> None:
     assert model.half().dtype == torch.float16
     assert model.float().dtype == torch.float32
     assert model.to(torch.float64).dtype == torch.float64
-    assert model.get_buffer("model.layers.0.self_attn.q_proj.lr_index").dtype == torch.int64
+    assert model.get_buffer("model.layers.0.self_attn.q_proj.lr_index").dtype == torch.int32
     assert logits(model).dtype == torch.float64
 
 
@@ -374,7 +420,7 @@ def edited(directory: Path, target: Path, edit: Callable[[dict[str, Any]], None]
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda q: q.update(version=7), "of low-rank format version 7"),
+        (lambda q: q.update(version=7), "of low-rank format version 7, but this code reads versions 1 to 2: update"),
         (
             lambda q: q["modules"].update({"model.x": next(iter(q["modules"].values()))}),
             "names the module model.x, which",
@@ -500,7 +546,10 @@ def test_remote_code_without_the_package_and_loud_failure_without_either(
 ) -> None:
     places = []
     for model_type in PLANS:
-        copied = edited(checkpoint(model_type)[0], tmp_path / model_type, lambda _: None)
+        if model_type == "gpt_neox":
+            copied = first_version(checkpoint(model_type)[0], tmp_path / model_type)
+        else:
+            copied = edited(checkpoint(model_type)[0], tmp_path / model_type, lambda _: None)
         places.append((auto_class(model_type).__name__, str(copied)))
     (tmp_path / "cache").mkdir()
     python(WITHOUT_PACKAGE, json.dumps(places), json.dumps(IDS.tolist()), ROOT, cache=tmp_path / "cache")

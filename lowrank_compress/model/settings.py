@@ -58,10 +58,10 @@ def quantization(path: Path, raw: Mapping[str, Any]) -> dict[str, Any] | None:
             "checkpoint that it was made from."
         )
     version = found.get("version", VERSION)
-    if version != VERSION:
+    if type(version) is int and version > VERSION:
         raise UnsupportedError(
-            f"{path} was compressed by another version of this program (layout {_short(version)}; this one reads "
-            f"{VERSION}). Install the lowrank_compress that wrote it."
+            f"{path} was compressed by a later version of this program (format version {_short(version)}; this one "
+            f"reads 1 to {VERSION}). Update lowrank_compress."
         )
     try:
         LowRankConfig(**found)

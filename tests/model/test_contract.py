@@ -331,7 +331,10 @@ def test_commands_warn(model: Path, tiny: Tiny, tmp_path: Path) -> None:
         ({"quant_method": 7}, "has a malformed quantization_config"),
         ("lowrank", "has a malformed quantization_config (lowrank)"),
         ({"quant_method": "of-tomorrow", "bits": 3}, "is quantized (of-tomorrow); expected plain floating-point"),
-        ({"quant_method": "lowrank", "version": 99}, "was compressed by another version of this program (layout 99;"),
+        (
+            {"quant_method": "lowrank", "version": 99},
+            "was compressed by a later version of this program (format version 99;",
+        ),
         ({"quant_method": "lowrank", "modules": {"a": {}}}, "has a malformed quantization_config"),
         ({"quant_method": "lowrank", "modules": 3}, "has a malformed quantization_config"),
     ],

@@ -208,7 +208,7 @@ def compare(
     tensors: list[TensorDifference] = []
     for stage, manifest in manifests.items():
         directory = run.path / stage
-        files += _file_differences(stage, expected[stage].files, file_entries(directory, manifest), tolerance)
+        files += file_differences(stage, expected[stage].files, file_entries(directory, manifest), tolerance)
         holding = sorted(directory / name for name in manifest.outputs if name.endswith(".safetensors"))
         tensors += tensor_differences(stage, expected[stage], holding, reference)
         changes = environment_changes(expected[stage].environment, manifest.environment)
@@ -252,9 +252,10 @@ def finished(directory: Path) -> Manifest:
     return manifest
 
 
-def _file_differences(
+def file_differences(
     stage: str, expected: Mapping[str, FileEntry], found: Mapping[str, FileEntry], tolerance: float | None
 ) -> list[FileDifference]:
+    """Name the files of a stage that are not as expected; within a tolerance, say which may differ."""
     differences = []
     for name in dict.fromkeys([*expected, *found]):
         one, two = expected.get(name), found.get(name)

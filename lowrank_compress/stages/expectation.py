@@ -231,7 +231,7 @@ def stage_entry(directory: Path, manifest: Manifest) -> StageEntry:
 def file_entries(directory: Path, manifest: Manifest) -> dict[str, FileEntry]:
     """Describe the files that a stage wrote."""
     return {
-        name: FileEntry.model_validate({**written, **(_fractions(directory / name) if name.endswith(".json") else {})})
+        name: FileEntry.model_validate({**written, **(fractions(directory / name) if name.endswith(".json") else {})})
         for name, written in manifest.outputs.items()
     }
 
@@ -242,7 +242,7 @@ def weight_entries(checkpoint: Checkpoint) -> dict[str, WeightEntry]:
     return {name: WeightEntry(norm=taken.norm, sketch=taken.text()) for name, taken in found.items()}
 
 
-def _fractions(path: Path) -> dict[str, str]:
+def fractions(path: Path) -> dict[str, str]:
     """Part a JSON file into its fractions and all else; nothing where it has none."""
     numbers: list[float] = []
 
@@ -326,6 +326,7 @@ def read_expectation(path: Path) -> Expectation:
             f"`lrc verify RUN --write {path}`."
         )
     try:
+        json.dumps(found, ensure_ascii=False).encode()  # half characters cannot be printed
         read = Expectation.model_validate(found)
         for entry in read.weights.values():
             entry.sketched()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -198,8 +199,12 @@ def test_another_text_is_named(tiny: Tiny, method: str, expected: Path):
             lambda path: edited(path, lambda found: found["weights"].update(a={"norm": 1, "sketch": "?"}), path),
             "damaged",
         ),
+        (lambda path: edited(path, lambda found: found["base"].update(name="\ud800"), path), "damaged"),
+        (lambda path: edited(path, lambda found: found["scores"].update(environment=[]), path), "damaged"),
+        (lambda path: (path.unlink(), os.mkfifo(path)), "no expectation"),
+        (lambda path: path.write_text("[" * 100_000), "no expectation"),
     ],
-    ids=["missing", "foreign", "edited", "schema", "incomplete", "sketch"],
+    ids=["missing", "foreign", "edited", "schema", "incomplete", "sketch", "surrogate", "list", "pipe", "deep"],
 )
 def test_what_is_no_expectation_is_refused(
     tiny: Tiny, expected: Path, tmp_path: Path, spoil: Callable[[Path], object], what: str

@@ -32,8 +32,8 @@ def choose(sites: Sequence[Sequence[Sequence[Curve]]], limit: int) -> list[int]:
     """
     if all(len(alternatives) == 1 for alternatives in sites):
         return [0] * len(sites)
-    largest = max(float(curve.loss[0]) for site in sites for curves in site for curve in curves)
-    # At a price of the largest loss an element everything takes its cheapest point.
+    largest = sum(float(curve.loss[0]) for site in sites for curves in site for curve in curves)
+    # At a price of all losses an element everything takes its cheapest way and point.
     low, high = np.log(max(largest, 1e-300)) - 80.0, np.log(max(largest, 1e-300)) + 1.0
     for _ in range(STEPS):
         middle = (low + high) / 2

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lowrank_compress.allocation import uniform
-from lowrank_compress.allocation.curve import Curve, require_reachable, stored_total
+from lowrank_compress.allocation.curve import Curve, least_stored, require_reachable, stored_total
 from lowrank_compress.errors import InputError
 
 
@@ -54,29 +54,42 @@ def allocate(curves: Sequence[Curve], limit: int, *, temperature: float | None =
     choice = np.zeros(len(curves), dtype=np.int64)
     members = [[p for p, curve in enumerate(curves) if curve.block == block] for block in sorted(influence)]
     blocks = [[curves[position] for position in positions] for positions in members]
-    dense = np.array([sum(curve.dense for curve in block) for block in blocks], dtype=np.int64)
-    least = np.array([sum(int(curve.stored[0]) for curve in block) for block in blocks], dtype=np.int64)
-    room = np.minimum(dense - least, np.ceil(cap * dense).astype(np.int64))
+    dense, room = _room(blocks, cap)
+    smallest = [least_stored(block) for block in blocks]
     remove = max(int(dense.sum()) - limit, 0)
     if remove > room.sum():
         # Rounded down, so that the share named here can be reached.
         largest = math.floor(room.sum() / dense.sum() * 10**4) / 10**4
         raise InputError(
             f"{len(curves)} matrices cannot be stored in {limit} elements: with at most {cap} removed of each block, "
-            f"the largest share of their {dense.sum()} elements that can go is {largest}. Raise the cap, or ask for a "
-            "smaller ratio."
+            f"the largest share of their {dense.sum()} elements that can go is {largest}. Raise --cap, or ask for a "
+            "smaller --ratio."
         )
     scores = np.array([influence[block] for block in sorted(influence)])
     kept = np.cumsum(dense - removed_elements(scores, dense, room, remove, temperature))
-    spent, reserved = 0, int(least.sum())
+    spent, reserved = 0, sum(smallest)
     for number, (positions, block) in enumerate(zip(members, blocks, strict=True)):
-        reserved -= int(least[number])
+        reserved -= smallest[number]
         planned = limit if number == len(blocks) - 1 else round(kept[number])
         # What rounding does to a sum of real numbers must neither exceed the limit nor starve a block.
-        allowed = max(min(planned, limit - reserved) - spent, int(least[number]))
+        allowed = max(min(planned, limit - reserved) - spent, smallest[number])
         choice[positions] = uniform.allocate(block, allowed)
         spent += stored_total(block, choice[positions])
     return choice
+
+
+def least(curves: Sequence[Curve], *, cap: float = 1.0, **_: object) -> int:
+    """Return the smallest limit that :func:`allocate` accepts with a cap."""
+    blocks = [[curve for curve in curves if curve.block == block] for block in sorted({c.block for c in curves})]
+    dense, room = _room(blocks, cap)
+    return int(dense.sum() - room.sum())
+
+
+def _room(blocks: Sequence[Sequence[Curve]], cap: float) -> tuple[np.ndarray, np.ndarray]:
+    """Elements of each block, and how many of them may go, (blocks,) int64."""
+    dense = np.array([sum(curve.dense for curve in block) for block in blocks], dtype=np.int64)
+    smallest = np.array([least_stored(block) for block in blocks], dtype=np.int64)
+    return dense, np.minimum(dense - smallest, np.ceil(cap * dense).astype(np.int64))
 
 
 def removed_elements(

@@ -70,12 +70,35 @@ class Budget:
                 f"The budget counts {self.denominator} elements, but the matrices to compress have {dense} and "
                 f"{self.other} stay as they are. Make the budget from the same targets as the curves."
             )
-        least = sum(int(curve.stored[0]) for curve in curves)
-        if least > self.limit:
-            # Rounded down, so that the ratio named here is one that can be asked for.
-            largest = math.floor(self.reached(least) * 10**4) / 10**4
-            raise InputError(
-                f"A ratio of {self.ratio} is out of reach: at the smallest ranks the {len(curves)} matrices still need "
-                f"{least} elements and {self.other} are not compressed, of {self.denominator} in all. The largest "
-                f"reachable ratio is {largest}. Ask for less, or compress more of the model."
-            )
+        self.require(sum(int(curve.stored[0]) for curve in curves))
+
+    def largest(self, least: int) -> float:
+        """Return the largest ratio that can be asked for where no fewer than `least` elements can be stored."""
+        # Rounded down, so that the ratio named here is one that can be asked for.
+        return math.floor(Fraction(self.denominator - self.other - least, self.denominator) * 10**4) / 10**4
+
+    def require(self, least: int, advice: str = "") -> None:
+        """Make sure that `least`, the fewest elements that can be stored, are within the limit.
+
+        Parameters
+        ----------
+        least
+            For all curves together.
+        advice
+            What else could be done than to ask for less.
+
+        Raises
+        ------
+        InputError
+            They are not; the message names the largest ratio that can be reached.
+        """
+        if least <= self.limit:
+            return
+        other = f" and {self.other} are not compressed" if self.other else ""
+        largest = self.largest(least)
+        raise InputError(
+            f"A ratio of {self.ratio} is out of reach: what is to be compressed still needs {least} elements at the "
+            f"smallest ranks{other}, of {self.denominator} in all. "
+            + (f"The largest reachable ratio is {largest}. " if largest > 0 else "Nothing can go. ")
+            + (advice or "Ask for no more.")
+        )

@@ -120,9 +120,14 @@ def stored_total(curves: Sequence[Curve], choice: np.ndarray) -> int:
     return sum(int(curve.stored[point]) for curve, point in zip(curves, choice, strict=True))
 
 
+def least_stored(curves: Sequence[Curve], **_: object) -> int:
+    """Return Σ stored elements of the cheapest points, whatever an allocator's options."""
+    return sum(int(curve.stored[0]) for curve in curves)
+
+
 def require_reachable(curves: Sequence[Curve], limit: int) -> None:
     """Raise InputError if even the cheapest points together exceed the limit."""
-    least = sum(int(curve.stored[0]) for curve in curves)
+    least = least_stored(curves)
     if least > limit:
         raise InputError(
             f"{len(curves)} matrices cannot be stored in {limit} elements: at the smallest ranks they need {least}. "

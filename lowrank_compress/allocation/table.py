@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lowrank_compress.allocation import block_influence, loss, uniform, welore
+from lowrank_compress.allocation.curve import least_stored
 from lowrank_compress.registry import Registry
 
 
@@ -32,6 +33,9 @@ class Allocator:
         Names of the keyword options of ``allocate``; all have defaults.
     help
         One line for ``lrc list``.
+    least
+        ``least(curves, **options)`` returns the smallest limit that `allocate` accepts, from what the curves store
+        alone; any such limit is one that it accepts.
     """
 
     name: str
@@ -41,6 +45,7 @@ class Allocator:
     needs_influence: bool
     options: tuple[str, ...]
     help: str
+    least: Callable[..., int] = least_stored
 
 
 _OWN = (
@@ -79,6 +84,7 @@ _OWN = (
         needs_influence=True,
         options=("temperature", "cap"),
         help="more from the blocks that change their input less (MoDeGPT)",
+        least=block_influence.least,
     ),
 )
 

@@ -29,6 +29,7 @@ from lowrank_compress.stages import score as score_stage
 from lowrank_compress.stages.common import Run, compute_device
 from lowrank_compress.stages.meter import Meter
 from lowrank_compress.stages.plan import Plan, make_plan
+from lowrank_compress.stages.reach import check_ratio
 from lowrank_compress.stages.sizing import dry_run as plan_sizes
 from lowrank_compress.stages.sizing import roomy
 
@@ -65,6 +66,7 @@ def compress(
     """Run the whole pipeline but the evaluation."""
     memory = _budget(memory_budget)
     plan = make_plan(recipe)
+    check_ratio(plan.score, plan.checkpoint)
     run = Run(out or pipeline.default_run(recipe))
     pipeline.refuse_foreign(run)
     _tell(plan, reporter)
@@ -221,6 +223,7 @@ def demo(ratio: float, out: Path, reporter: TerminalReporter) -> list[dict[str, 
         )
         run = Run(out / f"{method}-{ratio:g}")
         plan = make_plan(recipe)
+        check_ratio(plan.score, plan.checkpoint)
         with locked(run.path):
             pipeline.claim(run, plan, overwrite=True)
             manifest = pipeline.compress(plan, run, reporter, overwrite=True)

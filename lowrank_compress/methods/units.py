@@ -140,6 +140,11 @@ def needs_data(units: Sequence[Unit]) -> bool:
     return any(needed(units).values())
 
 
+def ranking(unit: Unit, storage: str) -> str:
+    """The format in which ranks of a unit are counted: the storage asked for, where it has any choice."""
+    return storage if storage in unit.formats else unit.formats[0]
+
+
 def candidate_ranks(unit: Unit, storage: str, multiple: int) -> np.ndarray:
     """Ranks that may be chosen, rising int64: multiples of `multiple` (and of the unit's step) that store less."""
     step = math.lcm(unit.step, multiple)

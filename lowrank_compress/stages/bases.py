@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from lowrank_compress.allocation.alternatives import choose
-from lowrank_compress.allocation.budget import Budget
 from lowrank_compress.allocation.curve import DENSE, Curve, make_curve
 from lowrank_compress.allocation.table import ALLOCATORS
 from lowrank_compress.arch.resolve import Target
@@ -25,10 +24,11 @@ from lowrank_compress.linalg.weighted import smaller_side
 from lowrank_compress.methods.linear import Damping
 from lowrank_compress.methods.matrix_unit import MatrixUnit
 from lowrank_compress.methods.sites import Site, all_units, first_units, sites_of
-from lowrank_compress.methods.units import Unit, candidate_ranks, dense_elements, uses
-from lowrank_compress.model.blueprint import Blueprint, blueprint
+from lowrank_compress.methods.units import Unit, candidate_ranks, dense_elements, ranking, uses
+from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.memory import free_memory
+from lowrank_compress.stages.reach import budget_of, require_reachable
 from lowrank_compress.stages.together import blocks_at_once, matrices_at_once, room
 
 VERSION = 5
@@ -98,10 +98,10 @@ class Bases:
     def _largest_ranks(self) -> dict[str, int]:
         """The largest rank of each unit that can pay; under an allocator that looks at nothing, the one it chooses."""
         paying = {unit.name: unit.largest(self.config.storage) for unit in self.units}
-        curves = [self._curve(unit, np.zeros(paying[unit.name] + 1)) for unit in first_units(self.sites)]
-        self.budget.check(curves)
+        require_reachable(self.config, self.budget, self.sites)
         if self.allocator.needs_loss or self.allocator.needs_spectrum or self.allocator.needs_influence:
             return paying
+        curves = [self._curve(unit, np.zeros(paying[unit.name] + 1)) for unit in first_units(self.sites)]
         chosen = self.allocate(curves)
         return {
             curve.name: 0 if curve.ranks[point] == DENSE else int(curve.ranks[point])
@@ -240,22 +240,3 @@ def predicted_losses(unit: Unit, basis: Mapping[str, Tensor], nats: bool) -> Ten
     if nats:
         return tail / 2
     return tail / tail[0] if tail[0] > 0 else torch.zeros_like(tail)
-
-
-def ranking(unit: Unit, storage: str) -> str:
-    """The format in which ranks of a unit are counted: the storage asked for, where it has any choice."""
-    return storage if storage in unit.formats else unit.formats[0]
-
-
-def budget_of(config: ScoreConfig, plan: Blueprint, sites: Sequence[Site]) -> Budget:
-    """The budget that a ratio means for a checkpoint.
-
-    Raises
-    ------
-    InputError
-        The ratio is not between 0 and 1.
-    """
-    claimed = sum(target.elements for target in plan.resolved.targets)
-    whole = sum(parameter.numel() for parameter in plan.model.parameters())
-    denominator = claimed if config.ratio_of == "blocks" else whole
-    return Budget(config.ratio, denominator, denominator - sum(site.dense for site in sites))

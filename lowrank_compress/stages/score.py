@@ -22,10 +22,10 @@ from lowrank_compress.calibration.workers import Workers
 from lowrank_compress.config import ScoreConfig
 from lowrank_compress.errors import ArtifactError, InputError
 from lowrank_compress.methods.sites import Site, all_units, first_units
-from lowrank_compress.methods.units import needs_data, stored_elements
+from lowrank_compress.methods.units import needs_data, ranking, stored_elements
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.registry import unknown
-from lowrank_compress.stages.bases import VERSION, Bases, ranking
+from lowrank_compress.stages.bases import VERSION, Bases
 from lowrank_compress.stages.common import Reporter, Silent, environment, in_parts
 from lowrank_compress.stages.ranks import RANKS, Choice, write_ranks
 
@@ -116,10 +116,10 @@ def run(
     """
     reporter = reporter or Silent()
     identity = key(config, inputs)
-    if overwrite:
-        workers.once(lambda: _save_edited_ranks(out_dir))
     bases = Bases(config, inputs.checkpoint, inputs.calibration.id, out_dir, processes=workers.count)
     check_options(config.allocate, config.storage, bases.sites)
+    if overwrite:
+        workers.once(lambda: _save_edited_ranks(out_dir))
     blocks = range(len(bases.resolved.blocks))
     found = workers.once(lambda: committed_scores(out_dir, identity, overwrite=overwrite))
     if found is not None:

@@ -17,6 +17,7 @@ from lowrank_compress.model.memory import free_memory
 from lowrank_compress.stages.bases import Bases
 from lowrank_compress.stages.common import Run
 from lowrank_compress.stages.plan import Plan
+from lowrank_compress.stages.reach import uniform_ranks
 from lowrank_compress.stages.together import blocks_at_once, matrices_at_once, room
 
 SINGLE = 4
@@ -51,8 +52,6 @@ def dry_run(plan: Plan, run: Run, memory: int | None = None) -> dict[str, Any]:
     # Nothing is read or written there: which calibration the bases belong to does not matter, and no text is touched.
     bases = Bases(plan.score, plan.checkpoint, "", run.scores)
     targets = bases.resolved.targets
-    flat = plan.score.model_copy(update={"allocate": "uniform"})
-    uniform = Bases(flat, plan.checkpoint, "", run.scores).keep
     need = estimate(plan, bases, memory)
     return {
         "recipe": plan.resolved().model_dump(mode="json"),
@@ -64,7 +63,7 @@ def dry_run(plan: Plan, run: Run, memory: int | None = None) -> dict[str, Any]:
             "claimed_elements": sum(target.elements for target in targets),
             "largest_stored": bases.budget.limit,
         },
-        "uniform_ranks": {name: rank or None for name, rank in uniform.items()},
+        "uniform_ranks": uniform_ranks(plan.score, bases.budget, bases.sites),
         "ranks_need_data": plan.score.allocate != "uniform",
         "memory": need.memory,
         "disk": need.disk,

@@ -101,8 +101,9 @@ def test_options_never_break_the_limit(seed: int, share: float, temperature: flo
     for block in blocks_of(curves):
         dense = sum(curve.dense for curve in block)
         room += min(dense - sum(int(curve.stored[0]) for curve in block), math.ceil(cap * dense))
+    assert block_influence.least(curves, cap=cap, temperature=temperature) == sum(c.dense for c in curves) - room
     if sum(curve.dense for curve in curves) - limit > room:
-        with pytest.raises(InputError, match="Raise the cap"):
+        with pytest.raises(InputError, match="Raise --cap"):
             block_influence.allocate(curves, limit, temperature=temperature, cap=cap)
     else:
         choice = block_influence.allocate(curves, limit, temperature=temperature, cap=cap)

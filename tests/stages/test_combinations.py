@@ -101,7 +101,7 @@ def test_ranks_round_to_a_multiple_within_the_budget(tiny: Tiny, tmp_path: Path,
 
 def test_a_multiple_that_leaves_nothing_to_choose(tiny: Tiny, tmp_path: Path):
     said = refused("compress", *tiny.options(tmp_path / "run", "cr"), "--round-to", 8, "--ratio", 0.1)
-    assert "The largest reachable ratio is 0.0" in said
+    assert "Nothing can go. Change the options; or: --round-to 8 is in the way" in said
 
 
 def labelled(path: Path, rows: int = 40) -> Path:

@@ -1,0 +1,107 @@
+"""Which ratios can be reached: it follows from shapes and options alone, so that it is known before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lowrank_compress.allocation.budget import Budget
+from lowrank_compress.allocation.curve import DENSE, Curve, make_curve
+from lowrank_compress.allocation.table import ALLOCATORS
+from lowrank_compress.allocation.uniform import allocate
+from lowrank_compress.config import ScoreConfig
+from lowrank_compress.methods.scheme import DENSE as LEFT_DENSE
+from lowrank_compress.methods.sites import Site, sites_of
+from lowrank_compress.methods.units import Unit, candidate_ranks, dense_elements, ranking
+from lowrank_compress.model.blueprint import Blueprint, blueprint
+from lowrank_compress.model.checkpoint import Checkpoint
+
+# Options that can keep a ratio out of reach, and the value at which each does not.
+LOOSEST: dict[str, Any] = {"round_to": 1, "cap": 1.0}
+
+
+def budget_of(config: ScoreConfig, plan: Blueprint, sites: Sequence[Site]) -> Budget:
+    """The budget that a ratio means for a checkpoint.
+
+    Raises
+    ------
+    InputError
+        The ratio is not between 0 and 1.
+    """
+    claimed = sum(target.elements for target in plan.resolved.targets)
+    whole = sum(parameter.numel() for parameter in plan.model.parameters())
+    denominator = claimed if config.ratio_of == "blocks" else whole
+    return Budget(config.ratio, denominator, denominator - sum(site.dense for site in sites))
+
+
+def check_ratio(config: ScoreConfig, checkpoint: Checkpoint) -> None:
+    """Refuse a ratio that is out of reach in a checkpoint, before any work (see :func:`require_reachable`)."""
+    design = blueprint(checkpoint)
+    sites = sites_of(design.resolved, config.scheme)
+    require_reachable(config, budget_of(config, design, sites), sites)
+
+
+def require_reachable(config: ScoreConfig, budget: Budget, sites: Sequence[Site]) -> None:
+    """Make sure that a ratio can be reached.
+
+    Raises
+    ------
+    InputError
+        It cannot; the message names the largest one that can, and the options that keep it from being larger.
+    """
+    least = _least(config, sites)
+    if least <= budget.limit:
+        return
+    advice = ["Ask for no more" if budget.largest(least) > 0 else "Change the options"]
+    for name, loosest in LOOSEST.items():
+        if (without := _least(config.model_copy(update={name: loosest}), sites)) < least:
+            option = f"--{name.replace('_', '-')}"
+            advice.append(
+                f"{option} {getattr(config, name):g} is in the way, with {option} {loosest:g} it is "
+                f"{budget.largest(without)}"
+            )
+    left = [f"--{part}" for part in ("qk", "vo", "mlp") if getattr(config.scheme, part) == LEFT_DENSE]
+    if left:
+        advice.append(f"parts of the blocks are left dense, give them a method by {' and '.join(left)}")
+    if config.ratio_of == "model":
+        advice.append("embeddings and head are not compressed, --ratio-of blocks leaves them out of the count")
+    budget.require(least, "; or: ".join(advice) + ".")
+
+
+def _least(config: ScoreConfig, sites: Sequence[Site]) -> int:
+    """The fewest elements that all sites together can be stored in."""
+    allocator = ALLOCATORS[config.allocate]
+    curves = [curve for site in sites for curve in _smallest(_ways(config, site))]
+    return allocator.least(curves, **{name: getattr(config, name) for name in allocator.options})
+
+
+def _ways(config: ScoreConfig, site: Site) -> list[list[Curve]]:
+    """Curves of the alternatives that the allocator can choose among, without losses."""
+    ways = site.alternatives if ALLOCATORS[config.allocate].needs_loss else site.alternatives[:1]
+    return [[_curve(unit, config) for unit in way] for way in ways]
+
+
+def _smallest(ways: list[list[Curve]]) -> list[Curve]:
+    return min(ways, key=lambda way: sum(int(curve.stored[0]) for curve in way))
+
+
+def _curve(unit: Unit, config: ScoreConfig) -> Curve:
+    ranks = candidate_ranks(unit, config.storage, config.round_to)
+    stored = unit.stored(ranking(unit, config.storage), ranks)
+    return make_curve(unit.name, dense_elements(unit), ranks, stored, np.zeros(len(ranks)), block=unit.block)
+
+
+def uniform_ranks(config: ScoreConfig, budget: Budget, sites: Sequence[Site]) -> dict[str, int | None]:
+    """Ranks that keep the same share of everything, by the unit's name; None for dense.
+
+    They are those of the first alternative of each site, or of the smallest where the first ones cannot be stored in so
+    little.
+    """
+    curves = [curve for site in sites for curve in _ways(config, site)[0]]
+    if sum(int(curve.stored[0]) for curve in curves) > budget.limit:
+        curves = [curve for site in sites for curve in _smallest(_ways(config, site))]
+    chosen = allocate(curves, budget.limit)
+    ranks = {curve.name: int(curve.ranks[point]) for curve, point in zip(curves, chosen, strict=True)}
+    return {name: None if rank == DENSE else rank for name, rank in ranks.items()}

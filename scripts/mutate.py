@@ -12,6 +12,7 @@ a lost file that was not ours, a temporary file left behind. Ends with exit code
 from __future__ import annotations
 
 import faulthandler
+import gc
 import json
 import os
 import resource
@@ -24,6 +25,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from random import Random
@@ -45,6 +47,7 @@ import typer
 from mutations import checkpoints, options, outputs, runs, texts
 from mutations.place import HELDOUT, RUNS, TABLE, TEXT, Mutation, Place, lrc
 from mutations.trial import BAD, GOOD, SECONDS, SLOT, Result, attempt
+from mutations.truth import logits
 from rich.console import Console
 from rich.table import Table
 
@@ -128,16 +131,48 @@ def forked(case: str, seed: int, slot: Path) -> tuple[int, int]:
             os.dup2(noise.fileno(), 1)
             os.dup2(noise.fileno(), 2)
         faulthandler.enable()
-        resource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2 << 40, 2 << 40))
+        resource.setrlimit(resource.RLIMIT_DATA, (6 << 30, 6 << 30))
+        os.fsync = lambda descriptor: None  # it is not the disk that is tried here
         result = attempt(case, *mutation_of(case), seed, slot)
         os.write(writer, json.dumps(asdict(result)).encode("utf-8", "surrogatepass"))
     finally:
         os._exit(0)
 
 
+def warm(directory: Path) -> None:
+    """Do once, elsewhere, what every command does first (imports, tables of the libraries), so that no case does."""
+    directory.mkdir(parents=True)
+    with chdir(directory):
+        save_tiny("llama", "warm")
+        Path(TEXT).write_text(tiny_text(1000))
+        place = Place(directory, directory, directory, Random(0))
+        for words in (
+            place.compress("warm", "auto", "warm-run"),
+            place.eval("warm-run", TEXT, "--force"),
+            ("export", "warm-run", "--dense", "warm-dense"),
+            ("show", "warm-run"),
+            ("verify", "warm-run"),
+        ):
+            lrc(*words)
+        logits("warm-dense")
+    gc.collect()
+    gc.freeze()  # what is here is shared with the forked processes; a collection would copy it
+
+
+@contextmanager
+def chdir(directory: Path) -> Iterator[None]:
+    """Work in a directory."""
+    before = Path.cwd()
+    os.chdir(directory)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
 def all_results(names: Sequence[str], seed: int, root: Path, workers: int, keep: bool) -> Iterator[Result]:
     """Try cases, a few at a time, each in a slot of its own that is emptied after it."""
+    warm(root / "warm")
     free = [root / f"slot-{number}" for number in range(workers)]
     for slot in free:
         make_template(slot)

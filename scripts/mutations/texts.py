@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import lzma
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -291,9 +292,7 @@ def broken_table(place: Place) -> list[Step]:
     name = place.rng.choice(sorted(made))
     name, data = packed(name, made[name](), place)
     path = Path(written(name, data, place))
-    place.rng.choice([damage.flip, damage.truncate, damage.extend, damage.garbage, damage.empty, damage.sparse])(
-        path, place.rng
-    )
+    place.rng.choice([damage.flip, damage.truncate, damage.extend, damage.garbage, damage.empty])(path, place.rng)
     return steps(place, name, None if path.stat().st_size > 10**6 else readings(path), "--text-column", "text")
 
 
@@ -471,8 +470,11 @@ def odd_files(place: Place) -> list[Step]:
     text.write_bytes(content.encode() if isinstance(content, str) else content)
     way = rng.choice(sorted(damage.FILE))
     known = readings(text) if text.suffix != ".txt" else [content if isinstance(content, str) else ""]
-    damage.FILE[way](text, rng)
-    if way in ("flip", "truncate", "extend"):
+    if way == "sparse":
+        os.truncate(text, 3_000_000)
+    else:
+        damage.FILE[way](text, rng)
+    if text.is_file() and not text.is_symlink():
         try:
             known = readings(text) if text.suffix != ".txt" else [text.read_bytes().decode("utf-8-sig")]
         except UnicodeDecodeError:

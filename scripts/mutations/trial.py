@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
+import torch
 from transformers import dynamic_module_utils
 
 from mutations.place import Mutation, Place, Step, inventory, lrc
@@ -63,6 +64,7 @@ def attempt(case: str, name: str, mutation: Mutation, seed: int, home: Path) -> 
     dynamic_module_utils.HF_MODULES_CACHE = str(home / "modules")
     tempfile.tempdir = str(home / "cache")
     os.chdir(home / "work")
+    torch.manual_seed(0)
     place = Place(home / "work", template, home / "outside", Random(f"{seed}/{case}"))
     started = time.monotonic()
     try:

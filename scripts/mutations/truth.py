@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
@@ -22,7 +23,7 @@ class Refused(Exception):
 
 
 def load(path: Path | str, kind: str = "lm") -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Load a checkpoint as everybody does, in float32; with what transformers found out.
+    """Load a checkpoint as everybody does, to compute in float32; with what transformers found out.
 
     Raises
     ------
@@ -30,10 +31,19 @@ def load(path: Path | str, kind: str = "lm") -> tuple[PreTrainedModel, dict[str,
         Some of its weights would be random.
     """
     auto: Any = AutoModelForCausalLM if kind == "lm" else AutoModelForSequenceClassification
-    model, found = auto.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    model, found = auto.from_pretrained(path, output_loading_info=True)
+    if any("lora_magnitude_vector" in name for name in found["missing_keys"]):
+        return _by_peft(auto, Path(path)), {"unexpected_keys": ()}
     if found["missing_keys"] or found["mismatched_keys"] or found.get("error_msgs"):
         raise Refused(f"missing {sorted(found['missing_keys'])}, of other shapes {sorted(found['mismatched_keys'])}")
-    return model.eval(), found
+    return model.float().eval(), found
+
+
+def _by_peft(auto: Any, path: Path) -> PreTrainedModel:
+    """Load an adapter with PEFT, where transformers leaves magnitudes random that PEFT has read."""
+    base = json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"]
+    model: Any = PeftModel.from_pretrained(auto.from_pretrained(base), str(path))
+    return model.merge_and_unload().float().eval()
 
 
 @torch.no_grad()

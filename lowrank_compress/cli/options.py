@@ -14,9 +14,9 @@ TUNING = "Fine tuning"
 CHECK = "Making a run again and comparing"
 
 
-def a_path(text: str) -> Path:
-    """Read a path; nothing is none, though Python takes it for the working directory."""
-    if not text.strip() or "\0" in text:
+def a_path(text: str | Path) -> Path:
+    """Read a path, or pass a default on; nothing is none, though Python takes it for the working directory."""
+    if not str(text).strip() or "\0" in str(text):
         raise typer.BadParameter(f"expected a path, got {text!r}")
     return Path(text)
 

@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 TEST_WORKERS ?= 2
+# --required: fail where the oldest and the newest transformers cannot be had from the package index.
+VERSIONS ?=
 
 # One thread a process: pinned for reproducibility, and with xdist also the fastest.
 THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
@@ -31,8 +33,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## Compress the embedded model three ways and compare, in about a minute
 	$(BIN)/lrc demo
 
-test: $(STAMP)  ## Run the tests: no GPU, no network
+test: $(STAMP)  ## Run the tests, some on the oldest and newest transformers too: no GPU, no network but for these
 	$(THREADS) $(OFFLINE) $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadgroup $(PYTEST_OPTIONS)
+	$(THREADS) $(OFFLINE) $(BIN)/python scripts/other_versions.py $(VERSIONS) -- -n $(TEST_WORKERS)
 
 check: $(STAMP)  ## Format, lint and types; the same in the git hook and in CI
 	$(BIN)/ruff format --check .
@@ -58,4 +61,4 @@ hooks:  ## Run `make check` before every commit
 	git config core.hooksPath .githooks
 
 clean:  ## Remove .venv, runs and caches
-	rm -rf $(VENV) runs build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest runs build dist .pytest_cache .ruff_cache .hypothesis

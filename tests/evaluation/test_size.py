@@ -96,6 +96,7 @@ def test_compressed_sizes(saved: Saved, tmp_path: Path) -> None:
     assert found.kv_bytes_per_token == dense.kv_bytes_per_token
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", LM)
 def test_cache_bytes_equal_a_real_cache(case: str, dtype: torch.dtype, saved: Saved) -> None:

@@ -17,6 +17,8 @@ from lowrank_compress.evaluation.speed import Settings, benchmark, random_prompt
 from lowrank_compress.model.checkpoint import Checkpoint
 from tests.tiny import MODELS, save_tiny
 
+pytestmark = pytest.mark.versions
+
 FEW = Settings(batch_sizes=(1, 2), prompt_tokens=(3, 6), new_tokens=2, rounds=2)
 
 

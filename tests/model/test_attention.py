@@ -39,6 +39,7 @@ from tests.model.test_loading import ROOT, python
 from tests.tiny import MODELS, tiny_model, tiny_tokenizer
 
 torch.set_num_threads(1)
+pytestmark = pytest.mark.versions
 
 FAMILIES = {name: case for name, case in MODELS.items() if name.endswith(("-lm", "distilbert-classification"))}
 IDS = torch.tensor([[5, 9, 2, 30, 41, 7, 3, 12, 33, 8, 51, 17], [11, 4, 8, 8, 60, 23, 90, 5, 6, 71, 14, 9]])

@@ -37,6 +37,7 @@ from tests.model.test_layers import fill
 from tests.tiny import tiny_model, tiny_tokenizer
 
 torch.set_num_threads(1)
+pytestmark = pytest.mark.versions
 
 ROOT = Path(lowrank_compress.__file__).parents[1]
 # Path pattern, heads, and (rows, format, rank) of each part.

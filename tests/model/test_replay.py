@@ -13,6 +13,8 @@ from lowrank_compress.model.skeleton import Skeleton
 from tests.ordinary import LM, Saved, load, padded, task, tokens
 from tests.tiny import MODELS
 
+pytestmark = pytest.mark.versions
+
 CPU = torch.device("cpu")
 # The same numbers, summed in another order where they lie elsewhere in memory. Parts of all models compute in float32
 # whatever their dtype, so that even in float64 a sum may, rarely, round to another float32.

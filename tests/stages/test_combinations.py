@@ -166,6 +166,7 @@ def test_a_tied_head_counts_once(tmp_path: Path, tiny: Tiny):
     assert said["reached_ratio"] == pytest.approx(1 - sum(tensor.numel() for tensor in tensors.values()) / whole)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
 def test_output_dtype(tiny: Tiny, tmp_path: Path, dtype: str):
     run = tmp_path / "run"

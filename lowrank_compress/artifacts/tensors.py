@@ -110,6 +110,19 @@ class BlockFiles:
         """Read the notes of a block that `read` accepts."""
         return (self._header(block) or {}).get("notes", {})
 
+    def shapes(self, block: int) -> dict[str, list[int]]:
+        """Read the shapes of a block's tensors, by name.
+
+        Raises
+        ------
+        ArtifactError
+            The file is missing or damaged.
+        """
+        if self._header(block) is None:
+            raise ArtifactError(f"{self.path(block)} is missing or damaged. Repeat the stage that writes it.")
+        with safe_open(self.path(block), framework="pt") as handle:
+            return {name: handle.get_slice(name).get_shape() for name in sorted(handle.keys())}
+
     def remove(self, blocks: Iterable[int]) -> None:
         """Remove the finished files of blocks, and the directory if nothing is left in it."""
         for block in blocks:

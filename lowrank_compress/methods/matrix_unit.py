@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -101,6 +101,10 @@ class MatrixUnit:
     def basis_elements(self, keep: int) -> int:
         """One or two factors of a projector."""
         return keep * min(self.shape) * (2 if self.method.sides(self.target)[0].near else 1)
+
+    def kept(self, shapes: Mapping[str, Sequence[int]]) -> int:
+        """The largest rank that its basis serves, from the shapes of its tensors."""
+        return shapes[f"{self.name}/expand"][1]
 
     def working_bytes(self) -> int:
         """Seven squares of the smaller side; and the weight twice, where no statistic stands for the larger side."""

@@ -19,7 +19,7 @@ from lowrank_compress.linalg.pivot import pivot
 from lowrank_compress.linalg.weighted import Projector, factors
 from lowrank_compress.methods.matrix_unit import MatrixUnit
 from lowrank_compress.methods.module_unit import ModuleUnit
-from lowrank_compress.methods.units import Unit, stored_elements
+from lowrank_compress.methods.units import Unit
 from lowrank_compress.model.blueprint import Blueprint
 from lowrank_compress.model.casting import cast
 from lowrank_compress.model.layers import INDEX_DTYPE
@@ -100,7 +100,7 @@ class Encoder:
         Parameters
         ----------
         choices
-            Format and rank of each unit.
+            Format and rank of each unit (see `ranks.in_storage`).
         bases
             The block's basis file.
 
@@ -117,7 +117,7 @@ class Encoder:
             if choice.rank is None:
                 made.choices[unit.name] = choice
             elif isinstance(unit, MatrixUnit):
-                made.choices[unit.name] = self._matrix(unit, self._planned(unit, choice), bases, pieces)
+                made.choices[unit.name] = self._matrix(unit, choice, bases, pieces)
             elif isinstance(unit, ModuleUnit):
                 made.choices[unit.name] = self._module(unit, choice, bases, pieces)
         replaced = self._modules(block, pieces, made)
@@ -212,15 +212,6 @@ class Encoder:
             below = targets["q"].module.removeprefix(path) + ".weight"
             on_disk = self.plan.name_on_disk(f"{targets['q'].module}.weight").removesuffix(below)
             made.tensors[f"{on_disk}.{ROTARY}"] = pieces.index.to(INDEX_DTYPE)
-
-    def _planned(self, unit: MatrixUnit, choice: Choice) -> Choice:
-        """The choice in the storage asked for: what ranks.json says, or as much as fits its stored count."""
-        storage = self.config.storage
-        if storage == choice.format:
-            return choice
-        count = stored_elements(unit, choice.format, choice.rank)
-        rank = min(largest_rank(storage, unit.shape, count), min(unit.shape) - 1)
-        return Choice(storage, max(rank - rank % self.config.round_to or rank, 1))
 
     def encode(self, unit: MatrixUnit, choice: Choice, weight: Tensor, bases: Mapping[str, Tensor]) -> Encoded:
         """Factor one matrix.

@@ -33,10 +33,10 @@ from lowrank_compress.model.export import ShardWriter, config_json, write_compan
 from lowrank_compress.model.layers import remote_code_entries, write_remote_code
 from lowrank_compress.stages.common import Reporter, Silent, checkpoint_id, environment
 from lowrank_compress.stages.encode import Encoder
-from lowrank_compress.stages.ranks import RANKS, Choice, read_ranks
+from lowrank_compress.stages.ranks import RANKS, Choice, in_storage, read_ranks, require_kept
 from lowrank_compress.stages.report import block_losses, model_card, summary
 
-VERSION = 4
+VERSION = 5
 REPORT = "lowrank.json"
 
 
@@ -108,6 +108,10 @@ def run(
     sites = sites_of(plan.resolved, config.scheme)
     choices = read_ranks(inputs.scores / RANKS, sites)  # before anything is removed
     units = [unit for unit in all_units(sites) if unit.name in choices]
+    if config.storage != scores.key.config["storage"]:  # asked for since; else what ranks.json says is followed
+        choices = in_storage(units, choices, config.storage, config.round_to)
+    bases = BlockFiles(inputs.scores, scores.report["bases"], "basis")
+    require_kept(inputs.scores / RANKS, units, choices, bases)
     identity = key(config, inputs)
     workers.once(lambda: recover(out_dir, listed(out_dir)))
     if not overwrite:
@@ -115,7 +119,6 @@ def run(
     found = workers.once(lambda: committed(out_dir, identity, overwrite=overwrite))
     if found is not None:
         return found
-    bases = BlockFiles(inputs.scores, scores.report["bases"], "basis")
     work = BlockFiles(out_dir.parent / "work", identity.id, "factors")
     encoder = Encoder(plan, units, config)
     blocks = range(len(plan.resolved.blocks))

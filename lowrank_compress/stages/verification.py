@@ -5,17 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from lowrank_compress.artifacts.files import read_json, read_sealed
-from lowrank_compress.artifacts.manifest import altered, read_manifest
+from lowrank_compress.artifacts.manifest import Manifest, altered, read_manifest
+from lowrank_compress.artifacts.tensors import BlockFiles
 from lowrank_compress.config import load_recipe
 from lowrank_compress.errors import ArtifactError, LrcError
 from lowrank_compress.methods.scheme import scheme_of
-from lowrank_compress.methods.sites import sites_of
+from lowrank_compress.methods.sites import all_units, sites_of
 from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.locate import locate
 from lowrank_compress.stages.common import Run, recipe_state
 from lowrank_compress.stages.evaluate import METRICS, merged
-from lowrank_compress.stages.ranks import RANKS, read_ranks
+from lowrank_compress.stages.ranks import RANKS, read_ranks, require_kept
 
 
 def verify(path: Path) -> list[dict[str, str]]:
@@ -85,7 +86,7 @@ def _verify_stage(run: Run, stage: str, directory: Path) -> list[dict[str, str]]
     findings = []
     for name in manifest.outputs:
         state = "missing or altered" if name in wrong else "intact"
-        if name == RANKS and name in wrong and _fits(run, directory / name):
+        if name == RANKS and name in wrong and _fits(run, directory / name, manifest):
             state = "edited by hand"
         findings.append({"stage": stage, "file": f"{where}/{name}", "state": state})
     if stage == "calibrate" and not manifest.report.get("kept"):
@@ -93,12 +94,15 @@ def _verify_stage(run: Run, stage: str, directory: Path) -> list[dict[str, str]]
     return findings
 
 
-def _fits(run: Run, ranks: Path) -> bool:
-    """Whether edited ranks parse and fit the model."""
+def _fits(run: Run, ranks: Path, scores: Manifest) -> bool:
+    """Whether edited ranks parse, and fit the model and what was kept of its decompositions."""
     try:
         recipe = load_recipe(run.recipe, {})
         resolved = blueprint(Checkpoint(locate(recipe.model, recipe.revision))).resolved
-        read_ranks(ranks, sites_of(resolved, scheme_of(recipe, resolved.architecture)[0]))
+        sites = sites_of(resolved, scheme_of(recipe, resolved.architecture)[0])
+        choices = read_ranks(ranks, sites)
+        units = [unit for unit in all_units(sites) if unit.name in choices]
+        require_kept(ranks, units, choices, BlockFiles(ranks.parent, scores.report["bases"], "basis"))
     except LrcError:
         return False
     return True

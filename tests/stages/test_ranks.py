@@ -45,8 +45,8 @@ def test_an_edit_is_used_kept_and_told_from_damage(tiny: Tiny, finished: Finishe
         assert "--overwrite" in message
         assert contents(run / "model") == before
 
-    done("factorize", run, "--overwrite", "--storage", "auto")
-    assert stored(run)[NAME]["rank"] >= 5
+    done("factorize", run, "--overwrite")
+    assert (stored(run)[NAME]["format"], stored(run)[NAME]["rank"]) == ("pair", 5)
     assert {name: matrix for name, matrix in stored(run).items() if name != NAME} == others
     again = contents(run / "model")
     done("compress", *tiny.options(run))
@@ -111,13 +111,22 @@ def test_ranks_that_nobody_edited_leave_no_copy(tiny: Tiny, finished: Finished):
     [
         (lambda m: m.pop(NAME), f"it lacks {NAME}"),
         (lambda m: m.update(other=m[NAME]), "it names other, which the model does not have"),
-        (lambda m: m[NAME].update(rank=0), "rank from 1 to 31"),
-        (lambda m: m[NAME].update(rank=32), "rank from 1 to 31"),
+        (lambda m: m[NAME].update(rank=0), "expected a rank from 1 to 15 (more stores no less than dense)"),
+        (lambda m: m[NAME].update(rank=16), "expected a rank from 1 to 15"),
+        (lambda m: m[NAME].update(format="pivot", rank=32), "expected a rank from 1 to 26"),
         (lambda m: m[NAME].update(rank=True), "rank True"),
         (lambda m: m[NAME].update(rank=2.5), "rank 2.5"),
         (lambda m: m[NAME].update(format="pear"), "format 'pear'"),
         (lambda m: m[NAME].update(format="dense"), "with rank null"),
         (lambda m: m.update({NAME: 5}), "does not have the form"),
+        (lambda m: m[NAME].update(shape=[16, 32]), "has shape [16, 32]; it is [32, 32] in the model"),
+        (lambda m: m[NAME].update(rnak=3), "does not have the form"),
+        (lambda m: m[NAME].update(format="width", rank=3), "expected one of pair, pivot, auto with a rank"),
+        (
+            lambda m: m[NAME].update(format="pair", rank=14),
+            f"{NAME} asks for rank 14 (pair), but its basis was kept up",
+        ),
+        (lambda m: m[NAME].update(format="pivot", rank=20), "asks for rank 20 (pivot), but its basis was kept up to"),
     ],
 )
 def test_ranks_that_do_not_fit_are_refused_and_damage(finished: Finished, change: Callable[[dict], None], message: str):
@@ -131,12 +140,87 @@ def test_ranks_that_do_not_fit_are_refused_and_damage(finished: Finished, change
     assert "scores/ranks.json (missing or altered)" in said.text
 
 
-def test_a_rank_above_the_kept_basis_is_refused(finished: Finished):
+def test_a_rank_above_the_kept_basis_is_refused_with_a_way_out(tiny: Tiny, finished: Finished):
     run = finished("svd")
-    edit(run, lambda matrices: matrices[NAME].update(rank=30))
+    edited = edit(run, lambda matrices: matrices[NAME].update(rank=14))
     message = refused("factorize", run, "--overwrite")
-    assert f"{NAME} asks for rank 30, but its basis was kept up to rank 11" in message
-    assert "--allocate loss" in message
+    assert f"{NAME} asks for rank 14 (pair), but its basis was kept up to rank 11" in message
+    assert not (run / "work").exists()
+    assert "--allocate loss and --overwrite" in message
+    done("compress", *tiny.options(run, "svd"), "--allocate", "loss", "--overwrite")
+    assert (run / "scores" / "ranks.json.bak").read_text() == edited
+    edit(run, lambda matrices: matrices[NAME].update(format="pair", rank=14))
+    done("factorize", run, "--overwrite")
+    assert (stored(run)[NAME]["format"], stored(run)[NAME]["rank"]) == ("pair", 14)
+
+
+@pytest.mark.parametrize(
+    ("form", "rank"), [("pair", 7), ("pivot", 7), ("pivot", 15), ("dense", None)], ids=lambda value: str(value)
+)
+@pytest.mark.parametrize("storage", ["pair", "pivot", "auto"])
+def test_an_edited_format_is_followed_whatever_the_storage(
+    tiny: Tiny, tmp_path: Path, storage: str, form: str, rank: int | None
+):
+    run = tmp_path / "run"
+    done("compress", *tiny.options(run, "svd"), "--allocate", "loss", "--storage", storage)
+    others = {name: matrix for name, matrix in stored(run).items() if name != NAME}
+    edit(run, lambda matrices: matrices[NAME].update(format=form, rank=rank))
+    assert states(run)["scores/ranks.json"] == "edited by hand"
+    done("compress", *tiny.options(run, "svd"), "--allocate", "loss", "--storage", storage, "--overwrite")
+    assert (stored(run)[NAME]["format"], stored(run)[NAME]["rank"]) == (form, rank)
+    assert {name: matrix for name, matrix in stored(run).items() if name != NAME} == others
+    layers = json.loads((run / "model" / "config.json").read_text())["quantization_config"]["modules"]
+    assert [(part["format"], part["rank"]) for part in layers.get(NAME, {"parts": []})["parts"]] == (
+        [(form, rank)] if rank else []
+    )
+
+
+def test_a_dense_matrix_becomes_a_pair(tiny: Tiny, tmp_path: Path):
+    run = tmp_path / "run"
+    done("compress", *tiny.options(run, "svd"), "--allocate", "welore", "--ratio", 0.05)
+    ranks = json.loads((run / "scores" / "ranks.json").read_text())["matrices"]
+    name = next(name for name, entry in ranks.items() if entry["format"] == "dense")
+    edit(run, lambda matrices: matrices[name].update(format="pair", rank=3))
+    done("factorize", run, "--overwrite")
+    assert (stored(run)[name]["format"], stored(run)[name]["rank"]) == ("pair", 3)
+
+
+def test_a_width_is_followed_and_no_other_format_taken_for_it(tiny: Tiny, tmp_path: Path):
+    run, name = tmp_path / "run", "model.layers.0:mlp"
+    done("compress", *tiny.options(run, "nystrom"))
+    edit(run, lambda matrices: matrices[name].update(rank=29))
+    done("factorize", run, "--overwrite")
+    assert (stored(run)[name]["format"], stored(run)[name]["rank"]) == ("width", 29)
+    before = contents(run / "model")
+    edit(run, lambda matrices: matrices[name].update(format="pair"))
+    assert "expected one of width with a rank" in refused("factorize", run, "--overwrite")
+    assert contents(run / "model") == before
+
+
+def test_an_alternative_that_was_not_decomposed_is_refused(tiny: Tiny, tmp_path: Path):
+    run = tmp_path / "run"
+    done("compress", *tiny.options(run), "--allocate", "uniform")
+
+    def to_width(matrices: dict) -> None:
+        for name in [name for name in matrices if name.startswith("model.layers.0.mlp.")]:
+            del matrices[name]
+        matrices["model.layers.0:mlp"] = {"format": "width", "rank": 20}
+
+    edit(run, to_width)
+    message = refused("factorize", run, "--overwrite")
+    assert "model.layers.0:mlp was not decomposed, because another way to store that part was taken" in message
+
+
+def test_another_storage_is_for_all_that_can_have_it(tiny: Tiny, tmp_path: Path):
+    run = tmp_path / "run"
+    done("compress", *tiny.options(run, "svd"), "--allocate", "loss", "--storage", "pair")
+    before = stored(run)
+    edit(run, lambda matrices: matrices[NAME].update(format="pair", rank=7))
+    done("factorize", run, "--overwrite", "--storage", "pivot")
+    after = stored(run)
+    assert {matrix["format"] for matrix in after.values()} <= {"pivot", "dense"}
+    assert (after[NAME]["format"], after[NAME]["stored"] <= 7 * 64 < 8 * (64 - 8) + 8) == ("pivot", True)
+    assert all(after[name]["stored"] <= before[name]["stored"] for name in after if name != NAME)
 
 
 def test_unreadable_ranks_are_an_error(finished: Finished):

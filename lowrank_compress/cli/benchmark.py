@@ -13,7 +13,7 @@ from lowrank_compress.cli.terminal import TerminalReporter, console, number, pri
 from lowrank_compress.config import DTYPES
 from lowrank_compress.errors import InputError
 from lowrank_compress.evaluation.speed import PHASES, Settings, benchmark
-from lowrank_compress.model.blueprint import task_of
+from lowrank_compress.model.blueprint import blueprint, task_of
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.locate import locate
 from lowrank_compress.registry import unknown
@@ -80,6 +80,8 @@ def measure(
     )
     checkpoints = _named([_base(targets, against), *(_resolve(target) for target in targets)])
     for name, checkpoint in checkpoints.items():
+        for warning in blueprint(checkpoint).warnings:
+            reporter.warn(warning)
         if new_tokens is not None and task_of(checkpoint.config) != "lm":
             raise InputError(f"{name} is a classifier, which generates nothing; leave --new-tokens out.")
     found = benchmark(checkpoints, settings, reporter.advance)

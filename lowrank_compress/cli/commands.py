@@ -248,4 +248,5 @@ def read_report(path: Path) -> dict[str, Any]:
         raise ArtifactError(
             f"{path} is no compressed checkpoint: it has no lowrank.json. Pass a run or a checkpoint made by lrc."
         )
+    _ = Checkpoint(path).quantization  # complains where it is not of this program
     return read_json(path / "lowrank.json")

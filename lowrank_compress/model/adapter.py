@@ -25,9 +25,8 @@ from lowrank_compress.errors import CheckpointError, InputError, LrcError, Unsup
 from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.casting import require_finite
 from lowrank_compress.model.checkpoint import Checkpoint, first_line
-from lowrank_compress.model.shards import COMPANIONS, Stored, open_tensors, read_settings
+from lowrank_compress.model.shards import ADAPTER, COMPANIONS, Stored, open_tensors, read_settings
 
-ADAPTER = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _HEADS = (".score.weight", ".classifier.weight", ".classifier.out_proj.weight")
 _PREFIX = "base_model.model."
@@ -95,7 +94,7 @@ def _base(adapter: Path, settings: Mapping[str, Any], find: Callable[[str, str |
     if (adapter / "config.json").exists():
         with tempfile.TemporaryDirectory() as place:
             for path in adapter.iterdir():
-                if not path.name.startswith("adapter_"):
+                if not path.name.startswith("adapter_"):  # without which it is an ordinary checkpoint
                     (Path(place) / path.name).symlink_to(path.resolve())
             yield Path(place)
         return

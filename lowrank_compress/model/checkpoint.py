@@ -14,13 +14,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PretrainedConfig
 
 from lowrank_compress.arch.table import unknown_model_type
 from lowrank_compress.errors import CheckpointError, UnsupportedError
 from lowrank_compress.model import settings
 from lowrank_compress.model.kinds import names_in, no_config
-from lowrank_compress.model.shards import COMPANIONS, FLOATS, Stored, open_tensors, read_settings, stored_tensors
+from lowrank_compress.model.shards import (
+    ADAPTER,
+    COMPANIONS,
+    FLOATS,
+    Stored,
+    open_tensors,
+    read_settings,
+    require_small,
+    stored_tensors,
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,11 @@ class Checkpoint:
     def __post_init__(self) -> None:
         if not (self.path / "config.json").exists():
             raise CheckpointError(no_config(self.path, names_in(self.path)))
+        if (self.path / ADAPTER).exists():
+            raise CheckpointError(
+                f"{self.path} has weights and an adapter beside them ({ADAPTER}), which transformers would add. Remove "
+                "the adapter, or name the directory to `lrc compress` or `lrc eval`, which merge it."
+            )
 
     @cached_property
     def config(self) -> PretrainedConfig:
@@ -64,12 +78,23 @@ class Checkpoint:
             self.path, self.raw_config, known=kind in CONFIG_MAPPING, trusted=self.trust_remote_code
         )
         settings.refuse_absurd(self.path, self.raw_config, self.tensors)
+        self.companions()  # complains of those that reading would wait for
         try:
-            return AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
+            found = AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
         except Exception as problem:  # transformers raises many types here
             raise CheckpointError(
                 f"transformers cannot read {self.path / 'config.json'} (model_type {kind!r}): {first_line(problem)}"
             ) from problem
+        try:
+            GenerationConfig.from_pretrained(self.path)
+        except OSError:  # there is none, or none that transformers takes notice of
+            pass
+        except Exception as problem:
+            raise CheckpointError(
+                f"transformers cannot read {self.path / 'generation_config.json'}: {first_line(problem)} "
+                f"({type(problem).__name__}). Mend it, or remove it."
+            ) from problem
+        return found
 
     @cached_property
     def raw_config(self) -> dict[str, Any]:
@@ -181,9 +206,18 @@ class Checkpoint:
         return files | {path.name: path for path in self.companions()}
 
     def companions(self) -> list[Path]:
-        """Tokenizer, generation config and chat template files that go along; code too, if it is trusted."""
+        """Tokenizer, generation config and chat template files that go along; code too, if it is trusted.
+
+        Raises
+        ------
+        CheckpointError
+            One is no regular file, or far too large.
+        """
         found = [self.path / name for name in COMPANIONS if (self.path / name).exists()]
-        return [*found, *(sorted(self.path.glob("*.py")) if self.trust_remote_code else [])]
+        found += sorted(self.path.glob("*.py")) if self.trust_remote_code else []
+        for path in found:
+            require_small(path)
+        return found
 
 
 def first_line(problem: BaseException) -> str:

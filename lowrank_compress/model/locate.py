@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from lowrank_compress.errors import InputError
-from lowrank_compress.model.adapter import ADAPTER, merged
+from lowrank_compress.model.adapter import merged
 from lowrank_compress.model.kinds import few, no_config, no_weights
-from lowrank_compress.model.shards import COMPANIONS, INDEX, SINGLE, read_index
+from lowrank_compress.model.shards import ADAPTER, COMPANIONS, INDEX, SINGLE, read_index
 
 Snapshot = Callable[..., str]
 

@@ -141,9 +141,11 @@ def refuse_absurd(path: Path, raw: Mapping[str, Any], tensors: Mapping[str, Stor
                 f"{path / 'config.json'} has {name} = {_short(value)}; expected a whole number from 1 to {limit:,}, as "
                 f"no more {what}. The config belongs to another checkpoint, or is damaged."
             )
-    for name in ("id2label", "label2id"):
-        if not isinstance(raw.get(name, {}), dict | None):
-            raise CheckpointError(f"{path / 'config.json'} has a malformed {name}; expected an object of labels.")
+    labels = raw.get("label2id") or {}
+    if not isinstance(labels, dict) or not all(str(number).isdecimal() for number in labels.values()):
+        raise CheckpointError(f"{path / 'config.json'} has a malformed label2id; expected labels and their numbers.")
+    if not isinstance(raw.get("id2label") or {}, dict):
+        raise CheckpointError(f"{path / 'config.json'} has a malformed id2label; expected numbers and their labels.")
 
 
 def _short(value: object) -> str:

@@ -15,6 +15,7 @@ from lowrank_compress.model.kinds import names_in, no_weights
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ADAPTER = "adapter_config.json"
 # Everything beside the weights that makes a checkpoint usable; copied to the compressed one as it is.
 COMPANIONS = (
     "tokenizer.json",
@@ -156,7 +157,7 @@ def open_tensors(path: Path) -> Any:
         raise CheckpointError(f"{path} is no regular file; expected a safetensors file.")
     try:
         return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as problem:
+    except (SafetensorError, OSError, MemoryError) as problem:
         raise CheckpointError(
             f"{path} is not a whole safetensors file ({problem}); it may be truncated. Download it again."
         ) from problem
@@ -177,3 +178,17 @@ def read_settings(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a JSON {type(value).__name__}; expected an object.")
     return value
+
+
+def require_small(path: Path) -> None:
+    """Refuse what would be read for hours, or waited for, where a small file is expected.
+
+    Raises
+    ------
+    CheckpointError
+        It is no regular file, or far too large.
+    """
+    if not is_regular(path):
+        raise CheckpointError(f"{path} is no regular file; expected one. Download the checkpoint again.")
+    if (size := path.stat().st_size) > SMALL_FILE:
+        raise CheckpointError(f"{path} has {size:,} bytes; no such file has more than {SMALL_FILE:,}.")

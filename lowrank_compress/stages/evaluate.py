@@ -37,7 +37,7 @@ from lowrank_compress.model.replay import Batch
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.stages.common import Reporter, Silent, checkpoint_id, environment, source_id
 
-VERSION = 1
+VERSION = 2
 METRICS = "metrics.json"
 RATIOS = ("asked_ratio", "reached_ratio", "ratio_of")
 

@@ -471,3 +471,37 @@ def test_every_tensor_counts(model: Path) -> None:
         save_file({key: state[key] for key in state if key != name}, model / SINGLE, {"format": "pt"})
         with pytest.raises(CheckpointError, match=f"has no tensor {name}, which"):
             blueprint(Checkpoint(model))
+
+
+@pytest.mark.parametrize("labels", [3, ["a"], {"a": "first"}, {"a": 1.5}, {"a": -1}])
+def test_malformed_labels(labels: object, model: Path) -> None:
+    configure(model, label2id=labels)
+    with pytest.raises(CheckpointError, match="has a malformed label2id"):
+        blueprint(Checkpoint(model))
+
+
+def test_an_adapter_that_was_put_beside_a_compressed_checkpoint(finished: Callable[[str], Path], tiny: Tiny) -> None:
+    """transformers would load it on top, and give other numbers than ours."""
+    run = finished("svd")
+    (run / "model/adapter_config.json").write_text("{}")
+    for command in (("eval", run, "--perplexity", tiny.heldout), ("export", run, "--dense", run.parent / "out")):
+        assert "has weights and an adapter beside them (adapter_config.json)" in refused(*command)
+
+
+def test_what_a_compressed_checkpoint_must_not_say(finished: Callable[[str], Path]) -> None:
+    model = finished("svd") / "model"
+    configure(model, quantization_config=3)
+    assert "has a malformed quantization_config (3)" in refused("show", model)
+
+
+def test_small_files_that_are_large_or_deep(model: Path, tiny: Tiny) -> None:
+    """A sparse file takes no disk, and hours to hash."""
+    for name in ("tokenizer.json", "generation_config.json", "config.json", SINGLE):
+        content = (model / name).read_bytes()
+        with open(model / name, "r+b") as file:
+            file.truncate(1 << 41)
+        assert str(model / name) in refused("eval", model, "--perplexity", tiny.heldout)
+        (model / name).unlink()
+        (model / name).write_bytes(content)
+    (model / "generation_config.json").write_text("[" * 100_000)
+    assert "generation_config.json" in refused("eval", model, "--perplexity", tiny.heldout)

@@ -24,7 +24,7 @@ from lowrank_compress.artifacts.hashes import cache_directory, file_hashes
 from lowrank_compress.errors import CheckpointError, InputError, LrcError, UnsupportedError
 from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.casting import require_finite
-from lowrank_compress.model.checkpoint import Checkpoint, first_line
+from lowrank_compress.model.checkpoint import Checkpoint, in_a_line
 from lowrank_compress.model.shards import ADAPTER, COMPANIONS, Stored, open_tensors, read_settings
 
 WEIGHTS = "adapter_model.safetensors"
@@ -168,7 +168,7 @@ def _merge(base: Checkpoint, adapter: Path, settings: Mapping[str, Any]) -> PreT
         raise
     except Exception as problem:  # peft raises many types
         raise CheckpointError(
-            f"peft cannot merge the adapter {adapter} into {base.path}: {first_line(problem)}"
+            f"peft cannot merge the adapter {adapter} into {base.path}: {in_a_line(problem)}"
         ) from problem
 
 
@@ -204,7 +204,7 @@ def _load(
             base.path, dtype="auto", num_labels=heads[0], output_loading_info=True
         )
     except Exception as problem:
-        raise CheckpointError(f"{base.path} cannot be loaded as a classifier: {first_line(problem)}") from problem
+        raise CheckpointError(f"{base.path} cannot be loaded as a classifier: {in_a_line(problem)}") from problem
     model, info = found
     brought = {name.removeprefix(_PREFIX) for name in tensors}
     if lacking := sorted(name for name in info["missing_keys"] if name not in brought):

@@ -29,7 +29,7 @@ from lowrank_compress.arch.table import architecture_of
 from lowrank_compress.errors import CheckpointError, LrcError, UnsupportedError
 from lowrank_compress.model import contract, weights
 from lowrank_compress.model.casting import cast
-from lowrank_compress.model.checkpoint import Checkpoint, first_line
+from lowrank_compress.model.checkpoint import Checkpoint, in_a_line
 from lowrank_compress.model.layers import LowRankConfig, swap_modules
 
 Task = Literal["lm", "classification"]
@@ -209,10 +209,10 @@ def blueprint(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Bluep
 
 def _built(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Blueprint:
     config = copy.deepcopy(checkpoint.config)
-    architecture_of(config)
     config.use_cache = False
-    auto = AutoModelForCausalLM if task_of(config) == "lm" else AutoModelForSequenceClassification
     try:
+        architecture_of(config)
+        auto = AutoModelForCausalLM if task_of(config) == "lm" else AutoModelForSequenceClassification
         with torch.device("meta"):
             model: PreTrainedModel = auto.from_config(
                 config,
@@ -226,8 +226,8 @@ def _built(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Blueprint:
         raise
     except Exception as problem:  # whatever sizes that do not fit together run into
         raise CheckpointError(
-            f"{checkpoint.path / 'config.json'} describes a model that cannot be built: {first_line(problem)} "
-            f"({type(problem).__name__}). It is damaged, or was edited."
+            f"{checkpoint.path / 'config.json'} describes a model that cannot be built: {in_a_line(problem)}. It is "
+            "damaged, or was edited."
         ) from problem
     model.eval().requires_grad_(False)
     found, ties, unknown = _locations(checkpoint, model)

@@ -83,7 +83,7 @@ class Checkpoint:
             found = AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
         except Exception as problem:  # transformers raises many types here
             raise CheckpointError(
-                f"transformers cannot read {self.path / 'config.json'} (model_type {kind!r}): {first_line(problem)}"
+                f"transformers cannot read {self.path / 'config.json'} (model_type {kind!r}): {in_a_line(problem)}"
             ) from problem
         try:
             GenerationConfig.from_pretrained(self.path)
@@ -91,8 +91,8 @@ class Checkpoint:
             pass
         except Exception as problem:
             raise CheckpointError(
-                f"transformers cannot read {self.path / 'generation_config.json'}: {first_line(problem)} "
-                f"({type(problem).__name__}). Mend it, or remove it."
+                f"transformers cannot read {self.path / 'generation_config.json'}: {in_a_line(problem)}. Mend it, or "
+                "remove it."
             ) from problem
         return found
 
@@ -200,9 +200,12 @@ class Checkpoint:
     def identity(self) -> dict[str, Path]:
         """Return the files that make the checkpoint what it is: config, weights, tokenizer, trusted code; by name."""
         files = {"config.json": self.path / "config.json"}
+        require_small(files["config.json"])
         files |= {path.name: path for path in sorted(set(self.files.values()))}
         templates = sorted((self.path / "additional_chat_templates").glob("*.jinja"))
-        files |= {f"{path.parent.name}/{path.name}": path for path in templates}
+        for path in templates:
+            require_small(path)
+            files[f"{path.parent.name}/{path.name}"] = path
         return files | {path.name: path for path in self.companions()}
 
     def companions(self) -> list[Path]:
@@ -220,6 +223,9 @@ class Checkpoint:
         return found
 
 
-def first_line(problem: BaseException) -> str:
-    """What an exception says, in one line."""
-    return (str(problem).strip() or type(problem).__name__).splitlines()[0]
+def in_a_line(problem: BaseException) -> str:
+    """What an exception of transformers tells its user, in one line; Python's own words are for programmers."""
+    if isinstance(problem, AttributeError | TypeError | LookupError | NameError | AssertionError | RecursionError):
+        return f"its values do not fit together ({type(problem).__name__})"
+    text = " ".join(str(problem).split()) or type(problem).__name__
+    return text if len(text) <= 300 else text[:300] + " …"

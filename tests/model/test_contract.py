@@ -391,6 +391,9 @@ ABSURD: list[dict[str, Any]] = [
     {"model_type": 3},
     {"model_type": None},
     {"pad_token_id": 10**6},
+    {"text_config": 3},
+    {"text_config": {"vocab_size": 3}},
+    {"num_hidden_layers": None},
     {"transformers_weights": "other.safetensors"},
 ]
 

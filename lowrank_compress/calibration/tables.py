@@ -1,207 +1,227 @@
 """Rows of table files, one at a time, with the values as they are.
 
-The readers of Python and Arrow are used directly, because `datasets`, which stands on the latter, makes all values of a
-column of one type: a number among texts would become a text.
+The readers of Python and Arrow are used directly and not through `datasets`, which stands on Arrow and pandas: it gives
+all values of a column one type, so that texts such as "2020-01-01", "123" or "None" come back as a date, a number and
+nothing; and it writes a copy of the table.
 """
 
 from __future__ import annotations
 
-import bz2
 import csv
-import gzip
-import io
 import json
-import lzma
+import re
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-from lowrank_compress.artifacts.files import is_regular
+from lowrank_compress.calibration.textfiles import check_file, read_lines, read_pieces
 from lowrank_compress.errors import CalibrationError
 
-COMPRESSED: Mapping[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-# A JSON array is parsed whole.
-ARRAY_BYTES = 1 << 30
-FIELD = 2**31 - 1
+Row = tuple[str, Mapping[str, Any]]
+"""What a row is called in a message ("Row 3", "Line 7"), and its values by column."""
+
+# A row larger than this is a mistake, such as a quote that is never closed.
+ROW = 1 << 28
 
 
-def check_file(name: str) -> None:
-    """Refuse what is no readable, regular file, saying what it is.
+def shown(names: Any) -> str:
+    """List names for a message; what cannot be printed is escaped."""
+    texts = map(str, names)
+    return ", ".join(text if text.isprintable() else ascii(text) for text in texts) or "none"
 
-    Raises
-    ------
-    CalibrationError
-        It is missing, a directory, a pipe or device, or may not be read.
-    """
-    path = Path(name)
-    if path.is_dir():
-        raise CalibrationError(f"{name} is a directory; expected a text file or a table. Name the file in it.")
-    if not is_regular(path):
-        if path.exists() or path.is_symlink():
-            raise CalibrationError(f"{name} is no regular file; expected a text file or a table.")
-        raise CalibrationError(
-            f"The text file {name} does not exist. Pass an existing file, or hf:NAME[:CONFIG[:SPLIT]]."
-        )
+
+def _json_lines(name: str) -> Iterator[Row]:
+    for number, line in enumerate(read_lines(name), 1):
+        if line.strip():
+            yield f"Line {number}", _object(f"Line {number}", _parsed(line, f"Line {number}", name), name)
+
+
+def _parsed(text: str, place: str, name: str) -> Any:
     try:
-        with open(path, "rb"):
-            pass
-    except OSError as problem:
-        raise CalibrationError(f"{name} is there, but cannot be read ({problem.strerror}).") from None
+        return json.loads(text)
+    except RecursionError:
+        raise CalibrationError(f"{place} of {name} is nested too deep to be read.") from None
+    except ValueError as problem:
+        raise CalibrationError(f"{place} of {name} is not JSON ({problem}).") from None
 
 
-def open_text(name: str, newline: str | None = None) -> io.TextIOBase:
-    """Open a UTF-8 file, with or without a byte order mark, compressed or not.
-
-    Raises
-    ------
-    CalibrationError
-        See `check_file`.
-    """
-    check_file(name)
-    opener = COMPRESSED.get(Path(name).suffix.lower(), open)
-    return opener(name, "rt", encoding="utf-8-sig", newline=newline)
+def _object(place: str, value: Any, name: str) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise CalibrationError(f"{place} of {name} is a JSON {type(value).__name__}; expected an object.")
+    return value
 
 
-_SIGNATURES = {
-    b"\x1f\x8b": "a file that is gzip-compressed; call it .gz",
-    b"BZh": "a file that is bzip2-compressed; call it .bz2",
-    b"\xfd7zXZ": "a file that is xz-compressed; call it .xz",
-    b"\x28\xb5\x2f\xfd": "a file that is zstd-compressed; unpack it first",
-    b"PK\x03\x04": "a zip archive or an office document; unpack it first",
-    b"PAR1": "a Parquet table; call it .parquet",
-    b"ARROW1": "an Arrow file; convert it to .parquet",
-    b"%PDF": "a PDF document; extract its text first",
-    b"\xff\xfe": "UTF-16 text; convert it to UTF-8",
-    b"\xfe\xff": "UTF-16 text; convert it to UTF-8",
-}
+def _json(name: str) -> Iterator[Row]:
+    """Read an array of objects, or objects one after the other, without holding more than one."""
+    for number, value in enumerate(_json_values(read_pieces(name), name), 1):
+        yield f"Row {number}", _object(f"Row {number}", value, name)
 
 
-def described(name: str) -> str:
-    """Say what a file that is no UTF-8 text looks like, if it has the mark of something known."""
-    with open(name, "rb") as file:
-        start = file.read(8)
-    found = next((what for mark, what in _SIGNATURES.items() if start.startswith(mark)), None)
-    return f"; it looks like {found}" if found else ""
+_FILL = re.compile(r"[\s,]*")
 
 
-def file_rows(name: str, suffix: str) -> Iterator[dict[str, Any]]:
-    """Read the rows of a table file.
+def _json_values(pieces: Iterator[str], name: str) -> Iterator[Any]:
+    decoder, number = json.JSONDecoder(), 0
+    text = next((piece.lstrip() for piece in pieces if piece.strip()), "")
+    array = text.startswith("[")
+    at = int(array)
+    while True:
+        while True:  # to the next value, past white space and, in an array, commas
+            at = (_FILL if array else _SPACE).match(text, at).end()  # pyright: ignore[reportOptionalMemberAccess]
+            if at < len(text):
+                break
+            text, at = next(pieces, ""), 0
+            if not text and array:
+                raise CalibrationError(f"{name} is a JSON array that does not end. Is the file whole?")
+            if not text:
+                return
+        if array and text[at] == "]":
+            return
+        number += 1
+        while True:  # as much text as the value has
+            try:
+                value, at = decoder.raw_decode(text, at)
+                break
+            except RecursionError:
+                raise CalibrationError(f"Row {number} of {name} is nested too deep to be read.") from None
+            except ValueError as problem:
+                more = _as_much_again(pieces, len(text) - at)
+                if not more or len(text) - at > ROW:
+                    raise CalibrationError(f"Row {number} of {name} is not JSON ({problem}).") from None
+                text, at = text[at:] + more, 0
+        yield value
 
-    Raises
-    ------
-    CalibrationError
-        It cannot be read, or is not what its name says; the message names the row.
-    """
-    check_file(name)
+
+_SPACE = re.compile(r"\s*")
+
+
+def _as_much_again(pieces: Iterator[str], length: int) -> str:
+    found: list[str] = []
+    while sum(map(len, found)) < length and (piece := next(pieces, "")):
+        found.append(piece)
+    return "".join(found)
+
+
+def _comma_separated(name: str) -> Iterator[Row]:
+    return _separated(name, csv.reader(read_lines(name), strict=True))
+
+
+def _tab_separated(name: str) -> Iterator[Row]:
+    quoting = csv.QUOTE_MINIMAL if quotes_are_marks(read_lines(name)) else csv.QUOTE_NONE
+    return _separated(name, csv.reader(read_lines(name), delimiter="\t", quoting=quoting, strict=True))
+
+
+def _separated(name: str, lines: Any) -> Iterator[Row]:
+    csv.field_size_limit(ROW)
+    names: list[str] = []
+    number = 0
     try:
-        yield from TABLES[suffix](name)
-    except CalibrationError:
-        raise
-    except (UnicodeDecodeError, OSError, EOFError, csv.Error, ValueError, lzma.LZMAError) as problem:
-        first = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
+        names = next(lines, [])
+        twice = next((each for each in names if names.count(each) > 1), None)
+        if twice is not None:
+            raise CalibrationError(f"{name} has two columns {twice!r}. Name them differently.")
+        for values in lines:
+            if not values:
+                continue
+            number += 1
+            if len(values) != len(names):
+                raise CalibrationError(
+                    f"Row {number} of {name} has {len(values)} values under {len(names)} column names "
+                    f"({shown(names)}). Repair the row."
+                )
+            yield f"Row {number}", dict(zip(names, values, strict=True))
+    except csv.Error as problem:
         raise CalibrationError(
-            f"{name} cannot be read as {suffix.removeprefix('.')} ({first}){described(name)}."
+            f"Row {number + 1} of {name} cannot be read ({problem}). A text that has quotation marks is put between "
+            "such, and its own are written twice."
         ) from None
 
 
-def _lines(name: str) -> Iterator[dict[str, Any]]:
-    with open_text(name, newline="\n") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as problem:
-                raise CalibrationError(f"Line {number} of {name} is not JSON ({problem}).") from problem
-            if not isinstance(row, dict):
-                raise CalibrationError(f"Line {number} of {name} is a JSON {type(row).__name__}; expected an object.")
-            yield row
+_FIELD = re.compile(r'"([^"]*(?:""[^"]*)*)"|([^"\t\n]*)')
+_Field = tuple[str, bool]  # a value, and whether it is enclosed in quotation marks
 
 
-def _array(name: str) -> Iterator[dict[str, Any]]:
-    """Read a JSON array of objects; a file of that ending may also hold one object a line."""
-    with open_text(name) as file:
-        start = file.read(1)
-        while start.isspace():
-            start = file.read(1)
-    if start != "[":
-        yield from _lines(name)
-        return
-    if Path(name).stat().st_size > ARRAY_BYTES:
-        raise CalibrationError(
-            f"{name} is one JSON array of more than 1 GiB. Convert it to one object a line (.jsonl)."
-        )
-    with open_text(name) as file:
-        try:
-            found = json.load(file)
-        except RecursionError:
-            raise CalibrationError(f"{name} is nested too deep to be read.") from None
-    for number, row in enumerate(found, 1):
-        if not isinstance(row, dict):
-            raise CalibrationError(f"Row {number} of {name} is a JSON {type(row).__name__}; expected an object.")
-        yield row
+def quotes_are_marks(lines: Iterator[str]) -> bool:
+    """Tell whether quotation marks in tab-separated lines enclose values, or are characters of them.
 
-
-def _separated(delimiter: str) -> Callable[[str], Iterator[dict[str, Any]]]:
-    def read(name: str) -> Iterator[dict[str, Any]]:
-        csv.field_size_limit(FIELD)
-        quoted = _is_quoted(name, delimiter)
-        with open_text(name) as file:
-            found = csv.reader(file, delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE)
-            names = next(found, [])
-            if len(set(names)) != len(names):
-                twice = next(each for each in names if names.count(each) > 1)
-                raise CalibrationError(f"{name} has two columns {twice!r}. Name them differently.")
-            number = 0
-            for values in found:
-                if not values:
-                    continue
-                number += 1
-                if len(values) != len(names):
-                    raise CalibrationError(
-                        f"Row {number} of {name} has {len(values)} values under {len(names)} column names "
-                        f"({', '.join(names)}). Repair the row."
-                    )
-                yield dict(zip(names, values, strict=True))
-
-    return read
-
-
-def _is_quoted(name: str, delimiter: str) -> bool:
-    """Whether quotes around values are marks, as pandas writes them, or characters, as in GLUE's .tsv files.
-
-    They are marks in every .csv. In a .tsv they are marks if the whole file is well formed that way: every value that
-    begins with a quote ends with one, and every row has as many values as the first.
+    Both kinds exist: pandas encloses values that hold a tab, a quotation mark or a line end, R all values that are no
+    numbers; GLUE's files enclose nothing, and have sentences with a quotation mark that nobody closes, or that is
+    closed some rows later. They are marks if a writer of the first kind would have written the whole file so, and no
+    value over several lines could be as many rows.
     """
-    if delimiter != "\t":
-        return True
-    with open_text(name) as file:
-        try:
-            found = csv.reader(file, delimiter=delimiter, strict=True)
-            columns = len(next(found, []))
-            return all(len(values) in (0, columns) for values in found)
-        except csv.Error:
-            return False
+    needed = always = True
+    columns, record, marks, size = 0, [], 0, 0
+    for line in lines:
+        record.append(line)
+        marks += line.count('"')
+        if marks % 2:
+            size += len(line)
+            if size > ROW:
+                return False
+            continue
+        if any(map(str.strip, record)):
+            fields = _fields("".join(record))
+            columns = columns or len(fields)
+            rows = columns > 1 < len(record) and all(each.count("\t") == columns - 1 for each in record)
+            if len(fields) != columns or rows:
+                return False
+            needed = needed and all(_needs(value) == enclosed or not value for value, enclosed in fields)
+            always = always and all(enclosed or not value or _is_number(value) for value, enclosed in fields)
+            if not (needed or always):
+                return False
+        record, marks, size = [], 0, 0
+    return not record
 
 
-def _parquet(name: str) -> Iterator[dict[str, Any]]:
+def _fields(record: str) -> list[_Field]:
+    """Split a record where quotation marks enclose values; nothing where they do not."""
+    text, at, found = record.removesuffix("\n"), 0, []
+    while (match := _FIELD.match(text, at)) is not None:
+        found.append((match[2], False) if match[1] is None else (match[1].replace('""', '"'), True))
+        at = match.end() + 1
+        if at > len(text):
+            return found
+        if text[at - 1] != "\t":
+            break
+    return []
+
+
+def _needs(value: str) -> bool:
+    return any(mark in value for mark in '"\t\n')
+
+
+def _is_number(value: str) -> bool:
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
+
+
+def _parquet(name: str) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
+    check_file(name)
+    number = 0
     try:
         with pyarrow.parquet.ParquetFile(name) as file:
             for batch in file.iter_batches(batch_size=256):
-                yield from batch.to_pylist()
-    except pyarrow.ArrowException as problem:
-        raise CalibrationError(f"{name} cannot be read as Parquet ({str(problem).splitlines()[0]}).") from None
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"Row {number}", row
+    except (pyarrow.ArrowException, OSError, ValueError) as problem:
+        first = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
+        raise CalibrationError(
+            f"{name} cannot be read as Parquet ({first}). Is it whole, and not compressed?"
+        ) from None
 
 
-TABLES: Mapping[str, Callable[[str], Iterator[dict[str, Any]]]] = {
-    ".jsonl": _lines,
-    ".ndjson": _lines,
-    ".json": _array,
-    ".csv": _separated(","),
-    ".tsv": _separated("\t"),
+TABLES: Mapping[str, Callable[[str], Iterator[Row]]] = {
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".json": _json,
+    ".csv": _comma_separated,
+    ".tsv": _tab_separated,
     ".parquet": _parquet,
 }
 """Readers of table files, by the file's ending."""

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lowrank_compress.calibration.sources import Chat, Examples, Render
+from lowrank_compress.calibration.cells import Chat, Render
+from lowrank_compress.calibration.sources import Examples
 from lowrank_compress.errors import CalibrationError, InputError
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.replay import Batch
@@ -52,14 +53,14 @@ def bos_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
 def renderer(tokenizer: PreTrainedTokenizerBase) -> Render | None:
     """Return what makes a text of a conversation by the tokenizer's chat template; None where it has none.
 
-    A bos token at the beginning is left out: windows bring their own.
+    A bos token at the beginning is left out where windows bring their own.
     """
     if not tokenizer.chat_template:
         return None
+    bos = tokenizer.bos_token if bos_of(tokenizer) is not None else None
 
     def render(chat: Chat) -> str:
         text = str(tokenizer.apply_chat_template(chat, tokenize=False))
-        bos = tokenizer.bos_token
         return text.removeprefix(bos) if isinstance(bos, str) else text
 
     return render
@@ -74,6 +75,7 @@ def encode(
     text: str | Iterable[str],
     vocabulary: int | None = None,
     *,
+    most: int | None = None,
     part: int = PART,
     context: int = CONTEXT,
 ) -> Tensor:
@@ -89,6 +91,8 @@ def encode(
         The text, whole or in pieces of any length.
     vocabulary
         Rows of the model's embedding, which every id must have one of.
+    most
+        Read no further once there are so many tokens; None for all.
     part, context
         Characters at once, and around them.
 
@@ -97,8 +101,13 @@ def encode(
     InputError
         An id is beyond the vocabulary.
     """
-    parts = _in_parts(tokenizer, iter((text,)) if isinstance(text, str) else iter(text), part, context)
-    ids = torch.from_numpy(np.concatenate([np.zeros(0, np.int32), *parts]))
+    found, count = [np.zeros(0, np.int32)], 0
+    for ids in _in_parts(tokenizer, iter((text,)) if isinstance(text, str) else iter(text), part, context):
+        found.append(ids)
+        count += len(ids)
+        if most is not None and count >= most:
+            break
+    ids = torch.from_numpy(np.concatenate(found))
     if vocabulary is not None and len(ids) and int(ids.max()) >= vocabulary:
         worst = int(ids.max())
         raise InputError(
@@ -116,16 +125,18 @@ def _in_parts(
         yield np.array(tokenizer("".join(pieces), add_special_tokens=False, verbose=False)["input_ids"], np.int32)
         return
     before, rest = "", ""
-    for piece in pieces:
+    for piece in (each[start : start + part] for each in pieces for start in range(0, len(each), part)):
         rest += piece
         while len(rest) > part + context:
             ids, starts = _tokens(tokenizer, before + rest[: part + context])
             cut = int(starts[starts <= len(before) + part].max())
-            if cut <= len(before):  # one token of more than `part` characters
-                break
-            yield ids[(starts >= len(before)) & (starts < cut)]
             taken = cut - len(before)
-            before, rest = (before + rest[:taken])[-context:], rest[taken:]
+            if taken > 0:
+                yield ids[(starts >= len(before)) & (starts < cut)]
+                before, rest = (before + rest[:taken])[-context:], rest[taken:]
+            else:  # one token of more than `part` characters, as of an unknown word, becomes several
+                yield _tokens(tokenizer, rest[:part])[0]
+                before, rest = "", rest[part:]
     ids, starts = _tokens(tokenizer, before + rest)
     yield ids[starts >= len(before)]
 
@@ -198,7 +209,8 @@ def example_batches(
     CalibrationError
         An example has no tokens.
     """
-    labels = None if examples.labels is None else [_label(label, label_ids) for label in examples.labels]
+    known = _by_class_names(label_ids, examples.class_names)
+    labels = None if examples.labels is None else [_label(label, known) for label in examples.labels]
     by_length: dict[int, list[tuple[int, list[int], list[int] | None]]] = {}
     for number, text in enumerate(examples.texts):
         pair = {} if examples.seconds is None else {"text_pair": examples.seconds[number]}
@@ -217,6 +229,20 @@ def example_batches(
             chosen = None if labels is None else torch.tensor([labels[number] for number, _, _ in part])
             batches.append(Batch(torch.tensor([ids for _, ids, _ in part]), None, chosen, kinds))
     return batches
+
+
+def _by_class_names(label_ids: Mapping[str, int], names: Sequence[str] | None) -> Mapping[str, int]:
+    """Let a data set's numbers of classes mean the model's classes of the same names, where the names are the same."""
+    model = {label.casefold(): number for label, number in label_ids.items()}
+    same = [name.casefold() in model for name in names or ()]
+    if not any(same):
+        return label_ids
+    if names is None or not all(same):
+        raise InputError(
+            f"The data set's classes are {', '.join(names or ())}, and the model's {', '.join(label_ids)}: some names "
+            "are the same, but not all. Use a table with the model's names as labels."
+        )
+    return {**label_ids, **{str(number): model[name.casefold()] for number, name in enumerate(names)}}
 
 
 def _label(label: str, label_ids: Mapping[str, int]) -> int:

@@ -171,7 +171,8 @@ class Replay:
 
     def _run(self, model: nn.Module, batch: Batch) -> Any:
         device = self.skeleton.device
-        more = {"attention_mask": batch.mask, "token_type_ids": batch.kinds}
+        kinds = batch.kinds if getattr(model.config, "type_vocab_size", 0) > 1 else None
+        more = {"attention_mask": batch.mask, "token_type_ids": kinds}
         given = {name: part.to(device) for name, part in more.items() if part is not None}
         return model(input_ids=batch.ids.to(device), **given)
 

@@ -261,7 +261,8 @@ def calibration_batches(config: CalibrateConfig, checkpoint: Checkpoint, task: T
     """
     tokenizer = load_tokenizer(checkpoint.path, checkpoint.trust_remote_code)
     source = _source(config)
-    if task == "classification" and (config.text_column is not None or config.label_column is not None):
+    named = config.text_column is not None or config.label_column is not None
+    if task == "classification" and (named or (source.is_table and not source.is_hub)):
         examples = shuffled(read_examples(source), config.samples, config.seed)
         return example_batches(tokenizer, examples, checkpoint.class_ids, config.seq_len, config.micro_batch)
     ids = encode(tokenizer, pieces(source, renderer(tokenizer)), vocabulary_of(checkpoint))

@@ -18,10 +18,11 @@ from lowrank_compress.artifacts.files import canonical_hash, is_temporary, read_
 from lowrank_compress.artifacts.hashes import file_hashes
 from lowrank_compress.artifacts.lock import HOLDER, LOCK
 from lowrank_compress.artifacts.manifest import read_manifest, require_intact
-from lowrank_compress.calibration.sources import Source, load_hub
-from lowrank_compress.calibration.tables import check_file
+from lowrank_compress.calibration.hub import hub_id
+from lowrank_compress.calibration.sources import Source
+from lowrank_compress.calibration.textfiles import check_file
 from lowrank_compress.config import RECIPE_BYTES, Recipe
-from lowrank_compress.errors import ArtifactError, InputError
+from lowrank_compress.errors import ArtifactError, CalibrationError, InputError
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.stages.hardware import hardware
 
@@ -221,9 +222,12 @@ def source_id(source: Source) -> str:
         It does not exist, or cannot be read.
     """
     if source.is_hub:
-        return f"{source.name}@{load_hub(source)._fingerprint}"
+        return hub_id(source.name)
     check_file(source.name)
-    return sha256(Path(source.name))
+    try:
+        return sha256(Path(source.name))
+    except OSError as problem:
+        raise CalibrationError(f"{source.name} cannot be read ({problem}). Expected a readable file.") from None
 
 
 def display_name(model: str) -> str:

@@ -179,8 +179,8 @@ def _measure(
                 raise InputError("--classification needs a sequence classifier; for a language model use --perplexity.")
             if config.label_column is None:
                 raise InputError("--classification needs the column of the labels: pass --label-column.")
-            examples = read_examples(Source(config.classification, config.text_column, config.label_column))
-            examples = examples.first(config.limit)
+            source = Source(config.classification, config.text_column, config.label_column)
+            examples = read_examples(source, config.limit)
             batches = example_batches(tokenizer, examples, checkpoint.class_ids, seq_len, config.batch_size)
             part = accuracy(skeleton, workers.share(batches), _labelled(reporter, f"{role} accuracy"))
             whole = Accuracy(*map(int, workers.total([part.right, part.examples])))
@@ -205,7 +205,8 @@ def text_batches(
         The text is empty or has a single token.
     """
     bos = bos_of(tokenizer)
-    ids = encode(tokenizer, pieces(source, renderer(tokenizer)), vocabulary)
+    most = None if config.limit is None else config.limit * seq_len
+    ids = encode(tokenizer, pieces(source, renderer(tokenizer)), vocabulary, most=most)
     windows = evaluation_windows(ids, seq_len, bos)[: config.limit]
     windows = [window for window in windows if len(window) > 1]
     if not windows:

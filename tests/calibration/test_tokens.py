@@ -1,11 +1,7 @@
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 
-import datasets
-import pandas
 import pytest
 import torch
 from hypothesis import given
@@ -13,8 +9,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from lowrank_compress.calibration import tokens
-from lowrank_compress.calibration.sources import PAPERS_DATA, Examples, Source, read_examples, read_text, shuffled
-from lowrank_compress.calibration.tables import COMPRESSED
+from lowrank_compress.calibration.sources import Examples, Source, read_examples, read_text, shuffled
 from lowrank_compress.calibration.tokens import (
     batches_hash,
     bos_of,
@@ -23,7 +18,6 @@ from lowrank_compress.calibration.tokens import (
     evaluation_windows,
     example_batches,
     load_tokenizer,
-    renderer,
     window_batches,
 )
 from lowrank_compress.errors import CalibrationError, InputError
@@ -178,264 +172,6 @@ def test_a_checkpoint_without_tokenizer(tmp_path: Path, tokenizer: PreTrainedTok
     assert encode(load_tokenizer(tmp_path), "the quick fox").tolist() == encode(tokenizer, "the quick fox").tolist()
 
 
-# --- Reading
-
-
-def test_plain_text_is_read_as_it_is(tmp_path: Path) -> None:
-    text = 'First line.\n\n  "Second", with quotes,\ttabs and Umlaute: äöü.\n'
-    assert read_text(Source(write(tmp_path, "a.txt", text))) == text
-    # A byte order mark belongs to the file, not to the text.
-    assert read_text(Source(write(tmp_path, "b.txt", "\ufeff" + text))) == text
-
-
-@pytest.mark.parametrize("text", ["", " \n\t\n"])
-def test_a_file_without_text(text: str, tmp_path: Path) -> None:
-    with pytest.raises(CalibrationError, match="holds no text"):
-        read_text(Source(write(tmp_path, "a.txt", text)))
-
-
-def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(CalibrationError, match="does not exist"):
-        read_text(Source(str(tmp_path / "no.txt")))
-    (tmp_path / "latin.txt").write_bytes("äöü".encode("latin-1"))
-    with pytest.raises(CalibrationError, match="cannot be read as UTF-8"):
-        read_text(Source(str(tmp_path / "latin.txt")))
-
-
-TABLES = {
-    # Quotes are quotes, a field may hold separators and line ends, blank lines are no rows.
-    "a.csv": 'label,text\nbad,"no, ""really"" bad\nstill"\n\ngood,it\'s fine\n',
-    "windows.csv": '\ufefflabel,text\r\nbad,"no, ""really"" bad\r\nstill"\r\n\r\ngood,it\'s fine\r\n',
-    "a.jsonl": "\n".join(
-        [
-            json.dumps({"text": 'no, "really" bad\nstill', "label": "bad"}),
-            "",
-            json.dumps({"text": "it's fine", "label": "good", "more": 1}),
-        ]
-    ),
-}
-
-
-@pytest.mark.parametrize("name", TABLES)
-def test_tables(name: str, tmp_path: Path) -> None:
-    source = write(tmp_path, name, TABLES[name])
-    found = read_examples(Source(source, "text", "label"))
-    assert found == Examples(['no, "really" bad\nstill', "it's fine"], ["bad", "good"])
-    assert read_examples(Source(source, "text")) == Examples(found.texts, None)
-    assert read_text(Source(source, "text")) == 'no, "really" bad\nstill\n\nit\'s fine'
-
-
-def test_quotes_in_tsv_mean_nothing(tmp_path: Path) -> None:
-    """As in GLUE: a quotation mark that is never closed must not swallow the rows after it."""
-    text = 'sentence\tlabel\n"so bad , it is good\t1\n\nan "odd" one\t0\n it\'s ""\t1\n'
-    found = read_examples(Source(write(tmp_path, "a.tsv", text), "sentence", "label"))
-    assert found == Examples(['"so bad , it is good', 'an "odd" one', ' it\'s ""'], ["1", "0", "1"])
-
-
-def test_line_ends_within_a_text(tmp_path: Path) -> None:
-    """Only a line feed ends a row; what else Unicode knows as line ends may stand in a text."""
-    odd = "one\u2028two\x0bthree\x85four\x1cfive"
-    line = json.dumps({"text": odd, "label": 1}, ensure_ascii=False)
-    assert read_examples(Source(write(tmp_path, "a.jsonl", f"{line}\n{line}\n"), "text", "label")) == Examples(
-        [odd, odd], ["1", "1"]
-    )
-    assert read_examples(Source(write(tmp_path, "a.tsv", f"text\tlabel\n{odd}\t1\n"), "text", "label")).texts == [odd]
-
-
-def test_a_very_long_field(tmp_path: Path) -> None:
-    text = tiny_text(200_000).replace("\n", " ")
-    source = Source(write(tmp_path, "a.csv", f'text,label\n"{text}",0\n'), "text", "label")
-    assert read_examples(source).texts == [text]
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "columns", "message"),
-    [
-        ("a.csv", "text,label\nx,1\n", ("txt", "label"), "has no column 'txt'; it has text, label"),
-        ("a.csv", "text,label\nx,1\n", ("text", "class"), "has no column 'class'; it has text, label"),
-        ("a.csv", "text,label\n", ("text", "label"), "has no rows"),
-        (
-            "a.jsonl",
-            '{"text": "x", "label": 1}\n[1]\n',
-            ("text", "label"),
-            "Line 2 of .* is a JSON list; expected an object",
-        ),
-        ("a.jsonl", '{"text": "x", "label": 1}\n\n{"text": \n', ("text", "label"), "Line 3 of .* is not JSON"),
-        ("a.txt", "text", ("text", "label"), r"is no table; examples come from \.jsonl"),
-        (
-            "a.csv",
-            "text,label\nx,1\ny\nz,0\n",
-            ("text", "label"),
-            r"Row 2 of .* has 1 values under 2 column names \(text, label\)",
-        ),
-        # As many texts as labels, but not of the same rows.
-        (
-            "a.jsonl",
-            '{"text": "x", "label": 1}\n{"text": "y", "label": null}\n{"text": null, "label": 0}\n',
-            ("text", "label"),
-            "Row 2 of .* has nothing as label in the column 'label'",
-        ),
-    ],
-)
-def test_tables_with_mistakes(name: str, text: str, columns: tuple[str, str], message: str, tmp_path: Path) -> None:
-    with pytest.raises((CalibrationError, InputError), match=message):
-        read_examples(Source(write(tmp_path, name, text), *columns))
-
-
-def test_the_text_column_must_be_named(tmp_path: Path) -> None:
-    source = write(tmp_path, "a.csv", "body,number\nx,1\n")
-    with pytest.raises(InputError, match="name the one that holds the text with --text-column: body, number"):
-        read_text(Source(source))
-    with pytest.raises(InputError, match="need --text-column"):
-        read_examples(Source(source))
-
-
-def test_data_sets_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, str | None, str]] = []
-
-    def load(name: str, config: str | None, split: str) -> datasets.Dataset:
-        asked.append((name, config, split))
-        return datasets.Dataset.from_dict({"text": ["one", "two"], "body": ["drei", "vier"], "label": [1, 0]})
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    assert read_text(Source("hf:owner/name:config:validation")) == "one\n\ntwo"
-    assert read_text(Source("hf:name", "body")) == "drei\n\nvier"
-    assert read_examples(Source("hf:name:config", "text", "label")) == Examples(["one", "two"], ["1", "0"])
-    assert asked == [("owner/name", "config", "validation"), ("name", None, "train"), ("name", "config", "train")]
-
-
-def test_a_data_set_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(*_: object, **__: object) -> None:
-        raise ConnectionError("no network\nmore lines")
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(CalibrationError, match=r"neither cached nor to be had from the hub \(no network\)"):
-        read_text(Source(PAPERS_DATA))
-
-
-@pytest.mark.parametrize("end", [".gz", ".bz2", ".xz"])
-def test_compressed_files(end: str, tmp_path: Path) -> None:
-    for name, content in {"a.txt": "some text\n", "a.jsonl": '{"text": "some text\\n"}'}.items():
-        with COMPRESSED[end](tmp_path / (name + end), "wt") as file:
-            file.write(content)
-        assert read_text(Source(str(tmp_path / (name + end)))) == "some text\n"
-        (tmp_path / (name + end)).write_bytes((tmp_path / (name + end)).read_bytes()[:-6])
-        with pytest.raises(CalibrationError, match="cannot be read as"):
-            read_text(Source(str(tmp_path / (name + end))))
-
-
-def test_a_parquet_table(tmp_path: Path) -> None:
-    data = datasets.Dataset.from_dict({"data": [{"text": "one"}, {"text": "two"}], "label": [1, 0]})
-    data.to_parquet(tmp_path / "a.parquet")
-    assert read_text(Source(str(tmp_path / "a.parquet"), "data.text")) == "one\n\ntwo"
-    assert read_examples(Source(str(tmp_path / "a.parquet"), "data.text", "label")).labels == ["1", "0"]
-
-
-def test_a_json_array_has_columns_too(tmp_path: Path) -> None:
-    source = write(tmp_path, "a.json", ' [{"body": "one", "more": [1]}, {"body": "two", "more": [{"x": "y"}]}]')
-    assert read_text(Source(source, "body")) == "one\n\ntwo"
-    with pytest.raises(InputError, match=r"a table without a column text or messages; name the one .*: body, more"):
-        read_text(Source(source))
-    with pytest.raises(CalibrationError, match=r"Row 1 of .* has nothing in the column 'more.0.x'"):
-        read_text(Source(source, "more.0.x"))
-    assert read_text(Source(write(tmp_path, "b.json", '{"text": "a line"}\n{"text": "another"}'))) == (
-        "a line\n\nanother"
-    )
-
-
-@pytest.mark.parametrize(
-    ("value", "what"),
-    [("3", "a int"), ("2.5", "a float"), ('["a"]', "a list"), ('{"a": 1}', "a dict"), ("null", "nothing")],
-)
-def test_what_is_no_text_is_refused_by_row_and_column(value: str, what: str, tmp_path: Path) -> None:
-    source = write(tmp_path, "a.jsonl", f'{{"text": "fine"}}\n{{"text": {value}}}\n')
-    with pytest.raises(CalibrationError, match=f"Row 2 of .* has {what} in the column 'text'; expected text"):
-        read_text(Source(source))
-    with pytest.raises(CalibrationError, match=f"Row 2 of .* has {what} in the column 'text'; expected text"):
-        read_examples(Source(source, "text"))
-
-
-def test_half_characters_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(CalibrationError, match=r"Row 1 of .* has half a character"):
-        read_text(Source(write(tmp_path, "a.jsonl", '{"text": "a\\ud800"}')))
-
-
-CHAT = [{"role": "user", "content": "the fox"}, {"role": "assistant", "content": "a dog"}]
-SHARED = [{"from": "human", "value": "the fox"}, {"from": "gpt", "value": "a dog"}]
-
-
-@pytest.mark.parametrize(("column", "chat"), [("messages", CHAT), ("conversations", SHARED)])
-def test_conversations_go_through_the_chat_template(tmp_path: Path, column: str, chat: list[dict[str, str]]) -> None:
-    tokenizer = tiny_tokenizer(tmp_path)
-    assert renderer(tokenizer) is None
-    source = Source(write(tmp_path, "a.jsonl", json.dumps({column: chat}) + "\n" + json.dumps({column: chat})), column)
-    with pytest.raises(InputError, match=f"'{column}' .* holds conversations, and .* has no chat template"):
-        read_text(source, renderer(tokenizer))
-    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
-    text = read_text(source, renderer(tokenizer))
-    assert text == "[user] the fox[assistant] a dog\n\n[user] the fox[assistant] a dog"
-    assert BOS not in encode(tokenizer, text).tolist()
-    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(CalibrationError, match=r"refuses the conversation in row 1 .*roles must alternate"):
-        read_text(source, renderer(tokenizer))
-
-
-def test_a_table_that_pandas_wrote(tmp_path: Path) -> None:
-    frame = pandas.DataFrame({"text": ['so "good"', "a\ttab", "two\nlines", "NA", "1"], "label": [1, 0, 1, 0, 1]})
-    for name, separator in (("a.tsv", "\t"), ("a.csv", ",")):
-        frame.to_csv(tmp_path / name, sep=separator, index=False)
-        found = read_examples(Source(str(tmp_path / name), "text", "label"))
-        assert found == Examples(list(frame.text), ["1", "0", "1", "0", "1"])
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.txt", b"\x1f\x8b\x08\0rest", "looks like a file that is gzip-compressed"),
-        ("a.txt", "text".encode("utf-16"), "looks like UTF-16 text; convert it to UTF-8"),
-        ("a.txt", b"PAR1\xff\xff", "looks like a Parquet table"),
-        ("a.txt", b"abc\0def", "holds NUL characters"),
-        ("a.parquet", b"no table", "cannot be read as Parquet"),
-        ("a.json", b'[{"text": "a"', "cannot be read as json"),
-        ("a.json", b"[1]", "Row 1 of .* is a JSON int"),
-        ("a.csv", b"text,text\na,b\n", "two columns 'text'"),
-        ("a.csv", b'text\n"never closed\n', "holds no text|never closed"),
-    ],
-)
-def test_files_that_are_not_what_they_seem(name: str, content: bytes, message: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_bytes(content)
-    if "never closed" in message:
-        assert read_text(Source(str(tmp_path / name))) == "never closed\n"
-        return
-    with pytest.raises(CalibrationError, match=message):
-        read_text(Source(str(tmp_path / name)))
-
-
-def test_places_that_are_no_files(tmp_path: Path) -> None:
-    with pytest.raises(CalibrationError, match="is a directory; expected a text file or a table"):
-        read_text(Source(str(tmp_path)))
-    os.mkfifo(tmp_path / "pipe.txt")
-    with pytest.raises(CalibrationError, match="is no regular file"):
-        read_text(Source(str(tmp_path / "pipe.txt")))
-    with pytest.raises(InputError, match="is no table; --text-column is for"):
-        read_text(Source(write(tmp_path, "a.txt", "x"), "text"))
-
-
-def test_splits_of_the_hub_may_be_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[object] = []
-
-    def load(*given: object, split: str) -> datasets.Dataset:
-        asked.append((*given, split))
-        return datasets.Dataset.from_dict({"text": ["one"]})
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    read_text(Source("hf:owner/name:config:train[:10]"))
-    read_text(Source("hf:name::train[10%:20%]+test[:5]"))
-    assert asked == [("owner/name", "config", "train[:10]"), ("name", None, "train[10%:20%]+test[:5]")]
-    with pytest.raises(InputError, match="hf:NAME::train"):
-        read_text(Source("hf:name:train[:10]"))
-
-
 # --- Long texts
 
 
@@ -548,10 +284,3 @@ def test_examples_are_drawn_by_the_seed() -> None:
     assert found.texts != shuffled(examples, 30, 1).texts
     assert sorted(shuffled(examples, 100, 1).texts) == sorted(examples.texts)
     assert shuffled(Examples(examples.texts, None), 30, 0) == Examples(found.texts, None)
-
-
-def test_the_first_examples() -> None:
-    examples = Examples(["a", "b", "c"], ["0", "1", "2"])
-    assert examples.first(2) == Examples(["a", "b"], ["0", "1"])
-    assert examples.first(None) == examples.first(9) == examples
-    assert Examples(["a", "b"], None).first(1) == Examples(["a"], None)

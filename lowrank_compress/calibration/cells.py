@@ -1,0 +1,148 @@
+"""What stands in a row of a table: texts, conversations, labels; anything else is refused by row and column."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lowrank_compress.calibration.tables import shown
+from lowrank_compress.errors import CalibrationError, InputError
+
+Chat = list[dict[str, Any]]
+Render = Callable[[Chat], str]
+"""Makes one text of a conversation, as the model was trained to read it."""
+
+_ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
+_MISSING = object()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A value in a row of a table.
+
+    Attributes
+    ----------
+    value
+        As the table has it.
+    place, column, source
+        Row, column and name of the table, for messages.
+    """
+
+    value: Any
+    place: str
+    column: str
+    source: str
+
+    @classmethod
+    def find(cls, row: Mapping[str, Any], column: str, place: str, source: str) -> Cell:
+        """Look up a column, or a path with dots into nested values.
+
+        Raises
+        ------
+        InputError
+            There is no such column.
+        CalibrationError
+            The path ends in nothing.
+        """
+        value = row.get(column, _MISSING)
+        if value is not _MISSING:
+            return cls(value, place, column, source)
+        first, *path = column.split(".")
+        if first not in row:
+            raise InputError(f"{place} of {source} has no column {column!r}; it has {shown(row)}.")
+        value = row[first]
+        for part in path:
+            if isinstance(value, Mapping) and part in value:
+                value = value[part]
+            elif isinstance(value, list) and part.isdecimal() and int(part) < len(value):
+                value = value[int(part)]
+            else:
+                has = shown(value) if isinstance(value, Mapping) else f"is a {type(value).__name__}"
+                raise CalibrationError(f"{place} of {source} has no {part!r} on the way to {column!r} (there: {has}).")
+        return cls(value, place, column, source)
+
+    def text(self) -> str:
+        """Return the value, which must be a text.
+
+        Raises
+        ------
+        CalibrationError
+            It is anything else, or has half a character.
+        """
+        if not isinstance(self.value, str):
+            raise self._refused("text. Name another column (dots lead into nested values, as in data.text)")
+        try:
+            self.value.encode()
+        except UnicodeEncodeError:
+            raise self._problem("half a character (a lone surrogate)") from None
+        return self.value
+
+    def rendered(self, render: Render | None) -> str:
+        """Return the value, a text or a conversation, as text.
+
+        Raises
+        ------
+        CalibrationError, InputError
+            It is neither; or a conversation that the chat template refuses, or that there is no template for.
+        """
+        chat = _conversation(self.value)
+        if chat is None:
+            return self.text()
+        for number, turn in enumerate(chat, 1):
+            for part in ("role", "content"):
+                if not isinstance(turn[part], str):
+                    raise self._problem(
+                        f"a conversation whose turn {number} has a {_kind(turn[part])} as {part}", " Expected text."
+                    )
+        if render is None:
+            raise InputError(
+                f"The column {self.column!r} of {self.source} holds conversations, and the model's tokenizer has no "
+                "chat template to make text of them. Name a column of plain text, or add chat_template.jinja to the "
+                "checkpoint."
+            )
+        try:
+            text = render(chat)
+        except Exception as problem:  # whatever a template may raise
+            first = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
+            raise self._problem(f"a conversation that the model's chat template refuses ({first})") from None
+        return Cell(text, self.place, self.column, self.source).text()
+
+    def label(self) -> str:
+        """Return the value, the name or the number of a class, as a text.
+
+        Raises
+        ------
+        CalibrationError
+            It is neither.
+        """
+        value = self.value
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)  # what Arrow and pandas make of whole numbers where one is missing
+        if not isinstance(value, str | int) or value == "":
+            raise self._refused("the name or the number of a class")
+        return str(value)
+
+    def _refused(self, expected: str) -> CalibrationError:
+        what = f"a {_kind(self.value)}" if self.value not in (None, "") else "nothing"
+        return self._problem(what, f" Expected {expected}.")
+
+    def _problem(self, what: str, more: str = "") -> CalibrationError:
+        return CalibrationError(
+            f"{self.place} of {self.source} has {what} in the column {self.column!r}.{more} Repair or remove the row."
+        )
+
+
+def _kind(value: Any) -> str:
+    return type(value).__name__
+
+
+def _conversation(value: Any) -> Chat | None:
+    """Return a value as a conversation if it is one: role and content, or from and value."""
+    if not (isinstance(value, list) and value and all(isinstance(turn, Mapping) for turn in value)):
+        return None
+    if all("role" in turn and "content" in turn for turn in value):
+        return [dict(turn) for turn in value]
+    if all("from" in turn and "value" in turn for turn in value):
+        return [{"role": _ROLES.get(str(turn["from"]), turn["from"]), "content": turn["value"]} for turn in value]
+    return None

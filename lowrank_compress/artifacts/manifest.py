@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Container, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,10 +103,19 @@ def commit(
         described = dict(zip(names, pool.map(lambda name: describe(directory / name), names), strict=True))
     manifest = Manifest(key, described, dict(report), dict(environment))
     before = listed(directory)
-    write_sealed(directory / MANIFEST, {"schema": SCHEMA, "id": manifest.id, **asdict(manifest)})
+    _write(directory, manifest)
     remove_listed(directory, {name: digest for name, digest in before.items() if name not in {*described, MANIFEST}})
     sweep(directory)
     return manifest
+
+
+def relist(directory: Path, manifest: Manifest, name: str) -> None:
+    """Take an output as it is now into a manifest, for one that may change without the result being another."""
+    _write(directory, replace(manifest, outputs={**manifest.outputs, name: describe(directory / name)}))
+
+
+def _write(directory: Path, manifest: Manifest) -> None:
+    write_sealed(directory / MANIFEST, {"schema": SCHEMA, "id": manifest.id, **asdict(manifest)})
 
 
 def describe(path: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from lowrank_compress.demo import text as demo_text
 from lowrank_compress.errors import ArtifactError, CalibrationError, InputError
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.dense import write_dense
+from lowrank_compress.model.layers import REMOTE_FILE
 from lowrank_compress.model.locate import locate
 from lowrank_compress.model.memory import keep_freed
 from lowrank_compress.stages import calibrate as calibrate_stage
@@ -30,6 +31,8 @@ from lowrank_compress.stages.common import Run, compute_device
 from lowrank_compress.stages.meter import Meter
 from lowrank_compress.stages.plan import Plan, make_plan
 from lowrank_compress.stages.reach import check_ratio
+from lowrank_compress.stages.refresh import checkpoint_of
+from lowrank_compress.stages.refresh import refresh as refresh_code
 from lowrank_compress.stages.sizing import dry_run as plan_sizes
 from lowrank_compress.stages.sizing import roomy
 
@@ -201,6 +204,15 @@ def export_dense(target: str, out: Path, overwrite: bool, reporter: TerminalRepo
     refuse_unsafe(out, "--dense", **precious)
     write_dense(source, out, lambda done, total: reporter.advance("export", done, total), overwrite=overwrite)
     console().print(f"Dense checkpoint: {out}")
+
+
+def refresh(target: Path) -> dict[str, Any]:
+    """Renew the model code in a checkpoint."""
+    run, directory = checkpoint_of(target)
+    with locked(run.path) if run is not None else nullcontext():
+        written, kept = refresh_code(directory)
+    file = str(directory / REMOTE_FILE)
+    return {"file": file, "refreshed": written, "kept": None if kept is None else str(kept)}
 
 
 def dry_run(recipe: Recipe, out: Path | None, memory_budget: str | None) -> dict[str, Any]:

@@ -106,6 +106,14 @@ def _spectra(run: Any) -> dict[str, list[float]]:
     return spectra
 
 
+# What may be said of a checkpoint's model code, which is no damage.
+_CODE = {
+    "older code": "The checkpoint's own model code is of another version of this program. Where lowrank_compress is "
+    "installed it is not used; for machines without, `lrc refresh {run}` renews it.",
+    "newer code": "The checkpoint's own model code is of a later version of this program: update lowrank_compress.",
+}
+
+
 def verify(path: Path, as_json: bool) -> None:
     """Check a run's files; exits with code 2 where one is damaged."""
     from lowrank_compress.stages.verification import verify as check
@@ -114,13 +122,16 @@ def verify(path: Path, as_json: bool) -> None:
     bad = [
         finding
         for finding in findings
-        if finding["state"] not in ("intact", "edited by hand", "not there yet", "dropped")
+        if finding["state"] not in ("intact", "edited by hand", "not there yet", "dropped", *_CODE)
     ]
+    notes = [_CODE[finding["state"]].format(run=path) for finding in findings if finding["state"] in _CODE]
     if as_json:
-        print_json({"run": str(path), "ok": not bad, "files": findings})
+        print_json({"run": str(path), "ok": not bad, "files": findings, "notes": notes})
     else:
         rows = [[finding["stage"], finding["file"], finding["state"]] for finding in findings]
         console().print(table(str(path), ["stage", "file", "state"], rows, left=3))
+        for note in notes:
+            console().print(note)
     if bad:
         first = bad[0]
         raise ArtifactError(

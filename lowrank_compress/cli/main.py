@@ -335,6 +335,25 @@ def verify(
 
 
 @app.command()
+def refresh(
+    target: Annotated[
+        Path,
+        typer.Argument(
+            parser=o.a_path, metavar="TARGET", help="A run directory or a compressed checkpoint.", show_default=False
+        ),
+    ],
+    json: o.Json = False,
+    debug: o.Debug = False,
+) -> None:
+    """Replace a checkpoint's own model code, which loads it where this package is not installed, by this version's."""
+    with friendly(debug):
+        prepare_libraries()
+        from lowrank_compress.cli import commands, printing
+
+        printing.print_refreshed(commands.refresh(target), json)
+
+
+@app.command()
 def export(
     target: Annotated[str, typer.Argument(help="A run directory or a compressed checkpoint.", show_default=False)],
     dense: Annotated[

@@ -131,3 +131,14 @@ def print_demo(rows: list[dict[str, Any]], as_json: bool) -> None:
     console().print(
         f"The checkpoints are in {Path(rows[0]['run']).parent}; look into one with: lrc show {rows[-1]['run']}"
     )
+
+
+def print_refreshed(found: dict[str, Any], as_json: bool) -> None:
+    """Say what became of a checkpoint's model code."""
+    if as_json:
+        print_json(found)
+        return
+    state = "is now that of this version" if found["refreshed"] else "is that of this version already"
+    console().print(f"{found['file']} {state}.")
+    if found["kept"]:
+        console().print(f"What was there is kept as {found['kept']}.")

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import platform
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
@@ -115,8 +115,13 @@ class Run:
                 "or make a run with `lrc compress`."
             )
 
-    def final_model(self) -> Path:
+    def final_model(self, editable: Container[str] = ()) -> Path:
         """The directory of the final checkpoint, as run.json names it.
+
+        Parameters
+        ----------
+        editable
+            Files of it that may have changed.
 
         Raises
         ------
@@ -133,7 +138,7 @@ class Run:
         manifest = read_manifest(self.model)
         if manifest is None:
             raise ArtifactError(f"{self.model} is not finished. Repeat `lrc compress` or `lrc factorize` on this run.")
-        require_intact(self.model, manifest)
+        require_intact(self.model, manifest, editable)
         return self.model
 
 

@@ -13,10 +13,12 @@ from lowrank_compress.methods.scheme import scheme_of
 from lowrank_compress.methods.sites import all_units, sites_of
 from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
+from lowrank_compress.model.layers import REMOTE_FILE
 from lowrank_compress.model.locate import locate
 from lowrank_compress.stages.common import Run, recipe_state
 from lowrank_compress.stages.evaluate import METRICS, merged
 from lowrank_compress.stages.ranks import RANKS, read_ranks, require_kept
+from lowrank_compress.stages.refresh import code_of
 
 
 def verify(path: Path) -> list[dict[str, str]]:
@@ -26,7 +28,8 @@ def verify(path: Path) -> list[dict[str, str]]:
     -------
     list of dict
         ``stage``, ``file``, ``state``: "intact", "missing or altered", "damaged manifest", "edited by hand"
-        (the recipe, or ranks.json that parses and fits), "not there yet", "dropped" (statistics).
+        (the recipe, or ranks.json that parses and fits), "not there yet", "dropped" (statistics), "older code" and
+        "newer code" (the checkpoint's copy of the model code, as it was written by another version of this package).
 
     Raises
     ------
@@ -88,6 +91,8 @@ def _verify_stage(run: Run, stage: str, directory: Path) -> list[dict[str, str]]
         state = "missing or altered" if name in wrong else "intact"
         if name == RANKS and name in wrong and _fits(run, directory / name, manifest):
             state = "edited by hand"
+        elif name == REMOTE_FILE and state == "intact" and (code := code_of(directory, manifest)) != "ours":
+            state = code
         findings.append({"stage": stage, "file": f"{where}/{name}", "state": state})
     if stage == "calibrate" and not manifest.report.get("kept"):
         findings.append({"stage": stage, "file": where, "state": "dropped"})

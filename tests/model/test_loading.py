@@ -559,6 +559,61 @@ def test_remote_code_without_the_package_and_loud_failure_without_either(
         assert torch.equal(logits(model), torch.load(f"{directory}-logits.pt"))
 
 
+OLD_CODE = """
+    import json, sys, torch
+    sys.modules["lowrank_compress"] = None
+    torch.set_num_threads(1)
+    from transformers import AutoModelForCausalLM
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+    first, second, root, ids = sys.argv[1], sys.argv[2], sys.argv[3], torch.tensor(json.loads(sys.argv[4]))
+
+    def logits(directory, **options):
+        with torch.no_grad():
+            return AutoModelForCausalLM.from_pretrained(directory, **options)(input_ids=ids).logits
+
+    # Without the package the checkpoint's own code counts; and it registers first.
+    old = logits(first, trust_remote_code=True)
+    assert AUTO_QUANTIZER_MAPPING["lowrank"].__module__.startswith("transformers_modules.")
+    del sys.modules["lowrank_compress"]
+    sys.path.insert(0, root)
+    import lowrank_compress
+    for directory in (first, second, first):  # the second one's code runs for the first time when the package is there
+        for trust in (True, None, False):
+            assert not torch.equal(logits(directory, trust_remote_code=trust), old)
+            for table in (AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING):
+                assert table["lowrank"].__module__ == "lowrank_compress.model.layers"
+    model = AutoModelForCausalLM.from_pretrained(second, trust_remote_code=True)
+    assert type(model.model.layers[0].mlp.up_proj).__module__ == "lowrank_compress.model.layers"
+    model.save_pretrained(second + "-again")
+    torch.save((old, logits(second, trust_remote_code=True)), first + "-logits.pt")
+"""
+
+
+def test_the_package_wins_over_the_code_in_a_checkpoint(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Over code of another version, which differs visibly, whichever of the two registers first."""
+    code = (ROOT / "lowrank_compress" / "model" / "layers.py").read_text(encoding="utf-8")
+    last = "return y if self.bias is None else y + self.bias"
+    assert code.count(last) == 1
+    places = [edited(checkpoint()[0], tmp_path / name, lambda _: None) for name in ("first", "second")]
+    for place in places:
+        (place / REMOTE_FILE).unlink()
+        (place / REMOTE_FILE).write_text(code.replace(last, "return 2 * y"), encoding="utf-8")
+    (tmp_path / "cache").mkdir()
+    python(OLD_CODE, *places, ROOT, json.dumps(IDS.tolist()), cache=tmp_path / "cache")
+    old, new = torch.load(tmp_path / "first-logits.pt")
+    expected = logits(AutoModelForCausalLM.from_pretrained(checkpoint()[0]))
+    assert not torch.allclose(old, expected, rtol=0.1)
+    assert torch.equal(new, expected)
+    assert (tmp_path / "second-again" / REMOTE_FILE).read_text(encoding="utf-8") == code
+
+
+def test_a_later_version_is_refused_by_name(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    later = edited(checkpoint()[0], tmp_path / "later", lambda settings: settings.update(version=layers.VERSION + 1))
+    for trust in (None, False):
+        with pytest.raises(ValueError, match=r"of low-rank format version 3, but this code reads versions 1 to 2"):
+            AutoModelForCausalLM.from_pretrained(later, trust_remote_code=trust)
+
+
 PACKAGE_FIRST = """
     import sys
     sys.path.insert(0, sys.argv[2])

@@ -1,0 +1,141 @@
+"""The model code that travels in a checkpoint: whether it is this program's, and how it becomes that again.
+
+Where this package is installed, its own code loads a checkpoint, whatever the checkpoint's copy says; the copy is for
+machines without.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Literal
+
+from packaging.version import InvalidVersion, Version
+
+import lowrank_compress
+from lowrank_compress.artifacts.directories import keep_aside
+from lowrank_compress.artifacts.files import is_regular, read_small_text, sha256, write_atomically
+from lowrank_compress.artifacts.manifest import Manifest, read_manifest, relist
+from lowrank_compress.errors import ArtifactError, CheckpointError, InputError
+from lowrank_compress.model import layers
+from lowrank_compress.model.checkpoint import Checkpoint
+from lowrank_compress.model.layers import REMOTE_FILE
+from lowrank_compress.stages.common import Run
+
+Code = Literal["ours", "older code", "newer code"]
+PACKAGED = Path(layers.__file__)
+
+
+def code_of(directory: Path, manifest: Manifest | None) -> Code:
+    """Compare a checkpoint's copy of the model code with the package's.
+
+    Parameters
+    ----------
+    directory
+        A checkpoint with such a file.
+    manifest
+        Of the stage that wrote it, if one did: it says by which version of this package.
+
+    Returns
+    -------
+    str
+        "ours" if both are the same. Another is taken for older unless a later version of the package is known to have
+        written it.
+    """
+    there = directory / REMOTE_FILE
+    if sha256(there) == sha256(PACKAGED):
+        return "ours"
+    format_version = re.search(r"^VERSION = (\d+)$", read_small_text(there), re.MULTILINE)
+    if format_version and int(format_version[1]) > layers.VERSION:
+        return "newer code"
+    try:
+        wrote = Version(str(manifest.environment.get("lowrank_compress"))) if manifest else None
+    except InvalidVersion:
+        wrote = None
+    return "newer code" if wrote and wrote > Version(lowrank_compress.__version__) else "older code"
+
+
+def checkpoint_of(target: Path) -> tuple[Run | None, Path]:
+    """Find the run, if there is one, and the checkpoint that a target means: a run, its model/, or another checkpoint.
+
+    Raises
+    ------
+    InputError
+        There is no such directory.
+    ArtifactError
+        The run has no checkpoint yet, or another file of it was changed.
+    """
+    if not target.is_dir():
+        raise InputError(f"There is no directory {target}; expected a run or a compressed checkpoint on this machine.")
+    inside = Run(target.absolute().parent)
+    if inside.model.name == target.absolute().name and inside.exists():
+        return inside, inside.final_model((REMOTE_FILE,))
+    run = Run(target)
+    return (run, run.final_model((REMOTE_FILE,))) if run.exists() else (None, target)
+
+
+def refresh(directory: Path) -> tuple[bool, Path | None]:
+    """Put the package's model code in the place of a checkpoint's copy, and touch nothing else.
+
+    A manifest that lists the copy lists the new one afterwards. What is not as a manifest of ours lists it, is kept.
+
+    Returns
+    -------
+    bool
+        Whether anything had to be written.
+    Path or None
+        Where the file was moved to that nobody knows to be ours, if there was one.
+
+    Raises
+    ------
+    LrcError
+        The checkpoint is not one that this package compressed, does not load by code of its own, is of a later version
+        of this package, or is not a plain directory of files.
+    """
+    path = directory / REMOTE_FILE
+    _require_known_classes(directory)
+    if directory.is_symlink() or path.is_symlink() or (path.exists() and not is_regular(path)):
+        raise ArtifactError(
+            f"{path} is a link, or no file; expected a file in a directory of its own. Copy the checkpoint (out of a "
+            "cache, say) and refresh the copy."
+        )
+    manifest = read_manifest(directory)
+    recorded = None if manifest is None else manifest.outputs.get(REMOTE_FILE, {}).get("sha256")
+    found = sha256(path) if path.exists() else None
+    if found and code_of(directory, manifest) == "newer code":
+        raise ArtifactError(
+            f"{path} is of a later version of this program than {lowrank_compress.__version__}, and stays. Update "
+            "lowrank_compress."
+        )
+    packaged = sha256(PACKAGED)
+    kept = None
+    if found != packaged:
+        if found != recorded:
+            kept = keep_aside(path)
+        write_atomically(path, _copy)
+    if manifest is not None and recorded not in (None, packaged):
+        relist(directory, manifest, REMOTE_FILE)
+        return True, kept
+    return found != packaged, kept
+
+
+def _copy(target: Path) -> None:
+    shutil.copyfile(PACKAGED, target)
+
+
+def _require_known_classes(directory: Path) -> None:
+    """Refuse a checkpoint whose config.json does not lead to classes that the package's code has."""
+    checkpoint = Checkpoint(directory)
+    if checkpoint.quantization is None:
+        raise CheckpointError(f"{directory} is not compressed by this program; there is no code in it to refresh.")
+    entries = checkpoint.raw_config.get("auto_map")
+    stem = f"{Path(REMOTE_FILE).stem}."
+    named = [name for name in (entries.values() if isinstance(entries, dict) else ()) if str(name).startswith(stem)]
+    unknown = [name for name in named if not hasattr(layers, str(name).removeprefix(stem))]
+    if not named or unknown:
+        raise CheckpointError(
+            f"{directory / 'config.json'} names {', '.join(map(str, unknown)) or 'no class'} of {REMOTE_FILE} in its "
+            "auto_map; expected classes that this version has. Write the checkpoint again: load it and "
+            "`save_pretrained` it."
+        )

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def first_line(problem: BaseException) -> str:
+    """What an exception says, in one line; its type, where it says nothing."""
+    return (str(problem).strip() or type(problem).__name__).splitlines()[0]
+
+
 class LrcError(Exception):
     """A problem the user can act on; the command line prints it in one paragraph and exits with code 2."""
 

@@ -124,14 +124,17 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def listed(directory: Path) -> Listed:
-    """Name the files of a directory that are a result of ours, with the hashes they were written with."""
+    """Name the files of a directory that may be a result of ours, with the hashes they were written with.
+
+    One of another size is none, and may be too large to hash.
+    """
     try:
         found = read_manifest(directory)
     except ArtifactError:
         found = None
     if found is None:
         return {}
-    return {name: recorded["sha256"] for name, recorded in found.outputs.items()} | {MANIFEST: ""}
+    return {name: found.outputs[name]["sha256"] for name in of_size(directory, found)} | {MANIFEST: ""}
 
 
 def committed(directory: Path, key: Key, *, overwrite: bool = False, editable: Container[str] = ()) -> Manifest | None:
@@ -223,6 +226,15 @@ def missing(directory: Path, manifest: Manifest) -> list[str]:
     return [name for name in manifest.outputs if not is_regular(directory / name)]
 
 
+def of_size(directory: Path, manifest: Manifest) -> list[str]:
+    """Name the outputs that are there with the size they were written with: others need not be read."""
+    return [
+        name
+        for name, recorded in manifest.outputs.items()
+        if is_regular(directory / name) and (directory / name).stat().st_size == recorded["size"]
+    ]
+
+
 def altered(directory: Path, manifest: Manifest, *, remember: bool = True) -> list[str]:
     """Name the outputs that are missing or whose bytes are not the recorded ones.
 
@@ -231,11 +243,6 @@ def altered(directory: Path, manifest: Manifest, *, remember: bool = True) -> li
     remember
         Trust hashes taken before of the same files (`hashes.file_hashes`); else read every byte.
     """
-    there = {
-        name: directory / name
-        for name, recorded in manifest.outputs.items()
-        # A file of another size is another one, and may be a huge one.
-        if is_regular(directory / name) and (directory / name).stat().st_size == recorded["size"]
-    }
+    there = {name: directory / name for name in of_size(directory, manifest)}
     found = file_hashes(there) if remember else {name: sha256(path) for name, path in there.items()}
     return [name for name, recorded in manifest.outputs.items() if found.get(name) != recorded["sha256"]]

@@ -17,8 +17,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from lowrank_compress.calibration.cells import Chat, Render
 from lowrank_compress.calibration.sources import Examples
 from lowrank_compress.errors import CalibrationError, InputError
-from lowrank_compress.model.checkpoint import Checkpoint
+from lowrank_compress.model.checkpoint import Checkpoint, in_a_line
 from lowrank_compress.model.replay import Batch
+from lowrank_compress.model.shards import COMPANIONS, require_small
 
 
 def load_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -28,12 +29,17 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTok
     ------
     InputError
         The checkpoint has none.
+    CheckpointError
+        A file of it is no regular one, or far too large.
     """
+    for name in COMPANIONS:
+        if (path / name).exists():
+            require_small(path / name)
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as problem:  # transformers raises many types here
         raise InputError(
-            f"{path} has no tokenizer that transformers can load ({str(problem).strip().splitlines()[0]}). Put "
+            f"{path} has no tokenizer that transformers can load ({in_a_line(problem)}). Put "
             "tokenizer.json and tokenizer_config.json beside the weights."
         ) from problem
 

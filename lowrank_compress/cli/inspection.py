@@ -97,9 +97,16 @@ def _spectra(run: Any) -> dict[str, list[float]]:
     """Squared singular values in the method's metric, by matrix."""
     from safetensors import safe_open
 
+    from lowrank_compress.artifacts.manifest import read_manifest, require_intact
+    from lowrank_compress.stages.ranks import RANKS
+
     spectra = {}
-    for path in sorted(run.scores.glob("basis-*.safetensors")):
-        with safe_open(path, framework="np") as handle:
+    manifest = read_manifest(run.scores)
+    if manifest is None:
+        return {}
+    require_intact(run.scores, manifest, editable=(RANKS,))
+    for file in sorted(name for name in manifest.outputs if name.endswith(".safetensors")):
+        with safe_open(run.scores / file, framework="np") as handle:
             for name in sorted(handle.keys()):
                 if name.endswith("/values"):
                     spectra[name.removesuffix("/values")] = handle.get_tensor(name).tolist()

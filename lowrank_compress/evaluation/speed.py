@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Cache, DynamicCache, StaticCache
 
-from lowrank_compress.errors import InputError
+from lowrank_compress.errors import InputError, first_line
 from lowrank_compress.evaluation.rounds import Rates, alternate, compare
 from lowrank_compress.model.blueprint import Task, blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
@@ -252,7 +252,7 @@ def _pinned(settings: Settings, count: int) -> Iterator[None]:
     except torch.OutOfMemoryError as problem:
         raise InputError(
             f"The {count} models do not fit into the memory of {settings.device} together "
-            f"({str(problem).strip().splitlines()[0]}). Pass fewer targets, a smaller --batch-size or --prompt-tokens, "
+            f"({first_line(problem)}). Pass fewer targets, a smaller --batch-size or --prompt-tokens, "
             "or --device cpu."
         ) from problem
     finally:

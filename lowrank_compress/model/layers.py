@@ -694,6 +694,30 @@ def _swap_attention(model: nn.Module, path: str, entry: Mapping[str, Any]) -> No
         module.register_buffer("lr_rotary", index)
 
 
+def check_indices(model: nn.Module) -> None:
+    """Make sure that stored indices name rows that there are, each once: others would compute something else.
+
+    Raises
+    ------
+    ValueError
+        They do not.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, CompressedLinear):
+            rows = {f"lr_index{part.suffix}": part.rows for part in module.parts if part.format == "pivot"}
+        else:
+            rows = {"lr_rotary": module.lr_heads.size} if "lr_rotary" in module._buffers else {}
+        for name, count in rows.items():
+            stored = module.get_buffer(name)
+            if stored.device.type == "meta" or type(stored) is not Tensor:
+                continue
+            index = stored.long()
+            # Pivot rows come in their order; those of a head's pairs in any.
+            steps = (index if name != "lr_rotary" else index.sort(-1).values).diff()
+            if int(index.min()) < 0 or int(index.max()) >= count or not bool((steps > 0).all()):
+                raise ValueError(f"{path}.{name} does not name distinct rows of {count}, in order: it is damaged")
+
+
 def _find(model: nn.Module, path: str) -> tuple[str, Any]:
     """Look up the module that a saved path means: its path here, and itself."""
     prefix = getattr(model, "base_model_prefix", "")
@@ -821,6 +845,8 @@ class LowRankQuantizer(HfQuantizer):
                 # Checkpoints of version 1 have wider ones.
                 if name.startswith(("lr_index", "lr_rotary")) and buffer is not None and buffer.device.type != "meta":
                     module._buffers[name] = buffer.to(INDEX_DTYPE)
+        check_indices(model)
+        for module in model.modules():
             if isinstance(module, CompressedLinear):
                 module.remember_order()
         model.save_pretrained = _Saver(model)

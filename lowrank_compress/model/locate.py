@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from lowrank_compress.errors import InputError
+from lowrank_compress.errors import InputError, first_line
 from lowrank_compress.model.adapter import merged
 from lowrank_compress.model.kinds import few, no_config, no_weights
 from lowrank_compress.model.shards import ADAPTER, COMPANIONS, INDEX, SINGLE, read_index
@@ -149,6 +149,6 @@ def download(
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError, json.JSONDecodeError) as problem:
         raise InputError(
             f"{model!r} is neither a directory here nor a model that could be had from the Hugging Face hub "
-            f"({str(problem).strip().splitlines()[0]}). Check the name and revision, log in if it is gated, or pass a "
+            f"({first_line(problem)}). Check the name and revision, log in if it is gated, or pass a "
             "directory."
         ) from problem

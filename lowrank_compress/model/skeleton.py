@@ -8,8 +8,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from lowrank_compress.errors import CheckpointError
 from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
+from lowrank_compress.model.layers import check_indices
 
 
 class Skeleton:
@@ -105,7 +107,7 @@ class Skeleton:
         Raises
         ------
         CheckpointError
-            One of its tensors is missing or not finite.
+            One of its tensors is missing or not finite, or indices are damaged.
         """
         prefix = self.resolved.blocks[index]
         block = self.model.get_submodule(prefix)
@@ -113,6 +115,12 @@ class Skeleton:
         block.load_state_dict(state, assign=True)
         for module in block.modules():
             self._restore_buffers(module)
+        try:
+            check_indices(block)
+        except ValueError as problem:
+            raise CheckpointError(
+                f"{self.blueprint.checkpoint.path}: {prefix}.{problem}. Compress the original checkpoint again."
+            ) from None
         block.requires_grad_(False)
         if then is not None and 0 <= then < len(self.resolved.blocks):
             stored = self.blueprint.stored

@@ -24,7 +24,7 @@ from lowrank_compress.artifacts.files import canonical_hash, parse_json, read_se
 from lowrank_compress.artifacts.hashes import file_hashes
 from lowrank_compress.artifacts.manifest import Manifest, read_manifest
 from lowrank_compress.config import Recipe, load_recipe
-from lowrank_compress.errors import ArtifactError, InputError
+from lowrank_compress.errors import ArtifactError, InputError, first_line
 from lowrank_compress.linalg.sketch import Sketch, sketch
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.locate import locate
@@ -334,6 +334,6 @@ def read_expectation(path: Path) -> Expectation:
             entry.numbers()
     except (ValidationError, ValueError) as problem:
         raise InputError(
-            f"{path} is damaged ({str(problem).splitlines()[0]}). Write it anew with `lrc verify RUN --write {path}`."
+            f"{path} is damaged ({first_line(problem)}). Write it anew with `lrc verify RUN --write {path}`."
         ) from None
     return read

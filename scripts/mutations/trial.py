@@ -24,6 +24,8 @@ SLOT = ("work", "home", "outside", "cache", "modules")
 GOOD = ("same", "refused", "stricter")
 BAD = ("different", "traceback", "crash", "hang", "lost", "litter", "message", "exit code", "died", "unfair")
 LEFTOVER = re.compile(r"\.lrc-.*\.(tmp|new|old)|\.partial$|^draft-")
+# What a library said may be quoted.
+QUOTED = re.compile(r"\(.*\)|(?<=transformers cannot read).*", re.DOTALL)
 POOR = re.compile(
     r"has no attribute|is not (iterable|subscriptable|callable)|unexpected keyword|list index|KeyError|\bNoneType\b"
 )
@@ -144,7 +146,7 @@ def unclear(out: str, err: str) -> str | None:
         return f"not one paragraph: {paragraph[:400]!r}"
     if len(paragraph) > 3000:
         return f"{len(paragraph)} characters: {paragraph[:200]!r}"
-    if found := POOR.search(paragraph):
+    if found := POOR.search(QUOTED.sub("", paragraph)):
         return f"Python's own words ({found.group()}): {paragraph[:300]}"
     return None
 

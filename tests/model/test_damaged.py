@@ -1,0 +1,43 @@
+"""What is damaged in a compressed checkpoint, or too large to be what it says, is refused before any computing."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from tests.runs import Tiny, refused
+
+
+@pytest.mark.parametrize("value", [10**6, -1, 1])
+@pytest.mark.parametrize(("method", "kind"), [("auto", "lr_index"), ("modegpt", "lr_rotary")])
+def test_indices(finished: Callable[[str], Path], tiny: Tiny, method: str, kind: str, value: int):
+    model = finished(method) / "model"
+    (model / "manifest.json").unlink()
+    tensors = load_file(model / "model.safetensors")
+    name = next(name for name in sorted(tensors) if kind in name)
+    flat = tensors[name].reshape(-1)
+    flat[0 if value != 1 else -1] = value if value != 1 else flat[0]
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    moved = model.rename(model.parent.parent / "compressed")
+    assert f"{kind} does not name distinct rows" in refused("eval", moved, "--perplexity", tiny.heldout)
+    with pytest.raises(ValueError, match=f"{kind} does not name distinct rows"):
+        AutoModelForCausalLM.from_pretrained(moved)
+
+
+def test_a_huge_tokenizer(tiny: Tiny, tmp_path: Path):
+    model = tmp_path / "model"
+    model.mkdir()
+    for path in tiny.model.iterdir():
+        (model / path.name).write_bytes(path.read_bytes())
+    os.truncate(model / "tokenizer_config.json", 1 << 40)
+    assert "1,099,511,627,776 bytes" in refused("eval", model, "--perplexity", tiny.heldout)
+
+
+def test_spectra_of_an_altered_basis(finished: Callable[[str], Path]):
+    run = finished("svd-llm")
+    (basis,) = sorted((run / "scores").glob("basis-*0*.safetensors"))[:1]
+    os.truncate(basis, 100)
+    assert f"{basis} is missing or not as it was written" in refused("show", run)

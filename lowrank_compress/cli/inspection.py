@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lowrank_compress.cli.terminal import console, number, print_json, share_of, sparkline, table
+from rich import filesize
+
+from lowrank_compress.cli.terminal import became, console, number, print_json, share_of, sparkline, table
 from lowrank_compress.errors import ArtifactError, InputError
 from lowrank_compress.registry import unknown
 
@@ -71,11 +73,12 @@ def show(target: str, as_json: bool) -> None:
                 "×".join(map(str, matrix["shape"])),
                 "–" if matrix["rank"] is None else str(matrix["rank"]),
                 f"{matrix['stored'] / matrix['dense']:.1%}",
+                filesize.decimal(matrix["stored_bytes"]) if "stored_bytes" in matrix else "–",
                 number(matrix["predicted_loss"]),
             ]
         )
     loss = "loss, nats/token" if nats else "loss, share"
-    columns = ["matrix", "spectrum (6 decades)", "kind", "format", "shape", "rank or width", "kept", loss]
+    columns = ["matrix", "spectrum (6 decades)", "kind", "format", "shape", "rank or width", "kept", "bytes", loss]
     out = console()
     out.print(table(f"{target}: {report['method']}", columns, rows, left=4))
     kinds = [row[2] for row in rows]
@@ -83,7 +86,8 @@ def show(target: str, as_json: bool) -> None:
     out.print(
         f"{kinds.count('LRC')} matrices are low-rank (LRC), {kinds.count('narrow')} modules are narrower, "
         f"{kinds.count('N-LRC')} stay dense (N-LRC). Removed "
-        f"{report['reached_ratio']:.2%} of {share_of(report['ratio_of'])} (asked: {report['asked_ratio']:.2%})."
+        f"{report['reached_ratio']:.2%} of {share_of(report['ratio_of'])} (asked: {report['asked_ratio']:.2%})"
+        + (f", {became(report['claimed_bytes'], report['stored_bytes'])}." if "stored_bytes" in report else ".")
     )
     if nats:
         out.print(f"Predicted loss increase: {total:.4g} nats a token (second order: too low at large ratios).")

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.progress import filesize
 
-from lowrank_compress.cli.terminal import console, messages, number, print_json, share_of, table
+from lowrank_compress.cli.terminal import became, console, messages, number, print_json, share_of, table
 
 
 def print_dry_run(found: dict[str, Any], as_json: bool) -> None:
@@ -21,7 +21,7 @@ def print_dry_run(found: dict[str, Any], as_json: bool) -> None:
     out.print(
         f"Remove {budget['ratio']:.1%} of {share_of(budget['ratio_of'], budget['denominator'])}: the "
         f"{budget['claimed_elements']:,} weights inside the blocks may keep {budget['largest_stored']:,} stored "
-        "elements."
+        f"elements. In bytes, with uniform ranks: {became(budget['claimed_bytes'], budget['uniform_bytes'])}."
     )
     note = " (uniform; the allocator asked for needs the scores)" if found["ranks_need_data"] else ""
     ranks = [[name, str(rank or "dense")] for name, rank in found["uniform_ranks"].items()]
@@ -56,7 +56,8 @@ def print_result(result: dict[str, Any], as_json: bool) -> None:
     console().print(
         f"Removed {result['reached_ratio']:.2%} of {share_of(result['ratio_of'])} (asked: "
         f"{result['asked_ratio']:.2%}): {result['claimed_elements']:,} weights became {result['stored_elements']:,} "
-        f"stored elements.\nCheckpoint: {result['model']}"
+        f"stored elements, {became(result['claimed_bytes'], result['stored_bytes'])}.\n"
+        f"Checkpoint: {result['model']}"
     )
     if "cost" in result:
         messages.print(_cost(result["cost"]), style="dim", markup=False, soft_wrap=True)
@@ -89,8 +90,9 @@ def print_metrics(target: str, metrics: dict[str, Any]) -> None:
     size = metrics["size"]
     for scope, title, shown in (
         ("blocks", "parameters in blocks", "{:,}".format),
+        ("block_bytes", "bytes of these", filesize.decimal),
         ("model", "parameters in all", "{:,}".format),
-        ("bytes", "bytes of weights", filesize.decimal),
+        ("bytes", "bytes of these", filesize.decimal),
         ("kv_bytes_per_token", "KV cache bytes a token", "{:,}".format),
     ):
         values = size[scope]
@@ -116,18 +118,27 @@ def print_demo(rows: list[dict[str, Any]], as_json: bool) -> None:
         print_json({"demo": rows})
         return
     size = rows[0]["size"]
-    body = [["dense", number(rows[0]["perplexity"]["dense"]), f"{size['blocks']['dense']:,}", "0 %"]]
+    body = [
+        [
+            "dense",
+            number(rows[0]["perplexity"]["dense"]),
+            f"{size['blocks']['dense']:,}",
+            filesize.decimal(size["block_bytes"]["dense"]),
+            "0 %",
+        ]
+    ]
     body += [
         [
             row["method"],
             number(row["perplexity"]["compressed"]),
             f"{row['size']['blocks']['compressed']:,}",
+            filesize.decimal(row["size"]["block_bytes"]["compressed"]),
             f"{row['reached_ratio']:.2%}",
         ]
         for row in rows
     ]
     console().print(f"Perplexity on held-out Python documentation ({rows[0]['perplexity']['tokens']:,} tokens)")
-    console().print(table("", ["method", "perplexity", "parameters in blocks", "removed"], body))
+    console().print(table("", ["method", "perplexity", "parameters in blocks", "bytes", "removed"], body))
     console().print(
         f"The checkpoints are in {Path(rows[0]['run']).parent}; look into one with: lrc show {rows[-1]['run']}"
     )

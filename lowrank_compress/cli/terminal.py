@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import typer
+from rich import filesize
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -249,3 +250,9 @@ def share_of(ratio_of: str, count: int | None = None) -> str:
     """Say in words what a ratio is a share of."""
     parameters = "the parameters" if count is None else f"the {count:,} parameters"
     return f"{parameters} {'inside the blocks' if ratio_of == 'blocks' else 'of the model'}"
+
+
+def became(before: int, after: int) -> str:
+    """Say what bytes became."""
+    change = f"{after / before - 1:+.2%}".replace("-", "−")
+    return f"{filesize.decimal(before)} became {filesize.decimal(after)} ({change})"

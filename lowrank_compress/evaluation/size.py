@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from lowrank_compress.model.blueprint import blueprint
+from lowrank_compress.arch.resolve import Target
+from lowrank_compress.model.blueprint import Blueprint, blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.surgery import ROTARY
 
@@ -16,8 +17,9 @@ class Size:
 
     Attributes
     ----------
-    blocks
-        Elements stored for the claimed weights inside the blocks (factors, coefficients and indices included).
+    blocks, block_bytes
+        Elements and bytes stored for the claimed weights inside the blocks (factors, coefficients and indices
+        included).
     model
         Elements of the whole model; tied tensors count once.
     bytes
@@ -27,6 +29,7 @@ class Size:
     """
 
     blocks: int
+    block_bytes: int
     model: int
     bytes: int
     kv_bytes_per_token: int
@@ -37,7 +40,7 @@ def measure_size(checkpoint: Checkpoint) -> Size:
     plan = blueprint(checkpoint)
     claimed = tuple(f"{path}." for path in plan.resolved.modules())
     names = plan.outside() + [name for block in range(len(plan.resolved.blocks)) for name in plan.inside(block)]
-    blocks = elements = total = 0
+    blocks = block_bytes = elements = total = 0
     for name in names:
         shape, size = checkpoint.stored(plan.name_on_disk(name))
         count = math.prod(shape)
@@ -45,7 +48,14 @@ def measure_size(checkpoint: Checkpoint) -> Size:
         total += size
         if (name.startswith(claimed) and not name.endswith(".bias")) or name.endswith(f".{ROTARY}"):
             blocks += count
-    return Size(blocks, elements, total, kv_bytes(checkpoint))
+            block_bytes += size
+    return Size(blocks, block_bytes, elements, total, kv_bytes(checkpoint))
+
+
+def weight_bytes(plan: Blueprint, target: Target) -> int:
+    """Bytes of a matrix as the checkpoint stores it, from the header of its file."""
+    shape, size = plan.checkpoint.stored(plan.name_on_disk(f"{target.module}.weight"))
+    return size * target.elements // math.prod(shape)
 
 
 def kv_bytes(checkpoint: Checkpoint) -> int:

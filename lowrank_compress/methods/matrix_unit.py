@@ -69,6 +69,10 @@ class MatrixUnit:
         """Stored elements, `storage.cost`."""
         return cost(format, self.shape, ranks)
 
+    def indices(self, format: str, rank: int) -> int:
+        """The pivot rows."""
+        return 0 if format == "pair" else rank
+
     def largest(self, storage: str) -> int:
         """The largest rank that stores less than dense, and is below the matrix's own."""
         return min(largest_rank(storage, self.shape, self.target.elements - 1), min(self.shape) - 1)

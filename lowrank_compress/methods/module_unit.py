@@ -73,8 +73,12 @@ class ModuleUnit:
     def stored(self, format: str, ranks: np.ndarray) -> np.ndarray:
         """Elements of the smaller matrices, and of the list of the dimensions that rotated heads keep."""
         (width,) = self.shape
-        index = self.targets[0].heads.key if self._rotated and self.targets[0].heads else 0
-        return ranks * (dense_elements(self) // width + index)
+        return ranks * (dense_elements(self) // width + self.indices("width", 1))
+
+    def indices(self, format: str, rank: int) -> int:
+        """The dimensions that each rotated head keeps."""
+        heads = self.targets[0].heads
+        return rank * heads.key if self._rotated and heads is not None else 0
 
     def largest(self, storage: str) -> int:
         """The largest multiple of the step that stores less than dense."""

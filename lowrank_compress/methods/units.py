@@ -17,6 +17,7 @@ from torch import Tensor
 from lowrank_compress.arch.resolve import Target
 from lowrank_compress.calibration.statistics import STATISTICS, statistic_key
 from lowrank_compress.methods.linear import Damping
+from lowrank_compress.model.layers import INDEX_DTYPE
 
 Weights = Callable[[Target], Tensor]
 
@@ -72,6 +73,10 @@ class Unit(Protocol):
         """Stored elements at int64 ranks."""
         ...
 
+    def indices(self, format: str, rank: int) -> int:
+        """How many of the stored elements are indices; for "auto" the most that they may be."""
+        ...
+
     def largest(self, storage: str) -> int:
         """The largest rank that stores less than dense."""
         ...
@@ -108,6 +113,12 @@ def full_rank(unit: Unit) -> int:
 def stored_elements(unit: Unit, format: str, rank: int | None) -> int:
     """Stored elements in a format at one rank; None for dense."""
     return dense_elements(unit) if rank is None else int(unit.stored(format, np.array([rank], dtype=np.int64))[0])
+
+
+def stored_bytes(unit: Unit, format: str, rank: int | None, itemsize: int) -> int:
+    """Bytes of what is stored in a format at one rank, None for dense, at so many bytes a weight."""
+    indices = 0 if rank is None else unit.indices(format, rank)
+    return (stored_elements(unit, format, rank) - indices) * itemsize + indices * INDEX_DTYPE.itemsize
 
 
 def needed(units: Sequence[Unit]) -> dict[str, frozenset[str]]:

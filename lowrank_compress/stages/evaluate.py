@@ -243,6 +243,7 @@ def size_report(inputs: Inputs) -> dict[str, Any]:
         scope: {role: getattr(size, field) for role, size in sizes.items()}
         for scope, field in (
             ("blocks", "blocks"),
+            ("block_bytes", "block_bytes"),
             ("model", "model"),
             ("bytes", "bytes"),
             ("kv_bytes_per_token", "kv_bytes_per_token"),

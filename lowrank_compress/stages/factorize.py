@@ -172,7 +172,7 @@ def _write(
     write_json(out_dir / "config.json", settings)
     write_remote_code(out_dir)
     write_companions(plan.checkpoint, out_dir)
-    report = summary(units, stored, losses, scores, config)
+    report = summary(plan, units, stored, losses, scores, config)
     write_json(out_dir / REPORT, report)
     write_text(out_dir / "README.md", model_card(report))
     outputs = sorted(path.name for path in out_dir.iterdir())
@@ -182,7 +182,16 @@ def _write(
         outputs,
         {
             name: report[name]
-            for name in ("asked_ratio", "reached_ratio", "ratio_of", "stored_elements", "claimed_elements")
+            for name in (
+                "asked_ratio",
+                "reached_ratio",
+                "ratio_of",
+                "stored_elements",
+                "claimed_elements",
+                "stored_bytes",
+                "claimed_bytes",
+                "reached_ratio_bytes",
+            )
         }
         | {"shards": len(shards)},
         environment(config.device),

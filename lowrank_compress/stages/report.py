@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lowrank_compress.artifacts.manifest import Manifest
 from lowrank_compress.config import FactorizeConfig
-from lowrank_compress.methods.units import Unit, dense_elements, stored_elements
+from lowrank_compress.evaluation.size import measure_size, weight_bytes
+from lowrank_compress.methods.units import Unit, dense_elements, stored_bytes, stored_elements
+from lowrank_compress.model.blueprint import Blueprint
 from lowrank_compress.stages.bases import predicted_losses
 from lowrank_compress.stages.ranks import Choice
 
@@ -28,6 +31,7 @@ def block_losses(
 
 
 def summary(
+    plan: Blueprint,
     units: Sequence[Unit],
     choices: Mapping[str, Choice],
     losses: Mapping[str, float],
@@ -35,6 +39,7 @@ def summary(
     config: FactorizeConfig,
 ) -> dict[str, Any]:
     """Make lowrank.json: what was asked, what was reached, and how each matrix or module is stored."""
+    itemsize = getattr(torch, config.dtype).itemsize
     matrices = {
         unit.name: {
             "shape": list(unit.shape),
@@ -42,12 +47,19 @@ def summary(
             "rank": choices[unit.name].rank,
             "dense": dense_elements(unit),
             "stored": stored_elements(unit, choices[unit.name].format, choices[unit.name].rank),
+            "dense_bytes": sum(weight_bytes(plan, target) for target in unit.targets),
+            "stored_bytes": stored_bytes(unit, choices[unit.name].format, choices[unit.name].rank, itemsize),
             "predicted_loss": losses[unit.name],
         }
         for unit in units
     }
     planned = scores.report
     removed = sum(matrix["dense"] - matrix["stored"] for matrix in matrices.values())
+    kept = planned["claimed_elements"] - sum(matrix["dense"] for matrix in matrices.values())
+    before = sum(weight_bytes(plan, target) for target in plan.resolved.targets)
+    after = kept * itemsize + sum(matrix["stored_bytes"] for matrix in matrices.values())
+    others = planned["denominator"] - planned["claimed_elements"]
+    whole = before if planned["ratio_of"] == "blocks" else measure_size(plan.checkpoint).bytes
     return {
         "schema": 1,
         "method": config.method,
@@ -58,6 +70,9 @@ def summary(
         "ratio_of": planned["ratio_of"],
         "claimed_elements": planned["claimed_elements"],
         "stored_elements": planned["claimed_elements"] - removed,
+        "claimed_bytes": before,
+        "stored_bytes": after,
+        "reached_ratio_bytes": 1 - (after + others * itemsize) / whole,
         "unit": planned["unit"],
         "matrices": matrices,
     }
@@ -74,7 +89,8 @@ tags: [low-rank, lowrank_compress]
 # A low-rank compressed checkpoint
 
 Method `{report["method"]}`: {report["reached_ratio"]:.2%} of the parameters {where} were removed
-({report["claimed_elements"]:,} weights inside the blocks became {report["stored_elements"]:,} stored elements).
+({report["claimed_elements"]:,} weights inside the blocks became {report["stored_elements"]:,} stored elements), and
+{report["reached_ratio_bytes"]:.2%} of their bytes ({report["claimed_bytes"]:,} became {report["stored_bytes"]:,}).
 
 ```python
 import lowrank_compress  # or pass trust_remote_code=True below

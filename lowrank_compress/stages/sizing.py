@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from lowrank_compress.calibration.capture import boundaries
+from lowrank_compress.evaluation.size import weight_bytes
 from lowrank_compress.methods.matrix_unit import MatrixUnit
 from lowrank_compress.methods.sites import all_units, sites_of
-from lowrank_compress.methods.units import Unit, needed, needs_data, statistics_bytes
+from lowrank_compress.methods.units import Unit, needed, needs_data, ranking, statistics_bytes, stored_bytes
 from lowrank_compress.model.blueprint import Blueprint, blueprint
 from lowrank_compress.model.memory import free_memory
 from lowrank_compress.stages.bases import Bases
@@ -53,6 +54,7 @@ def dry_run(plan: Plan, run: Run, memory: int | None = None) -> dict[str, Any]:
     bases = Bases(plan.score, plan.checkpoint, "", run.scores)
     targets = bases.resolved.targets
     need = estimate(plan, bases, memory)
+    ranks = uniform_ranks(plan.score, bases.budget, bases.sites)
     return {
         "recipe": plan.resolved().model_dump(mode="json"),
         "run": str(run.path),
@@ -62,12 +64,25 @@ def dry_run(plan: Plan, run: Run, memory: int | None = None) -> dict[str, Any]:
             "denominator": bases.budget.denominator,
             "claimed_elements": sum(target.elements for target in targets),
             "largest_stored": bases.budget.limit,
+            "claimed_bytes": sum(weight_bytes(bases.blueprint, target) for target in targets),
+            "uniform_bytes": _uniform_bytes(plan, bases, ranks),
         },
-        "uniform_ranks": uniform_ranks(plan.score, bases.budget, bases.sites),
+        "uniform_ranks": ranks,
         "ranks_need_data": plan.score.allocate != "uniform",
         "memory": need.memory,
         "disk": need.disk,
     }
+
+
+def _uniform_bytes(plan: Plan, bases: Bases, ranks: Mapping[str, int | None]) -> int:
+    """Bytes that are stored for the claimed weights at uniform ranks; with "auto" storage, the most that it may be."""
+    itemsize = getattr(torch, plan.dtype).itemsize
+    kept = sum(target.elements for target in bases.resolved.targets) - sum(site.dense for site in bases.sites)
+    return kept * itemsize + sum(
+        stored_bytes(unit, ranking(unit, plan.score.storage), ranks[unit.name], itemsize)
+        for unit in bases.units
+        if unit.name in ranks
+    )
 
 
 def estimate(plan: Plan, bases: Bases, memory: int | None = None) -> Need:
@@ -75,11 +90,10 @@ def estimate(plan: Plan, bases: Bases, memory: int | None = None) -> Need:
     basis = sum(unit.basis_elements(bases.keep[unit.name]) for unit in bases.units)
     memory = free_memory() if memory is None else memory
     resident, spilled = _resident(plan, bases.blueprint, bases.units, memory)
-    outside = resident["outside the blocks"] // SINGLE
-    disk = {
-        "bases": basis * SINGLE,
-        "compressed checkpoint": 2 * (outside + bases.budget.limit) * plan.checkpoint.dtype.itemsize,
-    }
+    stays = sum(p.numel() for p in bases.blueprint.model.parameters()) - sum(site.dense for site in bases.sites)
+    written = (stays + bases.budget.limit) * getattr(torch, plan.dtype).itemsize
+    # Finished blocks, and then the checkpoint that is put together from them.
+    disk = {"bases": basis * SINGLE, "compressed checkpoint": 2 * written}
     return Need(resident, disk | spilled)
 
 

@@ -29,7 +29,7 @@ from typing import Any
 from lowrank_compress.errors import ArtifactError
 
 # Larger than any configuration, manifest or index that is one.
-SMALL = 256 << 20
+SMALL = 64 << 20
 _PREFIX, _SUFFIX = ".lrc-", ".tmp"
 _TEMPORARY = re.compile(r"\.lrc-[a-z0-9_]{8}\.tmp")
 
@@ -59,16 +59,12 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         write(temporary)
         sync(temporary)
         # Temporary files are for nobody else to read; who may enter the directory may read what is in it.
-        temporary.chmod(path.parent.stat().st_mode & 0o666)
+        temporary.chmod(path.parent.stat().st_mode & 0o664)
         os.replace(temporary, path)
         sync(path.parent)
     except BaseException as problem:
         temporary.unlink(missing_ok=True)
-        if is_disk_full(problem):
-            raise ArtifactError(
-                f"The disk is full: {path} could not be written. Free some space (`lrc compress --dry-run` prints the "
-                "disk that a run needs) and repeat the command; finished blocks are kept."
-            ) from problem
+        refuse_full_disk(problem, path)
         raise
 
 
@@ -88,7 +84,9 @@ def make_directory(path: Path) -> None:
 
 def sync(path: Path) -> None:
     """Have a file's bytes, or a directory's names, on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    if os.name == "nt" and path.is_dir():
+        return  # no such thing there
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:
@@ -113,6 +111,15 @@ def is_disk_full(problem: BaseException) -> bool:
     return (isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)) or any(
         words in str(problem) for words in ("os error 28", "os error 122", "os error 27")
     )
+
+
+def refuse_full_disk(problem: BaseException, path: Path) -> None:
+    """Raise an ArtifactError if a problem in writing `path` is a full disk."""
+    if is_disk_full(problem):
+        raise ArtifactError(
+            f"The disk is full: {path} could not be written. Free some space (`lrc compress --dry-run` prints the disk "
+            "that a run needs) and repeat the command; finished blocks are kept."
+        ) from problem
 
 
 def write_text(path: Path, text: str) -> None:
@@ -149,7 +156,7 @@ def read_bytes(path: Path, limit: int = SMALL) -> bytes:
     """
     try:
         # Not to wait for a writer of a named pipe.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from None
     except (OSError, ValueError) as problem:

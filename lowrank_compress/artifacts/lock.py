@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,8 +32,10 @@ def locked(run: Path) -> Iterator[None]:
     """
     make_directory(run)
     for path in (run / LOCK, run / HOLDER):
-        if path.is_symlink() or (path.exists() and not is_regular(path)):
-            raise ArtifactError(f"{path} is no regular file; expected the lock of a run. Remove it.")
+        if os.path.lexists(path) and not _is_lock(path):
+            raise ArtifactError(
+                f"{path} is not the lock of a run, and is left as it is. Move it, or choose another run."
+            )
     lock = FileLock(run / LOCK, timeout=0, thread_local=False)
     try:
         lock.acquire()
@@ -54,6 +57,16 @@ def locked(run: Path) -> Iterator[None]:
     finally:
         (run / HOLDER).unlink(missing_ok=True)
         lock.release()
+
+
+def _is_lock(path: Path) -> bool:
+    """Whether a file is a lock, which may be truncated: no link, of one name, with at most a process's number in it."""
+    if path.is_symlink() or not is_regular(path) or path.stat().st_nlink != 1:
+        return False
+    try:
+        return re.match(r"(pid )?\d+\n|\Z", read_small_text(path, 1000)) is not None
+    except ArtifactError:
+        return path.stat().st_size <= 1  # some systems let nobody read what is locked
 
 
 def _holder(run: Path) -> str:

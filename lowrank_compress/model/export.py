@@ -65,7 +65,7 @@ class ShardWriter:
         names = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
         for number, name in enumerate(names):
             # safetensors makes files that nobody else can read; who may enter the directory may read what is in it.
-            (self.directory / _draft(number)).chmod(self.directory.stat().st_mode & 0o666)
+            (self.directory / _draft(number)).chmod(self.directory.stat().st_mode & 0o664)
             (self.directory / _draft(number)).rename(self.directory / name)
         if count > 1:
             index = {

@@ -8,13 +8,13 @@ without one holds unfinished work.
 from __future__ import annotations
 
 import os
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lowrank_compress.artifacts.directories import Listed, remove_listed
+from lowrank_compress.artifacts.directories import CHANGED, Listed, refuse_link, remove_listed
 from lowrank_compress.artifacts.files import canonical_hash, is_regular, read_sealed, sha256, sweep, write_sealed
 from lowrank_compress.artifacts.hashes import file_hashes
 from lowrank_compress.errors import ArtifactError
@@ -124,9 +124,9 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def listed(directory: Path) -> Listed:
-    """Name the files of a directory that may be a result of ours, with the hashes they were written with.
+    """Name the files of a directory that are a result of ours, with the hashes they were written with.
 
-    One of another size is none, and may be too large to hash.
+    One of another size was changed, and may be too large to hash.
     """
     try:
         found = read_manifest(directory)
@@ -134,7 +134,10 @@ def listed(directory: Path) -> Listed:
         found = None
     if found is None:
         return {}
-    return {name: found.outputs[name]["sha256"] for name in of_size(directory, found)} | {MANIFEST: ""}
+    whole = set(of_size(directory, found))
+    return {name: entry["sha256"] if name in whole else CHANGED for name, entry in found.outputs.items()} | {
+        MANIFEST: ""
+    }
 
 
 def committed(directory: Path, key: Key, *, overwrite: bool = False, editable: Container[str] = ()) -> Manifest | None:
@@ -158,8 +161,7 @@ def committed(directory: Path, key: Key, *, overwrite: bool = False, editable: C
     ArtifactError
         Another result is there (the message names the first key that differs), or one that was changed.
     """
-    if directory.is_symlink():
-        raise ArtifactError(f"{directory} is a link; expected a directory of the run itself. Replace it by one.")
+    refuse_link(directory)
     try:
         found = read_manifest(directory)
     except ArtifactError:
@@ -188,15 +190,24 @@ def committed(directory: Path, key: Key, *, overwrite: bool = False, editable: C
     )
 
 
-def require_intact(directory: Path, manifest: Manifest, editable: Container[str] = ()) -> None:
+def require_intact(
+    directory: Path, manifest: Manifest, editable: Container[str] = (), *, names: Collection[str] | None = None
+) -> None:
     """Refuse to build on a result that is not as it was written.
+
+    Parameters
+    ----------
+    editable
+        Outputs that people may change.
+    names
+        The outputs that are read; None for all.
 
     Raises
     ------
     ArtifactError
         A file is missing or changed.
     """
-    changed = [name for name in altered(directory, manifest) if name not in editable]
+    changed = [name for name in altered(directory, manifest, names=names) if name not in editable]
     if changed:
         raise ArtifactError(
             f"{directory / changed[0]} is missing or not as it was written{_more(changed)}. Restore it, or repeat the "
@@ -235,14 +246,19 @@ def of_size(directory: Path, manifest: Manifest) -> list[str]:
     ]
 
 
-def altered(directory: Path, manifest: Manifest, *, remember: bool = True) -> list[str]:
+def altered(
+    directory: Path, manifest: Manifest, *, names: Collection[str] | None = None, remember: bool = True
+) -> list[str]:
     """Name the outputs that are missing or whose bytes are not the recorded ones.
 
     Parameters
     ----------
+    names
+        The outputs to look at; None for all.
     remember
         Trust hashes taken before of the same files (`hashes.file_hashes`); else read every byte.
     """
-    there = {name: directory / name for name in of_size(directory, manifest)}
+    outputs = {name: entry for name, entry in manifest.outputs.items() if names is None or name in names}
+    there = {name: directory / name for name in of_size(directory, manifest) if name in outputs}
     found = file_hashes(there) if remember else {name: sha256(path) for name, path in there.items()}
-    return [name for name, recorded in manifest.outputs.items() if found.get(name) != recorded["sha256"]]
+    return [name for name, recorded in outputs.items() if found.get(name) != recorded["sha256"]]

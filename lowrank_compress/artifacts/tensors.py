@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lowrank_compress.artifacts.directories import keep_aside
+from lowrank_compress.artifacts.directories import keep_aside, refuse_link
 from lowrank_compress.artifacts.files import canonical_hash, is_regular, parse_json, sweep, write_atomically
 from lowrank_compress.errors import ArtifactError
 
@@ -55,10 +55,11 @@ class BlockFiles:
     def write(self, block: int, tensors: Mapping[str, Tensor], notes: Mapping[str, Any] | None = None) -> None:
         """Write a finished block, with JSON notes in its header; it appears whole or not at all."""
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
+        refuse_link(self.directory)
         # One metadata key only: safetensors does not keep the order of several, and bytes must repeat.
         said = {"id": self.id, "notes": dict(notes or {})}
         header = {"lrc": json.dumps(said | {"digest": _digest(plain, said)}, sort_keys=True)}
-        if not is_regular(self.path(block)) or self._header(block) is None:
+        if self._header(block) is None:
             keep_aside(self.path(block))  # nothing of ours
         write_atomically(self.path(block), lambda path: save_file(plain, path, metadata=header))
         self._verified[block] = self._stamp(block)
@@ -133,7 +134,7 @@ class BlockFiles:
             self.directory.rmdir()
 
     def _header(self, block: int) -> dict[str, Any] | None:
-        if not is_regular(self.path(block)):
+        if self.path(block).is_symlink() or not is_regular(self.path(block)):
             return None
         try:
             with safe_open(self.path(block), framework="pt") as handle:

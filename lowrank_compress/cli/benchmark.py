@@ -8,7 +8,6 @@ from typing import Any
 
 from rich.progress import filesize
 
-from lowrank_compress.artifacts.files import read_sealed
 from lowrank_compress.cli.terminal import TerminalReporter, console, number, print_json, table
 from lowrank_compress.config import DTYPES
 from lowrank_compress.errors import InputError
@@ -91,7 +90,7 @@ def measure(
 def _resolve(target: str) -> tuple[str, Path]:
     """Name and checkpoint directory of a run or a checkpoint."""
     run = Run(Path(target))
-    return display_name(target), run.final_model() if run.exists() else locate(target)
+    return display_name(target), run.finished().path if run.exists() else locate(target)
 
 
 def _base(targets: Sequence[str], against: str | None) -> tuple[str, Path]:
@@ -107,8 +106,7 @@ def _base(targets: Sequence[str], against: str | None) -> tuple[str, Path]:
                 f"{target} is no run, so that its original is not known. Pass the checkpoint to compare with by "
                 "--against."
             )
-        run.final_model()
-        index = read_sealed(run.index)
+        index = run.finished().index
         found.setdefault((index["base"], index.get("revision")), target)
     if len(found) > 1:
         named = ", ".join(f"{target} from {base}" for (base, _), target in found.items())

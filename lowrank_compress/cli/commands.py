@@ -11,7 +11,7 @@ import typer
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from lowrank_compress.artifacts.directories import refuse_unsafe
-from lowrank_compress.artifacts.files import read_json, read_sealed, sha256
+from lowrank_compress.artifacts.files import read_json, sha256
 from lowrank_compress.artifacts.lock import locked
 from lowrank_compress.artifacts.manifest import Manifest, read_manifest
 from lowrank_compress.calibration.workers import Workers, workers_of
@@ -108,7 +108,7 @@ def _tell(plan: Plan, reporter: TerminalReporter) -> None:
 
 
 def _result(run: Run, manifest: Manifest) -> dict[str, Any]:
-    return {"run": str(run.path), "model": str(run.final_model()), "id": manifest.id, **manifest.report}
+    return {"run": str(run.path), "model": str(run.model), "id": manifest.id, **manifest.report}
 
 
 def calibrate(
@@ -194,13 +194,13 @@ def export_dense(target: str, out: Path, overwrite: bool, reporter: TerminalRepo
     """Write the dense checkpoint of compressed weights."""
     run = Run(Path(target))
     is_run = run.exists()
-    source = Checkpoint(run.final_model() if is_run else locate(target))
+    final = run.finished() if is_run else None
+    source = Checkpoint(final.path if final else locate(target))
     precious = {"the_compressed_checkpoint": source.path}
-    if is_run:
-        index = read_sealed(run.index)
-        precious |= {"its_original": Path(index["base"])} if Path(index["base"]).is_dir() else {}
-        if run.path.resolve().is_relative_to(out.resolve()):
-            raise InputError(f"--dense {str(out)!r} holds the run {run.path}. Name another directory.")
+    if final is not None:
+        base = Path(final.index["base"])
+        precious |= {"its_original": base} if base.is_dir() else {}
+        precious |= {f"the_run's_{path.name}": path for path in run.parts}
     refuse_unsafe(out, "--dense", **precious)
     write_dense(source, out, lambda done, total: reporter.advance("export", done, total), overwrite=overwrite)
     console().print(f"Dense checkpoint: {out}")
@@ -236,9 +236,10 @@ def demo(ratio: float, out: Path, reporter: TerminalReporter) -> list[dict[str, 
         run = Run(out / f"{method}-{ratio:g}")
         plan = make_plan(recipe)
         check_ratio(plan.score, plan.checkpoint)
+        pipeline.refuse_foreign(run)
         with locked(run.path):
-            pipeline.claim(run, plan, overwrite=True)
-            manifest = pipeline.compress(plan, run, reporter, overwrite=True)
+            pipeline.claim(run, plan, overwrite=False)
+            manifest = pipeline.compress(plan, run, reporter)
             config = EvaluateConfig(perplexity=(str(texts["heldout"]),), device=plan.device)
             metrics = pipeline.evaluate_target(str(run.path), config, reporter)
         (values,) = metrics["perplexity"].values()

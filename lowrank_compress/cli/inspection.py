@@ -53,10 +53,11 @@ def show(target: str, as_json: bool) -> None:
     """Print every matrix of a run or compressed checkpoint."""
     from lowrank_compress.cli.commands import read_report
     from lowrank_compress.stages.common import Run
+    from lowrank_compress.stages.factorize import REPORT
 
     run = Run(Path(target))
     is_run = run.exists()
-    report = read_report(run.final_model() if is_run else Path(target))
+    report = read_report(run.finished(names=(REPORT,)).path if is_run else Path(target))
     spectra = {name: values for name, values in (_spectra(run) if is_run else {}).items() if name in report["matrices"]}
     if as_json:
         print_json(report | {"spectra": spectra})
@@ -98,19 +99,17 @@ def show(target: str, as_json: bool) -> None:
 
 
 def _spectra(run: Any) -> dict[str, list[float]]:
-    """Squared singular values in the method's metric, by matrix."""
+    """Squared singular values in the method's metric, by matrix; of bases that are as they were written."""
     from safetensors import safe_open
 
-    from lowrank_compress.artifacts.manifest import read_manifest, require_intact
-    from lowrank_compress.stages.ranks import RANKS
+    from lowrank_compress.artifacts.manifest import altered, read_manifest
 
     spectra = {}
     manifest = read_manifest(run.scores)
-    if manifest is None:
-        return {}
-    require_intact(run.scores, manifest, editable=(RANKS,))
-    for file in sorted(name for name in manifest.outputs if name.endswith(".safetensors")):
-        with safe_open(run.scores / file, framework="np") as handle:
+    names = [] if manifest is None else [name for name in manifest.outputs if name.startswith("basis-")]
+    changed = [] if manifest is None else altered(run.scores, manifest, names=names)
+    for name in sorted(set(names) - set(changed)):
+        with safe_open(run.scores / name, framework="np") as handle:
             for name in sorted(handle.keys()):
                 if name.endswith("/values"):
                     spectra[name.removesuffix("/values")] = handle.get_tensor(name).tolist()

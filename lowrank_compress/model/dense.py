@@ -19,7 +19,6 @@ from lowrank_compress.model.skeleton import Skeleton
 
 SHARD_BYTES = 1_000_000_000
 
-
 EXPORT = "lrc-export.json"
 """In a dense export: the files that it consists of, with their hashes. Only such a directory is ever replaced."""
 
@@ -49,28 +48,37 @@ def write_dense(
     """
     if checkpoint.quantization is None:
         raise CheckpointError(f"{checkpoint.path} is not compressed by this package; there is nothing to make dense.")
-    recover(out, {})
-    with replacing(out, _replaceable(out, overwrite)) as draft:
+    recover(out, exported)
+    _refuse_foreign(out, overwrite)
+    with replacing(out, exported) as draft:
         _write(checkpoint, draft, advance)
         write_sealed(draft / EXPORT, {"schema": 1, "files": file_hashes({path.name: path for path in draft.iterdir()})})
 
 
-def _replaceable(out: Path, overwrite: bool) -> dict[str, str]:
-    """List what may be removed from `out`: the files of an earlier export."""
+def exported(directory: Path) -> dict[str, str]:
+    """Name the files of a directory that are an earlier export, with their hashes; none if it is no export."""
+    try:
+        files = read_sealed(directory / EXPORT).get("files")
+    except ArtifactError:
+        return {}
+    if not isinstance(files, dict) or not all(isinstance(digest, str) and digest for digest in files.values()):
+        return {}
+    return {**files, EXPORT: ""}
+
+
+def _refuse_foreign(out: Path, overwrite: bool) -> None:
+    """Refuse what is no directory, and one with files unless it is an export that is to be replaced."""
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise ArtifactError(f"{out} is a file or a link; expected a directory, existing or not.")
     if not out.exists() or not any(out.iterdir()):
-        return {}
+        return
     if not overwrite:
         raise ArtifactError(f"{out} is not empty. Choose another directory, or pass --overwrite to replace an export.")
-    if not (out / EXPORT).exists():
+    if not exported(out):
         raise ArtifactError(
-            f"{out} is not empty and is no dense export of this program; it is not replaced. Choose another directory."
+            f"{out} is not empty and is no dense export of this program (or its {EXPORT} was changed); it is not "
+            "replaced. Choose another directory."
         )
-    files = read_sealed(out / EXPORT).get("files")
-    if not isinstance(files, dict) or not all(Path(name).name == name and digest for name, digest in files.items()):
-        raise ArtifactError(f"{out / EXPORT} is no list of files; {out} is not replaced. Choose another directory.")
-    return {**files, EXPORT: ""}
 
 
 def _write(checkpoint: Checkpoint, out: Path, advance: Callable[[int, int], None]) -> None:

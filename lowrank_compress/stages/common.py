@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import platform
 import warnings
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
@@ -17,7 +17,7 @@ import lowrank_compress
 from lowrank_compress.artifacts.files import canonical_hash, is_temporary, read_sealed, read_small_text, sha256
 from lowrank_compress.artifacts.hashes import file_hashes
 from lowrank_compress.artifacts.lock import HOLDER, LOCK
-from lowrank_compress.artifacts.manifest import read_manifest, require_intact
+from lowrank_compress.artifacts.manifest import MANIFEST, Manifest, read_manifest, require_intact
 from lowrank_compress.calibration.hub import hub_id
 from lowrank_compress.calibration.sources import Source
 from lowrank_compress.calibration.textfiles import check_file
@@ -61,6 +61,25 @@ def in_parts(items: Iterable[Item], size: int) -> Iterator[tuple[int, list[Item]
 
 
 @dataclass(frozen=True)
+class Finished:
+    """The final checkpoint of a run.
+
+    Attributes
+    ----------
+    path
+        Its directory.
+    manifest
+        That of the stage that wrote it.
+    index
+        run.json: what it was made from.
+    """
+
+    path: Path
+    manifest: Manifest
+    index: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Run:
     """Names inside a run directory."""
 
@@ -82,9 +101,19 @@ class Run:
         return self.path / "model"
 
     @property
+    def work(self) -> Path:
+        """Blocks that are encoded while the checkpoint is not written yet."""
+        return self.path / "work"
+
+    @property
     def evaluations(self) -> Path:
         """Directory of all evaluations."""
         return self.path / "eval"
+
+    @property
+    def parts(self) -> tuple[Path, ...]:
+        """All directories of a run, whether they are there or not."""
+        return self.statistics, self.scores, self.work, self.model, self.evaluations
 
     @property
     def recipe(self) -> Path:
@@ -115,31 +144,69 @@ class Run:
                 "or make a run with `lrc compress`."
             )
 
-    def final_model(self, editable: Container[str] = ()) -> Path:
-        """The directory of the final checkpoint, as run.json names it.
+    def finished(self, names: Collection[str] | None = None, editable: Container[str] = ()) -> Finished:
+        """The final checkpoint, as run.json names it and with the bytes it was written with.
 
         Parameters
         ----------
+        names
+            The files of it that are read; None for all.
         editable
             Files of it that may have changed.
 
         Raises
         ------
         ArtifactError
-            The run has not got that far, or run.json or the checkpoint was changed.
+            The run has not got that far, or something was changed since.
         """
         if not self.index.exists():
             raise ArtifactError(
                 f"{self.path} has no run.json: the run has no checkpoint yet. Finish it with `lrc factorize`."
             )
-        name = read_sealed(self.index).get("model")
-        if name != self.model.name:
-            raise ArtifactError(f"{self.index} names {name!r} as the checkpoint; expected {self.model.name!r}.")
+        index = read_sealed(self.index)
+        if index.get("model") != self.model.name:
+            raise ArtifactError(
+                f"{self.index} names {index.get('model')!r} as the checkpoint; expected {self.model.name!r}."
+            )
         manifest = read_manifest(self.model)
         if manifest is None:
             raise ArtifactError(f"{self.model} is not finished. Repeat `lrc compress` or `lrc factorize` on this run.")
-        require_intact(self.model, manifest, editable)
-        return self.model
+        if index.get("id") != manifest.id:
+            raise ArtifactError(
+                f"{self.model} is not the checkpoint that {self.index.name} names: it was replaced, or a command was "
+                "interrupted. Repeat `lrc compress` or `lrc factorize` on this run."
+            )
+        require_intact(self.model, manifest, editable, names=names)
+        require_alone(self.model, manifest)
+        return Finished(self.model, manifest, index)
+
+
+# Endings and names of files that transformers, or an other loader of checkpoints, looks for.
+_LOADED = (
+    *(".json", ".safetensors", ".py", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".jinja", ".model"),
+    *("vocab.txt", "merges.txt", "additional_chat_templates"),
+)
+
+
+def strangers(directory: Path, manifest: Manifest) -> list[str]:
+    """Name what is not of a checkpoint of ours and yet would be loaded with it."""
+    names = {path.name for path in directory.iterdir()} - {*manifest.outputs, MANIFEST}
+    return sorted(name for name in names if name.lower().endswith(_LOADED))
+
+
+def require_alone(directory: Path, manifest: Manifest) -> None:
+    """Refuse a checkpoint among files that change what is loaded from its directory.
+
+    Raises
+    ------
+    ArtifactError
+        There is such a file.
+    """
+    if found := strangers(directory, manifest):
+        raise ArtifactError(
+            f"{directory / found[0]} is not of the checkpoint that was written there, but would be loaded with it. "
+            "Move it elsewhere."
+        )
 
 
 # The first lines of a run's recipe: the second says by a hash whether what follows is as it was written.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from lowrank_compress.artifacts.directories import keep_aside
+from lowrank_compress.artifacts.directories import keep_aside, refuse_link
 from lowrank_compress.artifacts.files import canonical_hash, read_json, sha256, write_json
 from lowrank_compress.artifacts.manifest import Key, altered, commit, committed, read_manifest
 from lowrank_compress.calibration.sources import Source, pieces, read_examples
@@ -115,6 +115,7 @@ def run(
     reporter = reporter or Silent()
     identity = key(config, inputs)
     if out_dir is not None:
+        refuse_link(out_dir)
         # What was edited is no measurement: it is kept aside and measured anew.
         found = workers.once(lambda: committed(out_dir / identity.id, identity, overwrite=True))
         if found is not None:
@@ -134,10 +135,10 @@ def run(
 
     def keep() -> dict[str, Any]:
         if out_dir is not None:
-            keep_aside(out_dir / identity.id / METRICS)
-            write_json(out_dir / identity.id / METRICS, metrics)
+            before = merged(out_dir)
+            _write_json(out_dir / identity.id / METRICS, metrics, ours=metrics)
             commit(out_dir / identity.id, identity, [METRICS], {}, environment(config.device))
-            write_json(out_dir / METRICS, merged(out_dir))
+            _write_json(out_dir / METRICS, merged(out_dir), ours=before)
         return metrics
 
     return workers.once(keep)
@@ -257,13 +258,24 @@ def size_report(inputs: Inputs) -> dict[str, Any]:
     return report
 
 
+def _write_json(path: Path, value: dict[str, Any], *, ours: dict[str, Any]) -> None:
+    """Write a JSON file; what is there and is not what we wrote is kept aside."""
+    try:
+        same = canonical_hash(read_json(path)) == canonical_hash(ours)
+    except (ArtifactError, ValueError):
+        same = False
+    if not same:
+        keep_aside(path)
+    write_json(path, value)
+
+
 def merged(out_dir: Path) -> dict[str, Any]:
     """Gather all evaluations of a run that are as they were written, by their ids."""
     evaluations: dict[str, Any] = {}
     for path in sorted(out_dir.glob(f"*/{METRICS}")):
         with contextlib.suppress(ArtifactError):
             manifest = read_manifest(path.parent)
-            if manifest is not None and not altered(path.parent, manifest):
+            if manifest is not None and manifest.id == path.parent.name and not altered(path.parent, manifest):
                 key = manifest.key
                 evaluations[path.parent.name] = {"config": key.config, "inputs": key.inputs, **read_json(path)}
     return {"schema": 1, "evaluations": evaluations}

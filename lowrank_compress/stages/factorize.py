@@ -31,7 +31,7 @@ from lowrank_compress.model.casting import cast
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.export import ShardWriter, config_json, write_companions
 from lowrank_compress.model.layers import remote_code_entries, write_remote_code
-from lowrank_compress.stages.common import Reporter, Silent, checkpoint_id, environment
+from lowrank_compress.stages.common import Reporter, Silent, checkpoint_id, environment, require_alone
 from lowrank_compress.stages.encode import Encoder
 from lowrank_compress.stages.ranks import RANKS, Choice, in_storage, read_ranks, require_kept
 from lowrank_compress.stages.report import block_losses, model_card, summary
@@ -113,11 +113,12 @@ def run(
     bases = BlockFiles(inputs.scores, scores.report["bases"], "basis")
     require_kept(inputs.scores / RANKS, units, choices, bases)
     identity = key(config, inputs)
-    workers.once(lambda: recover(out_dir, listed(out_dir)))
+    workers.once(lambda: recover(out_dir, listed))
     if not overwrite:
         _refuse_other_ranks(out_dir, identity, inputs.scores / RANKS)
     found = workers.once(lambda: committed(out_dir, identity, overwrite=overwrite))
     if found is not None:
+        require_alone(out_dir, found)
         return found
     work = BlockFiles(out_dir.parent / "work", identity.id, "factors")
     encoder = Encoder(plan, units, config)
@@ -129,7 +130,7 @@ def run(
         reporter.advance("factorize", number, len(own))
 
     def write() -> Manifest:
-        with replacing(out_dir, listed(out_dir)) as draft:
+        with replacing(out_dir, listed) as draft:
             result = _write(config, plan, scores, draft, reporter, identity, units, bases, work)
         work.remove(blocks)
         return result

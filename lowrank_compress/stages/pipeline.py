@@ -38,7 +38,7 @@ def claim(run: Run, plan: Plan, *, overwrite: bool) -> None:
         It holds something else, or the run of another recipe.
     """
     refuse_foreign(run)
-    for directory in (run.path, run.statistics, run.scores):
+    for directory in (run.path, run.statistics, run.scores, run.work):
         sweep(directory)
     mine = plan.resolved()
     state = recipe_state(run.recipe)
@@ -172,9 +172,19 @@ def finish(
         "base": plan.resolved().model,
         "revision": plan.recipe.revision,
         "base_id": checkpoint_id(plan.checkpoint),
+        "id": manifest.id,
     }
-    workers.once(lambda: write_sealed(run.index, index))
+    workers.once(lambda: _write_index(run.index, index))
     return manifest
+
+
+def _write_index(path: Path, index: dict[str, Any]) -> None:
+    """Write run.json; one that was changed is kept aside."""
+    try:
+        read_sealed(path)
+    except ArtifactError:
+        keep_aside(path)
+    write_sealed(path, index)
 
 
 def evaluation_inputs(target: str, trust_remote_code: bool) -> tuple[evaluate.Inputs, Path | None]:
@@ -188,17 +198,15 @@ def evaluation_inputs(target: str, trust_remote_code: bool) -> tuple[evaluate.In
     run = Run(Path(target))
     if not run.exists():
         return evaluate.Inputs(Checkpoint(locate(target, None, trust_remote_code), trust_remote_code)), None
-    final = run.final_model()
-    index = read_sealed(run.index)
-    manifest = read_manifest(final)
-    assert manifest is not None
-    dense = Checkpoint(locate(index["base"], index.get("revision"), trust_remote_code), trust_remote_code)
-    if checkpoint_id(dense) != index["base_id"]:
+    final = run.finished()
+    base = final.index["base"]
+    dense = Checkpoint(locate(base, final.index.get("revision"), trust_remote_code), trust_remote_code)
+    if checkpoint_id(dense) != final.index["base_id"]:
         raise ArtifactError(
-            f"{index['base']} is not the checkpoint that {target} was made from: its files have changed since. Restore "
-            f"it, or evaluate {final} by itself."
+            f"{base} is not the checkpoint that {target} was made from: its files have changed since. Restore "
+            f"it, or evaluate {final.path} by itself."
         )
-    return evaluate.Inputs(Checkpoint(final), dense, manifest.report), run.evaluations
+    return evaluate.Inputs(Checkpoint(final.path), dense, final.manifest.report), run.evaluations
 
 
 def evaluate_target(

@@ -70,9 +70,9 @@ def checkpoint_of(target: Path) -> tuple[Run | None, Path]:
         raise InputError(f"There is no directory {target}; expected a run or a compressed checkpoint on this machine.")
     inside = Run(target.absolute().parent)
     if inside.model.name == target.absolute().name and inside.exists():
-        return inside, inside.final_model((REMOTE_FILE,))
+        return inside, inside.finished(editable=(REMOTE_FILE,)).path
     run = Run(target)
-    return (run, run.final_model((REMOTE_FILE,))) if run.exists() else (None, target)
+    return (run, run.finished(editable=(REMOTE_FILE,)).path) if run.exists() else (None, target)
 
 
 def refresh(directory: Path) -> tuple[bool, Path | None]:

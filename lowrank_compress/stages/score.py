@@ -14,9 +14,8 @@ from torch import Tensor
 from lowrank_compress.allocation.curve import DENSE
 from lowrank_compress.allocation.storage import STORAGES
 from lowrank_compress.allocation.table import ALLOCATORS
-from lowrank_compress.artifacts.directories import keep_aside
-from lowrank_compress.artifacts.files import sha256
-from lowrank_compress.artifacts.manifest import Key, Manifest, commit, committed, read_manifest
+from lowrank_compress.artifacts.directories import link, recover, replacing
+from lowrank_compress.artifacts.manifest import Key, Manifest, altered, commit, committed, listed, read_manifest
 from lowrank_compress.artifacts.tensors import BlockFiles
 from lowrank_compress.calibration.workers import Workers
 from lowrank_compress.config import ScoreConfig
@@ -118,10 +117,8 @@ def run(
     identity = key(config, inputs)
     bases = Bases(config, inputs.checkpoint, inputs.calibration.id, out_dir, processes=workers.count)
     check_options(config.allocate, config.storage, bases.sites)
-    if overwrite:
-        workers.once(lambda: _save_edited_ranks(out_dir))
     blocks = range(len(bases.resolved.blocks))
-    found = workers.once(lambda: committed_scores(out_dir, identity, overwrite=overwrite))
+    found = workers.once(lambda: committed_scores(out_dir, identity, overwrite=overwrite, keep_edit=not overwrite))
     if found is not None:
         return found
     statistics = BlockFiles(inputs.statistics, inputs.calibration.id)
@@ -134,11 +131,19 @@ def run(
             bases.take_spectra([block for block in part if not bases.spectra.finished(block)])
         reporter.advance("score", done, len(own))
     bases.settle()
-    return workers.once(lambda: _choose(config, bases, identity, out_dir))
+    return workers.once(lambda: _complete(out_dir, identity, overwrite) or _choose(config, bases, identity, out_dir))
+
+
+def _complete(out_dir: Path, identity: Key, overwrite: bool) -> Manifest | None:
+    """The manifest of this very result, if nothing but bases was missing: its ranks stay, edited or not."""
+    there = None if overwrite else read_manifest(out_dir)
+    if there is None or there.id != identity.id or not (out_dir / RANKS).exists():
+        return None
+    return None if set(altered(out_dir, there)) - {RANKS} else there
 
 
 def _choose(config: ScoreConfig, bases: Bases, identity: Key, out_dir: Path) -> Manifest:
-    """Choose ranks from finished bases, and commit."""
+    """Choose ranks from finished bases, and commit: bases and ranks of another result stand until then, together."""
     blocks = range(len(bases.resolved.blocks))
     found_curves = bases.curves()
     units = bases.choose(found_curves)
@@ -151,7 +156,6 @@ def _choose(config: ScoreConfig, bases: Bases, identity: Key, out_dir: Path) -> 
         else Choice(ranking(unit, config.storage), int(curve.ranks[point]))
         for unit, curve, point in zip(units, curves, chosen, strict=True)
     }
-    write_ranks(out_dir / RANKS, units, choices)
     stored = sum(stored_elements(unit, choices[unit.name].format, choices[unit.name].rank) for unit in units)
     claimed = sum(target.elements for target in bases.resolved.targets)
     report = {
@@ -166,10 +170,14 @@ def _choose(config: ScoreConfig, bases: Bases, identity: Key, out_dir: Path) -> 
         "bases": bases.files.id,
         "spectra": bases.spectra.id if bases.allocator.needs_spectrum else None,
     }
-    outputs = [RANKS, *(bases.files.name(block) for block in blocks)]
+    files = [bases.files.name(block) for block in blocks]
     if bases.allocator.needs_spectrum:
-        outputs += [bases.spectra.name(block) for block in blocks]
-    return commit(out_dir, identity, outputs, report, environment(config.device))
+        files += [bases.spectra.name(block) for block in blocks]
+    with replacing(out_dir, listed) as draft:
+        for name in files:
+            link(out_dir / name, draft / name)
+        write_ranks(draft / RANKS, units, choices)
+        return commit(draft, identity, [RANKS, *files], report, environment(config.device))
 
 
 def _means(statistics: BlockFiles, block: int) -> dict[str, Tensor]:
@@ -182,23 +190,7 @@ def _means(statistics: BlockFiles, block: int) -> dict[str, Tensor]:
     return statistics.read(block)
 
 
-def committed_scores(out_dir: Path, identity: Key, *, overwrite: bool) -> Manifest | None:
-    """As `manifest.committed`, but edited ranks are no damage; where they are to be replaced, they are kept aside."""
-    found = committed(out_dir, identity, overwrite=overwrite, editable=(RANKS,))
-    if found is None and overwrite:
-        _save_edited_ranks(out_dir)
-    return found
-
-
-def _save_edited_ranks(out_dir: Path) -> None:
-    """Move hand-edited ranks aside, so that new ones do not bury them."""
-    ranks = out_dir / RANKS
-    if not ranks.exists():
-        return
-    try:
-        manifest = read_manifest(out_dir)
-        edited = manifest is not None and manifest.outputs[RANKS]["sha256"] != sha256(ranks)
-    except ArtifactError:
-        edited = True  # perhaps
-    if edited:
-        keep_aside(ranks)
+def committed_scores(out_dir: Path, identity: Key, *, overwrite: bool, keep_edit: bool = True) -> Manifest | None:
+    """As `manifest.committed`, but edited ranks are no damage; unless they are to be kept, they are chosen anew."""
+    recover(out_dir, listed)
+    return committed(out_dir, identity, overwrite=overwrite, editable=(RANKS,) if keep_edit else ())

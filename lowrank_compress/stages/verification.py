@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lowrank_compress.artifacts.files import read_json, read_sealed
+from lowrank_compress.artifacts.files import read_json
 from lowrank_compress.artifacts.manifest import Manifest, altered, read_manifest
 from lowrank_compress.artifacts.tensors import BlockFiles
 from lowrank_compress.config import load_recipe
@@ -15,7 +15,7 @@ from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.layers import REMOTE_FILE
 from lowrank_compress.model.locate import locate
-from lowrank_compress.stages.common import Run, recipe_state
+from lowrank_compress.stages.common import Run, recipe_state, strangers
 from lowrank_compress.stages.evaluate import METRICS, merged
 from lowrank_compress.stages.ranks import RANKS, read_ranks, require_kept
 from lowrank_compress.stages.refresh import code_of
@@ -27,9 +27,10 @@ def verify(path: Path) -> list[dict[str, str]]:
     Returns
     -------
     list of dict
-        ``stage``, ``file``, ``state``: "intact", "missing or altered", "damaged manifest", "edited by hand"
-        (the recipe, or ranks.json that parses and fits), "not there yet", "dropped" (statistics), "older code" and
-        "newer code" (the checkpoint's copy of the model code, as it was written by another version of this package).
+        ``stage``, ``file``, ``state``: "intact", "missing or altered", "damaged manifest", "of another result",
+        "not of this checkpoint" (but loaded with it), "edited by hand" (the recipe, or ranks.json that parses and
+        fits), "not there yet", "dropped" (statistics), "older code" and "newer code" (the checkpoint's copy of the
+        model code, as it was written by another version of this package).
 
     Raises
     ------
@@ -67,14 +68,10 @@ def _reads(path: Path) -> object:
 def _index_is_intact(run: Run) -> bool:
     """Whether run.json is as it was written, and of the model that is there."""
     try:
-        manifest = read_manifest(run.model)
-        return (
-            run.index.exists()
-            and manifest is not None
-            and (read_sealed(run.index).get("base_id") == manifest.key.inputs["checkpoint"])
-        )
-    except (ArtifactError, KeyError):
+        run.finished(names=())
+    except ArtifactError:
         return False
+    return True
 
 
 def _verify_stage(run: Run, stage: str, directory: Path) -> list[dict[str, str]]:
@@ -85,6 +82,11 @@ def _verify_stage(run: Run, stage: str, directory: Path) -> list[dict[str, str]]
         return [{"stage": stage, "file": f"{where}/manifest.json", "state": "damaged manifest"}]
     if manifest is None:
         return [{"stage": stage, "file": where, "state": "not there yet"}]
+    is_evaluation = stage == "eval"
+    if manifest.key.stage != ("evaluate" if is_evaluation else stage) or (
+        is_evaluation and manifest.id != directory.name
+    ):
+        return [{"stage": stage, "file": f"{where}/manifest.json", "state": "of another result"}]
     wrong = set(altered(directory, manifest, remember=False))
     findings = []
     for name in manifest.outputs:
@@ -94,6 +96,9 @@ def _verify_stage(run: Run, stage: str, directory: Path) -> list[dict[str, str]]
         elif name == REMOTE_FILE and state == "intact" and (code := code_of(directory, manifest)) != "ours":
             state = code
         findings.append({"stage": stage, "file": f"{where}/{name}", "state": state})
+    if stage == "factorize":
+        for name in strangers(directory, manifest):
+            findings.append({"stage": stage, "file": f"{where}/{name}", "state": "not of this checkpoint"})
     if stage == "calibrate" and not manifest.report.get("kept"):
         findings.append({"stage": stage, "file": where, "state": "dropped"})
     return findings

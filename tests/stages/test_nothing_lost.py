@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_compress.artifacts.directories import refuse_unsafe, replacing
+from lowrank_compress.artifacts.directories import refuse_unsafe
 from lowrank_compress.artifacts.files import sha256
 from lowrank_compress.errors import InputError
 from tests.runs import Tiny, block_file, contents, done, lrc, refused, results
@@ -118,7 +118,7 @@ def test_no_export_over_what_matters(
     before = contents(tmp_path) | contents(tiny.model)
     unsafe = ("", ".", "..", "/", tmp_path, run, run.parent, run / "model", run / "model" / "new", tiny.model)
     for out in (*unsafe, tmp_path / "home", tmp_path / "link", tiny.model / "new"):
-        refused("export", run, "--dense", out, "--overwrite")
+        assert lrc("export", run, "--dense", out, "--overwrite").code == 2, out
     assert contents(tmp_path) | contents(tiny.model) == before
 
 
@@ -139,41 +139,6 @@ def test_unsafe_places_are_told(tmp_path: Path):
     with pytest.raises(InputError, match="is, holds or lies in the source"):
         refuse_unsafe(tmp_path, "--out", the_source=tmp_path / "a")
     refuse_unsafe(tmp_path / "b", "--out", the_source=tmp_path / "a")
-
-
-@pytest.mark.parametrize("dies", range(1, 4))
-def test_a_process_that_dies_while_directories_change_places(
-    tmp_path: Path, dies: int, monkeypatch: pytest.MonkeyPatch
-):
-    """Whatever rename it dies at: afterwards one whole directory is in place, and the user's file in it."""
-    place = tmp_path / "place"
-    place.mkdir()
-    (place / "ours").write_text("old")
-    (place / "theirs").write_text("precious")
-    listed = {"ours": sha256(place / "ours")}
-    rename, count = os.rename, 0
-
-    class Killed(BaseException):
-        pass
-
-    def dying(source: object, target: object) -> None:
-        nonlocal count
-        count += 1
-        if count >= dies:
-            raise Killed
-        rename(source, target)  # pyright: ignore
-
-    monkeypatch.setattr(os, "rename", dying)
-    with pytest.raises(Killed), replacing(place, listed) as draft:
-        (draft / "ours").write_text("new")
-    monkeypatch.setattr(os, "rename", rename)
-    with replacing(place, listed) as draft:
-        (draft / "ours").write_text("newer")
-    assert {path.name: path.read_text() for path in place.iterdir() if path.name in ("ours", "theirs")} == {
-        "ours": "newer",
-        "theirs": "precious",
-    }
-    assert [path.name for path in tmp_path.iterdir()] == ["place"]
 
 
 @pytest.mark.parametrize(
@@ -287,8 +252,9 @@ def test_pipes_in_a_run_are_refused_at_once(tiny: Tiny, finished: Finished):
         (run / name).unlink()
         os.mkfifo(run / name)
         for command in (["eval", run, "--perplexity", tiny.heldout], ["verify", run], ["factorize", run]):
-            replaced = name == "run.json" and command[0] == "factorize"
-            assert lrc(*command).code == (0 if replaced else 2), (name, command)
+            # One writes run.json anew, and the other reads no scores.
+            fine = (command[0], name.split("/")[0]) in (("factorize", "run.json"), ("eval", "scores"))
+            assert lrc(*command).code == (0 if fine else 2), (name, command)
         shutil.rmtree(run)
     run = finished("svd")
     block = block_file(run / "scores", "basis", 0)

@@ -81,11 +81,11 @@ def test_killed_at_each_rename_in_turn(tiny: Tiny, pristine: Finished, tmp_path:
     run = tmp_path / "run"
     common.checkpoint_id(common.Checkpoint(tiny.model))  # memoised: its file is no part of the run
     number = deaths = 0
-    before: dict[str, str] = {}
+    seen: list[dict[str, str]] = [{}]
     while "model" not in looks_finished(run):
         now = contents(run) | {".lock": ""} if run.exists() else {}
-        number += now == before  # some small files are written by every process: let one more pass
-        before = now
+        number += now in seen  # some small files are written by every process: let one more pass
+        seen.append(now)
         assert killed_at_rename(number, after=after, arguments=["compress", *tiny.options(run, METHOD)])
         deaths += 1
     done("compress", *tiny.options(run, METHOD))

@@ -89,7 +89,8 @@ def encode(
 
     A tokenizer takes some 200 bytes a character. A long text is therefore tokenised in parts of `part` characters, each
     with `context` characters around it, and cut where a token begins: tokens depend on their surroundings only, so that
-    they are those of the whole text.
+    they are those of the whole text. (Not so where a run that no tokenizer splits, such as digits, is longer than
+    `context`; what counts then are the parts.)
 
     Parameters
     ----------
@@ -135,12 +136,12 @@ def _in_parts(
         rest += piece
         while len(rest) > part + context:
             ids, starts = _tokens(tokenizer, before + rest[: part + context])
-            cut = int(starts[starts <= len(before) + part].max())
+            cut = int(starts[starts <= len(before) + part].max(initial=0))
             taken = cut - len(before)
             if taken > 0:
                 yield ids[(starts >= len(before)) & (starts < cut)]
                 before, rest = (before + rest[:taken])[-context:], rest[taken:]
-            else:  # one token of more than `part` characters, as of an unknown word, becomes several
+            else:  # one token of more than `part` characters, as of an unknown word, becomes several; or there is none
                 yield _tokens(tokenizer, rest[:part])[0]
                 before, rest = "", rest[part:]
     ids, starts = _tokens(tokenizer, before + rest)

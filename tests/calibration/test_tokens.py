@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lowrank_compress.calibration import tokens
 from lowrank_compress.calibration.sources import Examples, Source, read_examples, read_text, shuffled
@@ -184,6 +188,109 @@ def test_a_text_in_parts_has_the_tokens_of_the_whole(tokenizer: PreTrainedTokeni
         assert encode(tokenizer, one, part=part, context=60).tolist() == whole
 
 
+WORDS = [
+    "the",
+    "of",
+    "and",
+    "fox",
+    "dog",
+    "über",
+    "naïve",
+    "12345",
+    "7",
+    "don't",
+    "I'll",
+    "日本語",
+    "🙂👍",
+    "e\u0301tude",
+]
+WORDS += ["---", ",.", "\u200d", "x"]
+SPACES = ["  ", "\n", "\n\n", "\t", " \n ", ",", *"   "]
+LLAMA3 = r"(?i:'s|'t|'re|'ll)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def mixed(length: int, seed: int) -> str:
+    """Words of several scripts with all kinds of space between them."""
+    draw = random.Random(seed)
+    return "".join(draw.choice(WORDS) + draw.choice(SPACES) for _ in range(length))
+
+
+def tokenizer_of(kind: str) -> PreTrainedTokenizerFast:
+    """A tokenizer that splits and normalises as those of a family do."""
+    special = {"special_tokens": ["<unk>"], "show_progress": False}
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    made: tuple[Tokenizer, Any, Any, Any] = {
+        "llama-3": (
+            Tokenizer(models.BPE()),
+            None,
+            pre_tokenizers.Sequence(
+                [
+                    pre_tokenizers.Split(Regex(LLAMA3), "isolated"),
+                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+                ]
+            ),
+            trainers.BpeTrainer(vocab_size=400, initial_alphabet=letters, **special),
+        ),
+        "gpt-2": (
+            Tokenizer(models.BPE()),
+            None,
+            pre_tokenizers.ByteLevel(add_prefix_space=True),
+            trainers.BpeTrainer(vocab_size=400, initial_alphabet=letters, **special),
+        ),
+        "unigram": (
+            Tokenizer(models.Unigram()),
+            normalizers.NFKC(),
+            pre_tokenizers.Metaspace(prepend_scheme="first"),
+            trainers.UnigramTrainer(vocab_size=120, unk_token="<unk>", **special),
+        ),
+        "bert": (
+            Tokenizer(models.WordPiece(unk_token="<unk>")),
+            normalizers.BertNormalizer(),
+            pre_tokenizers.BertPreTokenizer(),
+            trainers.WordPieceTrainer(vocab_size=200, **special),
+        ),
+    }[kind]
+    tokenizer, normalizer, splitter, trainer = made
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = splitter
+    tokenizer.train_from_iterator([mixed(2000, 99)], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["llama-3", "gpt-2", "unigram", "bert"])
+def test_tokenizers_of_all_families_in_parts(kind: str) -> None:
+    tokenizer = tokenizer_of(kind)
+    for seed in range(10):
+        text = mixed(400, seed)
+        whole = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        for part in (97, 300):
+            assert encode(tokenizer, text, part=part, context=60).tolist() == whole
+
+
+def test_what_has_no_end_is_cut() -> None:
+    """A word, or a space, that is longer than a part: no part of it is tokenised twice, or all at once."""
+    tokenizer = tokenizer_of("bert")
+    for run, count in (("a" * 5000, 10), (" " * 5000, 0)):
+        found = encode(tokenizer, f"fox {run} dog", part=500, context=100)
+        words = [*encode(tokenizer, "fox").tolist(), *encode(tokenizer, "dog").tolist()]
+        assert [found[0], found[-1]] == words
+        assert abs(len(found) - 2 - count) <= 1
+
+
+def test_no_more_is_read_than_is_wanted(tokenizer: PreTrainedTokenizerBase) -> None:
+    read: list[int] = []
+
+    def given() -> Iterator[str]:
+        for number in range(100):
+            read.append(number)
+            yield "the quick fox " * 50
+
+    found = encode(tokenizer, given(), most=700, part=1000, context=100)
+    assert found[:700].tolist() == encode(tokenizer, "the quick fox " * 5000)[:700].tolist()
+    assert len(read) < 20
+
+
 @pytest.mark.assets
 @pytest.mark.parametrize("model", ["stories260k-llama-gqa", "books-gpt2-2m", "sst2-bert-mini"])
 def test_trained_tokenizers_in_parts(assets: Path, model: str) -> None:
@@ -261,6 +368,25 @@ def test_long_examples_are_truncated_with_their_special_tokens(tokenizer: PreTra
 def test_an_unknown_label(label: str, tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(InputError, match=r"is none of the model's classes: a \(0\), b \(1\). Check --label-column"):
         example_batches(tokenizer, Examples(["fox"], [label]), {"a": 0, "b": 1}, 64, 3)
+
+
+def test_classes_are_told_by_name_where_data_set_and_model_name_them(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Their numbers need not be the same: roberta-large-mnli begins with the data set's last class."""
+    model = {"CONTRADICTION": 0, "NEUTRAL": 1, "ENTAILMENT": 2}
+
+    def found(names: list[str] | None, labels: list[str]) -> list[int]:
+        examples = Examples(["fox"] * len(labels), labels, None, names)
+        (batch,) = example_batches(tokenizer, examples, model, 64, 8)
+        assert batch.labels is not None
+        return batch.labels.tolist()
+
+    assert found(["entailment", "neutral", "contradiction"], ["0", "1", "2"]) == [2, 1, 0]
+    assert found(["yes", "maybe", "no"], ["0", "1", "2"]) == [0, 1, 2]
+    assert found(None, ["0", "ENTAILMENT"]) == [0, 2]
+    with pytest.raises(InputError, match="some names are the same, but not all"):
+        found(["entailment", "neutral", "no"], ["0"])
+    with pytest.raises(InputError, match="The label '-1' is none"):
+        found(["entailment", "neutral", "contradiction"], ["-1"])
 
 
 def test_a_name_wins_over_a_number(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import processors
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lowrank_compress.calibration.sources import Examples
@@ -13,7 +14,7 @@ from lowrank_compress.calibration.tokens import example_batches
 from lowrank_compress.evaluation.replayed import _passes
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.skeleton import Skeleton
-from tests.tiny import CASES, save_tiny
+from tests.tiny import BOS, CASES, save_tiny
 
 CLASSIFIERS = [model_type for model_type, task in CASES if task == "classification"]
 EXAMPLES = Examples(
@@ -47,17 +48,30 @@ def test_logits_are_those_of_each_example_alone(model_type: str, side: str, pad:
             torch.testing.assert_close(found[tuple(ids)], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_pairs_tell_their_sentences_apart(tmp_path: Path) -> None:
-    path = save_tiny("bert", tmp_path / "model", "classification")
-    tokenizer = AutoTokenizer.from_pretrained(path, model_input_names=["input_ids", "token_type_ids"])
-    pairs = Examples(["the fox", "a dog"], ["0", "1"], ["jumps over", "it is lazy"])
-    batches = example_batches(tokenizer, pairs, {"0": 0, "1": 1}, 64, 2)
-    assert all(batch.kinds is not None for batch in batches)
+@pytest.mark.parametrize("model_type", CLASSIFIERS)
+def test_pairs_are_what_transformers_makes_of_them(model_type: str, tmp_path: Path) -> None:
+    """BERT tells the sentences of a pair apart by token types; decoders have none, whatever the tokenizer says."""
+    path = save_tiny(model_type, tmp_path / "model", "classification")
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    tokenizer = AutoTokenizer.from_pretrained(path, model_input_names=names)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B:1", special_tokens=[("<s>", BOS)]
+    )
+    pairs = Examples(["the fox", "a dog", "the fox"], ["0", "1", "2"], ["jumps over", "it is lazy", "jumps"])
+    found = {}
+    batches = example_batches(tokenizer, pairs, {"0": 0, "1": 1, "2": 2}, 64, 2)
     skeleton = Skeleton(Checkpoint(path), torch.device("cpu"), torch.float32)
-    stock = AutoModelForSequenceClassification.from_pretrained(path).eval()
     for part, replay, states in _passes(skeleton, batches, lambda done, total: None):
         for batch, state in zip(part, states, strict=True):
             with torch.no_grad():
                 logits = replay.head(batch, replay.load(state))
-                expected = stock(batch.ids, token_type_ids=batch.kinds).logits
-            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+            found |= dict(zip(map(tuple, batch.ids.tolist()), logits, strict=True))
+    stock = AutoModelForSequenceClassification.from_pretrained(path).eval()
+    for first, second in zip(pairs.texts, pairs.seconds or (), strict=True):
+        given = tokenizer(first, second, return_tensors="pt")
+        assert given["token_type_ids"].max() == 1
+        if model_type not in ("bert", "roberta"):
+            del given["token_type_ids"]
+        with torch.no_grad():
+            expected = stock(**given).logits[0]
+        torch.testing.assert_close(found[tuple(given["input_ids"][0].tolist())], expected, rtol=1e-4, atol=1e-5)

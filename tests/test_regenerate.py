@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from lowrank_compress.artifacts.files import sha256
+from lowrank_compress.stages.expectation import read_expectation
 from tests.cli.test_check import edited, nudge, with_one_ulp
 from tests.runs import Tiny, lrc
 from tests.test_readme import parse
@@ -104,6 +107,19 @@ def test_every_recipe_has_a_command_that_parses(script: Any, recipe: str, tmp_pa
     given = parse([*map(str, script.command(recipe, Path("model"), text, 3, tmp_path))]).params
     assert (given["config"].stem, given["samples"]) == (recipe, 3)
     assert Path(given["calibration"]).exists()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_has_an_expectation(script: Any, recipe: str):
+    """Whether its bytes still come out is for `make regenerate` to say; here, that it is of this recipe and model."""
+    expected = read_expectation(script.CONFIGS / "expected" / f"{recipe}.json")
+    asked = yaml.safe_load((script.CONFIGS / f"{recipe}.yaml").read_text(encoding="utf-8")) | {"samples": 16}
+    assert {name: expected.recipe[name] for name in asked if name != "calibration"} == {
+        name: value for name, value in asked.items() if name != "calibration"
+    }
+    weights = "model.safetensors"
+    if "label_column" not in asked:
+        assert expected.base.files[weights] == sha256(script.MODEL / weights)
 
 
 def test_an_unknown_recipe_is_refused(regenerate: Main, capsys: pytest.CaptureFixture[str]):

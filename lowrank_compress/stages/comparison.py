@@ -16,6 +16,7 @@ from lowrank_compress.config import Recipe
 from lowrank_compress.errors import ArtifactError, InputError
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.stages.common import Run, checkpoint_id
+from lowrank_compress.stages.description import file_entries, portable, text_of, weight_files
 from lowrank_compress.stages.differences import (
     Reference,
     TensorDifference,
@@ -23,16 +24,7 @@ from lowrank_compress.stages.differences import (
     tensor_differences,
     weight_differences,
 )
-from lowrank_compress.stages.expectation import (
-    Expectation,
-    FileEntry,
-    Input,
-    StageEntry,
-    file_entries,
-    portable,
-    text_of,
-    weight_files,
-)
+from lowrank_compress.stages.expectation import Expectation, FileEntry, Input, StageEntry
 
 Verdict = Literal["same", "within tolerance", "different"]
 EXIT_CODES: dict[Verdict, int] = {"same": 0, "within tolerance": 3, "different": 2}

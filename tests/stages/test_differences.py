@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 
 from lowrank_compress.artifacts.contents import tensor_hash
 from lowrank_compress.stages.comparison import environment_changes, file_differences
+from lowrank_compress.stages.description import fractions
 from lowrank_compress.stages.differences import Elements, Reference, compare_elements, tensor_differences
-from lowrank_compress.stages.expectation import FileEntry, StageEntry, TensorEntry, fractions
+from lowrank_compress.stages.expectation import FileEntry, StageEntry, TensorEntry
 
 
 def test_elements_of_a_known_difference():

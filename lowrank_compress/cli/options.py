@@ -87,7 +87,8 @@ Calibration = Annotated[
     str | None,
     typer.Option(
         "--calibration",
-        help="Text file; .jsonl, .csv or .tsv with --text-column; or hf:NAME[:CONFIG[:SPLIT]]. "
+        help="Text file; .jsonl, .json, .csv, .tsv or .parquet with --text-column; either also compressed; or "
+        "hf:NAME[:CONFIG[:SPLIT]], where the split may be a slice, train[:1000]. "
         "(default: hf:Salesforce/wikitext:wikitext-2-raw-v1:train)",
         rich_help_panel=DATA,
     ),

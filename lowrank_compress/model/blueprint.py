@@ -48,11 +48,14 @@ def task_of(config: PretrainedConfig) -> Task:
     if named.endswith(("ForCausalLM", "LMHeadModel")):
         return "lm"
     if named.endswith("ForSequenceClassification"):
+        labels = len(config.id2label or {})
+        # As transformers decides: a single label is a regression.
         kind = getattr(config, "problem_type", None) or "single_label_classification"
-        if kind != "single_label_classification" or len(config.id2label or {}) < 2:
+        kind = "regression" if labels < 2 else kind
+        if kind != "single_label_classification":
             raise UnsupportedError(
-                f"The classifier's problem_type is {kind} with {len(config.id2label or {})} labels; supported is one "
-                "label of several (single_label_classification), whose loss is the cross-entropy."
+                f"The head is for {kind} (num_labels {labels}); supported is one label of several "
+                "(single_label_classification), whose loss is the cross-entropy."
             )
         if getattr(config, "pad_token_id", None) is None:
             raise CheckpointError(

@@ -155,7 +155,7 @@ class _Loader(yaml.SafeLoader):
         names = [self.construct_object(key, deep=True) for key, _ in node.value]
         for name in names:
             if not isinstance(name, str):
-                raise yaml.YAMLError(f"the key {name!r} is a {type(name).__name__}; expected the name of an option")
+                raise yaml.YAMLError(f"the key {name!r} is no text; expected the name of an option")
             if names.count(name) > 1:
                 raise yaml.YAMLError(f"the option {name!r} is there twice")
         return super().construct_mapping(node, deep)

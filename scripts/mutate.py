@@ -152,6 +152,7 @@ def warm(directory: Path) -> None:
             ("export", "warm-run", "--dense", "warm-dense"),
             ("show", "warm-run"),
             ("verify", "warm-run"),
+            ("eval", "warm", "--tasks", "none"),  # imports lm-eval
         ):
             lrc(*words)
         logits("warm-dense")
@@ -261,7 +262,8 @@ def run(
 ) -> list[Result]:
     """Make the template, try the cases, and tell of what is bad as it comes."""
     results = []
-    for result in all_results(names, seed, root, workers, keep):
+    found = all_results(names, seed, root, workers, keep)
+    while (result := _next(found)) is not None:
         results.append(result)
         if result.outcome in BAD or loud:
             told = f"{result.case} ({result.mutation}): {result.outcome}: {result.note[:400]}"
@@ -269,6 +271,14 @@ def run(
         if loud:
             console.print(printable("\n".join(result.said)))
     return results
+
+
+def _next(found: Iterator[Result]) -> Result | None:
+    """The next result; None after the last, or where the user has had enough."""
+    try:
+        return next(found, None)
+    except KeyboardInterrupt:
+        return None
 
 
 def printable(text: str) -> str:

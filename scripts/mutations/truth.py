@@ -39,6 +39,13 @@ def load(path: Path | str, kind: str = "lm") -> tuple[PreTrainedModel, dict[str,
     return model.float().eval(), found
 
 
+def _tokenizer_of(path: Path) -> Path:
+    """Where a checkpoint's tokenizer is: an adapter without one has that of its base."""
+    if (path / "adapter_config.json").exists() and not (path / "tokenizer_config.json").exists():
+        return Path(json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"])
+    return path
+
+
 def _by_peft(auto: Any, path: Path) -> PreTrainedModel:
     """Load an adapter with PEFT, where transformers leaves magnitudes random that PEFT has read."""
     base = json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"]
@@ -50,7 +57,7 @@ def _by_peft(auto: Any, path: Path) -> PreTrainedModel:
 def perplexity(path: Path | str, text: str, seq_len: int = SEQ_LEN, limit: int | None = None) -> tuple[float, int]:
     """Perplexity of a text and its number of scored tokens, a window at a time."""
     model, _ = load(path)
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(_tokenizer_of(Path(path)))
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     first = tokenizer("a")["input_ids"][:1]
     bos = [tokenizer.bos_token_id] if first == [tokenizer.bos_token_id] else []

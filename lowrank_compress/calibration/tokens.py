@@ -36,7 +36,9 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTok
         if (path / name).exists():
             require_small(path / name)
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer("a", verbose=False)  # some settings are of use, and fail, only then
+        return tokenizer
     except Exception as problem:  # transformers raises many types here
         raise InputError(
             f"{path} has no tokenizer that transformers can load ({in_a_line(problem)}). Put "
@@ -49,11 +51,25 @@ def vocabulary_of(checkpoint: Checkpoint) -> int | None:
     return getattr(checkpoint.config.get_text_config(), "vocab_size", None)
 
 
-def bos_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The bos token that the tokenizer puts before a text, if it does."""
+def bos_of(tokenizer: PreTrainedTokenizerBase, vocabulary: int | None = None) -> int | None:
+    """The bos token that the tokenizer puts before a text, if it does.
+
+    Parameters
+    ----------
+    vocabulary
+        Rows of the model's embedding, which its id must have one of.
+
+    Raises
+    ------
+    InputError
+        It has none.
+    """
     with_special = tokenizer("a", add_special_tokens=True)["input_ids"]
     bos = tokenizer.bos_token_id
-    return bos if bos is not None and with_special and with_special[0] == bos else None  # pyright: ignore
+    if bos is None or not with_special or with_special[0] != bos:  # pyright: ignore
+        return None
+    require_known(tokenizer, torch.tensor([bos]), vocabulary)
+    return bos  # pyright: ignore
 
 
 def renderer(tokenizer: PreTrainedTokenizerBase) -> Render | None:
@@ -114,14 +130,29 @@ def encode(
         count += len(ids)
         if most is not None and count >= most:
             break
-    ids = torch.from_numpy(np.concatenate(found))
-    if vocabulary is not None and len(ids) and int(ids.max()) >= vocabulary:
-        worst = int(ids.max())
+    whole = torch.from_numpy(np.concatenate(found))
+    require_known(tokenizer, whole, vocabulary)
+    return whole
+
+
+def require_known(tokenizer: PreTrainedTokenizerBase, ids: Tensor, vocabulary: int | None) -> None:
+    """Make sure that the model has an embedding for every token id.
+
+    Parameters
+    ----------
+    vocabulary
+        Rows of the model's embedding; None if that is not known.
+
+    Raises
+    ------
+    InputError
+        An id is beyond them.
+    """
+    if vocabulary is not None and ids.numel() and (worst := int(ids.max())) >= vocabulary:
         raise InputError(
             f"The tokenizer makes the token {tokenizer.convert_ids_to_tokens(worst)!r} with id {worst}, but the model "
             f"has embeddings for ids below {vocabulary} only. The tokenizer belongs to another model."
         )
-    return ids
 
 
 def _in_parts(
@@ -202,7 +233,12 @@ def window_batches(windows: Sequence[Tensor], size: int) -> list[Batch]:
 
 
 def example_batches(
-    tokenizer: PreTrainedTokenizerBase, examples: Examples, label_ids: Mapping[str, int], seq_len: int, size: int
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Examples,
+    label_ids: Mapping[str, int],
+    seq_len: int,
+    size: int,
+    vocabulary: int | None = None,
 ) -> list[Batch]:
     """Tokenise labelled texts as the model expects them, special tokens included.
 
@@ -212,7 +248,7 @@ def example_batches(
     Raises
     ------
     InputError
-        A label is not one of the model's classes.
+        A label is not one of the model's classes, or a token id is beyond the `vocabulary`.
     CalibrationError
         An example has no tokens.
     """
@@ -234,7 +270,9 @@ def example_batches(
             part = group[start : start + size]
             kinds = None if part[0][2] is None else torch.tensor([kinds for _, _, kinds in part])
             chosen = None if labels is None else torch.tensor([labels[number] for number, _, _ in part])
-            batches.append(Batch(torch.tensor([ids for _, ids, _ in part]), None, chosen, kinds))
+            ids = torch.tensor([ids for _, ids, _ in part])
+            require_known(tokenizer, ids, vocabulary)
+            batches.append(Batch(ids, None, chosen, kinds))
     return batches
 
 

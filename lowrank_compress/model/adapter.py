@@ -168,7 +168,7 @@ def _merge(base: Checkpoint, adapter: Path, settings: Mapping[str, Any]) -> PreT
         raise
     except Exception as problem:  # peft raises many types
         raise CheckpointError(
-            f"peft cannot merge the adapter {adapter} into {base.path}: {in_a_line(problem)}"
+            f"peft cannot merge the adapter {adapter} into its base: {in_a_line(problem)}"
         ) from problem
 
 

@@ -194,8 +194,21 @@ class Checkpoint:
 
     @property
     def class_ids(self) -> dict[str, int]:
-        """A classifier's labels and their numbers."""
-        return {str(label): int(number) for label, number in (self.config.label2id or {}).items()}
+        """A classifier's labels and their numbers.
+
+        Raises
+        ------
+        CheckpointError
+            A number is beyond its classes.
+        """
+        found = {str(label): int(number) for label, number in (self.config.label2id or {}).items()}
+        classes = self.config.num_labels or 0
+        if wrong := [label for label, number in found.items() if number >= classes]:
+            raise CheckpointError(
+                f"{self.path / 'config.json'} gives the label {wrong[0]!r} the number {found[wrong[0]]} of only "
+                f"{classes} classes; expected numbers below that in label2id."
+            )
+        return found
 
     def identity(self) -> dict[str, Path]:
         """Return the files that make the checkpoint what it is: config, weights, tokenizer, trusted code; by name."""
@@ -226,6 +239,7 @@ class Checkpoint:
 def in_a_line(problem: BaseException) -> str:
     """What an exception of transformers tells its user, in one line; Python's own words are for programmers."""
     if isinstance(problem, AttributeError | TypeError | LookupError | NameError | AssertionError | RecursionError):
-        return f"its values do not fit together ({type(problem).__name__})"
-    text = " ".join(str(problem).split()) or type(problem).__name__
+        return "its values do not fit together"
+    text = " ".join(str(problem).split()).replace("NoneType", "null").replace("TypeError: ", "")
+    text = text or "it does not say why"
     return text if len(text) <= 300 else text[:300] + " …"

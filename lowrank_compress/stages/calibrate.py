@@ -260,11 +260,13 @@ def calibration_batches(config: CalibrateConfig, checkpoint: Checkpoint, task: T
         The data are missing, empty, too short or have no such column.
     """
     tokenizer = load_tokenizer(checkpoint.path, checkpoint.trust_remote_code)
-    source = _source(config)
+    source, vocabulary = _source(config), vocabulary_of(checkpoint)
     named = config.text_column is not None or config.label_column is not None
     if task == "classification" and (named or (source.is_table and not source.is_hub)):
         examples = shuffled(read_examples(source), config.samples, config.seed)
-        return example_batches(tokenizer, examples, checkpoint.class_ids, config.seq_len, config.micro_batch)
-    ids = encode(tokenizer, pieces(source, renderer(tokenizer)), vocabulary_of(checkpoint))
-    windows = calibration_windows(ids, config.seq_len, config.samples, config.seed, bos_of(tokenizer))
+        return example_batches(
+            tokenizer, examples, checkpoint.class_ids, config.seq_len, config.micro_batch, vocabulary
+        )
+    ids = encode(tokenizer, pieces(source, renderer(tokenizer)), vocabulary)
+    windows = calibration_windows(ids, config.seq_len, config.samples, config.seed, bos_of(tokenizer, vocabulary))
     return window_batches(list(windows), config.micro_batch)

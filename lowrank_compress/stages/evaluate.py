@@ -22,6 +22,7 @@ from lowrank_compress.calibration.tokens import (
     example_batches,
     load_tokenizer,
     renderer,
+    require_known,
     vocabulary_of,
     window_batches,
 )
@@ -182,7 +183,9 @@ def _measure(
                 raise InputError("--classification needs the column of the labels: pass --label-column.")
             source = Source(config.classification, config.text_column, config.label_column)
             examples = read_examples(source, config.limit)
-            batches = example_batches(tokenizer, examples, checkpoint.class_ids, seq_len, config.batch_size)
+            batches = example_batches(
+                tokenizer, examples, checkpoint.class_ids, seq_len, config.batch_size, vocabulary_of(checkpoint)
+            )
             part = accuracy(skeleton, workers.share(batches), _labelled(reporter, f"{role} accuracy"))
             whole = Accuracy(*map(int, workers.total([part.right, part.examples])))
             measured["classification"][config.classification] = {"value": whole.value, "n": whole.examples}
@@ -205,7 +208,7 @@ def text_batches(
     CalibrationError
         The text is empty or has a single token.
     """
-    bos = bos_of(tokenizer)
+    bos = bos_of(tokenizer, vocabulary)
     most = None if config.limit is None else config.limit * seq_len
     ids = encode(tokenizer, pieces(source, renderer(tokenizer)), vocabulary, most=most)
     windows = evaluation_windows(ids, seq_len, bos)[: config.limit]
@@ -222,9 +225,13 @@ def _run_tasks(
         raise InputError("--tasks needs a causal language model; for a classifier use --classification.")
     reporter.advance(f"{role} tasks", 0, 1)
     model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=checkpoint.dtype)
+    tokenizer = load_tokenizer(checkpoint.path, checkpoint.trust_remote_code)
+    model.get_input_embeddings().register_forward_pre_hook(
+        lambda embedding, inputs: require_known(tokenizer, inputs[0], embedding.num_embeddings)
+    )
     found = run_tasks(
         model.to(config.device).eval(),
-        load_tokenizer(checkpoint.path, checkpoint.trust_remote_code),
+        tokenizer,
         config.tasks,
         include_path=None if config.include_path is None else Path(config.include_path),
         limit=config.limit,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -410,3 +411,11 @@ def test_examples_are_drawn_by_the_seed() -> None:
     assert found.texts != shuffled(examples, 30, 1).texts
     assert sorted(shuffled(examples, 100, 1).texts) == sorted(examples.texts)
     assert shuffled(Examples(examples.texts, None), 30, 0) == Examples(found.texts, None)
+
+
+def test_settings_that_fail_only_when_they_are_used(tmp_path: Path) -> None:
+    tiny_tokenizer(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"model_max_length": "long"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match="has no tokenizer that transformers can load"):
+        load_tokenizer(tmp_path)

@@ -23,7 +23,7 @@ from lowrank_compress.model.shards import INDEX, SINGLE
 from lowrank_compress.model.skeleton import Skeleton
 from tests.ordinary import tokens
 from tests.runs import Tiny, done, looks_finished, refused
-from tests.tiny import save_tiny
+from tests.tiny import save_tiny, tiny_tokenizer
 
 State = dict[str, Tensor]
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -508,3 +508,55 @@ def test_small_files_that_are_large_or_deep(model: Path, tiny: Tiny) -> None:
         (model / name).write_bytes(content)
     (model / "generation_config.json").write_text("[" * 100_000)
     assert "generation_config.json" in refused("eval", model, "--perplexity", tiny.heldout)
+
+
+def test_labels_beyond_the_classes(model: Path) -> None:
+    configure(model, id2label={"0": "a", "1": "b"}, label2id={"a": 0, "b": 2})
+    with pytest.raises(CheckpointError, match="gives the label 'b' the number 2 of only 2 classes"):
+        _ = Checkpoint(model).class_ids
+
+
+# --- Tokens that the model does not know
+
+
+def grown(model: Path) -> None:
+    """Give the tokenizer more tokens than the model has."""
+    tokenizer = tiny_tokenizer(model)
+    tokenizer.add_tokens(["[new]"])
+    tokenizer.save_pretrained(model)
+
+
+@pytest.mark.parametrize("command", ["calibrate", "eval"])
+def test_a_token_beyond_the_embedding_is_named(command: str, model: Path, tiny: Tiny, tmp_path: Path) -> None:
+    grown(model)
+    (tmp_path / "text.txt").write_text(tiny.text.read_text() + " [new] the fox")
+    options = {
+        "calibrate": (*tiny.options(tmp_path / "run", "svd-llm")[1:], "--calibration", tmp_path / "text.txt"),
+        "eval": ("--perplexity", tmp_path / "text.txt"),
+    }
+    message = refused(command, model, *options[command])
+    assert "The tokenizer makes the token '[new]' with id 96, but the model has embeddings for ids below 96" in message
+    assert looks_finished(tmp_path) == []
+    # A text without it is none of its business.
+    done("eval", model, "--perplexity", tiny.heldout)
+
+
+def test_a_bos_beyond_the_embedding_is_named(model: Path, tiny: Tiny) -> None:
+    tokenizer = tiny_tokenizer(model)
+    settings = json.loads((model / "tokenizer.json").read_text())
+    settings["added_tokens"].append({**settings["added_tokens"][1], "id": 96, "content": "<new>"})
+    settings["post_processor"]["special_tokens"]["<s>"] |= {"ids": [96]}
+    (model / "tokenizer.json").write_text(json.dumps(settings))
+    options = json.loads((model / "tokenizer_config.json").read_text()) | {"bos_token": "<new>"}
+    (model / "tokenizer_config.json").write_text(json.dumps(options))
+    assert tokenizer.bos_token_id == 1
+    assert "the token '<new>' with id 96" in refused("eval", model, "--perplexity", tiny.heldout)
+
+
+def test_a_token_of_an_example_beyond_the_embedding_is_named(tmp_path: Path) -> None:
+    model = save_tiny("bert", tmp_path / "model", "classification")
+    grown(model)
+    (tmp_path / "table.csv").write_text("text,label\nthe fox,0\n[new] the fox,1\n")
+    message = refused("eval", model, "--classification", tmp_path / "table.csv", "--text-column", "text",
+                      "--label-column", "label")  # fmt: skip
+    assert "the token '[new]' with id 96" in message

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
 
 from tests.runs import Tiny, done, refused
 from tests.tiny import save_tiny, tiny_text, tiny_tokenizer
@@ -42,18 +44,23 @@ def test_heads_with_another_loss_are_refused_by_name(overrides: dict[str, Any], 
     assert not (tmp_path / "run").exists()
 
 
-def test_accuracy_does_not_depend_on_the_batch_size(tmp_path: Path) -> None:
+def test_accuracy_is_that_of_each_example_alone(tmp_path: Path) -> None:
     """Though the tokenizer pads left, with another token than the model's."""
     model = save_tiny("gpt2", tmp_path / "model", "classification", pad_token_id=7)
     tokenizer = tiny_tokenizer(model)
     tokenizer.padding_side = "left"
     tokenizer.save_pretrained(model)
+    stock = AutoModelForSequenceClassification.from_pretrained(model).eval()
+    lines = []
+    for seed in range(60):
+        text = tiny_text(10 + 7 * (seed % 9), seed).strip().replace("\n", " ")
+        with torch.no_grad():
+            lines.append(f"{text}\t{int(stock(torch.tensor([tokenizer(text)['input_ids']])).logits.argmax())}")
+    (tmp_path / "a.tsv").write_text("\n".join(["text\tlabel", *lines]))
     columns = ["--text-column", "text", "--label-column", "label"]
-    options = ["eval", model, "--classification", table(tmp_path / "a.tsv", 60), *columns, "--json"]
-    found = [done(*options, "--batch-size", size).json["classification"] for size in (1, 4, 60)]
-    assert found[0] == found[1] == found[2]
-    (measured,) = found[0].values()
-    assert measured["n"] == 60
+    for size in (1, 4, 60):
+        said = done("eval", model, "--classification", tmp_path / "a.tsv", *columns, "--batch-size", size, "--json")
+        assert said.json["classification"][str(tmp_path / "a.tsv")] == {"dense": 1.0, "n": 60}
 
 
 def test_fewer_windows_or_examples_than_asked_for_are_told(tiny: Tiny, tmp_path: Path) -> None:

@@ -223,9 +223,12 @@ def dry_run(recipe: Recipe, out: Path | None, memory_budget: str | None) -> dict
 
 def demo(ratio: float, out: Path, reporter: TerminalReporter) -> list[dict[str, Any]]:
     """Compress the embedded model by plain svd, fwsvd and auto, and evaluate on held-out text."""
+    methods = ("svd", "fwsvd", "auto")
+    for method in methods:
+        pipeline.refuse_foreign(Run(out / f"{method}-{ratio:g}"))
     texts = demo_text.write_parts(out / "text")
     rows = []
-    for method in ("svd", "fwsvd", "auto"):
+    for method in methods:
         recipe = Recipe(
             model=str(Path(demo_text.__file__).parent / "model"),
             ratio=ratio,
@@ -236,7 +239,6 @@ def demo(ratio: float, out: Path, reporter: TerminalReporter) -> list[dict[str, 
         run = Run(out / f"{method}-{ratio:g}")
         plan = make_plan(recipe)
         check_ratio(plan.score, plan.checkpoint)
-        pipeline.refuse_foreign(run)
         with locked(run.path):
             pipeline.claim(run, plan, overwrite=False)
             manifest = pipeline.compress(plan, run, reporter)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_compress.artifacts.lock import HOLDER, locked
-from lowrank_compress.errors import LockedError
+from lowrank_compress.artifacts.lock import HOLDER, LOCK, locked
+from lowrank_compress.errors import ArtifactError, LockedError
 from tests.runs import forked
 
 
@@ -31,3 +31,28 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path: Path):
     assert (tmp_path / HOLDER).read_text() != f"pid {os.getpid()}\n"
     with locked(tmp_path):
         assert (tmp_path / HOLDER).read_text() == f"pid {os.getpid()}\n"
+
+
+@pytest.mark.parametrize("name", [LOCK, HOLDER])
+@pytest.mark.parametrize("kind", ["notes", "hard link", "link", "pipe"])
+def test_what_is_no_lock_is_left_as_it_is(tmp_path: Path, name: str, kind: str):
+    run, precious = tmp_path / "run", tmp_path / "precious"
+    run.mkdir()
+    precious.write_text("mine" if kind != "hard link" else "")
+    path = run / name
+    {
+        "notes": lambda: path.write_text("mine"),
+        "hard link": lambda: path.hardlink_to(precious),
+        "link": lambda: path.symlink_to(precious),
+        "pipe": lambda: os.mkfifo(path),
+    }[kind]()
+    with pytest.raises(ArtifactError, match="is not the lock of a run, and is left as it is"), locked(run):
+        pass
+    assert precious.read_text() == ("mine" if kind != "hard link" else "")
+    assert kind != "notes" or path.read_text() == "mine"
+
+
+def test_the_lock_of_an_older_version_is_one(tmp_path: Path):
+    (tmp_path / LOCK).write_text("pid 17\n")
+    with locked(tmp_path):
+        pass

@@ -705,8 +705,10 @@ def check_indices(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if isinstance(module, CompressedLinear):
             rows = {f"lr_index{part.suffix}": part.rows for part in module.parts if part.format == "pivot"}
+        elif isinstance(module, CompressedAttention) and module.lr_heads.rotary:
+            rows = {"lr_rotary": module.lr_heads.size}
         else:
-            rows = {"lr_rotary": module.lr_heads.size} if "lr_rotary" in module._buffers else {}
+            continue
         for name, count in rows.items():
             stored = module.get_buffer(name)
             if stored.device.type == "meta" or type(stored) is not Tensor:

@@ -126,6 +126,8 @@ def load_recipe(path: Path | None, options: dict[str, Any]) -> Recipe:
     try:
         return Recipe(**fields)
     except ValidationError as problem:
+        wrong = {_option(error) for error in problem.errors()}
+        where = "The command line" if wrong <= given.keys() else where
         raise InputError(f"{where}: {_explain(problem, Recipe)}") from None
 
 
@@ -184,16 +186,21 @@ def read_recipe_file(path: Path) -> dict[str, Any]:
     return found
 
 
+def _option(error: Any) -> str:
+    """The option that an error is about; what a validator of this file says of one begins with its name."""
+    return str(error["loc"][0]) if error["loc"] else error["msg"].removeprefix("Value error, ").split()[0]
+
+
 def _explain(problem: ValidationError, kind: type[Strict]) -> str:
     known = ", ".join(kind.model_fields)
     parts = []
     for error in problem.errors():
-        name = ".".join(map(str, error["loc"])) or "recipe"
+        name = ".".join(map(str, error["loc"]))
         if error["type"] == "extra_forbidden":
             parts.append(f"unknown option {name!r}; known are {known}")
         else:
             got = "" if error["type"] == "value_error" else f" (got {reprlib.repr(error['input'])})"
-            parts.append(f"{name}: {error['msg'].removeprefix('Value error, ')}{got}")
+            parts.append(f"{name}{': ' * bool(name)}{error['msg'].removeprefix('Value error, ')}{got}")
     return "; ".join(parts) + "."
 
 

@@ -20,6 +20,7 @@ from lowrank_compress.stages.common import Run, compute_device, display_name, en
 
 ATTENTIONS = ("sdpa", "eager")
 NEW_TOKENS = 32
+MOST = 1 << 20  # sequences, or tokens of one; no machine that this could be measured on holds more
 PARTS = " ▏▎▍▌▋▊▉█"
 WIDTH = 40
 
@@ -33,8 +34,8 @@ def numbers(text: str, option: str) -> tuple[int, ...]:
         It is something else.
     """
     words = [word.strip() for word in text.split(",")]
-    if not all(word.isdecimal() and int(word) > 0 for word in words):
-        raise InputError(f"{option} {text!r} is no list of positive whole numbers; expected, for example, 1,8.")
+    if not all(word.isdecimal() and len(word) < 9 and 0 < int(word) <= MOST for word in words):
+        raise InputError(f"{option} {text!r} is no list of whole numbers from 1 to {MOST}; expected, for example, 1,8.")
     return tuple(dict.fromkeys(map(int, words)))
 
 

@@ -223,22 +223,19 @@ def dry_run(recipe: Recipe, out: Path | None, memory_budget: str | None) -> dict
 
 def demo(ratio: float, out: Path, reporter: TerminalReporter) -> list[dict[str, Any]]:
     """Compress the embedded model by plain svd, fwsvd and auto, and evaluate on held-out text."""
+    given: dict[str, Any] = {"model": str(Path(demo_text.__file__).parent / "model"), "ratio": ratio}
+    # Of the three the one that reaches the least, and needs no text.
+    plan = make_plan(load_recipe(None, given | {"method": "svd"}))
+    check_ratio(plan.score, plan.checkpoint)
     methods = ("svd", "fwsvd", "auto")
     for method in methods:
         pipeline.refuse_foreign(Run(out / f"{method}-{ratio:g}"))
     texts = demo_text.write_parts(out / "text")
     rows = []
     for method in methods:
-        recipe = Recipe(
-            model=str(Path(demo_text.__file__).parent / "model"),
-            ratio=ratio,
-            method=method,
-            calibration=str(texts["calibration"]),
-            samples=256,
-        )
+        recipe = load_recipe(None, given | {"method": method, "calibration": str(texts["calibration"]), "samples": 256})
         run = Run(out / f"{method}-{ratio:g}")
         plan = make_plan(recipe)
-        check_ratio(plan.score, plan.checkpoint)
         with locked(run.path):
             pipeline.claim(run, plan, overwrite=False)
             manifest = pipeline.compress(plan, run, reporter)

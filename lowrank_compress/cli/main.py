@@ -388,10 +388,13 @@ def bench(
         str, typer.Option("--prompt-tokens", help="Lengths of the random prompts, separated by commas.")
     ] = "128,512",
     new_tokens: Annotated[
-        int | None, typer.Option("--new-tokens", min=1, help="Tokens generated after each prompt (default: 32)")
+        int | None,
+        typer.Option("--new-tokens", min=1, max=10**6, help="Tokens generated after each prompt (default: 32)"),
     ] = None,
-    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Measurements of each, after a warm-up.")] = 5,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the random prompts.")] = 0,
+    rounds: Annotated[
+        int, typer.Option("--rounds", min=1, max=10**6, help="Measurements of each, after a warm-up.")
+    ] = 5,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of the random prompts.")] = 0,
     device: o.Device = None,
     dtype: Annotated[
         str | None,
@@ -404,7 +407,8 @@ def bench(
         str | None, typer.Option("--attention", help="sdpa or eager (default: sdpa, if all models have it)")
     ] = None,
     threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="CPU threads (default: OMP_NUM_THREADS, or one a core)")
+        int | None,
+        typer.Option("--threads", min=1, max=1024, help="CPU threads (default: OMP_NUM_THREADS, or one a core)"),
     ] = None,
     json: o.Json = False,
     debug: o.Debug = False,

@@ -144,8 +144,12 @@ def _lacks_memory(problem: Exception) -> bool:
 
 def _one_line(text: str) -> str:
     """Show a text in one paragraph, with what cannot be printed spelled out and very long words cut in the middle."""
-    plain = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text.replace("\n", " "))
-    return re.sub(r"(\S{100})\S{200,}(\S{100})", r"\1…\2", plain)
+    return re.sub(r"(\S{100})\S{200,}(\S{100})", r"\1…\2", printable(text.replace("\n", " ")))
+
+
+def printable(text: str) -> str:
+    """Spell out what a terminal cannot show, or would obey."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _unexpected(problem: Exception) -> str:
@@ -218,11 +222,11 @@ def console() -> Console:
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> Table:
     """Make a table: the first `left` columns are text, the others numbers."""
-    made = Table(title=title or None, title_justify="left", header_style="bold")
+    made = Table(title=printable(title) or None, title_justify="left", header_style="bold")
     for number, name in enumerate(columns):
         made.add_column(name, justify="left" if number < left else "right", overflow="fold")
     for row in rows:
-        made.add_row(*row)
+        made.add_row(*map(printable, row))
     return made
 
 

@@ -255,8 +255,12 @@ def compute_device(name: str) -> torch.device:
         raise InputError(f"Unknown device {name!r}; expected auto, cpu, cuda or cuda:N.") from None
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"The device {name} is not supported; expected auto, cpu, cuda or cuda:N.")
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if device.type == "cpu":
+        return torch.device("cpu")  # there is one, whatever its number
+    if not torch.cuda.is_available():
         raise InputError(f"The device {name} was asked for, but this torch sees no GPU. Use --device cpu.")
+    if (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise InputError(f"The device {name} was asked for, but this torch sees {count} GPUs, from cuda:0 on.")
     return device
 
 

@@ -65,6 +65,9 @@ def refuse_foreign(run: Run) -> None:
     ArtifactError, InputError
         It is a file, or holds files but no recipe that this program wrote.
     """
+    if not str(run.path).isprintable():
+        # Weights are read and written by a library that takes UTF-8 names alone.
+        raise InputError(f"--out {str(run.path)!r} has characters that cannot be printed. Choose another name.")
     if run.path.exists() and not run.path.is_dir():
         raise InputError(f"--out {run.path} is a file; expected a directory, existing or not.")
     state = recipe_state(run.recipe)

@@ -15,7 +15,7 @@ from lowrank_compress.evaluation.size import measure_size
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.stages.common import recipe_text
 from tests.runs import FEW as FEW_SAMPLES
-from tests.runs import Tiny, done, refused
+from tests.runs import Tiny, done, lrc, refused
 from tests.tiny import save_tiny
 
 ROOT = Path(__file__).parents[2]
@@ -75,8 +75,8 @@ def test_classifiers(tmp_path: Path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--prompt-tokens", "4,x"], "--prompt-tokens '4,x' is no list of positive whole numbers"),
-        (["--batch-size", "0"], "--batch-size '0' is no list of positive whole numbers"),
+        (["--prompt-tokens", "4,x"], "--prompt-tokens '4,x' is no list of whole numbers from 1 to 1048576"),
+        (["--batch-size", "0"], "--batch-size '0' is no list of whole numbers from 1 to 1048576"),
         (["--prompt-tokens", "159"], "159 prompt tokens and 32 new ones are more than the 160 positions"),
         (["--attention", "egaer"], "Unknown attention 'egaer'. Did you mean 'eager'?"),
         (["--dtype", "float8"], "Unknown dtype 'float8'"),
@@ -145,3 +145,22 @@ def test_the_sizes_of_random_llamas_are_what_they_are_called(monkeypatch: pytest
             model = AutoModelForCausalLM.from_config(make_config(shape, "bfloat16"))
         billions = float(name.removesuffix("B"))
         assert model.num_parameters() / 1e9 == pytest.approx(billions, rel=0.16)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--batch-size", 10**30),
+        ("--batch-size", 10**9),
+        ("--prompt-tokens", "9" * 5000),
+        ("--new-tokens", 10**40),
+        ("--rounds", 10**12),
+        ("--seed", 2**64),
+        ("--seed", -5),
+        ("--threads", 10**9),
+    ],
+)
+def test_numbers_beyond_all_machines_are_refused(tiny: Tiny, option: str, value: object):
+    said = lrc("bench", tiny.model, option, value)
+    assert said.code == 2
+    assert option in said.err

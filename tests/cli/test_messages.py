@@ -175,3 +175,44 @@ def test_verify_advises_what_the_command_has(tiny: Tiny, finished: Finished):
     done("eval", run, "--perplexity", tiny.heldout)
     assert done("verify", run, "--json").json["ok"]
     assert os.listdir(metrics.parent)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--out", "\udcff"], r"--out '\udcff' has characters that cannot be printed"),
+        (["--out", "a\nb"], r"--out 'a\nb' has characters that cannot be printed"),
+        (["--device", "cuda:99"], "The device cuda:99 was asked for"),
+        (["--device", "cpu:-7"], "Unknown device 'cpu:-7'"),
+        (["--storage", ""], "The command line: storage is ''"),
+    ],
+)
+def test_options_of_compress(tiny: Tiny, tmp_path: Path, options: list[str], message: str):
+    assert message in refused("compress", *tiny.options(tmp_path / "run", "svd"), *options)
+
+
+def test_any_number_of_a_cpu_is_the_cpu(tiny: Tiny, tmp_path: Path):
+    found = done("compress", *tiny.options(tmp_path / "run"), "--device", "cpu:7", "--dry-run", "--json").json
+    assert found["recipe"]["device"] == "cpu"
+
+
+def test_a_wrong_option_is_not_blamed_on_the_recipe_of_the_run(pristine: Finished, tmp_path: Path):
+    for command, options in (("factorize", ["--dtype", "int8"]), ("score", ["--ratio", "nan"])):
+        assert refused(command, pristine("svd"), *options).startswith("Error: The command line: ")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: x\nsamples: 0\n")
+    assert "The recipe" in refused("compress", "--config", recipe, "--ratio", 2)
+
+
+def test_a_name_in_a_table_commands_no_terminal(tmp_path: Path, pristine: Finished):
+    for name in ("\x1b[31mred", "two\nlines", "\udcff"):
+        shutil.copytree(pristine("svd"), tmp_path / name)
+        assert repr(name)[1:-1] in done("verify", tmp_path / name).out.replace("\n", "")
+
+
+@pytest.mark.parametrize(
+    ("ratio", "message"), [("2", "is not between 0 and 1"), ("nan", "finite number"), ("0.99", "is out of reach")]
+)
+def test_the_demo_refuses_a_ratio_before_it_makes_texts(tmp_path: Path, ratio: str, message: str):
+    assert message in refused("demo", "--ratio", ratio, "--out", tmp_path / "demo")
+    assert not (tmp_path / "demo").exists()

@@ -418,6 +418,8 @@ def columns(place: Place) -> list[Step]:
     wanted = rng.choice(
         ["text", "Text", "", "text ", "id", "nope", "a.b", "text.x", "a\nb", "é", "0", "\udcff", "x" * 3000, "*"]
     )
+    named = rng.random() >= 0.15
+    wanted = wanted if named else "text"  # which is taken where none is named
     header = rng.choice(
         [["id", "text"], ["text"], ["text", "text"], ["", "text"], ["id", wanted], ["text ", "id"], ["id", "a.b"]]
     )
@@ -451,9 +453,7 @@ def columns(place: Place) -> list[Step]:
         name = "t.jsonl"
         known = ["\n\n".join(rows)] if wanted in ("a.b", "text.x") else None
     known = None if known is None else [*known, *(text.replace("\r\n", "\n").replace("\r", "\n") for text in known)]
-    if rng.random() < 0.15:
-        return steps(place, written(name, data, place), None)
-    return steps(place, written(name, data, place), known, "--text-column", wanted)
+    return steps(place, written(name, data, place), known, *(["--text-column", wanted] if named else []))
 
 
 def odd_files(place: Place) -> list[Step]:

@@ -7,6 +7,7 @@ import gzip
 import io
 import lzma
 import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -111,7 +112,7 @@ def read_pieces(name: str) -> Iterator[str]:
         with open(name, "rb") as raw:
             what = "" if ending in COMPRESSED else _looks(raw.read(8))
         raise CalibrationError(f"{name} cannot be read as UTF-8 text ({problem}){what}. Convert it.") from None
-    except (OSError, EOFError, lzma.LZMAError) as problem:
+    except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as problem:
         raise CalibrationError(f"{name} cannot be read ({problem}). Is it whole?") from None
 
 

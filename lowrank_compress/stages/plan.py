@@ -161,6 +161,7 @@ def make_plan(recipe: Recipe, *, reads_text: bool = True) -> Plan:
             f"{recipe.model} is already compressed by this program; start from the dense checkpoint it was made from."
         )
     design = blueprint(checkpoint)
+    design.check_ties()
     scheme, notes = scheme_of(recipe, design.resolved.architecture)
     sites = sites_of(design.resolved, scheme)
     units = all_units(sites)

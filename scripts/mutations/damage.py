@@ -32,7 +32,7 @@ def flip(path: Path, rng: Random) -> None:
 def truncate(path: Path, rng: Random) -> None:
     """Leave off the end."""
     size = path.stat().st_size
-    os.truncate(path, rng.choice([0, 1, 7, 8, 9, size - 1, rng.randrange(size + 1)]))
+    os.truncate(path, rng.choice([0, 1, 7, 8, 9, max(0, size - 1), rng.randrange(size + 1)]))
 
 
 def extend(path: Path, rng: Random) -> None:

@@ -92,8 +92,10 @@ def take_step(step: Step, result: Result) -> bool:
         signal.setitimer(signal.ITIMER_REAL, 2)  # once more, if this one is swallowed
         raise Hang
 
+    # Twenty seconds of a machine that does nothing else.
+    crowd = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
     signal.signal(signal.SIGALRM, alarm)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS * crowd)
     try:
         said = lrc(*step.words)
     except Hang:
@@ -126,11 +128,16 @@ def take_step(step: Step, result: Result) -> bool:
         result.worsen("different", f"refused what must work: {said.err.strip()[-300:]}")
     else:
         result.worsen("refused", said.err.strip()[-300:])
-        if step.stock is not None:
+        if step.stock is not None and not waits():
             with suppress(Exception):
                 step.stock()
                 result.worsen("stricter", said.err.strip()[-300:])
     return False
+
+
+def waits() -> bool:
+    """Whether there is a pipe, at which transformers would wait for ever."""
+    return any(state.startswith("special") for state in inventory(Path.cwd()).values())
 
 
 def unclear(out: str, err: str) -> str | None:

@@ -49,6 +49,12 @@ def test_other_errors_keep_their_type(tmp_path: Path):
         files.write_atomically(tmp_path / "file", fail(PermissionError("no")))
 
 
+def test_a_path_that_is_not_utf8_is_read_back_as_it_was(tmp_path: Path):
+    value = {"base": "/models/\udcff", "é": "漢"}
+    files.write_sealed(tmp_path / "a.json", value)
+    assert files.read_sealed(tmp_path / "a.json") == value
+
+
 def test_json_keeps_order_and_letters(tmp_path: Path):
     files.write_json(tmp_path / "a.json", {"b": 1, "a": "é"})
     assert (tmp_path / "a.json").read_text(encoding="utf-8") == '{\n  "b": 1,\n  "a": "é"\n}\n'

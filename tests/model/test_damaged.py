@@ -8,7 +8,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tests.runs import Tiny, refused
+from tests.runs import Tiny, done, refused
+from tests.tiny import save_tiny
 
 
 @pytest.mark.parametrize("value", [10**6, -1, 1])
@@ -40,4 +41,15 @@ def test_spectra_of_an_altered_basis(finished: Callable[[str], Path]):
     run = finished("svd-llm")
     (basis,) = sorted((run / "scores").glob("basis-*0*.safetensors"))[:1]
     os.truncate(basis, 100)
-    assert f"{basis} is missing or not as it was written" in refused("show", run)
+    spectra = done("show", run, "--json").json["spectra"]
+    assert spectra.keys() == {name for name in spectra if name.startswith("model.layers.1")}
+    assert spectra  # those of the other block
+
+
+def test_a_head_that_is_tied_and_stored_otherwise(tmp_path: Path):
+    model = save_tiny("llama", tmp_path / "tied", tie_word_embeddings=True)
+    tensors = load_file(model / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 2
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    words = ("compress", model, "--method", "svd", "--out", tmp_path / "run")
+    assert "stores different values in model.embed_tokens.weight and lm_head.weight" in refused(*words)

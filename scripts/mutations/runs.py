@@ -482,7 +482,6 @@ def exports(place: Place) -> list[Step]:
         ".",
         "..",
         "link",
-        "link/x",
         "dense",
         HELDOUT,
         "run/..",

@@ -32,8 +32,9 @@ def load(path: Path | str, kind: str = "lm") -> tuple[PreTrainedModel, dict[str,
     """
     auto: Any = AutoModelForCausalLM if kind == "lm" else AutoModelForSequenceClassification
     model, found = auto.from_pretrained(path, output_loading_info=True)
-    if any("lora_magnitude_vector" in name for name in found["missing_keys"]):
-        return _by_peft(auto, Path(path)), {"unexpected_keys": ()}
+    missing = {name for name in found["missing_keys"] if "lora_magnitude_vector" not in name}
+    if (Path(path) / "adapter_config.json").exists() and not missing:
+        return _by_peft(auto, Path(path)), found | {"unexpected_keys": ()}
     if found["missing_keys"] or found["mismatched_keys"] or found.get("error_msgs"):
         raise Refused(f"missing {sorted(found['missing_keys'])}, of other shapes {sorted(found['mismatched_keys'])}")
     return model.float().eval(), found
@@ -47,7 +48,7 @@ def _tokenizer_of(path: Path) -> Path:
 
 
 def _by_peft(auto: Any, path: Path) -> PreTrainedModel:
-    """Load an adapter with PEFT, where transformers leaves magnitudes random that PEFT has read."""
+    """Load an adapter with PEFT and merge it: transformers leaves some magnitudes random that PEFT has read."""
     base = json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"]
     model: Any = PeftModel.from_pretrained(auto.from_pretrained(base), str(path))
     return model.merge_and_unload().float().eval()

@@ -47,7 +47,8 @@ def test_table_and_bars(pristine: Finished, tiny: Tiny):
     assert "Memory (weights and KV cache, computed)" in said.out
     for run in ("svd", "auto"):
         assert f"{run} against {tiny.model.name}" in said.out
-    bars = [line for line in said.out.splitlines() if "█" in line]
+    # A line a phase and shape of each run; how long its bar is depends on how fast the machine was just then.
+    bars = [line for line in said.out.splitlines() if line.startswith(("prefill ", "decode ")) and "×" in line[20:]]
     assert len(bars) == 8
     assert sum("of the limit" in line for line in bars) == 4
     assert "\x1b" not in said.out

@@ -229,6 +229,8 @@ class CalibrateConfig(Strict):
     micro_batch: int
     clip: float | None
     device: str
+    held_out: bool = False
+    rival: Scheme | None = None
 
 
 class ScoreConfig(Strict):
@@ -247,6 +249,8 @@ class ScoreConfig(Strict):
     cap: float
     round_to: int
     device: str
+    held_out: bool = False
+    rival: Scheme | None = None
 
 
 class FactorizeConfig(Strict):

@@ -10,17 +10,19 @@ only what enters every few blocks is kept, and the rest is computed once more. N
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lowrank_compress.calibration.moments import Moments
-from lowrank_compress.calibration.statistics import STATISTICS
+from lowrank_compress.arch.resolve import Target
+from lowrank_compress.calibration.moments import ROWS, Moments
+from lowrank_compress.calibration.statistics import STATISTICS, enough_tokens, statistic_key
 from lowrank_compress.calibration.taps import tapped
 from lowrank_compress.calibration.workers import Workers
 from lowrank_compress.errors import InputError
@@ -67,6 +69,7 @@ def capture(
     memory: int | None = None,
     disk: int | None = None,
     workers: Workers = Workers(),
+    halves: bool = False,
 ) -> Iterator[BlockStatistics]:
     """Yield the statistics of each block: first to last, or last to first where gradients are taken.
 
@@ -94,6 +97,9 @@ def capture(
         Bytes that hidden states may take in memory, or else on disk; None for half of what is free, shared by all.
     workers
         Who shares the batches; all must be given the same.
+    halves
+        Take second moments also of the first half of the calibration set alone, where their dimension is large for
+        its tokens (`statistics.enough_tokens`) and there are two sequences at least.
 
     Raises
     ------
@@ -105,6 +111,7 @@ def capture(
             f"The calibration set has {len(batches)} micro-batches for {workers.count} processes. Start fewer, or use "
             "a smaller --micro-batch."
         )
+    batches = numbered(batches)
     own = workers.share(batches)
     memory = free_memory() // (2 * workers.count) if memory is None else memory
     disk = shutil.disk_usage(spill_to or tempfile.gettempdir()).free // (2 * workers.count) if disk is None else disk
@@ -112,9 +119,12 @@ def capture(
     boundary = boundary_bytes(skeleton, own)
     spill = boundary * boundaries(count, wanted) > memory
     replay = Replay(skeleton, own, StateStore(spill, spill_to))
-    sweep = _Sweep(replay, wanted, [i for i in range(count) if not skip(i)], clip, advance)
     tokens = sum(batch.tokens for batch in batches)
     losses = sum(loss_terms(batch) for batch in batches)
+    halves = halves and sum(len(batch.ids) for batch in batches) > 1
+    halved = halved_statistics(skeleton.resolved.targets, wanted, tokens) if halves else frozenset()
+    first = first_counts(batches) if halved else (0, 0)
+    sweep = _Sweep(replay, wanted, [i for i in range(count) if not skip(i)], clip, advance, halved)
     hidden = replay.start()
     if needs_gradient(wanted):
         found = sweep.backwards(hidden, segment_length(count, (disk if spill else memory) // boundary))
@@ -123,7 +133,7 @@ def capture(
     held = None
     for number, (block, moments) in enumerate(found):
         owner = number % workers.count
-        means = moments.means(tokens, losses, workers, owner)
+        means = moments.means(tokens, losses, workers, owner, first)
         if owner == workers.rank:
             held = BlockStatistics(block, means)
         del moments, means
@@ -141,6 +151,7 @@ class _Sweep:
     wanted_blocks: Sequence[int]
     clip: float | None
     advance: Advance
+    halved: frozenset[str] = frozenset()
 
     def forwards(self, hidden: list[State]) -> Iterator[tuple[int, Moments]]:
         """Measure on the way from the first block to the last."""
@@ -185,7 +196,7 @@ class _Sweep:
 
     def _moments(self, index: int) -> Moments | None:
         targets = self.replay.skeleton.resolved.of_block(index)
-        return Moments(targets, self.wanted) if index in self.wanted_blocks else None
+        return Moments(targets, self.wanted, self.halved) if index in self.wanted_blocks else None
 
     def _forward(self, index: int, hidden: list[State]) -> list[State]:
         with torch.no_grad(), self.replay.skeleton.block(index, then=index + 1) as block:
@@ -230,6 +241,36 @@ def segment_length(blocks: int, limit: int) -> int:
 def _kept(blocks: int, segment: int) -> int:
     """Boundaries at once: starts of segments, the inside of one, and the gradients of one before and after a block."""
     return -(-blocks // segment) + segment - 1 + 2
+
+
+def numbered(batches: Sequence[Batch]) -> list[Batch]:
+    """Tell every batch the number of its first sequence."""
+    starts = itertools.accumulate((len(batch.ids) for batch in batches), initial=0)
+    return [replace(batch, first=first) for batch, first in zip(batches, starts, strict=False)]
+
+
+def halved_statistics(targets: Sequence[Target], wanted: Wanted, tokens: int) -> frozenset[str]:
+    """Keys of the second moments that have too few tokens for their dimension to tell losses on the same sample."""
+    return frozenset(
+        statistic_key(target, name)
+        for target in targets
+        for name in wanted.get(target.name, frozenset())
+        if name in ROWS and tokens < enough_tokens(STATISTICS[name].shape(target)[0])
+    )
+
+
+def first_counts(batches: Sequence[Batch]) -> tuple[int, int]:
+    """Tokens and loss terms of the even sequences of a calibration set."""
+    halves = [_even(batch) for batch in batches]
+    return sum(half.tokens for half in halves), sum(loss_terms(half) for half in halves)
+
+
+def _even(batch: Batch) -> Batch:
+    ids, mask, labels = (
+        None if part is None else part[batch.first % 2 :: 2] for part in (batch.ids, batch.mask, batch.labels)
+    )
+    assert ids is not None
+    return Batch(ids, mask, labels)
 
 
 def loss_terms(batch: Batch) -> int:

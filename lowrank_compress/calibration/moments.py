@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lowrank_compress.arch.resolve import Heads, Target
-from lowrank_compress.calibration.statistics import INFLUENCE, STATISTICS, statistic_key
+from lowrank_compress.calibration.statistics import HALVES, INFLUENCE, STATISTICS, first_half, statistic_key
 from lowrank_compress.calibration.workers import Workers
 from lowrank_compress.errors import InputError, NumericsError
 
@@ -35,6 +35,8 @@ class Seen:
         g W, (sequences, length, in), where ``in_fisher`` is wanted of the target and g is there; or None.
     heads
         How an attention projection divides; None in the MLP.
+    first
+        Number of the first sequence in the calibration set.
     """
 
     x: Tensor
@@ -43,6 +45,7 @@ class Seen:
     g: Tensor | None
     delta: Tensor | None
     heads: Heads | None
+    first: int = 0
 
 
 def _rows(values: Tensor) -> Tensor:
@@ -148,6 +151,9 @@ class Moments:
         The block's targets.
     wanted
         Target name -> names of the statistics it needs.
+    halved
+        Keys of the second moments whose sums are kept for the two halves of the calibration set: its even and its odd
+        sequences. What is fitted on one half can be scored on the other.
 
     Raises
     ------
@@ -155,7 +161,13 @@ class Moments:
         A statistic is wanted of a target that has none.
     """
 
-    def __init__(self, targets: tuple[Target, ...], wanted: Mapping[str, frozenset[str]]) -> None:
+    def __init__(
+        self,
+        targets: tuple[Target, ...],
+        wanted: Mapping[str, frozenset[str]],
+        halved: frozenset[str] = frozenset(),
+    ) -> None:
+        self._halved = halved
         self._wanted = {target.name: wanted.get(target.name, frozenset()) for target in targets}
         self._sums: dict[str, Tensor] = {}
         # A shared statistic is summed for the first target that asks for it.
@@ -188,12 +200,11 @@ class Moments:
                 continue
             what = f"{STATISTICS[statistic].help} of {target.name}"
             if statistic in ROWS:
-                rows = _rows(ROWS[statistic](seen))
-                size = rows.shape[1]
-                if key not in self._sums:
-                    self._sums[key] = rows.new_zeros(size, size, dtype=torch.float64)
-                add_second(self._sums[key], rows)
-                _check(self._sums[key].diagonal(), what)  # an infinite row has infinite squares
+                values = ROWS[statistic](seen)
+                if key in self._halved:
+                    self._add_rows(first_half(key), values[seen.first % 2 :: 2], what)
+                    values = values[1 - seen.first % 2 :: 2]
+                self._add_rows(key, values, what)
             else:
                 self._sum(key, SUMS[statistic](seen).double(), what)
 
@@ -219,6 +230,14 @@ class Moments:
             change = change.masked_fill(~mask.bool().to(change.device), 0)
         self._sum(INFLUENCE, change.sum()[None], "The influence of a block")
 
+    def _add_rows(self, key: str, values: Tensor, what: str) -> None:
+        rows = _rows(values)
+        size = rows.shape[1]
+        if key not in self._sums:
+            self._sums[key] = rows.new_zeros(size, size, dtype=torch.float64)
+        add_second(self._sums[key], rows)
+        _check(self._sums[key].diagonal(), what)  # an infinite row has infinite squares
+
     def _sum(self, key: str, value: Tensor, what: str) -> None:
         _check(value, what)
         if key in self._sums:
@@ -226,15 +245,25 @@ class Moments:
         else:
             self._sums[key] = value
 
-    def means(self, tokens: int, losses: int, workers: Workers = Workers(), owner: int = 0) -> dict[str, Tensor]:
+    def means(
+        self,
+        tokens: int,
+        losses: int,
+        workers: Workers = Workers(),
+        owner: int = 0,
+        first: tuple[int, int] = (0, 0),
+    ) -> dict[str, Tensor]:
         """Divide: activations by real tokens, gradients by scored tokens or examples. Float64, on the CPU.
 
-        The sums themselves become the means; nothing can be added any more.
+        The sums themselves become the means; nothing can be added any more. Of a halved statistic there are the mean
+        over all and that over the first half (`statistics.first_half`); `statistics.HALVES` says which share that is.
 
         Parameters
         ----------
         tokens, losses
             Of all workers together.
+        first
+            Tokens and losses of the first half.
         workers, owner
             Who has taken sums of the same block, and which of them gets the means; the others get none.
         """
@@ -242,12 +271,19 @@ class Moments:
         sums, self._sums = self._sums, {}
         if workers.rank != owner:
             return {}
+        halved = [key for key in sums if first_half(key) in sums]
+        for key in halved:
+            sums[key] += sums[first_half(key)]
         for key, value in sums.items():
-            statistic = key.rsplit("/", 1)[-1]
+            statistic = key.rsplit("/", 1)[-1].split("@")[0]
             if statistic in ROWS:
                 mirror(value)
-            value /= losses if statistic in STATISTICS and STATISTICS[statistic].gradient else tokens
-        return {key: value.cpu() for key, value in sums.items()}
+            counts = first if "@" in key else (tokens, losses)
+            value /= counts[statistic in STATISTICS and STATISTICS[statistic].gradient]
+        found = {key: value.cpu() for key, value in sums.items()}
+        if halved:
+            found[HALVES] = torch.tensor([first[0] / tokens, first[1] / losses], dtype=torch.float64)
+        return found
 
 
 def _check(values: Tensor, what: str) -> None:

@@ -19,6 +19,23 @@ from lowrank_compress.arch.spec import Role
 INFLUENCE = "influence"
 """Key of a block's influence among its means: it belongs to no target."""
 
+HALVES = "halves"
+"""Key of the shares of tokens and of losses, (2,), that belong to the first half of the calibration set."""
+
+ENOUGH, SMALL = 16, 512
+"""Tokens for each dimension from which a loss on the sample is as good as one held out, and up to which dimension."""
+ENOUGH_WHERE_LARGE = 2
+"""The same above it, where decompositions of halves would cost more than they tell."""
+
+
+def enough_tokens(dimension: int) -> int:
+    """How many tokens a moment of this dimension needs, for the loss of a fit on them to be taken on the same ones.
+
+    Measured on stories260k: at 24 tokens for each dimension both give the same ranks, at 8 a held-out loss gives 10 %
+    less perplexity at 30 %, at 2 a twentieth of it.
+    """
+    return dimension * (ENOUGH if dimension <= SMALL else ENOUGH_WHERE_LARGE)
+
 
 @dataclass(frozen=True)
 class Statistic:
@@ -81,6 +98,11 @@ STATISTICS: Mapping[str, Statistic] = {
         Statistic("score_fisher", ("key_heads", "size", "size"), True, False, "E[t tᵀ] of each key-value head", ("q",)),
     )
 }
+
+
+def first_half(key: str) -> str:
+    """Key of a statistic of the first half of the calibration set alone, beside that of all of it."""
+    return f"{key}@first"
 
 
 def statistic_key(target: Target, statistic: str) -> str:

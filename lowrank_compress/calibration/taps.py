@@ -72,7 +72,9 @@ def _tap(module: nn.Module, targets: tuple[Target, ...], moments: Moments, batch
                 inner = delta
                 if g is not None and inner is None and moments.wants(target, "in_fisher"):
                     inner = g @ weights.read(module.get_parameter("weight").detach(), target)
-                moments.add(target, Seen(x, part, biased, g, inner, target.heads), gradient=gradient is not None)
+                moments.add(
+                    target, Seen(x, part, biased, g, inner, target.heads, batch.first), gradient=gradient is not None
+                )
 
         waiting: list[tuple[Tensor, Tensor | None]] = []
 

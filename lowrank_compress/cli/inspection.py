@@ -90,6 +90,12 @@ def show(target: str, as_json: bool) -> None:
         f"{report['reached_ratio']:.2%} of {share_of(report['ratio_of'])} (asked: {report['asked_ratio']:.2%})"
         + (f", {became(report['claimed_bytes'], report['stored_bytes'])}." if "stored_bytes" in report else ".")
     )
+    for tried in report.get("plans") or []:
+        at_random = "" if tried["at_random"] is None else f", {tried['at_random']:.3f} on tokens drawn at random"
+        taken = " (taken)" if tried["plan"] == report["plan"] else ""
+        out.print(
+            f"Plan {tried['plan']}{taken}: {tried['divergence']:.3f} nats from dense on held-out text{at_random}."
+        )
     if nats:
         out.print(f"Predicted loss increase: {total:.4g} nats a token (second order: too low at large ratios).")
     else:

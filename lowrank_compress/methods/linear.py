@@ -8,15 +8,20 @@ statistic and no decomposition is larger than min(out, in).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lowrank_compress.arch.resolve import Target
-from lowrank_compress.calibration.statistics import statistic_key
+from lowrank_compress.calibration.statistics import SMALL, statistic_key
+from lowrank_compress.linalg.heldout import falling, mixed, projector_losses, score
 from lowrank_compress.linalg.metric import Diagonal, Full, Identity, Metric
 from lowrank_compress.linalg.weighted import Projector, decompose, smaller_side
+from lowrank_compress.methods.halves import Halves
+
+# What is tried beside the shrinkage asked for; 1 leaves nothing of a moment but its mean, and is svd-llm or svd.
+SHRINKAGES = (1e-2, 1e-1, 1.0)
 
 
 @dataclass(frozen=True)
@@ -146,11 +151,72 @@ def decompose_target(
         A decomposition failed.
     """
     near, far = method.sides(target)
-    wide = weight if smaller_side(target.shape) == "out" else weight.T
-    lookup = {
+    lookup = _lookup(method, target, weight, means)
+    return decompose(_product(far, _wide(target, weight), lookup, damping), _near(near, lookup, damping), keep)
+
+
+def _lookup(method: LinearMethod, target: Target, weight: Tensor, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {
         name: means[statistic_key(target, name)].to(weight.device, torch.float64) for name in method.statistics(target)
     }
-    return decompose(_product(far, wide, lookup, damping), _near(near, lookup, damping), keep)
+
+
+def _wide(target: Target, weight: Tensor) -> Tensor:
+    return weight if smaller_side(target.shape) == "out" else weight.T
+
+
+def shrinkages(damping: Damping) -> tuple[list[float], list[float]]:
+    """Shrinkages of Fisher and Gram matrices to choose from, at least those asked for."""
+    return (
+        [damping.fisher, *(value for value in SHRINKAGES if value > damping.fisher)],
+        [damping.gram, *(value for value in SHRINKAGES if value > damping.gram)],
+    )
+
+
+def fit_held_out(
+    method: LinearMethod, target: Target, weight: Tensor, halves: Halves, damping: Damping
+) -> tuple[Damping, Tensor]:
+    """Choose the damping of a full metric on both sides, and predict its loss, by fits that are scored on other text.
+
+    A fit is made on one half of the calibration set and scored on the other, both ways. Shrinkage is tried side by
+    side, of the Fisher matrix first; of large matrices none is tried, which would cost more than it gains.
+
+    Returns
+    -------
+    tuple
+        The damping, and the squared loss at rank 0 … k, (k + 1,) float64, never rising.
+    """
+    square = _square_of(method, target)
+    form = Identity().form(_wide(target, weight))
+
+    def losses(choice: Damping) -> Tensor:
+        found = []
+        for fit, other in ((halves.first, halves.second), (halves.second, halves.first)):
+            projector = decompose_target(method, target, weight, fit, choice)
+            near, far = (_lookup(method, target, weight, other)[side] for side in _full_moments(method, target))
+            scale = _lookup(method, target, weight, other)[square].mean().item()
+            found.append(projector_losses(projector, mixed(near), mixed(far, form, scale)))
+        return (found[0] + found[1]) / 2
+
+    best, least = damping, losses(damping)
+    if min(target.shape) <= SMALL:
+        fisher, gram = shrinkages(damping)
+        for field, values in (("fisher", fisher[1:]), ("gram", gram[1:])):
+            tried = [replace(best, **{field: value}) for value in values]
+            for choice in tried:
+                found = losses(choice)
+                if score(found) < score(least):
+                    best, least = choice, found
+    return best, falling(least)
+
+
+def _full_moments(method: LinearMethod, target: Target) -> tuple[str, str]:
+    near, far = method.sides(target)
+    return near.near[0], far.far[0]
+
+
+def _square_of(method: LinearMethod, target: Target) -> str:
+    return method.sides(target)[1].far[1]
 
 
 def _near(side: Side, means: Mapping[str, Tensor], damping: Damping) -> Metric:
@@ -172,10 +238,15 @@ def _product(side: Side, wide: Tensor, means: Mapping[str, Tensor], damping: Dam
     moment = means[side.far[0]]
     if side.diagonal:
         return Diagonal(_diagonal(side, moment, damping)).form(wide)
+    square = means["out_square" if side.fisher else "in_square"].mean()
     if side.centred and "in_mean" in means:
         mean = wide.double() @ means["in_mean"]
         moment = moment - torch.outer(mean, mean)
-    return moment
+        square = square - means["in_mean"].square().mean()
+    # The same shrinkage as of a near metric, of the far one itself: directions that the sample has not are kept in the
+    # order of the weight, not in that of rounding.
+    shrinkage = _shrinkage(side, damping)
+    return torch.add((1 - shrinkage) * moment, Identity().form(wide), alpha=shrinkage * max(square.item(), 0.0))
 
 
 def _diagonal(side: Side, moment: Tensor, damping: Damping) -> Tensor:

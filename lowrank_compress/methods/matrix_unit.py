@@ -13,8 +13,9 @@ from lowrank_compress.allocation.storage import STORAGES, cost, largest_rank
 from lowrank_compress.arch.resolve import Target
 from lowrank_compress.calibration.statistics import statistic_key
 from lowrank_compress.linalg.weighted import Projector
-from lowrank_compress.methods.linear import Damping, LinearMethod, decompose_target, sensitivities
-from lowrank_compress.methods.units import Weights
+from lowrank_compress.methods.halves import halves_of
+from lowrank_compress.methods.linear import Damping, LinearMethod, decompose_target, fit_held_out, sensitivities
+from lowrank_compress.methods.units import Weights, uses
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,17 @@ class MatrixUnit:
     def decompose(
         self, weights: Weights, means: Mapping[str, Tensor], damping: Damping, keep: int
     ) -> dict[str, Tensor]:
-        """Decompose in the method's metric.
+        """Decompose in the method's metric; where there are halves, in that which loses least on the other half.
 
         ``values`` (r,), ``total``, ``expand`` (k, keep), ``contract`` (keep, k) where it is not the transpose,
-        ``out_sensitivity`` (out,), ``in_sensitivity`` (in,), and ``mean`` (in,) where the method restores it.
+        ``out_sensitivity`` (out,), ``in_sensitivity`` (in,), ``mean`` (in,) where the method restores it, and
+        ``held_out`` (keep + 1,), the squared loss on other text, where there are halves.
         """
         target, method = self.target, self.method
-        projector = decompose_target(method, target, weights(target), means, damping, max(keep, 1))
+        weight, halves, predicted = weights(target), halves_of(means, uses(self)), None
+        if halves is not None and self.nats:
+            damping, predicted = fit_held_out(method, target, weight, halves, damping)
+        projector = decompose_target(method, target, weight, means, damping, max(keep, 1))
         rows, columns = sensitivities(method, target, means, damping)
         tensors = {
             "values": projector.values,
@@ -95,6 +100,8 @@ class MatrixUnit:
             "out_sensitivity": rows.clone(),
             "in_sensitivity": columns.clone(),
         }
+        if predicted is not None:
+            tensors["held_out"] = predicted[: max(keep, 1) + 1]
         # Without a near metric the two are transposes of each other: keep one.
         if method.sides(target)[0].near:
             tensors["contract"] = projector.contract[:keep].float()

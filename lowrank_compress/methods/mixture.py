@@ -20,6 +20,10 @@ class Mixture:
         What it uses where nothing else is asked for.
     metric
         Of its module methods.
+    held_out
+        Where the calibration set has few tokens, losses are taken on other text than fits are made on.
+    rival
+        A mixture, at its own settings, that whole plans of this one are held against where much is removed.
     instead_of_qk
         The linear method for queries and keys where an architecture forbids to make their heads narrower.
     """
@@ -33,6 +37,8 @@ class Mixture:
     allocate: str = "uniform"
     storage: str = "pair"
     metric: ModuleMetric = "gram"
+    held_out: bool = False
+    rival: str | None = None
     instead_of_qk: str = "svd-llm"
 
     @property

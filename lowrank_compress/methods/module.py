@@ -64,7 +64,8 @@ class Decompose(Protocol):
         weights
             Role -> W (out, in), as stored; computed with in float64.
         moments
-            ``"<role>/<statistic>"`` -> mean, float64.
+            ``"<role>/<statistic>"`` -> mean, float64; those of the halves of the calibration set, where it was halved,
+            end in ``@first`` and ``@second``.
         damping
             How moments become metrics.
         fisher
@@ -74,7 +75,8 @@ class Decompose(Protocol):
         -------
         dict
             Among others ``"tail"``, (full width + 1,) float64: the squared loss at width 0, 1, …; non-increasing,
-            finite, and 0 at full width. Half of it estimates the loss increase in nats per token if `fisher`.
+            finite, and 0 at full width. Half of it estimates the loss increase in nats per token if `fisher`. From
+            halves also ``"held_out"``, the same on other text.
         """
         ...
 

@@ -12,9 +12,10 @@ from torch import Tensor
 from lowrank_compress.arch.resolve import Target
 from lowrank_compress.arch.spec import Role
 from lowrank_compress.calibration.statistics import statistic_key
+from lowrank_compress.methods.halves import halves_of
 from lowrank_compress.methods.linear import Damping
 from lowrank_compress.methods.module import ModuleMethod
-from lowrank_compress.methods.units import Weights, dense_elements
+from lowrank_compress.methods.units import Weights, dense_elements, uses
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,14 @@ class ModuleUnit:
             for target in self.targets
             for statistic in self.statistics()[target.name]
         }
+        halves = halves_of(means, uses(self))
+        if halves is not None:
+            moments |= {
+                f"{target.role}/{statistic}@{name}": half[statistic_key(target, statistic)].to(device, torch.float64)
+                for target in self.targets
+                for statistic in self.statistics()[target.name]
+                for name, half in (("first", halves.first), ("second", halves.second))
+            }
         basis = self.method.decompose(self.targets[0].heads, matrices, moments, damping, self.method.fisher)
         # Matrices in single precision, as the bases of linear methods; losses are vectors.
         return {

@@ -15,21 +15,26 @@ metric, by elimination with compensation (:func:`~lowrank_compress.linalg.column
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from lowrank_compress.arch.resolve import Heads
 from lowrank_compress.arch.spec import Role
+from lowrank_compress.calibration.statistics import SMALL
 from lowrank_compress.errors import InputError
 from lowrank_compress.linalg.columns import compensated_order
 from lowrank_compress.linalg.eigen import eigh
+from lowrank_compress.linalg.heldout import falling, mixed, regression_losses, score
 from lowrank_compress.linalg.metric import Full
 from lowrank_compress.methods.linear import Damping
 from lowrank_compress.methods.module import Reduced
 
 # As shrinkage: C/2 + mean(diag C)/2 · I is C + λI with λ the mean diagonal, halved.
 RIDGE = 0.5
+# What is tried beside the damping asked for.
+RIDGES = (1e-3, 1e-2, 1e-1, 0.5)
 # Columns of the root that are measured at once.
 PANEL = 512
 
@@ -59,20 +64,57 @@ def decompose(
     NumericsError
         A moment is not finite, or the Gram matrix is indefinite.
     """
-    gram = moments["down/in_gram"]
-    # Row i is L w_i, in coordinates in which the loss is a plain sum of squares.
-    images = weights["down"].double().mT
-    if fisher:
-        values, vectors = eigh(moments["down/out_fisher"])
-        images = images @ (vectors * values.sqrt())
+    held_out: dict[str, Tensor] = {}
+    if fisher and "down/in_gram@first" in moments:
+        damping, held_out["held_out"] = _fit_held_out(weights["down"], moments, damping)
+    metric = moments["down/out_fisher"] if fisher else None
+    images, order, root = _fit(weights["down"], moments["down/in_gram"], metric, damping)
+    losses = _losses(images[order], root)
+    tail = torch.cat([losses, losses.new_zeros(1)]).flip(0).cumsum(0).flip(0)
+    return {"order": order, "root": root, "tail": tail} | held_out
+
+
+def _fit(down: Tensor, gram: Tensor, fisher: Tensor | None, damping: Damping) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (L W_d)ᵀ, the units' order, and the root of their Gram matrix in it."""
+    images = _images(down, fisher)
+    if fisher is not None:
         order = compensated_order(images, Full(gram, damping.gram).inverse())
     else:
         # A score is 1 − λ [(C + λI)⁻¹]_ii.
         order = Full(gram, RIDGE).inverse().diagonal().argsort(stable=True)
-    root = Full(gram[order[:, None], order], damping.gram).root().lower
-    losses = _losses(images[order], root)
-    tail = torch.cat([losses, losses.new_zeros(1)]).flip(0).cumsum(0).flip(0)
-    return {"order": order, "root": root, "tail": tail}
+    return images, order, Full(gram[order[:, None], order], damping.gram).root().lower
+
+
+def _images(down: Tensor, fisher: Tensor | None) -> Tensor:
+    """Return (L W_d)ᵀ, (n, m): row i in coordinates in which the loss is a plain sum of squares."""
+    images = down.double().mT
+    if fisher is None:
+        return images
+    values, vectors = eigh(fisher)
+    return images @ (vectors * values.sqrt())
+
+
+def _fit_held_out(down: Tensor, moments: Mapping[str, Tensor], damping: Damping) -> tuple[Damping, Tensor]:
+    """Choose the damping by fits on one half of the calibration set that are scored on the other, and predict the loss.
+
+    As `linear.fit_held_out`. Where few tokens saw many units the regression interpolates them, and its loss on the same
+    tokens is near zero.
+    """
+
+    def losses(choice: Damping) -> Tensor:
+        found = []
+        for fit, other in (("first", "second"), ("second", "first")):
+            _, order, root = _fit(down, moments[f"down/in_gram@{fit}"], moments[f"down/out_fisher@{fit}"], choice)
+            gram = mixed(moments[f"down/in_gram@{other}"])[order[:, None], order]
+            images = _images(down, mixed(moments[f"down/out_fisher@{other}"]))[order]
+            found.append(regression_losses(images, root, gram))
+        return (found[0] + found[1]) / 2
+
+    best, least = damping, losses(damping)
+    for value in RIDGES if len(moments["down/in_gram"]) <= SMALL else ():
+        if value > damping.gram and score(found := losses(replace(damping, gram=value))) < score(least):
+            best, least = replace(damping, gram=value), found
+    return best, falling(least)
 
 
 def _losses(images: Tensor, root: Tensor) -> Tensor:

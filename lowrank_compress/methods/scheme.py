@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from lowrank_compress.arch.resolve import Resolved
 from lowrank_compress.arch.spec import GROUPS, Architecture, Group
 from lowrank_compress.config import ModuleMetric, Recipe, Scheme
 from lowrank_compress.errors import InputError
+from lowrank_compress.methods.cr import unit_members
 from lowrank_compress.methods.linear import LinearMethod
 from lowrank_compress.methods.mixture import Mixture
 from lowrank_compress.methods.module import PARTS, ModuleMethod
@@ -65,6 +67,23 @@ def scheme_of(recipe: Recipe, architecture: Architecture) -> tuple[Scheme, tuple
             "has one. Choose the metric of a linear method by its name."
         )
     return Scheme(**names, metric=recipe.metric or _metric(recipe, chosen)), tuple(notes)
+
+
+def rival_of(recipe: Recipe, resolved: Resolved) -> Scheme | None:
+    """Return the scheme of the mixture that a recipe's own is held against.
+
+    None where parts have methods of their own, or the architecture does not allow it.
+    """
+    method = METHODS[recipe.method]
+    if not isinstance(method, Mixture) or method.rival is None or resolved.architecture.head_norms:
+        return None
+    if recipe.attention or recipe.qk or recipe.vo or recipe.mlp or recipe.metric not in (None, method.metric):
+        return None
+    try:
+        unit_members(resolved.heads)
+    except InputError:
+        return None
+    return scheme_of(recipe.model_copy(update={"method": method.rival, "metric": None}), resolved.architecture)[0]
 
 
 def _part(asked: str, group: Group) -> str:

@@ -103,6 +103,8 @@ _MIXTURES = (
         allocate="loss",
         storage="auto",
         metric="kfac",
+        held_out=True,
+        rival="modegpt",
     ),
     Mixture(
         name="modegpt",

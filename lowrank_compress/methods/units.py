@@ -96,8 +96,14 @@ class Unit(Protocol):
         ...
 
     def tail(self, basis: Mapping[str, Tensor]) -> Tensor:
-        """Squared loss at rank 0, 1, …, as far as the basis was kept; (… + 1,) float64."""
+        """Squared loss at rank 0, 1, …, as far as the basis was kept, on the calibration set; (… + 1,) float64."""
         ...
+
+
+def held_out(unit: Unit, basis: Mapping[str, Tensor]) -> Tensor:
+    """As `Unit.tail`, on text that the fit was not made on where the basis tells that."""
+    found = basis.get(f"{unit.name}/held_out")
+    return unit.tail(basis) if found is None else found.double().cpu()
 
 
 def dense_elements(unit: Unit) -> int:

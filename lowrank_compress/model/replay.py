@@ -35,12 +35,15 @@ class Batch:
         (sequences,) int64 class labels; None for language models, whose labels are the ids themselves.
     kinds
         (sequences, length) int64, which sentence of a pair each token is of; None where there is but one.
+    first
+        Number of its first sequence in the calibration set; it says which half a sequence belongs to.
     """
 
     ids: Tensor
     mask: Tensor | None = None
     labels: Tensor | None = None
     kinds: Tensor | None = None
+    first: int = 0
 
     @property
     def tokens(self) -> int:

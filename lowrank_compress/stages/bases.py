@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from lowrank_compress.allocation.table import ALLOCATORS
 from lowrank_compress.arch.resolve import Target
 from lowrank_compress.artifacts.files import canonical_hash
 from lowrank_compress.artifacts.tensors import BlockFiles
-from lowrank_compress.calibration.statistics import INFLUENCE
+from lowrank_compress.calibration.statistics import INFLUENCE, first_half
 from lowrank_compress.config import ScoreConfig
+from lowrank_compress.errors import InputError
 from lowrank_compress.linalg.eigen import eigh
 from lowrank_compress.linalg.metric import Identity
 from lowrank_compress.linalg.threads import in_threads
@@ -24,14 +26,16 @@ from lowrank_compress.linalg.weighted import smaller_side
 from lowrank_compress.methods.linear import Damping
 from lowrank_compress.methods.matrix_unit import MatrixUnit
 from lowrank_compress.methods.sites import Site, all_units, first_units, sites_of
-from lowrank_compress.methods.units import Unit, candidate_ranks, dense_elements, ranking, uses
+from lowrank_compress.methods.units import Unit, candidate_ranks, dense_elements, held_out, ranking, uses
 from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.memory import free_memory
 from lowrank_compress.stages.reach import budget_of, require_reachable
 from lowrank_compress.stages.together import blocks_at_once, matrices_at_once, room
 
-VERSION = 5
+VERSION = 6
+# From this ratio on predicted losses, which are of second order, decide little.
+MUCH = 0.4
 
 
 class Bases:
@@ -89,7 +93,22 @@ class Bases:
             "keep": [self.keep[unit.name] for unit in self.units],
         }
         self.files = BlockFiles(directory, canonical_hash(identity), "basis")
+        self.rival = self._rival(calibration, directory)
         self.spectra = BlockFiles(directory, canonical_hash(identity | {"spectra": True}), "spectrum")
+
+    def _rival(self, calibration: str, directory: Path) -> Bases | None:
+        """The bases of what plans are held against, at its own settings; None where little is removed."""
+        config = self.config
+        if config.rival is None or config.ratio < MUCH or not self.allocator.needs_loss:
+            return None
+        own = {"scheme": config.rival, "allocate": "block-influence", "storage": "pair", "rival": None}
+        with contextlib.suppress(InputError):  # the ratio is out of its reach
+            settings = config.model_copy(update=own | {"held_out": False})
+            return Bases(
+                settings, self.blueprint.checkpoint, calibration, directory, memory=self.memory,
+                processes=self.processes,
+            )  # fmt: skip
+        return None
 
     def of_block(self, block: int) -> tuple[Unit, ...]:
         """Return the units of one block."""
@@ -131,7 +150,7 @@ class Bases:
 
     def finished(self, block: int) -> bool:
         """Whether the block is decomposed."""
-        return self.files.finished(block)
+        return self.files.finished(block) and (self.rival is None or self.rival.finished(block))
 
     @property
     def at_once(self) -> int:
@@ -144,6 +163,8 @@ class Bases:
         The bases are written while the caller goes on, where they take little of the room.
         """
         self.settle()
+        if self.rival is not None:
+            self.rival.take({block: dict(means) for block, means in blocks.items()})
         tensors: dict[int, dict[str, Tensor]] = {block: {} for block in blocks}
         units = [unit for block in blocks for unit in self.of_block(block)]
         modules = [unit for unit in units if not isinstance(unit, MatrixUnit)]
@@ -160,6 +181,7 @@ class Bases:
             later = {(unit.block, key) for rest in groups[number + 1 :] for unit in rest for key in uses(unit)}
             for block, key in {(unit.block, key) for unit in group for key in uses(unit)} - later:
                 del blocks[block][key]
+                blocks[block].pop(first_half(key), None)
         for block, found in tensors.items():
             if INFLUENCE in blocks[block]:
                 found[INFLUENCE] = blocks[block][INFLUENCE]
@@ -176,6 +198,8 @@ class Bases:
             The disk is full.
         """
         self.files.settle()
+        if self.rival is not None:
+            self.rival.settle()
 
     def _memory(self) -> int:
         return free_memory() // self.processes if self.memory is None else self.memory
@@ -219,8 +243,15 @@ class Bases:
     def _ways(self, site: Site) -> tuple[tuple[Unit, ...], ...]:
         return site.alternatives if self.allocator.needs_loss else site.alternatives[:1]
 
-    def curves(self) -> dict[str, Curve]:
-        """(Stored elements, loss) of every unit at every rank that can pay, by the unit's name."""
+    def halved(self) -> bool:
+        """Whether any loss was taken on text that its fit was not made on."""
+        return any(name.endswith("/held_out") for name in self.files.read(0))
+
+    def curves(self, *, on_sample: bool = False) -> dict[str, Curve]:
+        """(Stored elements, loss) of every unit at every rank that can pay, by the unit's name.
+
+        Losses are those on text that the fits were not made on where these are known, or `on_sample` those on the same.
+        """
         curves = {}
         for block in range(len(self.resolved.blocks)):
             tensors = self.files.read(block)
@@ -228,15 +259,15 @@ class Bases:
             influence = float(tensors[INFLUENCE]) if INFLUENCE in tensors else None
             for unit in self.of_block(block):
                 spectrum = spectra.get(f"{unit.name}/singular_values")
-                tail = predicted_losses(unit, tensors, self.nats).numpy()
+                tail = predicted_losses(unit, tensors, self.nats, on_sample=on_sample).numpy()
                 values = None if spectrum is None else spectrum.numpy()
                 curves[unit.name] = self._curve(unit, tail, values, influence)
         return curves
 
 
-def predicted_losses(unit: Unit, basis: Mapping[str, Tensor], nats: bool) -> Tensor:
+def predicted_losses(unit: Unit, basis: Mapping[str, Tensor], nats: bool, *, on_sample: bool = False) -> Tensor:
     """Predicted loss of a unit at rank 0, 1, …, float64: nats per token, or a share of the unit's own total."""
-    tail = unit.tail(basis)
+    tail = unit.tail(basis) if on_sample else held_out(unit, basis)
     if nats:
         return tail / 2
     return tail / tail[0] if tail[0] > 0 else torch.zeros_like(tail)

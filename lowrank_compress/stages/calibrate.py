@@ -5,7 +5,7 @@ Reads a checkpoint and a text; writes one safetensors file of means a block.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -13,10 +13,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lowrank_compress.arch.resolve import Resolved
 from lowrank_compress.artifacts.manifest import Key, Manifest, commit, committed, read_manifest
 from lowrank_compress.artifacts.tensors import BlockFiles
-from lowrank_compress.calibration.capture import capture, needs_gradient
+from lowrank_compress.calibration.capture import capture, loss_terms, needs_gradient
 from lowrank_compress.calibration.sources import Source, pieces, read_examples, shuffled
+from lowrank_compress.calibration.statistics import ENOUGH
 from lowrank_compress.calibration.tokens import (
     batches_hash,
     bos_of,
@@ -33,7 +35,7 @@ from lowrank_compress.config import CalibrateConfig
 from lowrank_compress.errors import ArtifactError, InputError
 from lowrank_compress.methods.matrix_unit import MatrixUnit
 from lowrank_compress.methods.sites import all_units, sites_of
-from lowrank_compress.methods.units import full_rank, needed, needs_data
+from lowrank_compress.methods.units import Unit, full_rank, needed, needs_data
 from lowrank_compress.model.blueprint import Task, blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.narrowing import check_narrowing
@@ -107,11 +109,11 @@ def key(config: CalibrateConfig, inputs: Inputs, text: str | None = None) -> Key
     `text` is the identity of that content where the text itself need not be there; None to look.
     """
     resolved = blueprint(inputs.checkpoint).resolved
-    units = all_units(sites_of(resolved, config.scheme))
+    units = _measured(resolved, config)
     found = {"checkpoint": checkpoint_id(inputs.checkpoint)}
     if needs_data(units):
         found["text"] = text or source_id(_source(config))
-    settings = config.model_dump(mode="json", exclude={"source", "scheme"})
+    settings = config.model_dump(mode="json", exclude={"source", "scheme", "rival"})
     wanted = needed(units)
     by_role: dict[str, set[str]] = {}
     for target in resolved.targets:
@@ -169,7 +171,7 @@ def run(
     complete = not missing
     if found is not None and complete and (found.report["kept"] or not kept):
         return found
-    wanted = needed(units)
+    wanted = needed(_measured(resolved, config))
     report: dict[str, object] = {"kept": kept, "tokens": 0, "windows": 0, "tokens_sha256": None}
     outputs = [files.name(block) for block in blocks] if kept else []
     if not needs_data(units):
@@ -198,13 +200,8 @@ def run(
             f"The calibration text has {count} {what}, fewer than the {config.samples} asked for; all are taken. Pass "
             "more text, a smaller --seq-len, or a smaller --samples."
         )
-    largest = max(full_rank(unit) for unit in units)
-    if tokens < largest:
-        reporter.warn(
-            f"The calibration set has {tokens} tokens, fewer than the largest decomposed dimension ({largest}): its "
-            "moments are rank-deficient. The result is well defined, but more text (--samples, --seq-len) will make it "
-            "better."
-        )
+    if few := too_few(units, batches, needs_gradient(wanted)):
+        reporter.warn(few)
     if any(unit.loses_mean for unit in units if isinstance(unit, MatrixUnit)):
         reporter.warn(
             "afm restores the mean through biases, and some layers of this model have none: there it uses the "
@@ -226,6 +223,7 @@ def run(
             spill_to=out_dir,
             memory=None if memory is None else memory // 2,
             workers=workers,
+            halves=config.held_out,
         )
         for done, part in in_parts(captured, receiver.at_once):
             receiver.take({statistics.block: statistics.means for statistics in part})
@@ -234,6 +232,33 @@ def run(
             reporter.advance(receiver.step, done, own)
         receiver.settle()
     return workers.once(lambda: commit(out_dir, identity, outputs, report, environment(config.device)))
+
+
+def too_few(units: Sequence[Unit], batches: Sequence[Batch], gradient: bool) -> str | None:
+    """Say what is under-determined by a calibration set, what that may cost, and what would be enough; None if nothing.
+
+    What a classifier's gradients say is counted by examples, of which each has one loss.
+    """
+    examples = gradient and batches[0].labels is not None
+    seen = sum(loss_terms(batch) if examples else batch.tokens for batch in batches)
+    widest = max(units, key=full_rank)
+    largest = full_rank(widest)
+    if seen >= largest:
+        return None
+    windows = sum(len(batch.ids) for batch in batches)
+    more = -(-ENOUGH * largest * windows // seen)
+    return (
+        f"The calibration set has {seen} {'examples' if examples else 'tokens'} for the {largest} dimensions of "
+        f"{widest.name}: its moments are rank-deficient, and say nothing of most directions. Quality will vary with "
+        "the sample and be worse on other text, the more the larger the ratio: perplexities of up to ten times those "
+        f"from enough text were measured. Enough is {ENOUGH} for each dimension, here --samples {more}."
+    )
+
+
+def _measured(resolved: Resolved, config: CalibrateConfig) -> tuple[Unit, ...]:
+    """Units that statistics are taken for: those of the scheme, and those of the one that plans are held against."""
+    schemes = [config.scheme, *([] if config.rival is None else [config.rival])]
+    return tuple(unit for scheme in schemes for unit in all_units(sites_of(resolved, scheme)))
 
 
 def kept(directory: Path, identity: Key) -> bool:
@@ -251,8 +276,24 @@ def _source(config: CalibrateConfig) -> Source:
     return Source(config.source, config.text_column, config.label_column)
 
 
-def calibration_batches(config: CalibrateConfig, checkpoint: Checkpoint, task: Task) -> list[Batch]:
+# Of text that plans are tried on: windows, and tokens in all of them.
+TRIED_WINDOWS, TRIED_TOKENS = 16, 8192
+
+
+def held_out_batches(config: CalibrateConfig, checkpoint: Checkpoint) -> list[Batch]:
+    """Make a set like the calibration set of what follows it after the shuffle: some windows, or examples.
+
+    A text that is spent by the calibration set has none left; then it is the first of that set.
+    """
+    count = max(1, min(TRIED_WINDOWS, TRIED_TOKENS // config.seq_len))
+    task, few = blueprint(checkpoint).task, config.model_copy(update={"samples": count})
+    return calibration_batches(few, checkpoint, task, skip=config.samples) or calibration_batches(few, checkpoint, task)
+
+
+def calibration_batches(config: CalibrateConfig, checkpoint: Checkpoint, task: Task, *, skip: int = 0) -> list[Batch]:
     """Make the calibration set of a config: windows of text, or examples for a classifier.
+
+    Of the shuffled ones the first `skip` are left out; there may be none after them.
 
     Raises
     ------
@@ -263,10 +304,16 @@ def calibration_batches(config: CalibrateConfig, checkpoint: Checkpoint, task: T
     source, vocabulary = _source(config), vocabulary_of(checkpoint)
     named = config.text_column is not None or config.label_column is not None
     if task == "classification" and (named or (source.is_table and not source.is_hub)):
-        examples = shuffled(read_examples(source), config.samples, config.seed)
+        examples = shuffled(read_examples(source), skip + config.samples, config.seed)
         return example_batches(
-            tokenizer, examples, checkpoint.class_ids, config.seq_len, config.micro_batch, vocabulary
+            tokenizer,
+            examples.picked(range(len(examples.texts))[skip:]),
+            checkpoint.class_ids,
+            config.seq_len,
+            config.micro_batch,
+            vocabulary,
         )
     ids = encode(tokenizer, pieces(source, renderer(tokenizer)), vocabulary)
-    windows = calibration_windows(ids, config.seq_len, config.samples, config.seed, bos_of(tokenizer, vocabulary))
+    bos = bos_of(tokenizer, vocabulary)
+    windows = calibration_windows(ids, config.seq_len, skip + config.samples, config.seed, bos)[skip:]
     return window_batches(list(windows), config.micro_batch)

@@ -22,7 +22,7 @@ from lowrank_compress.artifacts.manifest import (
 )
 from lowrank_compress.artifacts.tensors import BlockFiles
 from lowrank_compress.calibration.workers import Workers
-from lowrank_compress.config import FactorizeConfig
+from lowrank_compress.config import FactorizeConfig, Scheme
 from lowrank_compress.errors import ArtifactError
 from lowrank_compress.methods.sites import all_units, sites_of
 from lowrank_compress.methods.units import Unit
@@ -61,6 +61,11 @@ def scores_manifest(scores: Path) -> Manifest:
         raise ArtifactError(f"{scores} holds no finished scores. Run `lrc score` on this run first.")
     require_intact(scores, manifest, editable=(RANKS,))
     return manifest
+
+
+def scheme_of_scores(scores: Manifest) -> Scheme:
+    """The scheme that ranks were chosen for: the recipe's, or the one that its plans were held against."""
+    return Scheme(**scores.report["scheme"])
 
 
 def key(config: FactorizeConfig, inputs: Inputs) -> Key:
@@ -105,7 +110,7 @@ def run(
     reporter = reporter or Silent()
     plan = blueprint(inputs.checkpoint)
     scores = scores_manifest(inputs.scores)
-    sites = sites_of(plan.resolved, config.scheme)
+    sites = sites_of(plan.resolved, scheme_of_scores(scores))
     choices = read_ranks(inputs.scores / RANKS, sites)  # before anything is removed
     units = [unit for unit in all_units(sites) if unit.name in choices]
     if config.storage != scores.key.config["storage"]:  # asked for since; else what ranks.json says is followed

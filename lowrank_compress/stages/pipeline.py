@@ -13,6 +13,7 @@ from lowrank_compress.config import EvaluateConfig, Recipe, read_recipe_file
 from lowrank_compress.errors import ArtifactError, CalibrationError, InputError
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.locate import locate
+from lowrank_compress.model.replay import Batch
 from lowrank_compress.stages import calibrate, evaluate, factorize, score
 from lowrank_compress.stages.bases import Bases
 from lowrank_compress.stages.common import Reporter, Run, Silent, checkpoint_id, display_name, recipe_state, recipe_text
@@ -84,8 +85,12 @@ def refuse_foreign(run: Run) -> None:
 
 def inputs_of_score(plan: Plan, run: Run) -> score.Inputs:
     """What the score stage reads in this run."""
+
+    def held_out() -> list[Batch]:
+        return calibrate.held_out_batches(plan.calibrate, plan.checkpoint)
+
     calibration = _calibration(plan, run)
-    return score.Inputs(plan.checkpoint, calibration, run.statistics)
+    return score.Inputs(plan.checkpoint, calibration, run.statistics, held_out if plan.held_out else None)
 
 
 def _calibration(plan: Plan, run: Run) -> Key:

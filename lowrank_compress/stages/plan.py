@@ -12,8 +12,9 @@ from lowrank_compress.calibration.sources import PAPERS_DATA, Source
 from lowrank_compress.calibration.tokens import load_tokenizer
 from lowrank_compress.config import DTYPES, CalibrateConfig, FactorizeConfig, Recipe, Scheme, ScoreConfig
 from lowrank_compress.errors import InputError, UnsupportedError
+from lowrank_compress.methods.mixture import Mixture
 from lowrank_compress.methods.module import ModuleMethod
-from lowrank_compress.methods.scheme import label, methods_of, scheme_of
+from lowrank_compress.methods.scheme import label, methods_of, rival_of, scheme_of
 from lowrank_compress.methods.sites import all_units, sites_of
 from lowrank_compress.methods.table import METHODS
 from lowrank_compress.methods.units import needed, needs_data
@@ -65,7 +66,21 @@ class Plan:
             or max(1, MICRO_BATCH_TOKENS[torch.device(self.device).type] // self.seq_len),
             clip=recipe.clip,
             device=self.device,
+            held_out=self.held_out,
+            rival=self.rival,
         )
+
+    @property
+    def rival(self) -> Scheme | None:
+        """Scheme of the mixture at its own settings that plans are held against."""
+        design = blueprint(self.checkpoint)
+        return rival_of(self.recipe, design.resolved) if design.task == "lm" else None
+
+    @property
+    def held_out(self) -> bool:
+        """Whether losses are taken on other text than fits are made on, where the calibration set is small."""
+        method = METHODS[self.recipe.method]
+        return isinstance(method, Mixture) and method.held_out
 
     @property
     def score(self) -> ScoreConfig:
@@ -86,6 +101,8 @@ class Plan:
             cap=recipe.cap,
             round_to=self.round_to,
             device=self.device,
+            held_out=self.held_out,
+            rival=self.rival,
         )
 
     @property

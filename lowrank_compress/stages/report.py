@@ -63,7 +63,9 @@ def summary(
     return {
         "schema": 1,
         "method": config.method,
-        "scheme": config.scheme.model_dump(mode="json"),
+        "scheme": planned["scheme"],
+        "plan": planned["plan"],
+        "plans": planned["plans"],
         "dtype": config.dtype,
         "asked_ratio": planned["asked_ratio"],
         "reached_ratio": removed / planned["denominator"],

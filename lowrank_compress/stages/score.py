@@ -5,13 +5,12 @@ Writes a basis file a block (kept up to the largest rank that can pay) and ranks
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
-from lowrank_compress.allocation.curve import DENSE
 from lowrank_compress.allocation.storage import STORAGES
 from lowrank_compress.allocation.table import ALLOCATORS
 from lowrank_compress.artifacts.directories import link, recover, replacing
@@ -21,12 +20,14 @@ from lowrank_compress.calibration.workers import Workers
 from lowrank_compress.config import ScoreConfig
 from lowrank_compress.errors import ArtifactError, InputError
 from lowrank_compress.methods.sites import Site, all_units, first_units
-from lowrank_compress.methods.units import needs_data, ranking, stored_elements
+from lowrank_compress.methods.units import dense_elements, needs_data, stored_elements
 from lowrank_compress.model.checkpoint import Checkpoint
+from lowrank_compress.model.replay import Batch
 from lowrank_compress.registry import unknown
 from lowrank_compress.stages.bases import VERSION, Bases
+from lowrank_compress.stages.choice import best, plans_of
 from lowrank_compress.stages.common import Reporter, Silent, environment, in_parts
-from lowrank_compress.stages.ranks import RANKS, Choice, write_ranks
+from lowrank_compress.stages.ranks import RANKS, write_ranks
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,14 @@ class Inputs:
         Key of the calibrate stage, whose id identifies the statistics, kept or not.
     statistics
         Directory of the statistics; not read for blocks that are decomposed already.
+    held_out
+        Makes the text that plans are tried on, kept out of the calibration set; None where there is no such.
     """
 
     checkpoint: Checkpoint
     calibration: Key
     statistics: Path
+    held_out: Callable[[], list[Batch]] | None = None
 
 
 def key(config: ScoreConfig, inputs: Inputs) -> Key:
@@ -131,7 +135,9 @@ def run(
             bases.take_spectra([block for block in part if not bases.spectra.finished(block)])
         reporter.advance("score", done, len(own))
     bases.settle()
-    return workers.once(lambda: _complete(out_dir, identity, overwrite) or _choose(config, bases, identity, out_dir))
+    return workers.once(
+        lambda: _complete(out_dir, identity, overwrite) or _choose(config, inputs, bases, identity, out_dir, reporter)
+    )
 
 
 def _complete(out_dir: Path, identity: Key, overwrite: bool) -> Manifest | None:
@@ -142,20 +148,17 @@ def _complete(out_dir: Path, identity: Key, overwrite: bool) -> Manifest | None:
     return None if set(altered(out_dir, there)) - {RANKS} else there
 
 
-def _choose(config: ScoreConfig, bases: Bases, identity: Key, out_dir: Path) -> Manifest:
+def _choose(
+    config: ScoreConfig, inputs: Inputs, bases: Bases, identity: Key, out_dir: Path, reporter: Reporter
+) -> Manifest:
     """Choose ranks from finished bases, and commit: bases and ranks of another result stand until then, together."""
     blocks = range(len(bases.resolved.blocks))
-    found_curves = bases.curves()
-    units = bases.choose(found_curves)
-    curves = [found_curves[unit.name] for unit in units]
-    bases.budget.check(curves)
-    chosen = bases.allocate(curves)
-    choices = {
-        unit.name: Choice("dense", None)
-        if curve.ranks[point] == DENSE
-        else Choice(ranking(unit, config.storage), int(curve.ranks[point]))
-        for unit, curve, point in zip(units, curves, chosen, strict=True)
-    }
+    plans = plans_of(bases)
+    plan, tried = plans[0], []
+    if len(plans) > 1 and inputs.held_out is not None and (batches := inputs.held_out()):
+        plan, tried = best(bases, batches, plans)
+        reporter.advance("choose", len(plans), len(plans))
+    units, choices = plan.units, plan.choices
     stored = sum(stored_elements(unit, choices[unit.name].format, choices[unit.name].rank) for unit in units)
     claimed = sum(target.elements for target in bases.resolved.targets)
     report = {
@@ -164,13 +167,18 @@ def _choose(config: ScoreConfig, bases: Bases, identity: Key, out_dir: Path) -> 
         "ratio_of": config.ratio_of,
         "denominator": bases.budget.denominator,
         "claimed_elements": claimed,
-        "stored_elements": claimed - sum(curve.dense for curve in curves) + stored,
-        "predicted_loss": float(sum(curve.loss[point] for curve, point in zip(curves, chosen, strict=True))),
-        "unit": "nats" if bases.nats else "relative",
-        "bases": bases.files.id,
+        "stored_elements": claimed - sum(dense_elements(unit) for unit in units) + stored,
+        "predicted_loss": plan.predicted,
+        "plan": plan.name,
+        "plans": tried,
+        "unit": "nats" if plan.bases.nats else "relative",
+        "scheme": plan.bases.config.scheme.model_dump(mode="json"),
+        "bases": plan.bases.files.id,
         "spectra": bases.spectra.id if bases.allocator.needs_spectrum else None,
     }
     files = [bases.files.name(block) for block in blocks]
+    if bases.rival is not None:
+        files += [bases.rival.files.name(block) for block in blocks]
     if bases.allocator.needs_spectrum:
         files += [bases.spectra.name(block) for block in blocks]
     with replacing(out_dir, listed) as draft:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lowrank_compress.calibration.capture import boundaries
+from lowrank_compress.calibration.statistics import enough_tokens
 from lowrank_compress.evaluation.size import weight_bytes
 from lowrank_compress.methods.matrix_unit import MatrixUnit
 from lowrank_compress.methods.sites import all_units, sites_of
@@ -87,7 +88,8 @@ def _uniform_bytes(plan: Plan, bases: Bases, ranks: Mapping[str, int | None]) ->
 
 def estimate(plan: Plan, bases: Bases, memory: int | None = None) -> Need:
     """Estimate memory and disk from shapes."""
-    basis = sum(unit.basis_elements(bases.keep[unit.name]) for unit in bases.units)
+    made = [bases, *([] if bases.rival is None else [bases.rival])]
+    basis = sum(unit.basis_elements(found.keep[unit.name]) for found in made for unit in found.units)
     memory = free_memory() if memory is None else memory
     resident, spilled = _resident(plan, bases.blueprint, bases.units, memory)
     stays = sum(p.numel() for p in bases.blueprint.model.parameters()) - sum(site.dense for site in bases.sites)
@@ -122,10 +124,12 @@ def _resident(
     spills = states["hidden states"] > memory - room(memory)
     first = [unit for unit in units if unit.block == 0]
     matrices = [unit for unit in first if isinstance(unit, MatrixUnit)]
+    few = plan.held_out and tokens < enough_tokens(max(max(target.shape) for unit in first for target in unit.targets))
+    halves = 2 if few else 1  # of the calibration set, each with sums of its own
     resident = {
         "outside the blocks": outside * SINGLE,
         "one block": block * SINGLE,
-        "statistics": blocks_at_once(units, device, memory) * statistics_bytes(first),
+        "statistics": halves * blocks_at_once(units, device, memory) * statistics_bytes(first),
         "decompositions": max(
             matrices_at_once(matrices, device, memory) * max((unit.working_bytes() for unit in matrices), default=0),
             *(unit.working_bytes() for unit in first),

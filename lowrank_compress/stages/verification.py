@@ -7,9 +7,8 @@ from pathlib import Path
 from lowrank_compress.artifacts.files import read_json
 from lowrank_compress.artifacts.manifest import Manifest, altered, read_manifest
 from lowrank_compress.artifacts.tensors import BlockFiles
-from lowrank_compress.config import load_recipe
+from lowrank_compress.config import Scheme, load_recipe
 from lowrank_compress.errors import ArtifactError, LrcError
-from lowrank_compress.methods.scheme import scheme_of
 from lowrank_compress.methods.sites import all_units, sites_of
 from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
@@ -109,7 +108,7 @@ def _fits(run: Run, ranks: Path, scores: Manifest) -> bool:
     try:
         recipe = load_recipe(run.recipe, {})
         resolved = blueprint(Checkpoint(locate(recipe.model, recipe.revision))).resolved
-        sites = sites_of(resolved, scheme_of(recipe, resolved.architecture)[0])
+        sites = sites_of(resolved, Scheme(**scores.report["scheme"]))
         choices = read_ranks(ranks, sites)
         units = [unit for unit in all_units(sites) if unit.name in choices]
         require_kept(ranks, units, choices, BlockFiles(ranks.parent, scores.report["bases"], "basis"))

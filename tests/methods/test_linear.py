@@ -59,9 +59,10 @@ class Sample:
             "in_gram": lambda: self.mean("in_gram"),
             "centred": lambda: self.mean("in_gram") - np.outer(centre, centre),
         }[right]()
-        if damping is not None and rows <= columns and left != "nothing":
+        # The smaller side always, the larger one where it is no diagonal matrix.
+        if damping is not None and left != "nothing" and (rows <= columns or left == "out_fisher"):
             output = damp(output, damping.fisher)
-        if damping is not None and rows > columns and right != "nothing":
+        if damping is not None and right != "nothing" and (rows > columns or right in ("in_gram", "centred")):
             inputs = damp(inputs, damping.gram)
         return output, inputs
 

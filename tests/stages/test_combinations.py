@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from lowrank_compress.allocation.storage import STORAGES
 from lowrank_compress.allocation.table import ALLOCATORS
+from lowrank_compress.calibration.statistics import ENOUGH
 from lowrank_compress.config import Recipe
 from lowrank_compress.methods.linear import LinearMethod
 from lowrank_compress.methods.table import METHODS
@@ -203,7 +204,8 @@ def test_fewer_tokens_than_dimensions_warn_and_stay_sensible(tiny: Tiny, tmp_pat
             0.6,
         )
     )
-    assert "tokens, fewer than the largest decomposed dimension (32)" in said.text
+    assert "16 tokens for the 32 dimensions of model.layers.0.self_attn.q_proj" in said.text
+    assert f"here --samples {ENOUGH * 32 // 16}" in said.text
     check_counts(run)
     # On the few tokens themselves, a rank above their number loses next to nothing.
     report = json.loads((run / "model" / "lowrank.json").read_text())

@@ -1,0 +1,259 @@
+"""Which of several whole plans to take: that which changes the model's predictions least on text kept out of the fits.
+
+Predicted losses are of second order and of one unit at a time: right in order at small ratios, too low at large ones.
+So where much is removed, or little text was there to fit on, whole plans are tried, each as the dense model with its
+matrices replaced by what they would become, one block in memory at a time, and the least Kullback-Leibler divergence to
+the dense model wins. It is taken on windows of the text that come after the calibration set, and, with less weight, on
+windows of tokens drawn at random: what was fitted to one domain should not ruin all others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowrank_compress.allocation.curve import DENSE, Curve
+from lowrank_compress.allocation.uniform import allocate as uniform
+from lowrank_compress.arch.resolve import Target
+from lowrank_compress.arch.spec import Role
+from lowrank_compress.errors import InputError, UnsupportedError
+from lowrank_compress.linalg.weighted import factors
+from lowrank_compress.methods.matrix_unit import MatrixUnit
+from lowrank_compress.methods.module_unit import ModuleUnit
+from lowrank_compress.methods.units import Unit, ranking
+from lowrank_compress.model.narrowing import check_narrowing
+from lowrank_compress.model.replay import Batch, Replay, lm_chunks
+from lowrank_compress.model.skeleton import Skeleton
+from lowrank_compress.stages.bases import MUCH, Bases
+from lowrank_compress.stages.ranks import Choice
+
+# Weight of the divergence on tokens drawn at random, beside that on text.
+FAR = 0.5
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """One way to compress the whole model.
+
+    Attributes
+    ----------
+    name
+        For reports.
+    bases
+        The decompositions that it is made of.
+    units, choices
+        Which units, and format and rank of each by its name.
+    predicted
+        Σ of the predicted losses.
+    """
+
+    name: str
+    bases: Bases
+    units: tuple[Unit, ...]
+    choices: Mapping[str, Choice]
+    predicted: float
+
+
+def plans_of(bases: Bases) -> list[Plan]:
+    """Plan in every way that is worth trying; the first is that of the allocator, by the best knowledge of losses.
+
+    One way is enough where enough text was there to fit on and little is removed, and where nothing was asked of other
+    text at all.
+    """
+    curves = bases.curves()
+    plans = [_plan("held-out losses", bases, curves, bases.choose(curves), bases.allocate)]
+    if not bases.config.held_out or not bases.allocator.needs_loss:
+        return plans
+    halved = bases.halved()
+    if not halved and bases.config.ratio < MUCH:
+        return plans
+    if halved:
+        sample = bases.curves(on_sample=True)
+        plans.append(_plan("losses on the sample", bases, sample, bases.choose(sample), bases.allocate))
+    for name, position in (("linear only", 0), ("modules", -1)):
+        units = tuple(unit for site in bases.sites for unit in site.alternatives[position])
+        for how, allocate in (("", bases.allocate), (", uniform", lambda found: uniform(found, bases.budget.limit))):
+            with contextlib.suppress(InputError):  # out of reach
+                plans.append(_plan(f"{name}{how}", bases, curves, units, allocate))
+    if bases.rival is not None:
+        with contextlib.suppress(InputError):
+            found = bases.rival.curves()
+            units = bases.rival.choose(found)
+            plans.append(_plan("narrower modules", bases.rival, found, units, bases.rival.allocate))
+    return [plan for number, plan in enumerate(plans) if all(plan.choices != other.choices for other in plans[:number])]
+
+
+def _plan(
+    name: str,
+    bases: Bases,
+    curves: Mapping[str, Curve],
+    units: tuple[Unit, ...],
+    allocate: Callable[[Sequence[Curve]], np.ndarray],
+) -> Plan:
+    own = [curves[unit.name] for unit in units]
+    bases.budget.check(own)
+    chosen = allocate(own)
+    choices = {
+        unit.name: Choice("dense", None)
+        if curve.ranks[point] == DENSE
+        else Choice(ranking(unit, bases.config.storage), int(curve.ranks[point]))
+        for unit, curve, point in zip(units, own, chosen, strict=True)
+    }
+    predicted = float(sum(curve.loss[point] for curve, point in zip(own, chosen, strict=True)))
+    return Plan(name, bases, units, choices, predicted)
+
+
+def best(bases: Bases, batches: Sequence[Batch], plans: Sequence[Plan]) -> tuple[Plan, list[dict[str, Any]]]:
+    """Try plans, and return the best one and what each came to, for the report."""
+    skeleton = Skeleton(bases.blueprint.checkpoint, bases.device, torch.float32)
+    if any(plan.bases is not bases for plan in plans):
+        try:
+            check_narrowing(skeleton, batches[0])
+        except UnsupportedError:
+            plans = [plan for plan in plans if plan.bases is bases]
+    found = [divergences(skeleton, batches, plans)]
+    far = drawn_at_random(batches, skeleton.model.config.vocab_size) if skeleton.task == "lm" else []
+    if far:
+        found.append(divergences(skeleton, far, plans))
+    tried = [
+        {"plan": plan.name, "divergence": values[0], "at_random": values[1] if far else None}
+        for plan, *values in zip(plans, *found, strict=True)
+    ]
+    totals = [values[0] + FAR * sum(values[1:]) for values in zip(*found, strict=True)]
+    return plans[min(range(len(plans)), key=totals.__getitem__)], tried
+
+
+def drawn_at_random(batches: Sequence[Batch], vocabulary: int, seed: int = 0) -> list[Batch]:
+    """Half as many windows as there are, of random tokens; each begins with the token that all windows begin with."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for batch in batches:
+        ids = torch.randint(vocabulary, batch.ids.shape, generator=generator)[: (len(batch.ids) + 1) // 2]
+        if bool((batch.ids[:, 0] == batch.ids[0, 0]).all()):
+            ids[:, 0] = batch.ids[0, 0]
+        found.append(Batch(ids))
+    return found
+
+
+def divergences(skeleton: Skeleton, batches: Sequence[Batch], plans: Sequence[Plan]) -> list[float]:
+    """Mean Kullback-Leibler divergence of each plan's predictions from the dense model's, in nats; inf if not finite.
+
+    Parameters
+    ----------
+    skeleton
+        The dense model.
+    batches
+        Windows of text, or examples for a classifier.
+    plans
+        All for this model.
+    """
+    replay = Replay(skeleton, batches)
+    dense = replay.start()
+    changed = [list(dense) for _ in plans]
+    for index in range(len(skeleton.resolved.blocks)):
+        with torch.no_grad(), skeleton.block(index, then=index + 1) as block:
+            for plan, states in zip(plans, changed, strict=True):
+                with _in_place_of(skeleton, replacements(plan, index, skeleton.device)):
+                    for number, state in enumerate(states):
+                        states[number] = replay.advance(index, block, number, state)
+            for number, state in enumerate(dense):
+                dense[number] = replay.advance(index, block, number, state)
+    totals, terms = [0.0] * len(plans), 0
+    for number, batch in enumerate(batches):
+        lm = skeleton.task == "lm"
+        hidden = replay.load(dense[number])
+        for start, stop in lm_chunks(batch) if lm else [(0, None)]:
+            expected = _log_probabilities(replay, batch, hidden, start, stop)
+            terms += expected[..., 0].numel()
+            for position, states in enumerate(changed):
+                got = _log_probabilities(replay, batch, replay.load(states[number]), start, stop)
+                totals[position] += float((expected.exp() * (expected - got)).sum())
+    skeleton.drop_outside()
+    return [total / terms if total == total else float("inf") for total in totals]
+
+
+@torch.no_grad()
+def _log_probabilities(replay: Replay, batch: Batch, hidden: Tensor, start: int, stop: int | None) -> Tensor:
+    return replay.head(batch, hidden, start, stop).double().log_softmax(-1)
+
+
+@contextlib.contextmanager
+def _in_place_of(skeleton: Skeleton, replacements: Mapping[str, tuple[Target, Tensor]]) -> Iterator[None]:
+    """Put matrices and biases, by the names of targets with ``.weight`` or ``.bias``, into the block in memory."""
+    kept: dict[str, Tensor] = {}
+    for name, (target, values) in replacements.items():
+        parameter_name = f"{target.module}.{name.rpartition('.')[2]}"
+        parameter = skeleton.model.get_parameter(parameter_name)
+        if parameter_name not in kept:
+            kept[parameter_name] = parameter.data
+            parameter.data = parameter.data.clone()
+        stored = parameter.data.T if target.conv1d and parameter.ndim == 2 else parameter.data
+        stored[target.rows.index().to(stored.device)] = values.to(stored)
+    try:
+        yield
+    finally:
+        for parameter_name, data in kept.items():
+            skeleton.model.get_parameter(parameter_name).data = data
+
+
+def replacements(plan: Plan, block: int, device: torch.device) -> dict[str, tuple[Target, Tensor]]:
+    """What a plan makes of a block, in the dense model's shapes: ``<target>.weight`` and ``.bias``.
+
+    A narrower module is filled up with zeros where the dense one has more, which computes the same.
+    """
+    tensors, found = plan.bases.files.read(block), {}
+    for unit in plan.units:
+        choice = plan.choices[unit.name]
+        if unit.block != block or choice.rank is None:
+            continue
+        if isinstance(unit, MatrixUnit):
+            weight = plan.bases.blueprint.weight(unit.target).to(device)
+            left, right = factors(weight.float(), unit.projector(tensors, torch.float32), choice.rank)
+            found[f"{unit.target.name}.weight"] = (unit.target, left @ right)
+        elif isinstance(unit, ModuleUnit):
+            found |= _filled_up(unit, choice.rank, plan, tensors, device)
+    return found
+
+
+def _filled_up(
+    unit: ModuleUnit, width: int, plan: Plan, tensors: Mapping[str, Tensor], device: torch.device
+) -> dict[str, tuple[Target, Tensor]]:
+    read = plan.bases.blueprint
+    weights: dict[Role, Tensor] = {role: read.weight(target).to(device).double() for role, target in unit.roles.items()}
+    biases: dict[Role, Tensor] = {
+        role: read.bias(target).to(device).double() for role, target in unit.roles.items() if target.has_bias
+    }
+    stem = f"{unit.name}/"
+    basis = {name.removeprefix(stem): t.to(device) for name, t in tensors.items() if name.startswith(stem)}
+    reduced = unit.method.reduce(unit.targets[0].heads, weights, biases, basis, width)
+    found = {}
+    for role, target in unit.roles.items():
+        reads = role in ("o", "down")  # its columns are what becomes fewer
+        places = _places(unit, role, width, reduced.index)
+        full = torch.zeros_like(weights[role])
+        (full.mT if reads else full)[places] = reduced.weights[role].mT if reads else reduced.weights[role]
+        found[f"{target.name}.weight"] = (target, full)
+        if role in biases:
+            bias = reduced.biases[role]
+            if not reads:
+                bias = torch.zeros_like(biases[role]).index_copy_(0, places, bias)
+            found[f"{target.name}.bias"] = (target, bias)
+    return found
+
+
+def _places(unit: ModuleUnit, role: Role, width: int, index: Tensor | None) -> Tensor:
+    """Where the rows (or columns) of a narrower module stand in the dense one."""
+    heads = unit.targets[0].heads
+    if heads is None:
+        return torch.arange(width)
+    count = heads.query if role in ("q", "o") else heads.key
+    kept = torch.arange(width).expand(count, -1)
+    if index is not None:
+        kept = index.cpu().repeat_interleave(count // heads.key, dim=0)
+    return (kept + torch.arange(count)[:, None] * heads.size).flatten()

@@ -1,0 +1,77 @@
+"""Whole plans: the dense model with its matrices replaced is the compressed model, and the best plan is taken."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lowrank_compress.artifacts.manifest import read_manifest
+from lowrank_compress.config import Recipe
+from lowrank_compress.model.replay import Batch
+from lowrank_compress.model.skeleton import Skeleton
+from lowrank_compress.stages import choice, pipeline
+from lowrank_compress.stages.bases import Bases
+from lowrank_compress.stages.common import Run
+from lowrank_compress.stages.plan import make_plan
+from tests.runs import Tiny, done
+
+
+@pytest.fixture(scope="module")
+def halved(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of auto with few tokens and half of the parameters removed."""
+    out = tmp_path_factory.mktemp("choice") / "run"
+    done("compress", *tiny.options(out), "--ratio", 0.5)
+    return out
+
+
+def test_replaced_matrices_compute_what_the_compressed_model_does(halved: Path, tiny: Tiny):
+    plan = make_plan(Recipe(**json.loads(json.dumps(dict(model=str(tiny.model), calibration=str(tiny.text), samples=8,
+                                                         seq_len=32, ratio=0.5)))))  # fmt: skip
+    run = Run(halved)
+    bases = Bases(plan.score, plan.checkpoint, pipeline.inputs_of_score(plan, run).calibration.id, run.scores)
+    report = read_manifest(run.scores).report  # pyright: ignore[reportOptionalMemberAccess]
+    taken = next(found for found in choice.plans_of(bases) if found.name == report["plan"])
+    ids = torch.randint(3, 60, (2, 20), generator=torch.Generator().manual_seed(0))
+    (found,) = choice.divergences(Skeleton(plan.checkpoint, torch.device("cpu"), torch.float32), [Batch(ids)], [taken])
+    with torch.no_grad():
+        logits = [
+            AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(ids).logits[:, :-1].double().log_softmax(-1)
+            for path in (tiny.model, run.model)
+        ]
+    expected = (logits[0].exp() * (logits[0] - logits[1])).sum(-1).mean()
+    assert found > 1e-4
+    assert found == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_the_plan_of_least_divergence_is_taken_and_reported(halved: Path):
+    report = json.loads((halved / "model" / "lowrank.json").read_text())
+    totals = {entry["plan"]: entry["divergence"] + choice.FAR * entry["at_random"] for entry in report["plans"]}
+    assert len(totals) > 2
+    assert report["plan"] == min(totals, key=totals.__getitem__)
+    said = done("show", halved)
+    assert f"Plan {report['plan']} (taken)" in said.out
+
+
+def test_named_methods_try_nothing(tiny: Tiny, tmp_path: Path):
+    done("compress", *tiny.options(tmp_path / "run", method="kfac"), "--ratio", 0.5)
+    assert json.loads((tmp_path / "run" / "model" / "lowrank.json").read_text())["plans"] == []
+
+
+@pytest.mark.assets
+@pytest.mark.parametrize("ratio", [0.3, 0.7])
+def test_auto_with_few_tokens_holds_against_named_methods(assets: Path, tmp_path: Path, ratio: float):
+    text, found = assets / "text", {}
+    for method in ("svd-llm", "modegpt", "auto"):
+        out = tmp_path / method
+        done("compress", assets / "models" / "stories260k-llama-gqa", "--calibration",
+             text / "tinystories-calibration.txt", "--samples", 2, "--seq-len", 64, "--ratio", ratio, "--method",
+             method, "--out", out)  # fmt: skip
+        said = done("eval", out / "model", "--perplexity", text / "tinystories-dev.txt", "--seq-len", 256, "--limit",
+                    24, "--json")  # fmt: skip
+        (values,) = said.json["perplexity"].values()
+        found[method] = values["compressed"]
+    assert found["auto"] < 0.7 * min(found["svd-llm"], found["modegpt"])

@@ -16,7 +16,7 @@ from lowrank_compress.allocation.table import ALLOCATORS
 from lowrank_compress.arch.resolve import Target
 from lowrank_compress.artifacts.files import canonical_hash
 from lowrank_compress.artifacts.tensors import BlockFiles
-from lowrank_compress.calibration.statistics import INFLUENCE, first_half
+from lowrank_compress.calibration.statistics import INFLUENCE, SMALL, first_half
 from lowrank_compress.config import ScoreConfig
 from lowrank_compress.errors import InputError
 from lowrank_compress.linalg.eigen import eigh
@@ -97,9 +97,13 @@ class Bases:
         self.spectra = BlockFiles(directory, canonical_hash(identity | {"spectra": True}), "spectrum")
 
     def _rival(self, calibration: str, directory: Path) -> Bases | None:
-        """The bases of what plans are held against, at its own settings; None where little is removed."""
+        """The bases of what plans are held against, at its own settings; None where little is removed.
+
+        In small models they are made always, so that another ratio can be asked for when the statistics are gone.
+        """
         config = self.config
-        if config.rival is None or config.ratio < MUCH or not self.allocator.needs_loss:
+        small = max(max(target.shape) for target in self.resolved.targets) <= SMALL
+        if config.rival is None or not (small or config.ratio >= MUCH) or not self.allocator.needs_loss:
             return None
         own = {"scheme": config.rival, "allocate": "block-influence", "storage": "pair", "rival": None}
         with contextlib.suppress(InputError):  # the ratio is out of its reach

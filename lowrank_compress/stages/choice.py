@@ -81,7 +81,7 @@ def plans_of(bases: Bases) -> list[Plan]:
         for how, allocate in (("", bases.allocate), (", uniform", lambda found: uniform(found, bases.budget.limit))):
             with contextlib.suppress(InputError):  # out of reach
                 plans.append(_plan(f"{name}{how}", bases, curves, units, allocate))
-    if bases.rival is not None:
+    if bases.rival is not None and bases.config.ratio >= MUCH:
         with contextlib.suppress(InputError):
             found = bases.rival.curves()
             units = bases.rival.choose(found)

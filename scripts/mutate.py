@@ -94,6 +94,7 @@ def make_template(slot: Path) -> None:
                     said = lrc(*words)
                     Path(f"{run}.{name}.json").write_text(said.out)
                 said = lrc("export", run, "--dense", f"{run}.dense") if said.code == 0 else said
+                said = lrc("verify", run, "--write", f"{run}.expected.json") if said.code == 0 else said
                 if said.code:
                     raise RuntimeError(said.err) from said.problem
             code = 0

@@ -507,6 +507,59 @@ def exports(place: Place) -> list[Step]:
     return found
 
 
+def expectations(place: Place) -> list[Step]:
+    """Edit what a run is expected to come out as, or what it is made from: the check sees it."""
+    name, _ = taken(place)
+    rng = place.rng
+    expected = place.take(f"{name}.expected.json", "expected.json")
+    way = rng.choice(["none", "file", "json", "json", "weight", "text", "write", "write"])
+    command = (*place.compress("model", RUNS[name][1], "again"), "--check", "expected.json")
+    if way == "write":
+        goals = [
+            *(HELDOUT, "run/recipe.yaml", "run/model/config.json", "model/config.json", "new/e.json", "run", "link"),
+            *("expected.json", "/dev/null", "", ".", "a" * 300),
+        ]
+        Path("link").symlink_to(place.outside / "notes.txt")
+        place.loose |= {"link", "expected.json"}
+        return [Step(("verify", "run", "--write", rng.choice(goals), *rng.choice([(), ("--overwrite",)])))]
+    if way == "none":
+        return [Step(command, must=True)]
+    if way == "file":
+        damage.any_file(expected, rng)
+    elif way == "json":
+        damage.json_file(expected, rng)
+    elif way == "weight":
+        with Path("model/model.safetensors").open("r+b") as file:
+            file.seek(-4, os.SEEK_END)
+            file.write(b"\0\0\x80\x3f")
+    else:
+        Path(TEXT).write_text(Path(TEXT).read_text()[:-500])
+    pristine = (place.template / f"{name}.expected.json").read_bytes()
+    more = rng.choice([(), ("--tolerance", "1e-4"), ("--tolerance", "inf"), ("--tolerance", "-1")])
+
+    def check(said: Said) -> str | None:
+        same = expected.is_file() and expected.read_bytes() == pristine and way in ("file", "json")
+        unread = way == "text" and RUNS[name][1] == "svd"
+        return None if same or unread else "it comes out as expected, though something was changed"
+
+    return [Step((*command, *more), check)]
+
+
+def renewed(place: Place) -> list[Step]:
+    """Renew a checkpoint's own code, whatever is in its place."""
+    _, run = taken(place)
+    code = run / "model/modeling_lowrank.py"
+    original = code.read_bytes()
+    if place.rng.random() < 0.7:
+        damage.any_file(code, place.rng)
+    target = place.rng.choice(["run", "run", "run/model", "model", "nowhere", HELDOUT])
+
+    def check(said: Said) -> str | None:
+        return None if code.is_file() and code.read_bytes() == original else "the code is not this version's"
+
+    return [Step(("refresh", target), check), Step(("verify", "run"), must=True)]
+
+
 MUTATIONS: dict[str, Mutation] = {
     **{f"file: {name}": damaged(way) for name, way in damage.FILE.items()},
     "edited": edited,
@@ -526,6 +579,9 @@ MUTATIONS: dict[str, Mutation] = {
     "of another": of_another,
     "base changed": base_changed,
     "memo": memo,
+    "expectations": expectations,
+    "expectations again": expectations,
+    "renewed": renewed,
     "exports": exports,
     "exports again": exports,
 }

@@ -120,9 +120,11 @@ def take_step(step: Step, result: Result) -> bool:
         return True
     elif said.code == 1:
         result.worsen("crash", said.err.strip()[-400:])
+    elif said.code == 3 and "--tolerance" in step.words:
+        result.worsen("same", "")
     elif said.code != 2:
         result.worsen("exit code", f"{said.code}: {said.err[-300:]}")
-    elif wrong := unclear("" if step.words[0] == "verify" else said.out, said.err):
+    elif wrong := unclear("" if step.words[0] == "verify" or "--check" in step.words else said.out, said.err):
         result.worsen("message", wrong)
     elif step.must:
         result.worsen("different", f"refused what must work: {said.err.strip()[-300:]}")

@@ -16,7 +16,7 @@ import json
 import math
 import multiprocessing
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,7 +120,7 @@ class Cell:
         return values["compressed"] if "compressed" in values else values["dense"]
 
 
-def show(title: str, ratios: Sequence[float], rows: dict[str, list[tuple[float, float]]], tolerance: float) -> int:
+def show(title: str, ratios: Sequence[float], rows: Mapping[str, Sequence[Sequence[float]]], tolerance: float) -> int:
     """Print one model and calibration set; return how many cells fail."""
     table, failed = Table("method", title=title), 0
     for ratio in ratios:
@@ -194,7 +194,7 @@ def main(
                 known |= {key: pair for key, pair in values.items() if f" {RECOMMENDED} " not in key}
                 if named is not None:
                     named.write_text(json.dumps(known, indent=0) + "\n")
-                rows = {method: [tuple(values[keys[method, ratio]]) for ratio in numbers] for method in asked}
+                rows = {method: [values[keys[method, ratio]] for ratio in numbers] for method in asked}
                 failed += show(f"{name}, {windows} × {seq_len} tokens: perplexity inside / outside the domain", numbers,
                                rows, tolerance)  # fmt: skip
     if failed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -91,6 +92,9 @@ def friendly(debug: bool) -> Iterator[None]:
     debug
         Show the traceback of every error instead.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A path need not be UTF-8; stderr shows such letters escaped by itself.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
     except (typer.Exit, typer.Abort):

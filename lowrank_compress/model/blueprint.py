@@ -213,6 +213,9 @@ def blueprint(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Bluep
 def _built(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Blueprint:
     config = copy.deepcopy(checkpoint.config)
     config.use_cache = False
+    # What a config may ask for beside: none of it changes what is computed, only in what form it is handed over.
+    config.return_dict = True
+    config.output_hidden_states = config.output_attentions = False
     try:
         architecture_of(config)
         auto = AutoModelForCausalLM if task_of(config) == "lm" else AutoModelForSequenceClassification

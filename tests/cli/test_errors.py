@@ -286,3 +286,8 @@ def test_markup_in_names_is_printed_as_it_is(tiny: Tiny, tmp_path: Path):
     assert str(run) in done("compress", *tiny.options(run, "svd")).out.replace("\n", "")
     assert "[bold]x[/oops]" in done("show", run).out
     assert "[bold]x[/oops]" in refused("compress", *tiny.options(run, "svd"), "--ratio", 0.5)
+
+
+def test_a_path_that_is_not_utf8_is_printed_escaped(finished: Finished, tmp_path: Path):
+    said = done("export", finished("svd"), "--dense", tmp_path / "a\udcff")
+    assert "a\\udcff" in said.out

@@ -1,6 +1,8 @@
 """What is damaged in a compressed checkpoint, or too large to be what it says, is refused before any computing."""
 
+import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,3 +55,15 @@ def test_a_head_that_is_tied_and_stored_otherwise(tmp_path: Path):
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
     words = ("compress", model, "--method", "svd", "--out", tmp_path / "run")
     assert "stores different values in model.embed_tokens.weight and lm_head.weight" in refused(*words)
+
+
+def test_the_form_in_which_a_config_wants_results(tiny: Tiny, tmp_path: Path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny.model, model)
+    config = json.loads((model / "config.json").read_text())
+    asked = {"return_dict": False, "output_hidden_states": True, "output_attentions": True, "use_cache": True}
+    (model / "config.json").write_text(json.dumps(config | asked))
+    done("compress", model, *tiny.options(tmp_path / "run")[1:])
+    files = [tmp_path / "run/model/model.safetensors", tmp_path / "plain/model/model.safetensors"]
+    done("compress", *tiny.options(tmp_path / "plain"))
+    assert files[0].read_bytes() == files[1].read_bytes()

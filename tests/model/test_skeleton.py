@@ -249,11 +249,15 @@ def test_the_head_is_known_by_its_name(heads: list[str] | None, expected: str | 
 @pytest.mark.parametrize(
     ("options", "problem", "message"),
     [
-        ({"num_labels": 1}, UnsupportedError, "with 1 labels; supported is one label of several"),
+        (
+            {"num_labels": 1},
+            UnsupportedError,
+            r"The head is for regression \(num_labels 1\); supported is one label of several",
+        ),
         (
             {"problem_type": "multi_label_classification"},
             UnsupportedError,
-            "problem_type is multi_label_classification",
+            "The head is for multi_label_classification",
         ),
         ({"pad_token_id": None}, CheckpointError, "has no pad_token_id"),
     ],

@@ -131,9 +131,11 @@ def take_step(step: Step, result: Result) -> bool:
     else:
         result.worsen("refused", said.err.strip()[-300:])
         if step.stock is not None and not waits():
-            with suppress(Exception):
+            signal.setitimer(signal.ITIMER_REAL, SECONDS)  # transformers may try to build a billion layers
+            with suppress(Exception, Hang):
                 step.stock()
                 result.worsen("stricter", said.err.strip()[-300:])
+            signal.setitimer(signal.ITIMER_REAL, 0)
     return False
 
 

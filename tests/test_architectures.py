@@ -119,9 +119,10 @@ def truncated(weight: Tensor, method: str, seen: list[Trace], terms: int, rank: 
     means = statistics(seen, weight, terms)
     rows, columns = weight.shape
     left, right = metric(LEFT.get(method), means, rows), metric(RIGHT.get(method), means, columns)
-    if rows <= columns and method in LEFT:
+    # The smaller side is damped where there is anything to damp, the larger one where its metric is full.
+    if method in LEFT and (rows <= columns or LEFT[method] == "out_fisher"):
         left = damp(left, FISHER)
-    if rows > columns and method in RIGHT:
+    if method in RIGHT and (rows > columns or RIGHT[method] != "in_abs"):
         right = damp(right, GRAM)
     left, right = square_root(left), square_root(right)
     dense = weight.detach().numpy()

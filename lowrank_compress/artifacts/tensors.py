@@ -39,14 +39,14 @@ class BlockFiles:
     def __init__(self, directory: Path, id: str, prefix: str = "block") -> None:
         self.directory = directory
         self.id = id
-        self._prefix = prefix
+        self.prefix = prefix
         self._verified: dict[int, tuple[int, ...]] = {}
         self._writer = ThreadPoolExecutor(1)
         self._writing: list[Future[None]] = []
 
     def name(self, block: int) -> str:
         """File name of a block."""
-        return f"{self._prefix}-{self.id[:8]}-{block:04d}.safetensors"
+        return f"{self.prefix}-{self.id[:8]}-{block:04d}.safetensors"
 
     def path(self, block: int) -> Path:
         """Path of a block's file."""

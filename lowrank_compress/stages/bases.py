@@ -15,6 +15,7 @@ from lowrank_compress.allocation.curve import DENSE, Curve, make_curve
 from lowrank_compress.allocation.table import ALLOCATORS
 from lowrank_compress.arch.resolve import Target
 from lowrank_compress.artifacts.files import canonical_hash
+from lowrank_compress.artifacts.manifest import Manifest
 from lowrank_compress.artifacts.tensors import BlockFiles
 from lowrank_compress.calibration.statistics import INFLUENCE, SMALL, first_half
 from lowrank_compress.config import ScoreConfig
@@ -57,6 +58,8 @@ class Bases:
         Bytes to get by with; None for what is free. It changes no result.
     processes
         How many share what is free.
+    prefix
+        First part of the files' names.
     """
 
     step = "decompose"
@@ -70,6 +73,7 @@ class Bases:
         *,
         memory: int | None = None,
         processes: int = 1,
+        prefix: str = "basis",
     ) -> None:
         self.config = config
         self.memory, self.processes = memory, processes
@@ -92,7 +96,7 @@ class Bases:
             "device": config.device,
             "keep": [self.keep[unit.name] for unit in self.units],
         }
-        self.files = BlockFiles(directory, canonical_hash(identity), "basis")
+        self.files = BlockFiles(directory, canonical_hash(identity), prefix)
         self.rival = self._rival(calibration, directory)
         self.spectra = BlockFiles(directory, canonical_hash(identity | {"spectra": True}), "spectrum")
 
@@ -110,7 +114,7 @@ class Bases:
             settings = config.model_copy(update=own | {"held_out": False})
             return Bases(
                 settings, self.blueprint.checkpoint, calibration, directory, memory=self.memory,
-                processes=self.processes,
+                processes=self.processes, prefix="rival",
             )  # fmt: skip
         return None
 
@@ -267,6 +271,11 @@ class Bases:
                 values = None if spectrum is None else spectrum.numpy()
                 curves[unit.name] = self._curve(unit, tail, values, influence)
         return curves
+
+
+def bases_of(directory: Path, scores: Manifest) -> BlockFiles:
+    """Find the bases that the ranks of a score stage are of."""
+    return BlockFiles(directory, scores.report["bases"], scores.report["bases_prefix"])
 
 
 def predicted_losses(unit: Unit, basis: Mapping[str, Tensor], nats: bool, *, on_sample: bool = False) -> Tensor:

@@ -32,7 +32,7 @@ from lowrank_compress.stages.expectation import (
 )
 from lowrank_compress.stages.verification import verify
 
-_BASIS = re.compile(r"basis-[0-9a-f]{8}-(\d+)\.safetensors")
+_BASIS = re.compile(r"(basis|rival)-[0-9a-f]{8}-(\d+)\.safetensors")
 # What is not of the recipe's doing: the model and the text are named by content, the device is of the environment.
 _PLACES = {"model", "revision", "calibration", "device"}
 
@@ -135,7 +135,7 @@ def tensor_entries(files: list[Path]) -> dict[str, TensorEntry]:
 def full_name(file: Path, tensor: str) -> str:
     """Name a tensor so that no other of its stage has the name; ids in the names of files are left out."""
     block = _BASIS.fullmatch(file.name)
-    return tensor if block is None else f"block {int(block[1])}: {tensor}"
+    return tensor if block is None else f"{block[1]} of block {int(block[2])}: {tensor}"
 
 
 def stage_entry(directory: Path, manifest: Manifest) -> StageEntry:

@@ -31,6 +31,7 @@ from lowrank_compress.model.casting import cast
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.export import ShardWriter, config_json, write_companions
 from lowrank_compress.model.layers import remote_code_entries, write_remote_code
+from lowrank_compress.stages.bases import bases_of
 from lowrank_compress.stages.common import Reporter, Silent, checkpoint_id, environment, require_alone
 from lowrank_compress.stages.encode import Encoder
 from lowrank_compress.stages.ranks import RANKS, Choice, in_storage, read_ranks, require_kept
@@ -115,7 +116,7 @@ def run(
     units = [unit for unit in all_units(sites) if unit.name in choices]
     if config.storage != scores.key.config["storage"]:  # asked for since; else what ranks.json says is followed
         choices = in_storage(units, choices, config.storage, config.round_to)
-    bases = BlockFiles(inputs.scores, scores.report["bases"], "basis")
+    bases = bases_of(inputs.scores, scores)
     require_kept(inputs.scores / RANKS, units, choices, bases)
     identity = key(config, inputs)
     workers.once(lambda: recover(out_dir, listed))

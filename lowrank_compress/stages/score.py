@@ -174,6 +174,7 @@ def _choose(
         "unit": "nats" if plan.bases.nats else "relative",
         "scheme": plan.bases.config.scheme.model_dump(mode="json"),
         "bases": plan.bases.files.id,
+        "bases_prefix": plan.bases.files.prefix,
         "spectra": bases.spectra.id if bases.allocator.needs_spectrum else None,
     }
     files = [bases.files.name(block) for block in blocks]

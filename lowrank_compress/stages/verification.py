@@ -6,7 +6,6 @@ from pathlib import Path
 
 from lowrank_compress.artifacts.files import read_json
 from lowrank_compress.artifacts.manifest import Manifest, altered, read_manifest
-from lowrank_compress.artifacts.tensors import BlockFiles
 from lowrank_compress.config import Scheme, load_recipe
 from lowrank_compress.errors import ArtifactError, LrcError
 from lowrank_compress.methods.sites import all_units, sites_of
@@ -14,6 +13,7 @@ from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.layers import REMOTE_FILE
 from lowrank_compress.model.locate import locate
+from lowrank_compress.stages.bases import bases_of
 from lowrank_compress.stages.common import Run, recipe_state, strangers
 from lowrank_compress.stages.evaluate import METRICS, merged
 from lowrank_compress.stages.ranks import RANKS, read_ranks, require_kept
@@ -111,7 +111,7 @@ def _fits(run: Run, ranks: Path, scores: Manifest) -> bool:
         sites = sites_of(resolved, Scheme(**scores.report["scheme"]))
         choices = read_ranks(ranks, sites)
         units = [unit for unit in all_units(sites) if unit.name in choices]
-        require_kept(ranks, units, choices, BlockFiles(ranks.parent, scores.report["bases"], "basis"))
+        require_kept(ranks, units, choices, bases_of(ranks.parent, scores))
     except LrcError:
         return False
     return True

@@ -488,7 +488,7 @@ def test_an_adapter_that_was_put_beside_a_compressed_checkpoint(finished: Callab
     run = finished("svd")
     (run / "model/adapter_config.json").write_text("{}")
     for command in (("eval", run, "--perplexity", tiny.heldout), ("export", run, "--dense", run.parent / "out")):
-        assert "has weights and an adapter beside them (adapter_config.json)" in refused(*command)
+        assert "adapter_config.json" in refused(*command)
 
 
 def test_what_a_compressed_checkpoint_must_not_say(finished: Callable[[str], Path]) -> None:

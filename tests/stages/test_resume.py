@@ -104,7 +104,13 @@ def test_killed_at_each_rename_in_turn(tiny: Tiny, pristine: Finished, tmp_path:
         (["model", "scores/manifest.json"], {"model", "scores/manifest.json", "scores/ranks.json"}),
         (
             ["model", "scores/manifest.json", "scores/basis-*-0001.safetensors", "stats"],
-            {"model", "scores/manifest.json", "scores/ranks.json", "scores/basis-*-0001.safetensors"},
+            {
+                "model",
+                "scores/manifest.json",
+                "scores/ranks.json",
+                "scores/basis-*-0001.safetensors",
+                "scores/rival-*-0001.safetensors",
+            },
         ),
         (
             ["scores/ranks.json"],

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -160,7 +161,7 @@ def _in_parts(
 ) -> Iterator[np.ndarray]:
     """Tokenise a text that comes in pieces; arrays of int32 ids, one after the other those of the text."""
     if not tokenizer.is_fast:  # it does not say where its tokens are
-        yield np.array(tokenizer("".join(pieces), add_special_tokens=False, verbose=False)["input_ids"], np.int32)
+        yield _narrow(tokenizer("".join(pieces), add_special_tokens=False, verbose=False)["input_ids"])
         return
     before, rest = "", ""
     for piece in (each[start : start + part] for each in pieces for start in range(0, len(each), part)):
@@ -179,11 +180,16 @@ def _in_parts(
     yield ids[starts >= len(before)]
 
 
+def _narrow(ids: Any) -> np.ndarray:
+    """Return ids as int32; those that do not fit are beyond every vocabulary, and stay so."""
+    return np.minimum(np.array(ids, np.int64), np.iinfo(np.int32).max).astype(np.int32)
+
+
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[np.ndarray, np.ndarray]:
     """Return ids, int32, and where each token begins; a token of no characters begins where the one after it does."""
     found = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
     spans = np.array(found["offset_mapping"], np.int64).reshape(-1, 2)
-    return np.array(found["input_ids"], np.int32), np.maximum.accumulate(spans[:, 0])
+    return _narrow(found["input_ids"]), np.maximum.accumulate(spans[:, 0])
 
 
 def calibration_windows(ids: Tensor, seq_len: int, samples: int, seed: int, bos: int | None) -> Tensor:

@@ -317,6 +317,16 @@ def test_memory_does_not_follow_the_text(tokenizer: PreTrainedTokenizerBase, mon
     assert max(seen) <= 4096 + 2 * 512
 
 
+def test_ids_beyond_all_numbers_are_refused(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer(tmp_path)
+    first = str(tokenizer.convert_ids_to_tokens(int(encode(tokenizer, "the quick fox")[0])))
+    settings = json.loads((tmp_path / "tokenizer.json").read_text())
+    settings["model"]["vocab"][first] = 2**32 - 1
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match="below 96 only"):
+        encode(load_tokenizer(tmp_path), "the quick fox", 96)
+
+
 def test_tokens_beyond_the_vocabulary_are_named(tokenizer: PreTrainedTokenizerBase) -> None:
     worst = int(encode(tokenizer, "the quick fox").max())
     with pytest.raises(InputError, match=rf"makes the token .* with id {worst}, but .* below {worst} only"):

@@ -22,7 +22,7 @@ from lowrank_compress.errors import ArtifactError
 class BlockFiles:
     """A folder of one safetensors file a block, each marked with the id of the result it belongs to.
 
-    A file carries in its header the id and a SHA-256 over its tensors, notes and id, so that a rerun can tell a
+    A file carries in its header a SHA-256 over its tensors, notes, id and number, so that a rerun can tell a
     finished block of this very result from a damaged one. Its name holds the beginning of the id: the files of another
     result stand beside it until the manifest of the new one is written.
 
@@ -57,7 +57,7 @@ class BlockFiles:
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
         refuse_link(self.directory)
         # One metadata key only: safetensors does not keep the order of several, and bytes must repeat.
-        said = {"id": self.id, "notes": dict(notes or {})}
+        said = {"block": block, "id": self.id, "notes": dict(notes or {})}
         header = {"lrc": json.dumps(said | {"digest": _digest(plain, said)}, sort_keys=True)}
         if self._header(block) is None:
             keep_aside(self.path(block))  # nothing of ours
@@ -95,7 +95,9 @@ class BlockFiles:
         stamp = self._stamp(block)
         if self._verified.get(block) != stamp:
             try:
-                digest = _digest(load_file(self.path(block)), {"id": self.id, "notes": header.get("notes")})
+                digest = _digest(
+                    load_file(self.path(block)), {"block": block, "id": self.id, "notes": header.get("notes")}
+                )
             except (SafetensorError, ValueError):
                 return False
             if digest != header.get("digest"):

@@ -71,6 +71,15 @@ def test_a_file_that_is_no_block_is_not_finished(tmp_path: Path):
     assert not files.finished(0)
 
 
+def test_a_file_in_the_place_of_another_block_is_not_finished(tmp_path: Path):
+    files = BlockFiles(tmp_path, "id")
+    for block in (0, 1):
+        files.write(block, TENSORS)
+    shutil.copyfile(files.path(0), files.path(1))
+    assert files.finished(0)
+    assert not BlockFiles(tmp_path, "id").finished(1)
+
+
 def test_what_is_not_ours_is_kept(tmp_path: Path):
     files = BlockFiles(tmp_path, "id")
     files.path(0).write_text("theirs")

@@ -61,7 +61,8 @@ def print_result(result: dict[str, Any], as_json: bool) -> None:
     )
     if "cost" in result:
         messages.print(_cost(result["cost"]), style="dim", markup=False, soft_wrap=True)
-    messages.print(f"Next: lrc eval {result['run']} --perplexity YOUR_TEXT.txt", style="dim", markup=False)
+    how = "--perplexity YOUR_TEXT.txt (a classifier: --classification YOUR_TABLE.tsv)"
+    messages.print(f"Next: lrc eval {result['run']} {how}", style="dim", markup=False, soft_wrap=True)
 
 
 def _cost(cost: dict[str, Any]) -> str:

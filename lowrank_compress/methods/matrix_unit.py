@@ -58,6 +58,11 @@ class MatrixUnit:
         return self.method.unit == "nats"
 
     @property
+    def parallel(self) -> bool:
+        """It is: one thread is hardly slower on one matrix than several."""
+        return True
+
+    @property
     def loses_mean(self) -> bool:
         """Whether the method would restore the mean here, but has no bias to do it with."""
         return self.method.right.centred and not self.target.has_bias

@@ -62,6 +62,11 @@ class ModuleUnit:
         return self.method.fisher
 
     @property
+    def parallel(self) -> bool:
+        """It is not: the squares of an MLP are large, and several at a time would want much memory."""
+        return False
+
+    @property
     def _rotated(self) -> bool:
         heads = self.targets[0].heads
         return self.method.group == "qk" and heads is not None and heads.rotary > 0

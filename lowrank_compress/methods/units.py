@@ -65,6 +65,11 @@ class Unit(Protocol):
         """Half its squared loss estimates the loss increase in nats per token."""
         ...
 
+    @property
+    def parallel(self) -> bool:
+        """Whether it is decomposed beside others, in one thread; what is not is given all threads."""
+        ...
+
     def statistics(self) -> Mapping[str, frozenset[str]]:
         """Target name -> names of the statistics that its basis is made of."""
         ...

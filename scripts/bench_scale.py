@@ -30,8 +30,8 @@ from rich.table import Table
 
 from lowrank_compress.config import Recipe
 from lowrank_compress.demo import text as demo_text
-from lowrank_compress.stages.common import Run
 from lowrank_compress.stages.plan import make_plan
+from lowrank_compress.stages.run import Run
 
 REST = "start and end"
 MOVED = ("read", "written", "from_disk", "to_disk")

@@ -18,9 +18,9 @@ from lowrank_compress.methods.units import needed, stored_elements
 from lowrank_compress.model.blueprint import Blueprint
 from lowrank_compress.model.memory import free_memory
 from lowrank_compress.stages.bases import Bases
-from lowrank_compress.stages.common import Run
 from lowrank_compress.stages.plan import Plan
 from lowrank_compress.stages.ranks import RANKS, Choice, read_ranks
+from lowrank_compress.stages.run import Run
 
 
 class Work(NamedTuple):

@@ -31,9 +31,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from lowrank_compress.demo import text as demo_text
-from lowrank_compress.stages.common import Run
 from lowrank_compress.stages.description import expect
 from lowrank_compress.stages.expectation import write_expectation
+from lowrank_compress.stages.run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"

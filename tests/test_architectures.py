@@ -20,9 +20,9 @@ from transformers.pytorch_utils import Conv1D
 
 import lowrank_compress
 from lowrank_compress.config import Recipe
-from lowrank_compress.stages.common import Run
 from lowrank_compress.stages.pipeline import claim, compress
 from lowrank_compress.stages.plan import make_plan
+from lowrank_compress.stages.run import Run
 from tests.ordinary import Trace, load, matrix, padded, part_rows, statistics, tokens, traces
 from tests.reference import damp, square_root
 from tests.tiny import CASES, MODELS, VARIANTS, Task, save_tiny, tiny_text

@@ -10,8 +10,8 @@ import torch
 from lowrank_compress.artifacts.files import read_json
 from lowrank_compress.config import EvaluateConfig, Recipe
 from lowrank_compress.stages import pipeline
-from lowrank_compress.stages.common import Run
 from lowrank_compress.stages.plan import make_plan
+from lowrank_compress.stages.run import Run
 from tests.tiny import save_tiny, tiny_text
 
 pytestmark = [

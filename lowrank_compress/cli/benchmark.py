@@ -16,7 +16,9 @@ from lowrank_compress.model.blueprint import blueprint, task_of
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.locate import locate
 from lowrank_compress.registry import unknown
-from lowrank_compress.stages.common import Run, compute_device, display_name, environment
+from lowrank_compress.stages.environment import compute_device, environment
+from lowrank_compress.stages.identity import display_name
+from lowrank_compress.stages.run import Run
 
 ATTENTIONS = ("sdpa", "eager")
 NEW_TOKENS = 32

@@ -14,12 +14,13 @@ from lowrank_compress.cli.comparing import as_lines, as_markdown, headline
 from lowrank_compress.cli.terminal import IS_FIRST, TerminalReporter, console, messages, print_json
 from lowrank_compress.config import Recipe
 from lowrank_compress.errors import ArtifactError, InputError
-from lowrank_compress.stages.common import Run, environment
 from lowrank_compress.stages.comparison import Comparison, compare, environment_changes, require_recipe
 from lowrank_compress.stages.description import expect
 from lowrank_compress.stages.differences import Reference
+from lowrank_compress.stages.environment import environment
 from lowrank_compress.stages.expectation import Expectation, is_expectation, read_expectation, write_expectation
 from lowrank_compress.stages.plan import make_plan
+from lowrank_compress.stages.run import Run
 
 # The first bytes of a report, by which it is known as one that may be replaced.
 _MARKDOWN, _JSON = "<!-- lrc check -->", '{\n  "kind": "lrc check"'

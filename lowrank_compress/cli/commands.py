@@ -27,12 +27,13 @@ from lowrank_compress.model.memory import keep_freed
 from lowrank_compress.stages import calibrate as calibrate_stage
 from lowrank_compress.stages import pipeline
 from lowrank_compress.stages import score as score_stage
-from lowrank_compress.stages.common import Run, compute_device
+from lowrank_compress.stages.environment import compute_device
 from lowrank_compress.stages.meter import Meter
 from lowrank_compress.stages.plan import Plan, make_plan
 from lowrank_compress.stages.reach import check_ratio
 from lowrank_compress.stages.refresh import checkpoint_of
 from lowrank_compress.stages.refresh import refresh as refresh_code
+from lowrank_compress.stages.run import Run
 from lowrank_compress.stages.sizing import dry_run as plan_sizes
 from lowrank_compress.stages.sizing import roomy
 

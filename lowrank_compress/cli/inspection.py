@@ -52,8 +52,8 @@ def list_entries(what: str, as_json: bool) -> None:
 def show(target: str, as_json: bool) -> None:
     """Print every matrix of a run or compressed checkpoint."""
     from lowrank_compress.cli.commands import read_report
-    from lowrank_compress.stages.common import Run
     from lowrank_compress.stages.factorize import REPORT
+    from lowrank_compress.stages.run import Run
 
     run = Run(Path(target))
     is_run = run.exists()

@@ -41,7 +41,9 @@ from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.narrowing import check_narrowing
 from lowrank_compress.model.replay import Batch
 from lowrank_compress.model.skeleton import Skeleton
-from lowrank_compress.stages.common import Reporter, Silent, checkpoint_id, environment, in_parts, source_id
+from lowrank_compress.stages.environment import environment
+from lowrank_compress.stages.identity import checkpoint_id, source_id
+from lowrank_compress.stages.reporting import Reporter, Silent, in_parts
 
 VERSION = 5
 

@@ -15,7 +15,6 @@ from lowrank_compress.artifacts.manifest import Manifest, read_manifest
 from lowrank_compress.config import Recipe
 from lowrank_compress.errors import ArtifactError, InputError
 from lowrank_compress.model.checkpoint import Checkpoint
-from lowrank_compress.stages.common import Run, checkpoint_id
 from lowrank_compress.stages.description import file_entries, portable, text_of, weight_files
 from lowrank_compress.stages.differences import (
     Reference,
@@ -25,6 +24,8 @@ from lowrank_compress.stages.differences import (
     weight_differences,
 )
 from lowrank_compress.stages.expectation import Expectation, FileEntry, Input, StageEntry
+from lowrank_compress.stages.identity import checkpoint_id
+from lowrank_compress.stages.run import Run
 
 Verdict = Literal["same", "within tolerance", "different"]
 EXIT_CODES: dict[Verdict, int] = {"same": 0, "within tolerance": 3, "different": 2}

@@ -20,7 +20,6 @@ from lowrank_compress.linalg.sketch import sketch
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.locate import locate
 from lowrank_compress.model.reconstruction import reconstruction
-from lowrank_compress.stages.common import Run, checkpoint_id, display_name
 from lowrank_compress.stages.expectation import (
     Base,
     Expectation,
@@ -30,6 +29,8 @@ from lowrank_compress.stages.expectation import (
     TensorEntry,
     WeightEntry,
 )
+from lowrank_compress.stages.identity import checkpoint_id, display_name
+from lowrank_compress.stages.run import Run
 from lowrank_compress.stages.verification import verify
 
 _BASIS = re.compile(r"(basis|rival)-[0-9a-f]{8}-(\d+)\.safetensors")

@@ -16,9 +16,9 @@ from lowrank_compress.artifacts.hashes import file_hashes
 from lowrank_compress.linalg.sketch import relative, sketch
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.reconstruction import reconstruction
-from lowrank_compress.stages.common import Run
 from lowrank_compress.stages.description import full_name
 from lowrank_compress.stages.expectation import Expectation, StageEntry, TensorEntry, WeightEntry
+from lowrank_compress.stages.run import Run
 
 
 @dataclass(frozen=True)

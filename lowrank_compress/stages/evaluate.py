@@ -36,7 +36,9 @@ from lowrank_compress.model.blueprint import blueprint, task_of
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.replay import Batch
 from lowrank_compress.model.skeleton import Skeleton
-from lowrank_compress.stages.common import Reporter, Silent, checkpoint_id, environment, source_id
+from lowrank_compress.stages.environment import environment
+from lowrank_compress.stages.identity import checkpoint_id, source_id
+from lowrank_compress.stages.reporting import Reporter, Silent
 
 VERSION = 2
 METRICS = "metrics.json"

@@ -32,10 +32,13 @@ from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.export import ShardWriter, config_json, write_companions
 from lowrank_compress.model.layers import remote_code_entries, write_remote_code
 from lowrank_compress.stages.bases import bases_of
-from lowrank_compress.stages.common import Reporter, Silent, checkpoint_id, environment, require_alone
 from lowrank_compress.stages.encode import Encoder
+from lowrank_compress.stages.environment import environment
+from lowrank_compress.stages.identity import checkpoint_id
 from lowrank_compress.stages.ranks import RANKS, Choice, in_storage, read_ranks, require_kept
 from lowrank_compress.stages.report import block_losses, model_card, summary
+from lowrank_compress.stages.reporting import Reporter, Silent
+from lowrank_compress.stages.run import require_alone
 
 VERSION = 5
 REPORT = "lowrank.json"

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lowrank_compress.stages.common import Reporter
+from lowrank_compress.stages.reporting import Reporter
 
 
 class Meter:

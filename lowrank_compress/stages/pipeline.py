@@ -16,8 +16,10 @@ from lowrank_compress.model.locate import locate
 from lowrank_compress.model.replay import Batch
 from lowrank_compress.stages import calibrate, evaluate, factorize, score
 from lowrank_compress.stages.bases import Bases
-from lowrank_compress.stages.common import Reporter, Run, Silent, checkpoint_id, display_name, recipe_state, recipe_text
+from lowrank_compress.stages.identity import checkpoint_id, display_name
 from lowrank_compress.stages.plan import Plan
+from lowrank_compress.stages.reporting import Reporter, Silent
+from lowrank_compress.stages.run import Run, recipe_state, recipe_text
 
 
 def default_run(recipe: Recipe) -> Path:

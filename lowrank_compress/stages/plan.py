@@ -21,7 +21,8 @@ from lowrank_compress.methods.units import needed, needs_data
 from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.locate import directory_of, locate
-from lowrank_compress.stages.common import compute_device, source_id
+from lowrank_compress.stages.environment import compute_device
+from lowrank_compress.stages.identity import source_id
 from lowrank_compress.stages.score import check_options
 
 # Tokens a micro-batch unless the recipe says otherwise, on a CPU and on a GPU: little memory, and much work at once. A

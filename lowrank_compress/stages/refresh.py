@@ -21,7 +21,7 @@ from lowrank_compress.errors import ArtifactError, CheckpointError, InputError
 from lowrank_compress.model import layers
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.layers import REMOTE_FILE
-from lowrank_compress.stages.common import Run
+from lowrank_compress.stages.run import Run
 
 Code = Literal["ours", "older code", "newer code"]
 PACKAGED = Path(layers.__file__)

@@ -26,8 +26,9 @@ from lowrank_compress.model.replay import Batch
 from lowrank_compress.registry import unknown
 from lowrank_compress.stages.bases import VERSION, Bases
 from lowrank_compress.stages.choice import best, plans_of
-from lowrank_compress.stages.common import Reporter, Silent, environment, in_parts
+from lowrank_compress.stages.environment import environment
 from lowrank_compress.stages.ranks import RANKS, write_ranks
+from lowrank_compress.stages.reporting import Reporter, Silent, in_parts
 
 
 @dataclass(frozen=True)

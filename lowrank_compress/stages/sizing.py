@@ -17,9 +17,9 @@ from lowrank_compress.methods.units import Unit, needed, needs_data, ranking, st
 from lowrank_compress.model.blueprint import Blueprint, blueprint
 from lowrank_compress.model.memory import free_memory
 from lowrank_compress.stages.bases import Bases
-from lowrank_compress.stages.common import Run
 from lowrank_compress.stages.plan import Plan
 from lowrank_compress.stages.reach import uniform_ranks
+from lowrank_compress.stages.run import Run
 from lowrank_compress.stages.together import blocks_at_once, matrices_at_once, room
 
 SINGLE = 4

@@ -14,10 +14,10 @@ from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.layers import REMOTE_FILE
 from lowrank_compress.model.locate import locate
 from lowrank_compress.stages.bases import bases_of
-from lowrank_compress.stages.common import Run, recipe_state, strangers
 from lowrank_compress.stages.evaluate import METRICS, merged
 from lowrank_compress.stages.ranks import RANKS, read_ranks, require_kept
 from lowrank_compress.stages.refresh import code_of
+from lowrank_compress.stages.run import Run, recipe_state, strangers
 
 
 def verify(path: Path) -> list[dict[str, str]]:

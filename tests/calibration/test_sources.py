@@ -23,7 +23,7 @@ from lowrank_compress.calibration.tables import quotes_are_marks
 from lowrank_compress.calibration.textfiles import COMPRESSED
 from lowrank_compress.calibration.tokens import encode, renderer
 from lowrank_compress.errors import CalibrationError, InputError
-from lowrank_compress.stages.common import source_id
+from lowrank_compress.stages.identity import source_id
 from tests.runs import forked
 from tests.tiny import BOS, tiny_text, tiny_tokenizer
 

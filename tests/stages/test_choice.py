@@ -15,8 +15,8 @@ from lowrank_compress.model.replay import Batch
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.stages import choice, pipeline
 from lowrank_compress.stages.bases import Bases
-from lowrank_compress.stages.common import Run
 from lowrank_compress.stages.plan import make_plan
+from lowrank_compress.stages.run import Run
 from tests.runs import Tiny, done
 
 

@@ -16,8 +16,8 @@ from lowrank_compress.config import Recipe
 from lowrank_compress.methods.linear import LinearMethod
 from lowrank_compress.methods.table import METHODS
 from lowrank_compress.stages import factorize
-from lowrank_compress.stages.common import Run
 from lowrank_compress.stages.plan import make_plan
+from lowrank_compress.stages.run import Run
 from tests.runs import FEW, Tiny, done, refused
 from tests.tiny import save_tiny, tiny_model, tiny_text
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowrank_compress.stages.common import environment
+from lowrank_compress.stages.environment import environment
 from lowrank_compress.stages.hardware import SETTINGS, hardware, processor
 
 INTEL = """processor\t: 0

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lowrank_compress.stages import meter as module
-from lowrank_compress.stages.common import Silent
 from lowrank_compress.stages.meter import Meter, peak_memory
+from lowrank_compress.stages.reporting import Silent
 
 
 def test_time_and_peak_belong_to_the_step_that_reports_next(monkeypatch: pytest.MonkeyPatch) -> None:

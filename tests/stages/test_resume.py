@@ -15,7 +15,8 @@ import pytest
 
 from lowrank_compress.artifacts import files
 from lowrank_compress.artifacts.lock import locked
-from lowrank_compress.stages import common
+from lowrank_compress.model.checkpoint import Checkpoint
+from lowrank_compress.stages.identity import checkpoint_id
 from tests.runs import Tiny, block_file, contents, done, forked, looks_finished, lrc, refused, results, times
 
 Finished = Callable[[str], Path]
@@ -79,7 +80,7 @@ def killed_at_rename(number: int, *, after: bool, arguments: list[str]) -> bool:
 def test_killed_at_each_rename_in_turn(tiny: Tiny, pristine: Finished, tmp_path: Path, after: bool):
     """Each file appears by a rename: one run dies at all of them, one after the other."""
     run = tmp_path / "run"
-    common.checkpoint_id(common.Checkpoint(tiny.model))  # memoised: its file is no part of the run
+    checkpoint_id(Checkpoint(tiny.model))  # memoised: its file is no part of the run
     number = deaths = 0
     seen: list[dict[str, str]] = [{}]
     while "model" not in looks_finished(run):

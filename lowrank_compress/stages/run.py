@@ -1,63 +1,18 @@
-"""What all stages share: reporting, identities of inputs, the record of the environment, the layout of a run."""
+"""The layout of a run: its directories, its recipe, and the checkpoint that it has come to."""
 
 from __future__ import annotations
 
 import hashlib
-import itertools
-import platform
-import warnings
-from collections.abc import Collection, Container, Iterable, Iterator, Mapping
+from collections.abc import Collection, Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal
 
-import torch
-
-import lowrank_compress
-from lowrank_compress.artifacts.files import canonical_hash, is_temporary, read_sealed, read_small_text, sha256
-from lowrank_compress.artifacts.hashes import file_hashes
+from lowrank_compress.artifacts.files import is_temporary, read_sealed, read_small_text
 from lowrank_compress.artifacts.lock import HOLDER, LOCK
 from lowrank_compress.artifacts.manifest import MANIFEST, Manifest, read_manifest, require_intact
-from lowrank_compress.calibration.hub import hub_id
-from lowrank_compress.calibration.sources import Source
-from lowrank_compress.calibration.textfiles import check_file
 from lowrank_compress.config import RECIPE_BYTES, Recipe
-from lowrank_compress.errors import ArtifactError, CalibrationError, InputError
-from lowrank_compress.model.checkpoint import Checkpoint
-from lowrank_compress.stages.hardware import hardware
-
-Item = TypeVar("Item")
-
-
-class Reporter(Protocol):
-    """Where a stage says how far it is."""
-
-    def advance(self, step: str, done: int, total: int) -> None:
-        """Say that `done` of `total` pieces of a step are finished."""
-        ...
-
-    def warn(self, text: str) -> None:
-        """Say something that the user should know but that stops nothing."""
-        ...
-
-
-class Silent:
-    """Shows no progress, and hands warnings to Python."""
-
-    def advance(self, step: str, done: int, total: int) -> None:
-        """Do nothing."""
-
-    def warn(self, text: str) -> None:
-        """Issue a Python warning."""
-        warnings.warn(text, stacklevel=2)
-
-
-def in_parts(items: Iterable[Item], size: int) -> Iterator[tuple[int, list[Item]]]:
-    """Yield items by parts of `size`, the last of what is left, each with how many there have been by then."""
-    remaining, done = iter(items), 0
-    while part := list(itertools.islice(remaining, size)):
-        done += len(part)
-        yield done, part
+from lowrank_compress.errors import ArtifactError
 
 
 @dataclass(frozen=True)
@@ -237,76 +192,3 @@ def recipe_state(path: Path) -> Literal["none", "ours", "edited", "foreign"]:
         return "foreign"
     digest, _, rest = text.removeprefix(_HEADER).partition("\n")
     return "ours" if digest == hashlib.sha256(rest.encode()).hexdigest() else "edited"
-
-
-def compute_device(name: str) -> torch.device:
-    """Resolve ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-
-    Raises
-    ------
-    InputError
-        There is no such device.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"Unknown device {name!r}; expected auto, cpu, cuda or cuda:N.") from None
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"The device {name} is not supported; expected auto, cpu, cuda or cuda:N.")
-    if device.type == "cpu":
-        return torch.device("cpu")  # there is one, whatever its number
-    if not torch.cuda.is_available():
-        raise InputError(f"The device {name} was asked for, but this torch sees no GPU. Use --device cpu.")
-    if (device.index or 0) >= (count := torch.cuda.device_count()):
-        raise InputError(f"The device {name} was asked for, but this torch sees {count} GPUs, from cuda:0 on.")
-    return device
-
-
-def environment(device: str) -> dict[str, Any]:
-    """Record where a result was computed."""
-    import numpy
-    import scipy
-    import transformers
-
-    return {
-        "lowrank_compress": lowrank_compress.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "numpy": numpy.__version__,
-        "scipy": scipy.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "device": device if device == "cpu" else torch.cuda.get_device_name(device),
-        **hardware(),
-    }
-
-
-def checkpoint_id(checkpoint: Checkpoint) -> str:
-    """SHA-256 over a checkpoint's config, weight and tokenizer files; their hashes are remembered."""
-    return canonical_hash(file_hashes(checkpoint.identity()))
-
-
-def source_id(source: Source) -> str:
-    """Identity of a text source's content: the hash of a file, the fingerprint of a hub data set.
-
-    Raises
-    ------
-    CalibrationError
-        It does not exist, or cannot be read.
-    """
-    if source.is_hub:
-        return hub_id(source.name)
-    check_file(source.name)
-    try:
-        return sha256(Path(source.name))
-    except OSError as problem:
-        raise CalibrationError(f"{source.name} cannot be read ({problem}). Expected a readable file.") from None
-
-
-def display_name(model: str) -> str:
-    """Name a model without the path to it: the hub name, or the directory's own name."""
-    path = Path(model).expanduser()
-    return path.resolve().name if path.is_dir() else model

@@ -1,0 +1,41 @@
+"""What a checkpoint or a text is by content, and what it is called."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lowrank_compress.artifacts.files import canonical_hash, sha256
+from lowrank_compress.artifacts.hashes import file_hashes
+from lowrank_compress.calibration.hub import hub_id
+from lowrank_compress.calibration.sources import Source
+from lowrank_compress.calibration.textfiles import check_file
+from lowrank_compress.errors import CalibrationError
+from lowrank_compress.model.checkpoint import Checkpoint
+
+
+def checkpoint_id(checkpoint: Checkpoint) -> str:
+    """SHA-256 over a checkpoint's config, weight and tokenizer files; their hashes are remembered."""
+    return canonical_hash(file_hashes(checkpoint.identity()))
+
+
+def source_id(source: Source) -> str:
+    """Identity of a text source's content: the hash of a file, the fingerprint of a hub data set.
+
+    Raises
+    ------
+    CalibrationError
+        It does not exist, or cannot be read.
+    """
+    if source.is_hub:
+        return hub_id(source.name)
+    check_file(source.name)
+    try:
+        return sha256(Path(source.name))
+    except OSError as problem:
+        raise CalibrationError(f"{source.name} cannot be read ({problem}). Expected a readable file.") from None
+
+
+def display_name(model: str) -> str:
+    """Name a model without the path to it: the hub name, or the directory's own name."""
+    path = Path(model).expanduser()
+    return path.resolve().name if path.is_dir() else model

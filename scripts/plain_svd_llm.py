@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from lowrank_compress.calibration.tokens import batches_hash
 from lowrank_compress.config import Recipe
-from lowrank_compress.model.replay import Batch
+from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.stages.calibrate import calibration_batches
 from lowrank_compress.stages.plan import make_plan
 

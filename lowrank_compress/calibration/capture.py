@@ -21,15 +21,17 @@ import torch
 from torch import Tensor
 
 from lowrank_compress.arch.resolve import Target
+from lowrank_compress.calibration.hooks import hooked
 from lowrank_compress.calibration.moments import ROWS, Moments
 from lowrank_compress.calibration.statistics import STATISTICS, enough_tokens, statistic_key
-from lowrank_compress.calibration.taps import tapped
 from lowrank_compress.calibration.workers import Workers
 from lowrank_compress.errors import InputError
 from lowrank_compress.model.memory import free_memory
-from lowrank_compress.model.replay import Batch, Replay, lm_chunks, token_loss
 from lowrank_compress.model.skeleton import Skeleton
-from lowrank_compress.model.states import State, StateStore
+from lowrank_compress.model.walk.batch import Batch
+from lowrank_compress.model.walk.head import lm_chunks, token_loss
+from lowrank_compress.model.walk.replay import Replay
+from lowrank_compress.model.walk.states import State, StateStore
 
 Wanted = Mapping[str, frozenset[str]]
 Advance = Callable[[str, int, int], None]
@@ -87,7 +89,7 @@ def capture(
     skip
         Tells which blocks are finished already: they are run, but not measured nor yielded.
     clip
-        Scale token gradients whose norm exceeds `clip` times the mean norm of the non-zero ones of the same tap and
+        Scale token gradients whose norm exceeds `clip` times the mean norm of the non-zero ones of the same module and
         batch down to that; None clips nothing.
     advance
         Called with (step, done, total) as work proceeds.
@@ -161,7 +163,7 @@ class _Sweep:
             with torch.no_grad(), skeleton.block(index, then=index + 1) as block:
                 for number, batch in enumerate(replay.batches):
                     entering = replay.load(hidden[number])
-                    with tapped(skeleton, index, moments, batch, clip=None):
+                    with hooked(skeleton, index, moments, batch, clip=None):
                         leaving = replay.step(index, block, number, entering)
                     if moments is not None:
                         moments.add_influence(entering, leaving, batch.mask)
@@ -209,7 +211,7 @@ class _Sweep:
         with skeleton.block(index, then=index - 1) as block:
             for number, batch in enumerate(replay.batches):
                 x = replay.load(entering[number]).detach().requires_grad_()
-                with tapped(skeleton, index, moments, batch, self.clip), torch.enable_grad():
+                with hooked(skeleton, index, moments, batch, self.clip), torch.enable_grad():
                     out = replay.step(index, block, number, x)
                     (gradient,) = torch.autograd.grad(out, x, replay.load(gradients[number]))
                 if moments is not None:

@@ -19,8 +19,8 @@ from lowrank_compress.calibration.cells import Chat, Render
 from lowrank_compress.calibration.sources import Examples
 from lowrank_compress.errors import CalibrationError, InputError
 from lowrank_compress.model.checkpoint import Checkpoint, in_a_line
-from lowrank_compress.model.replay import Batch
 from lowrank_compress.model.shards import COMPANIONS, require_small
+from lowrank_compress.model.walk.batch import Batch
 
 
 def load_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

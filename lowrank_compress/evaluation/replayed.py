@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import torch
 
 from lowrank_compress.errors import NumericsError
-from lowrank_compress.model.replay import Batch, Replay, lm_chunks, token_loss
 from lowrank_compress.model.skeleton import Skeleton
-from lowrank_compress.model.states import State
+from lowrank_compress.model.walk.batch import Batch
+from lowrank_compress.model.walk.head import lm_chunks, token_loss
+from lowrank_compress.model.walk.replay import Replay
+from lowrank_compress.model.walk.states import State
 
 # Hidden states of this many bytes are carried from block to block at once; longer texts take several passes.
 CARRIED_BYTES = 2 << 30

@@ -39,8 +39,8 @@ from lowrank_compress.methods.units import Unit, full_rank, needed, needs_data
 from lowrank_compress.model.blueprint import Task, blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.narrowing import check_narrowing
-from lowrank_compress.model.replay import Batch
 from lowrank_compress.model.skeleton import Skeleton
+from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.stages.environment import environment
 from lowrank_compress.stages.identity import checkpoint_id, source_id
 from lowrank_compress.stages.reporting import Reporter, Silent, in_parts

@@ -28,8 +28,10 @@ from lowrank_compress.methods.matrix_unit import MatrixUnit
 from lowrank_compress.methods.module_unit import ModuleUnit
 from lowrank_compress.methods.units import Unit, ranking
 from lowrank_compress.model.narrowing import check_narrowing
-from lowrank_compress.model.replay import Batch, Replay, lm_chunks
 from lowrank_compress.model.skeleton import Skeleton
+from lowrank_compress.model.walk.batch import Batch
+from lowrank_compress.model.walk.head import lm_chunks
+from lowrank_compress.model.walk.replay import Replay
 from lowrank_compress.stages.bases import MUCH, Bases
 from lowrank_compress.stages.ranks import Choice
 

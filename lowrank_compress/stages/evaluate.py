@@ -34,8 +34,8 @@ from lowrank_compress.evaluation.replayed import Accuracy, Perplexity, accuracy,
 from lowrank_compress.evaluation.size import measure_size
 from lowrank_compress.model.blueprint import blueprint, task_of
 from lowrank_compress.model.checkpoint import Checkpoint
-from lowrank_compress.model.replay import Batch
 from lowrank_compress.model.skeleton import Skeleton
+from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.stages.environment import environment
 from lowrank_compress.stages.identity import checkpoint_id, source_id
 from lowrank_compress.stages.reporting import Reporter, Silent

@@ -13,7 +13,7 @@ from lowrank_compress.config import EvaluateConfig, Recipe, read_recipe_file
 from lowrank_compress.errors import ArtifactError, CalibrationError, InputError
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.locate import locate
-from lowrank_compress.model.replay import Batch
+from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.stages import calibrate, evaluate, factorize, score
 from lowrank_compress.stages.bases import Bases
 from lowrank_compress.stages.identity import checkpoint_id, display_name

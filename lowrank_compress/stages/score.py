@@ -22,7 +22,7 @@ from lowrank_compress.errors import ArtifactError, InputError
 from lowrank_compress.methods.sites import Site, all_units, first_units
 from lowrank_compress.methods.units import dense_elements, needs_data, stored_elements
 from lowrank_compress.model.checkpoint import Checkpoint
-from lowrank_compress.model.replay import Batch
+from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.registry import unknown
 from lowrank_compress.stages.bases import VERSION, Bases
 from lowrank_compress.stages.choice import best, plans_of

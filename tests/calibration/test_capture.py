@@ -9,13 +9,13 @@ from torch import Tensor
 
 from lowrank_compress.calibration import capture as module
 from lowrank_compress.calibration.capture import capture, needs_gradient
+from lowrank_compress.calibration.hooks import clipping
 from lowrank_compress.calibration.statistics import STATISTICS, statistic_key
-from lowrank_compress.calibration.taps import clipping
 from lowrank_compress.errors import NumericsError
-from lowrank_compress.model import replay as replaying
 from lowrank_compress.model.checkpoint import Checkpoint
-from lowrank_compress.model.replay import Batch
 from lowrank_compress.model.skeleton import Skeleton
+from lowrank_compress.model.walk import head
+from lowrank_compress.model.walk.batch import Batch
 from tests.ordinary import (
     LM,
     Saved,
@@ -226,7 +226,7 @@ def test_the_head_may_work_in_chunks(case: str, saved: Saved, monkeypatch: pytes
     skeleton = skeleton_of(saved, case)
     wanted = everything(skeleton, frozenset({"out_fisher"}))
     whole = measured(skeleton, batches_of(case), wanted)
-    monkeypatch.setattr(replaying, "HEAD_TOKENS", 5)
+    monkeypatch.setattr(head, "HEAD_TOKENS", 5)
     assert_same(measured(skeleton, batches_of(case), wanted), whole)
 
 

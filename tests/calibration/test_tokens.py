@@ -26,7 +26,7 @@ from lowrank_compress.calibration.tokens import (
     window_batches,
 )
 from lowrank_compress.errors import CalibrationError, InputError
-from lowrank_compress.model.replay import Batch
+from lowrank_compress.model.walk.batch import Batch
 from tests.tiny import BOS, tiny_text, tiny_tokenizer
 
 lengths = st.integers(min_value=2, max_value=300)

@@ -11,10 +11,10 @@ from lowrank_compress.calibration.tokens import evaluation_windows, window_batch
 from lowrank_compress.errors import NumericsError
 from lowrank_compress.evaluation import replayed
 from lowrank_compress.evaluation.replayed import Accuracy, Perplexity, accuracy, perplexity
-from lowrank_compress.model import replay
 from lowrank_compress.model.checkpoint import Checkpoint
-from lowrank_compress.model.replay import Batch
 from lowrank_compress.model.skeleton import Skeleton
+from lowrank_compress.model.walk import head
+from lowrank_compress.model.walk.batch import Batch
 from tests.ordinary import CLASSIFIERS, LM, Saved, load, padded, summed_loss, tokens
 
 CPU = torch.device("cpu")
@@ -60,7 +60,7 @@ def test_chunks_of_the_head_do_not_matter(chunk: int, saved: Saved, monkeypatch:
     skeleton = skeleton_of(saved, "gemma2-lm")
     batches = window_batches(evaluation_windows(TEXT, 20, 1), 3)
     whole = perplexity(skeleton, batches)
-    monkeypatch.setattr(replay, "HEAD_TOKENS", chunk)
+    monkeypatch.setattr(head, "HEAD_TOKENS", chunk)
     found = perplexity(skeleton, batches)
     assert found.tokens == whole.tokens
     assert found.nats == pytest.approx(whole.nats, rel=1e-12)

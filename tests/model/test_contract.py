@@ -18,9 +18,10 @@ from transformers import AutoModelForCausalLM
 from lowrank_compress.errors import CheckpointError, LrcError, NumericsError, UnsupportedError
 from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
-from lowrank_compress.model.replay import Batch, Replay
 from lowrank_compress.model.shards import INDEX, SINGLE
 from lowrank_compress.model.skeleton import Skeleton
+from lowrank_compress.model.walk.batch import Batch
+from lowrank_compress.model.walk.replay import Replay
 from tests.ordinary import tokens
 from tests.runs import Tiny, done, looks_finished, refused
 from tests.tiny import save_tiny, tiny_tokenizer

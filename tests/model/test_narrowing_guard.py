@@ -12,8 +12,8 @@ from transformers.models.llama import modeling_llama
 from lowrank_compress.errors import UnsupportedError
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.narrowing import check_narrowing
-from lowrank_compress.model.replay import Batch
 from lowrank_compress.model.skeleton import Skeleton
+from lowrank_compress.model.walk.batch import Batch
 from tests.tiny import save_tiny
 
 BATCH = Batch(torch.arange(4, 44).view(2, 20))

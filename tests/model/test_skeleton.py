@@ -14,8 +14,9 @@ from transformers import AutoConfig
 from lowrank_compress.errors import CheckpointError, UnsupportedError
 from lowrank_compress.model.blueprint import blueprint, task_of
 from lowrank_compress.model.checkpoint import Checkpoint
-from lowrank_compress.model.replay import Batch, Replay
 from lowrank_compress.model.skeleton import Skeleton
+from lowrank_compress.model.walk.batch import Batch
+from lowrank_compress.model.walk.replay import Replay
 from tests.ordinary import Saved, load, task, tokens
 from tests.tiny import MODELS, tiny_model
 

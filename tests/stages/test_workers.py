@@ -18,8 +18,8 @@ from lowrank_compress.calibration.capture import capture
 from lowrank_compress.calibration.workers import Workers, workers_of
 from lowrank_compress.errors import InputError
 from lowrank_compress.model.checkpoint import Checkpoint
-from lowrank_compress.model.replay import Batch
 from lowrank_compress.model.skeleton import Skeleton
+from lowrank_compress.model.walk.batch import Batch
 from tests.runs import Tiny, done, lrc, results
 
 FEW = ("--micro-batch", "2")  # four micro-batches

@@ -11,9 +11,9 @@ from lowrank_compress.config import Scheme
 from lowrank_compress.methods.sites import all_units, sites_of
 from lowrank_compress.methods.units import needed
 from lowrank_compress.model.checkpoint import Checkpoint
-from lowrank_compress.model.replay import Batch
 from lowrank_compress.model.skeleton import Skeleton
-from lowrank_compress.model.states import StateStore
+from lowrank_compress.model.walk.batch import Batch
+from lowrank_compress.model.walk.states import StateStore
 from tests.tiny import save_tiny
 
 

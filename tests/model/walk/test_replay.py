@@ -8,8 +8,10 @@ from torch import Tensor
 
 from lowrank_compress.errors import NumericsError
 from lowrank_compress.model.checkpoint import Checkpoint
-from lowrank_compress.model.replay import HEAD_TOKENS, Batch, Replay, lm_chunks, token_loss
 from lowrank_compress.model.skeleton import Skeleton
+from lowrank_compress.model.walk.batch import Batch
+from lowrank_compress.model.walk.head import HEAD_TOKENS, lm_chunks, token_loss
+from lowrank_compress.model.walk.replay import Replay
 from tests.ordinary import LM, Saved, load, padded, task, tokens
 from tests.tiny import MODELS
 

@@ -16,43 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank_compress.errors import NumericsError, UnsupportedError
+from lowrank_compress.errors import UnsupportedError
 from lowrank_compress.model.skeleton import Skeleton
-from lowrank_compress.model.states import State, StateStore
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Token ids of several sequences of one length.
-
-    Attributes
-    ----------
-    ids
-        (sequences, length) int64.
-    mask
-        (sequences, length) int64, 1 for real tokens; None where nothing is padded.
-    labels
-        (sequences,) int64 class labels; None for language models, whose labels are the ids themselves.
-    kinds
-        (sequences, length) int64, which sentence of a pair each token is of; None where there is but one.
-    first
-        Number of its first sequence in the calibration set; it says which half a sequence belongs to.
-    """
-
-    ids: Tensor
-    mask: Tensor | None = None
-    labels: Tensor | None = None
-    kinds: Tensor | None = None
-    first: int = 0
-
-    @property
-    def tokens(self) -> int:
-        """Real tokens, padding not counted."""
-        return self.ids.numel() if self.mask is None else int(self.mask.sum())
-
-    def real(self) -> Tensor | None:
-        """(sequences · length,) bool: which flattened positions are no padding; None if all."""
-        return None if self.mask is None else self.mask.bool().flatten()
+from lowrank_compress.model.walk.batch import Batch
+from lowrank_compress.model.walk.states import State, StateStore
 
 
 @dataclass(frozen=True)
@@ -189,34 +156,3 @@ class Replay:
         finally:
             for block in blocks:
                 del block.forward
-
-
-HEAD_TOKENS = 512  # logits of this many tokens at a time stand in memory
-
-
-def lm_chunks(batch: Batch) -> Iterator[tuple[int, int]]:
-    """Ranges of positions whose next token is scored, small enough for the logits of a large vocabulary."""
-    if batch.mask is not None:
-        raise NumericsError("A padded batch of a language model would have its padding scored; expected whole windows.")
-    sequences, length = batch.ids.shape
-    width = max(1, HEAD_TOKENS // sequences)
-    for start in range(0, length - 1, width):
-        yield start, min(start + width, length - 1)
-
-
-def token_loss(logits: Tensor, targets: Tensor, what: str) -> Tensor:
-    """Summed cross-entropy in nats, in float32 or better.
-
-    Raises
-    ------
-    NumericsError
-        A logit is NaN or infinite: it would spoil, or if dropped embellish, the result.
-    """
-    logits = logits.flatten(0, -2)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    if not torch.isfinite(logits.detach()).all():
-        raise NumericsError(
-            f"The model gave NaN or infinite logits on {what}. Nothing is dropped from a loss here: check the "
-            "checkpoint, or compute in float32 (--dtype concerns only what is written)."
-        )
-    return nn.functional.cross_entropy(logits, targets.flatten().to(logits.device), reduction="sum")

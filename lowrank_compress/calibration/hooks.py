@@ -12,19 +12,19 @@ from lowrank_compress.arch.resolve import Target
 from lowrank_compress.calibration.moments import Moments, Seen
 from lowrank_compress.errors import NumericsError
 from lowrank_compress.model import weights
-from lowrank_compress.model.replay import Batch
 from lowrank_compress.model.skeleton import Skeleton
+from lowrank_compress.model.walk.batch import Batch
 
 
 @contextmanager
-def tapped(skeleton: Skeleton, index: int, moments: Moments | None, batch: Batch, clip: float | None) -> Iterator[None]:
+def hooked(skeleton: Skeleton, index: int, moments: Moments | None, batch: Batch, clip: float | None) -> Iterator[None]:
     """Let every claimed module of a block add what it sees to `moments` while inside."""
     handles = []
     if moments is not None:
         for path, targets in skeleton.resolved.modules().items():
             if targets[0].block == index:
                 module = skeleton.model.get_submodule(path)
-                handles += _tap(module, targets, moments, batch, clip)
+                handles += _hook(module, targets, moments, batch, clip)
     try:
         yield
     finally:
@@ -32,7 +32,7 @@ def tapped(skeleton: Skeleton, index: int, moments: Moments | None, batch: Batch
             handle.remove()
 
 
-def _tap(module: nn.Module, targets: tuple[Target, ...], moments: Moments, batch: Batch, clip: float | None):
+def _hook(module: nn.Module, targets: tuple[Target, ...], moments: Moments, batch: Batch, clip: float | None):
     """Hook a module: measure what it sees now, and the gradient of its output when that is known.
 
     The gradient of a module's own input is δ = g W, which autograd computes anyway; only where several targets share a

@@ -34,8 +34,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from lowrank_compress.calibration.tokens import batches_hash
 from lowrank_compress.config import Recipe
 from lowrank_compress.model.walk.batch import Batch
-from lowrank_compress.stages.calibrate import calibration_batches
 from lowrank_compress.stages.plan import make_plan
+from lowrank_compress.stages.samples import calibration_batches
 
 JITTERS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)  # of the mean diagonal
 # What each side calls its work, in the rows of the comparison; other steps belong to the first row.

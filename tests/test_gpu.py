@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowrank_compress.artifacts.files import read_json
+from lowrank_compress.artifacts.documents import read_json
 from lowrank_compress.config import EvaluateConfig, Recipe
 from lowrank_compress.stages import pipeline
 from lowrank_compress.stages.plan import make_plan

@@ -17,14 +17,12 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 import re
 import stat
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from lowrank_compress.errors import ArtifactError
 
@@ -131,16 +129,6 @@ def _write(target: Path, text: str) -> None:
     target.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value: object) -> None:
-    """Write a JSON file atomically, indented, keys in the order given."""
-    text = json.dumps(value, indent=2, ensure_ascii=False)
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # a path that is not UTF-8
-        text = json.dumps(value, indent=2)
-    write_text(path, text + "\n")
-
-
 def is_regular(path: Path) -> bool:
     """Tell whether a path leads to a regular file, which opening and reading cannot make anybody wait for."""
     try:
@@ -193,91 +181,6 @@ def read_small_text(path: Path, limit: int = SMALL) -> str:
         return read_bytes(path, limit).decode("utf-8")
     except UnicodeDecodeError as problem:
         raise ArtifactError(f"{path} is not UTF-8 text ({problem}).") from None
-
-
-def parse_json(text: str, *, unique: bool = False) -> Any:
-    """Parse JSON.
-
-    Parameters
-    ----------
-    unique
-        Refuse an object that has a key twice; else the last one counts, as it does for Python.
-
-    Raises
-    ------
-    ValueError
-        It is not JSON, or nested too deep.
-    """
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if unique and len(found) != len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is there twice")
-        return found
-
-    try:
-        return json.loads(text, object_pairs_hook=once)
-    except RecursionError:
-        raise ValueError("it is nested too deep") from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises
-    ------
-    ArtifactError
-        The file is missing, or is not a JSON object.
-    """
-    try:
-        value = parse_json(read_small_text(path), unique=True)
-    except FileNotFoundError:
-        raise ArtifactError(f"{path} does not exist; expected a file written by an earlier stage.") from None
-    except ValueError as problem:
-        raise ArtifactError(
-            f"{path} cannot be read as JSON ({problem}). Repair it or repeat the stage with --overwrite."
-        ) from problem
-    if not isinstance(value, dict):
-        raise ArtifactError(f"{path} holds a JSON {type(value).__name__}; expected an object.")
-    return value
-
-
-def canonical_hash(value: object) -> str:
-    """Hash a JSON value independently of key order and formatting."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object with a hash over itself, for `read_sealed`."""
-    write_json(path, {**value, "digest": canonical_hash(value)})
-
-
-def read_sealed(path: Path) -> dict[str, Any]:
-    """Read what `write_sealed` wrote.
-
-    Raises
-    ------
-    ArtifactError
-        It is missing, or not as it was written.
-    """
-    found = read_json(path)
-    digest = found.pop("digest", None)
-    if digest is None:
-        raise ArtifactError(
-            f"{path} has no hash of itself: it was edited, or written by an older version of this program. Repeat the "
-            "stage that writes it with --overwrite."
-        )
-    try:
-        intact = digest == canonical_hash(found)
-    except ValueError:
-        intact = False  # numbers that are none
-    if not intact:
-        raise ArtifactError(
-            f"{path} is not as it was written (its hash differs). Repeat the stage that writes it with --overwrite."
-        )
-    return found
 
 
 def sha256(path: Path) -> str:

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from lowrank_compress.artifacts.files import read_json, sha256, write_json
+from lowrank_compress.artifacts.documents import read_json, write_json
+from lowrank_compress.artifacts.files import sha256
 from lowrank_compress.errors import ArtifactError
 
 # Of so many files; the hashes of those hashed longest ago are forgotten first.

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_compress.artifacts.directories import CHANGED, Listed, refuse_link, remove_listed
-from lowrank_compress.artifacts.files import canonical_hash, is_regular, read_sealed, sha256, sweep, write_sealed
+from lowrank_compress.artifacts.documents import canonical_hash, read_sealed, write_sealed
+from lowrank_compress.artifacts.files import is_regular, sha256, sweep
 from lowrank_compress.artifacts.hashes import file_hashes
 from lowrank_compress.errors import ArtifactError
 

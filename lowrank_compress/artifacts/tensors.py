@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lowrank_compress.artifacts.directories import keep_aside, refuse_link
-from lowrank_compress.artifacts.files import canonical_hash, is_regular, parse_json, sweep, write_atomically
+from lowrank_compress.artifacts.documents import canonical_hash, parse_json
+from lowrank_compress.artifacts.files import is_regular, sweep, write_atomically
 from lowrank_compress.errors import ArtifactError
 
 

@@ -11,7 +11,8 @@ import typer
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from lowrank_compress.artifacts.directories import refuse_unsafe
-from lowrank_compress.artifacts.files import read_json, sha256
+from lowrank_compress.artifacts.documents import read_json
+from lowrank_compress.artifacts.files import sha256
 from lowrank_compress.artifacts.lock import locked
 from lowrank_compress.artifacts.manifest import Manifest, read_manifest
 from lowrank_compress.calibration.workers import Workers, workers_of

@@ -19,7 +19,7 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from lowrank_compress.artifacts.files import canonical_hash
+from lowrank_compress.artifacts.documents import canonical_hash
 from lowrank_compress.artifacts.hashes import cache_directory, file_hashes
 from lowrank_compress.errors import CheckpointError, InputError, LrcError, UnsupportedError
 from lowrank_compress.model.blueprint import blueprint

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from lowrank_compress.artifacts.directories import recover, replacing
-from lowrank_compress.artifacts.files import read_sealed, write_sealed
+from lowrank_compress.artifacts.documents import read_sealed, write_sealed
 from lowrank_compress.artifacts.hashes import file_hashes
 from lowrank_compress.errors import ArtifactError, CheckpointError
 from lowrank_compress.model.checkpoint import Checkpoint

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lowrank_compress.artifacts.files import is_regular, parse_json, read_small_text
+from lowrank_compress.artifacts.documents import read_json
+from lowrank_compress.artifacts.files import SMALL, is_regular
 from lowrank_compress.errors import ArtifactError, CheckpointError
 from lowrank_compress.model.kinds import names_in, no_weights
 
@@ -35,8 +36,6 @@ COMPANIONS = (
 )
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Storage of plain weights, by safetensors' names."""
-SMALL_FILE = 64 << 20
-"""Bytes that a config or an index may have: those of the largest models have a tenth of that."""
 
 _BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "C64": 64, "I64": 64, "U64": 64, "I32": 32, "U32": 32, "I16": 16,
@@ -172,12 +171,10 @@ def read_settings(path: Path) -> dict[str, Any]:
         It is none.
     """
     try:
-        value = parse_json(read_small_text(path, SMALL_FILE))
-    except (ArtifactError, OSError, ValueError) as problem:
-        raise CheckpointError(f"{path} cannot be read as JSON ({problem}). Download the checkpoint again.") from problem
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}; expected an object.")
-    return value
+        # A key that is there twice is the last one, as it is for transformers.
+        return read_json(path, unique=False, mend="Download the checkpoint again.")
+    except ArtifactError as problem:
+        raise CheckpointError(str(problem)) from problem
 
 
 def require_small(path: Path) -> None:
@@ -190,5 +187,5 @@ def require_small(path: Path) -> None:
     """
     if not is_regular(path):
         raise CheckpointError(f"{path} is no regular file; expected one. Download the checkpoint again.")
-    if (size := path.stat().st_size) > SMALL_FILE:
-        raise CheckpointError(f"{path} has {size:,} bytes; no such file has more than {SMALL_FILE:,}.")
+    if (size := path.stat().st_size) > SMALL:
+        raise CheckpointError(f"{path} has {size:,} bytes; no such file has more than {SMALL:,}.")

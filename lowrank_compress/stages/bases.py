@@ -14,7 +14,7 @@ from lowrank_compress.allocation.alternatives import choose
 from lowrank_compress.allocation.curve import DENSE, Curve, make_curve
 from lowrank_compress.allocation.table import ALLOCATORS
 from lowrank_compress.arch.resolve import Target
-from lowrank_compress.artifacts.files import canonical_hash
+from lowrank_compress.artifacts.documents import canonical_hash
 from lowrank_compress.artifacts.manifest import Manifest
 from lowrank_compress.artifacts.tensors import BlockFiles
 from lowrank_compress.calibration.statistics import INFLUENCE, SMALL, first_half
@@ -42,7 +42,7 @@ MUCH = 0.4
 class Bases:
     """The decompositions of a run, block by block.
 
-    As a `calibrate.Sink` it makes them from blocks' statistics as soon as these are complete.
+    As a `sinks.Sink` it makes them from blocks' statistics as soon as these are complete.
 
     Parameters
     ----------

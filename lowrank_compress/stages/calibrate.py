@@ -5,45 +5,31 @@ Reads a checkpoint and a text; writes one safetensors file of means a block.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from lowrank_compress.arch.resolve import Resolved
 from lowrank_compress.artifacts.manifest import Key, Manifest, commit, committed, read_manifest
 from lowrank_compress.artifacts.tensors import BlockFiles
-from lowrank_compress.calibration.capture import capture, loss_terms, needs_gradient
-from lowrank_compress.calibration.sources import Source, pieces, read_examples, shuffled
-from lowrank_compress.calibration.statistics import ENOUGH
-from lowrank_compress.calibration.tokens import (
-    batches_hash,
-    bos_of,
-    calibration_windows,
-    encode,
-    example_batches,
-    load_tokenizer,
-    renderer,
-    vocabulary_of,
-    window_batches,
-)
+from lowrank_compress.calibration.capture import capture, needs_gradient
+from lowrank_compress.calibration.tokens import batches_hash
 from lowrank_compress.calibration.workers import Workers
 from lowrank_compress.config import CalibrateConfig
 from lowrank_compress.errors import ArtifactError, InputError
 from lowrank_compress.methods.matrix_unit import MatrixUnit
 from lowrank_compress.methods.sites import all_units, sites_of
-from lowrank_compress.methods.units import Unit, full_rank, needed, needs_data
-from lowrank_compress.model.blueprint import Task, blueprint
+from lowrank_compress.methods.units import Unit, needed, needs_data
+from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.narrowing import check_narrowing
 from lowrank_compress.model.skeleton import Skeleton
-from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.stages.environment import environment
 from lowrank_compress.stages.identity import checkpoint_id, source_id
 from lowrank_compress.stages.reporting import Reporter, Silent, in_parts
+from lowrank_compress.stages.samples import calibration_batches, source_of, too_few
+from lowrank_compress.stages.sinks import FileSink, Sink
 
 VERSION = 5
 
@@ -55,56 +41,6 @@ class Inputs:
     checkpoint: Checkpoint
 
 
-class Sink(Protocol):
-    """Takes blocks' statistics as soon as they are complete.
-
-    Attributes
-    ----------
-    step
-        What that is called in a report of progress.
-    """
-
-    step: str
-
-    @property
-    def at_once(self) -> int:
-        """How many blocks it would like to take together."""
-        ...
-
-    def finished(self, block: int) -> bool:
-        """Whether the block has been taken by this or an earlier process."""
-        ...
-
-    def take(self, blocks: Mapping[int, MutableMapping[str, Tensor]]) -> None:
-        """Take the statistics of blocks; the mapping of each is the sink's to empty."""
-        ...
-
-    def settle(self) -> None:
-        """Return when all blocks that were taken are on disk."""
-        ...
-
-
-class FileSink:
-    """Keeps statistics in the stage's directory."""
-
-    step, at_once = "keep", 1
-
-    def __init__(self, files: BlockFiles) -> None:
-        self.files = files
-
-    def finished(self, block: int) -> bool:
-        """Whether the block's file is on disk, whole and of this calibration."""
-        return self.files.finished(block)
-
-    def take(self, blocks: Mapping[int, MutableMapping[str, Tensor]]) -> None:
-        """Write the blocks' files."""
-        for block, means in blocks.items():
-            self.files.write(block, means)
-
-    def settle(self) -> None:
-        """Do nothing: they are."""
-
-
 def key(config: CalibrateConfig, inputs: Inputs, text: str | None = None) -> Key:
     """Everything the statistics depend on; a text counts by its content, not by its path.
 
@@ -114,7 +50,7 @@ def key(config: CalibrateConfig, inputs: Inputs, text: str | None = None) -> Key
     units = _measured(resolved, config)
     found = {"checkpoint": checkpoint_id(inputs.checkpoint)}
     if needs_data(units):
-        found["text"] = text or source_id(_source(config))
+        found["text"] = text or source_id(source_of(config))
     settings = config.model_dump(mode="json", exclude={"source", "scheme", "rival"})
     wanted = needed(units)
     by_role: dict[str, set[str]] = {}
@@ -236,27 +172,6 @@ def run(
     return workers.once(lambda: commit(out_dir, identity, outputs, report, environment(config.device)))
 
 
-def too_few(units: Sequence[Unit], batches: Sequence[Batch], gradient: bool) -> str | None:
-    """Say what is under-determined by a calibration set, what that may cost, and what would be enough; None if nothing.
-
-    What a classifier's gradients say is counted by examples, of which each has one loss.
-    """
-    examples = gradient and batches[0].labels is not None
-    seen = sum(loss_terms(batch) if examples else batch.tokens for batch in batches)
-    widest = max(units, key=full_rank)
-    largest = full_rank(widest)
-    if seen >= largest:
-        return None
-    windows = sum(len(batch.ids) for batch in batches)
-    more = -(-ENOUGH * largest * windows // seen)
-    return (
-        f"The calibration set has {seen} {'examples' if examples else 'tokens'} for the {largest} dimensions of "
-        f"{widest.name}: its moments are rank-deficient, and say nothing of most directions. Quality will vary with "
-        "the sample and be worse on other text, the more the larger the ratio: perplexities of up to ten times those "
-        f"from enough text were measured. Enough is {ENOUGH} for each dimension, here --samples {more}."
-    )
-
-
 def _measured(resolved: Resolved, config: CalibrateConfig) -> tuple[Unit, ...]:
     """Units that statistics are taken for: those of the scheme, and those of the one that plans are held against."""
     schemes = [config.scheme, *([] if config.rival is None else [config.rival])]
@@ -270,52 +185,3 @@ def kept(directory: Path, identity: Key) -> bool:
     except ArtifactError:
         return False
     return found is not None and found.id == identity.id and found.report["kept"]
-
-
-def _source(config: CalibrateConfig) -> Source:
-    if config.source is None:
-        raise InputError("The method needs calibration data; name a text with --calibration.")
-    return Source(config.source, config.text_column, config.label_column)
-
-
-# Of text that plans are tried on: windows, and tokens in all of them.
-TRIED_WINDOWS, TRIED_TOKENS = 16, 8192
-
-
-def held_out_batches(config: CalibrateConfig, checkpoint: Checkpoint) -> list[Batch]:
-    """Make a set like the calibration set of what follows it after the shuffle: some windows, or examples.
-
-    A text that is spent by the calibration set has none left; then it is the first of that set.
-    """
-    count = max(1, min(TRIED_WINDOWS, TRIED_TOKENS // config.seq_len))
-    task, few = blueprint(checkpoint).task, config.model_copy(update={"samples": count})
-    return calibration_batches(few, checkpoint, task, skip=config.samples) or calibration_batches(few, checkpoint, task)
-
-
-def calibration_batches(config: CalibrateConfig, checkpoint: Checkpoint, task: Task, *, skip: int = 0) -> list[Batch]:
-    """Make the calibration set of a config: windows of text, or examples for a classifier.
-
-    Of the shuffled ones the first `skip` are left out; there may be none after them.
-
-    Raises
-    ------
-    CalibrationError, InputError
-        The data are missing, empty, too short or have no such column.
-    """
-    tokenizer = load_tokenizer(checkpoint.path, checkpoint.trust_remote_code)
-    source, vocabulary = _source(config), vocabulary_of(checkpoint)
-    named = config.text_column is not None or config.label_column is not None
-    if task == "classification" and (named or (source.is_table and not source.is_hub)):
-        examples = shuffled(read_examples(source), skip + config.samples, config.seed)
-        return example_batches(
-            tokenizer,
-            examples.picked(range(len(examples.texts))[skip:]),
-            checkpoint.class_ids,
-            config.seq_len,
-            config.micro_batch,
-            vocabulary,
-        )
-    ids = encode(tokenizer, pieces(source, renderer(tokenizer)), vocabulary)
-    bos = bos_of(tokenizer, vocabulary)
-    windows = calibration_windows(ids, config.seq_len, skip + config.samples, config.seed, bos)[skip:]
-    return window_batches(list(windows), config.micro_batch)

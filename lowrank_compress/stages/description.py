@@ -11,7 +11,8 @@ import numpy as np
 
 import lowrank_compress
 from lowrank_compress.artifacts.contents import dtype_name, tensor_hash, tensors_of
-from lowrank_compress.artifacts.files import canonical_hash, parse_json, read_small_text
+from lowrank_compress.artifacts.documents import canonical_hash, parse_json
+from lowrank_compress.artifacts.files import read_small_text
 from lowrank_compress.artifacts.hashes import file_hashes
 from lowrank_compress.artifacts.manifest import Manifest, read_manifest
 from lowrank_compress.config import Recipe, load_recipe

@@ -12,7 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lowrank_compress.artifacts.directories import keep_aside, refuse_link
-from lowrank_compress.artifacts.files import canonical_hash, read_json, sha256, write_json
+from lowrank_compress.artifacts.documents import canonical_hash, read_json, write_json
+from lowrank_compress.artifacts.files import sha256
 from lowrank_compress.artifacts.manifest import Key, altered, commit, committed, read_manifest
 from lowrank_compress.calibration.sources import Source, pieces, read_examples
 from lowrank_compress.calibration.tokens import (

@@ -17,7 +17,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lowrank_compress.artifacts.directories import keep_aside
-from lowrank_compress.artifacts.files import canonical_hash, parse_json, read_sealed, read_small_text, write_text
+from lowrank_compress.artifacts.documents import canonical_hash, parse_json, read_sealed
+from lowrank_compress.artifacts.files import read_small_text, write_text
 from lowrank_compress.errors import ArtifactError, InputError, first_line
 from lowrank_compress.linalg.sketch import Sketch
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from lowrank_compress.artifacts.directories import recover, replacing
-from lowrank_compress.artifacts.files import sha256, write_json, write_text
+from lowrank_compress.artifacts.documents import write_json
+from lowrank_compress.artifacts.files import sha256, write_text
 from lowrank_compress.artifacts.manifest import (
     Key,
     Manifest,

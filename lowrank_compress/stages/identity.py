@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lowrank_compress.artifacts.files import canonical_hash, sha256
+from lowrank_compress.artifacts.documents import canonical_hash
+from lowrank_compress.artifacts.files import sha256
 from lowrank_compress.artifacts.hashes import file_hashes
 from lowrank_compress.calibration.hub import hub_id
 from lowrank_compress.calibration.sources import Source

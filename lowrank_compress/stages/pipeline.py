@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_compress.artifacts.directories import keep_aside
-from lowrank_compress.artifacts.files import read_sealed, sweep, write_sealed, write_text
+from lowrank_compress.artifacts.documents import read_sealed, write_sealed
+from lowrank_compress.artifacts.files import sweep, write_text
 from lowrank_compress.artifacts.manifest import Key, Manifest, difference, read_manifest
 from lowrank_compress.calibration.workers import Workers
 from lowrank_compress.config import EvaluateConfig, Recipe, read_recipe_file
@@ -20,6 +21,7 @@ from lowrank_compress.stages.identity import checkpoint_id, display_name
 from lowrank_compress.stages.plan import Plan
 from lowrank_compress.stages.reporting import Reporter, Silent
 from lowrank_compress.stages.run import Run, recipe_state, recipe_text
+from lowrank_compress.stages.samples import held_out_batches
 
 
 def default_run(recipe: Recipe) -> Path:
@@ -89,7 +91,7 @@ def inputs_of_score(plan: Plan, run: Run) -> score.Inputs:
     """What the score stage reads in this run."""
 
     def held_out() -> list[Batch]:
-        return calibrate.held_out_batches(plan.calibrate, plan.checkpoint)
+        return held_out_batches(plan.calibrate, plan.checkpoint)
 
     calibration = _calibration(plan, run)
     return score.Inputs(plan.checkpoint, calibration, run.statistics, held_out if plan.held_out else None)

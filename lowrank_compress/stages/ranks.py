@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_compress.allocation.storage import largest_rank
-from lowrank_compress.artifacts.files import read_json, write_text
+from lowrank_compress.artifacts.documents import read_json
+from lowrank_compress.artifacts.files import write_text
 from lowrank_compress.artifacts.tensors import BlockFiles
 from lowrank_compress.errors import ArtifactError
 from lowrank_compress.methods.matrix_unit import MatrixUnit

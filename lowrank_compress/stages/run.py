@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lowrank_compress.artifacts.files import is_temporary, read_sealed, read_small_text
+from lowrank_compress.artifacts.documents import read_sealed
+from lowrank_compress.artifacts.files import is_temporary, read_small_text
 from lowrank_compress.artifacts.lock import HOLDER, LOCK
 from lowrank_compress.artifacts.manifest import MANIFEST, Manifest, read_manifest, require_intact
 from lowrank_compress.config import RECIPE_BYTES, Recipe

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lowrank_compress.artifacts.files import read_json
+from lowrank_compress.artifacts.documents import read_json
 from lowrank_compress.artifacts.manifest import Manifest, altered, read_manifest
 from lowrank_compress.config import Scheme, load_recipe
 from lowrank_compress.errors import ArtifactError, LrcError

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lowrank_compress.artifacts.files import canonical_hash
+from lowrank_compress.artifacts.documents import canonical_hash
 from tests.runs import Tiny, contents, done, lrc, refused, times
 
 Finished = Callable[[str], Path]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lowrank_compress.artifacts.files import read_sealed
+from lowrank_compress.artifacts.documents import read_sealed
 from lowrank_compress.artifacts.lock import locked
 from lowrank_compress.artifacts.manifest import MANIFEST, commit, read_manifest
 from lowrank_compress.model.layers import REMOTE_FILE, VERSION

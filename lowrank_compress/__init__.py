@@ -1,7 +1,8 @@
 """Compress Hugging Face transformer checkpoints by low-rank factorization.
 
 ``import lowrank_compress`` is all that ``AutoModel*.from_pretrained`` needs to load a compressed checkpoint. It imports
-neither torch nor transformers: a finder waits for transformers to import its table of quantizers, then adds ours.
+neither torch nor transformers: a finder waits for transformers to import its table of quantizers, then adds ours. For
+the same reason what programs call (`compress`, `evaluate`, `load`) is imported when it is first asked for.
 """
 
 from __future__ import annotations
@@ -12,8 +13,30 @@ from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lowrank_compress.api import Result, compress, evaluate, load
+    from lowrank_compress.config import Recipe
+    from lowrank_compress.errors import LrcError
 
 __version__ = "0.1.0"
+__all__ = ["LrcError", "Recipe", "Result", "compress", "evaluate", "load"]
+
+_HOME = {"Recipe": "config", "LrcError": "errors"}  # the others are in api.py
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(importlib.import_module(f"{__name__}.{_HOME.get(name, 'api')}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 _TABLE = "transformers.quantizers.auto"
 

@@ -7,6 +7,7 @@ changes that stage's result, so that a change of the output dtype, say, does not
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,11 +21,13 @@ from lowrank_compress.errors import ArtifactError, InputError
 RatioOf = Literal["blocks", "model"]
 ModuleMetric = Literal["gram", "kfac"]
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+RATIO, METHOD = 0.3, "auto"
 
 
 # Numbers that are larger are mistakes: nothing has so many windows, tokens or elements.
 MANY = 10**9
 RECIPE_BYTES = 1 << 20
+COMMAND_LINE = "The command line"
 
 
 class Strict(BaseModel):
@@ -50,9 +53,9 @@ class Recipe(Strict):
     revision: str | None = None
     trust_remote_code: bool = False
 
-    ratio: float = 0.3
+    ratio: float = RATIO
     ratio_of: RatioOf = "blocks"
-    method: str = "auto"
+    method: str = METHOD
     attention: str | None = None
     qk: str | None = None
     vo: str | None = None
@@ -120,29 +123,46 @@ def load_recipe(path: Path | None, options: dict[str, Any]) -> Recipe:
             "line may say so, each time: pass --trust-remote-code if you trust the checkpoint, or remove the line."
         )
     fields |= given
-    where = f"The recipe {path}" if path is not None else "The command line"
+    where = f"The recipe {path}" if path is not None else COMMAND_LINE
     if "model" not in fields:
         raise InputError(f"{where} names no model. Pass a checkpoint directory or a hub name.")
-    try:
-        return Recipe(**fields)
-    except ValidationError as problem:
-        wrong = {_option(error) for error in problem.errors()}
-        where = "The command line" if wrong <= given.keys() else where
-        raise InputError(f"{where}: {_explain(problem, Recipe)}") from None
+    return make_recipe(fields, where, given)
 
 
-def evaluate_config(**options: Any) -> EvaluateConfig:
-    """Make the config of an evaluation from the command line's options.
+def make_recipe(fields: Mapping[str, Any], where: str, given: Container[str] = ()) -> Recipe:
+    """Make a recipe of values by field name.
+
+    Parameters
+    ----------
+    where
+        Where the values are from, for messages.
+    given
+        Names of fields whose values are from the command line instead.
 
     Raises
     ------
     InputError
-        A value is out of range.
+        A field is unknown, or a value is out of range.
+    """
+    try:
+        return Recipe(**fields)
+    except ValidationError as problem:
+        where = COMMAND_LINE if all(_option(error) in given for error in problem.errors()) else where
+        raise InputError(f"{where}: {_explain(problem, Recipe)}") from None
+
+
+def evaluate_config(where: str, **options: Any) -> EvaluateConfig:
+    """Make the config of an evaluation; `where` says where the options are from.
+
+    Raises
+    ------
+    InputError
+        An option is unknown, or a value is out of range.
     """
     try:
         return EvaluateConfig(**options)
     except ValidationError as problem:
-        raise InputError(f"The command line: {_explain(problem, EvaluateConfig)}") from None
+        raise InputError(f"{where}: {_explain(problem, EvaluateConfig)}") from None
 
 
 class _Loader(yaml.SafeLoader):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 
 from lowrank_compress.allocation.storage import STORAGES
@@ -16,6 +18,7 @@ from lowrank_compress.arch.spec import Architecture
 from lowrank_compress.cli.main import app
 from lowrank_compress.methods.linear import LinearMethod
 from lowrank_compress.methods.table import METHODS
+from tests.runs import Tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -97,6 +100,25 @@ def test_every_method_and_allocator_is_explained() -> None:
 )
 def test_python_compiles(code: str) -> None:
     compile(code, "README.md", "exec")
+
+
+def test_python_of_the_first_minutes_runs(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run is made first from Python, then loaded in each of the ways that are shown."""
+    shutil.copytree(tiny.model, tmp_path / "my-model")
+    shutil.copy(tiny.text, tmp_path / "my-text.txt")
+    shutil.copy(tiny.heldout, tmp_path / "other-text.txt")
+    monkeypatch.chdir(tmp_path)
+    codes = [block for kind, block in BLOCKS if kind == "python" and "METHOD" not in block]
+    codes.sort(key=lambda code: "import compress" not in code)
+    made: list[dict[str, Any]] = []
+    for code in codes:
+        names: dict[str, Any] = {}
+        exec(code, names)
+        made.append(names)
+    assert "compress" in made[0]
+    assert len(made) == 3
+    kept = [found["model"].state_dict() for found in made]
+    assert all(torch.equal(kept[0][name], each[name]) for each in kept for name in kept[0])
 
 
 def test_plug_ins_are_what_the_tables_take() -> None:

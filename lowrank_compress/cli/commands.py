@@ -8,18 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from pydantic import ByteSize, TypeAdapter, ValidationError
 
+from lowrank_compress import api
 from lowrank_compress.artifacts.directories import refuse_unsafe
 from lowrank_compress.artifacts.documents import read_json
-from lowrank_compress.artifacts.files import sha256
 from lowrank_compress.artifacts.lock import locked
-from lowrank_compress.artifacts.manifest import Manifest, read_manifest
-from lowrank_compress.calibration.workers import Workers, workers_of
-from lowrank_compress.cli.terminal import TerminalReporter, console
+from lowrank_compress.calibration.workers import Workers, started
+from lowrank_compress.cli.terminal import IS_FIRST, TerminalReporter, console
 from lowrank_compress.config import EvaluateConfig, Recipe, load_recipe
 from lowrank_compress.demo import text as demo_text
-from lowrank_compress.errors import ArtifactError, CalibrationError, InputError
+from lowrank_compress.errors import ArtifactError
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.dense import write_dense
 from lowrank_compress.model.layers import REMOTE_FILE
@@ -29,7 +27,6 @@ from lowrank_compress.stages import calibrate as calibrate_stage
 from lowrank_compress.stages import pipeline
 from lowrank_compress.stages import score as score_stage
 from lowrank_compress.stages.environment import compute_device
-from lowrank_compress.stages.meter import Meter
 from lowrank_compress.stages.plan import Plan, make_plan
 from lowrank_compress.stages.reach import check_ratio
 from lowrank_compress.stages.refresh import checkpoint_of
@@ -44,22 +41,6 @@ def device_name(device: str | None) -> str:
     return str(compute_device(device or "auto"))
 
 
-def _budget(size: str | None) -> int | None:
-    """Read a memory budget such as 8GB or 512MiB.
-
-    Raises
-    ------
-    InputError
-        It is none.
-    """
-    if size is None:
-        return None
-    try:
-        return int(TypeAdapter(ByteSize).validate_python(size))
-    except ValidationError:
-        raise InputError(f"--memory-budget {size} is no size; expected a number of bytes, or one like 8GB.") from None
-
-
 def compress(
     recipe: Recipe,
     out: Path | None,
@@ -69,39 +50,31 @@ def compress(
     reporter: TerminalReporter,
 ) -> dict[str, Any]:
     """Run the whole pipeline but the evaluation."""
-    memory = _budget(memory_budget)
-    plan = make_plan(recipe)
-    check_ratio(plan.score, plan.checkpoint)
-    run = Run(out or pipeline.default_run(recipe))
-    pipeline.refuse_foreign(run)
-    _tell(plan, reporter)
-    with _working(run) as workers:
-        if roomy(plan, memory, workers.count):
-            keep_freed()
-        workers.once(lambda: pipeline.claim(run, plan, overwrite=overwrite))
-        meter = Meter(reporter)
-        manifest = pipeline.compress(
-            plan,
-            run,
-            meter,
-            memory=memory,
-            workers=workers,
-            keep_statistics=keep_statistics,
-            overwrite=overwrite,
-        )
-    return _result(run, manifest) | {"cost": meter.cost()}
+    result = api.run_recipe(
+        recipe,
+        out,
+        memory_budget=memory_budget,
+        keep_statistics=keep_statistics,
+        overwrite=overwrite,
+        reporter=reporter,
+        tune_heap=True,
+    )
+    _the_first_speaks()
+    return _shown(result) | {"cost": result.cost}
+
+
+def _the_first_speaks() -> None:
+    """Of several processes that torchrun started, let all but the first end."""
+    if started() > 1 and not IS_FIRST:
+        raise typer.Exit
 
 
 @contextmanager
 def _working(run: Run | None) -> Iterator[Workers]:
-    """Join the processes that torchrun started, if it did, and lock the run directory they work in, if there is one.
-
-    The result is for the first to print; the others end here.
-    """
-    with workers_of() as workers, locked(run.path) if run is not None and workers.is_first else nullcontext():
+    """As `api.working`; the result is for the first to print, the others end here."""
+    with api.working(run) as workers:
         yield workers
-    if not workers.is_first:
-        raise typer.Exit
+    _the_first_speaks()
 
 
 def _tell(plan: Plan, reporter: TerminalReporter) -> None:
@@ -109,15 +82,15 @@ def _tell(plan: Plan, reporter: TerminalReporter) -> None:
         reporter.warn(note)
 
 
-def _result(run: Run, manifest: Manifest) -> dict[str, Any]:
-    return {"run": str(run.path), "model": str(run.model), "id": manifest.id, **manifest.report}
+def _shown(result: api.Result) -> dict[str, Any]:
+    return {"run": str(result.run), "model": str(result.path), "id": result.id, **result.report}
 
 
 def calibrate(
     recipe: Recipe, out: Path | None, memory_budget: str | None, overwrite: bool, reporter: TerminalReporter
 ) -> dict[str, Any]:
     """Run the first stage."""
-    memory = _budget(memory_budget)
+    memory = api.bytes_of(memory_budget)
     plan = make_plan(recipe)
     run = Run(out or pipeline.default_run(recipe))
     pipeline.refuse_foreign(run)
@@ -164,32 +137,14 @@ def factorize(path: Path, given: dict[str, Any], overwrite: bool, reporter: Term
         # Another storage than the ranks were chosen for is no recipe: it would choose other ranks.
         changed = _changed_plan(run, {name: given[name] for name in ("dtype", "trust_remote_code")})
         workers.once(lambda: pipeline.claim(run, changed, overwrite=True))
-    return _result(run, manifest)
+    return _shown(api.result_of(run, manifest))
 
 
 def evaluate(target: str, config: EvaluateConfig, force: bool, reporter: TerminalReporter) -> dict[str, Any]:
     """Run the fourth stage on a run or a checkpoint."""
-    run = Run(Path(target))
-    for made_by in (run, Run(Path(target).parent)):  # a run, or the checkpoint inside one
-        if made_by.exists() and made_by.index.exists() and not force:
-            _refuse_calibration_text(made_by, config)
-    with _working(run if run.exists() else None) as workers:
-        return pipeline.evaluate_target(target, config, reporter, workers=workers)
-
-
-def _refuse_calibration_text(run: Run, config: EvaluateConfig) -> None:
-    recipe = load_recipe(run.recipe, {})
-    calibrated = read_manifest(run.statistics)
-    used = recipe.calibration if calibrated is not None and calibrated.report["tokens"] else None
-    for name in (*config.perplexity, *([config.classification] if config.classification else [])):
-        same = used == name
-        if used and not same and Path(used).is_file() and Path(name).is_file():
-            same = sha256(Path(used)) == sha256(Path(name))
-        if same:
-            raise CalibrationError(
-                f"{name} is the text that this run was calibrated on: measured on it, the compressed model looks "
-                "better than it is. Evaluate on another text, or pass --force."
-            )
+    metrics = api.run_evaluation(target, config, force=force, reporter=reporter)
+    _the_first_speaks()
+    return metrics
 
 
 def export_dense(target: str, out: Path, overwrite: bool, reporter: TerminalReporter) -> None:
@@ -220,7 +175,7 @@ def refresh(target: Path) -> dict[str, Any]:
 def dry_run(recipe: Recipe, out: Path | None, memory_budget: str | None) -> dict[str, Any]:
     """Compute what a run would need; write nothing."""
     plan = make_plan(recipe)
-    return plan_sizes(plan, Run(out or pipeline.default_run(recipe)), _budget(memory_budget))
+    return plan_sizes(plan, Run(out or pipeline.default_run(recipe)), api.bytes_of(memory_budget))
 
 
 def demo(ratio: float, out: Path, reporter: TerminalReporter) -> list[dict[str, Any]]:
@@ -236,17 +191,13 @@ def demo(ratio: float, out: Path, reporter: TerminalReporter) -> list[dict[str, 
     rows = []
     for method in methods:
         recipe = load_recipe(None, given | {"method": method, "calibration": str(texts["calibration"]), "samples": 256})
-        run = Run(out / f"{method}-{ratio:g}")
-        plan = make_plan(recipe)
-        with locked(run.path):
-            pipeline.claim(run, plan, overwrite=False)
-            manifest = pipeline.compress(plan, run, reporter)
-            config = EvaluateConfig(perplexity=(str(texts["heldout"]),), device=plan.device)
-            metrics = pipeline.evaluate_target(str(run.path), config, reporter)
+        result = api.run_recipe(recipe, out / f"{method}-{ratio:g}", reporter=reporter)
+        metrics = api.evaluate(result.run, perplexity=texts["heldout"], reporter=reporter)
         (values,) = metrics["perplexity"].values()
         rows.append(
-            {"method": method, "run": str(run.path), **manifest.report, "size": metrics["size"], "perplexity": values}
+            {"method": method, "run": str(result.run), **result.report, "size": metrics["size"], "perplexity": values}
         )
+    _the_first_speaks()
     return rows
 
 

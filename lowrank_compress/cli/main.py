@@ -9,7 +9,7 @@ import typer
 
 from lowrank_compress.cli import options as o
 from lowrank_compress.cli.terminal import friendly, prepare_libraries, print_json, reported
-from lowrank_compress.config import Recipe, evaluate_config, load_recipe
+from lowrank_compress.config import COMMAND_LINE, Recipe, evaluate_config, load_recipe
 
 app = typer.Typer(
     name="lrc",
@@ -257,6 +257,7 @@ def evaluate(
         from lowrank_compress.cli import commands, printing
 
         config = evaluate_config(
+            COMMAND_LINE,
             perplexity=tuple(perplexity or ()),
             classification=classification,
             text_column=_columns(text_column),

@@ -44,12 +44,12 @@ def raising(problem: BaseException) -> Callable[..., None]:
 def test_what_the_system_says(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: Exception, message: str
 ):
-    monkeypatch.setattr("lowrank_compress.cli.commands.make_plan", raising(problem))
+    monkeypatch.setattr("lowrank_compress.api.make_plan", raising(problem))
     assert message in refused("compress", *tiny.options(tmp_path / "run"))
 
 
 def test_a_fault_of_ours_is_one_line_and_a_file(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("lowrank_compress.cli.commands.make_plan", raising(ValueError("of\nours")))
+    monkeypatch.setattr("lowrank_compress.api.make_plan", raising(ValueError("of\nours")))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     said = lrc("compress", *tiny.options(tmp_path / "run"))

@@ -1,0 +1,295 @@
+"""What Python programs call, and what the command line is a shell over: `compress`, `evaluate`, `load`.
+
+Nothing here prints: progress goes to a reporter, and warnings, where there is none, to Python's `warnings`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from pydantic import ByteSize, TypeAdapter, ValidationError
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+
+from lowrank_compress.artifacts.documents import read_json
+from lowrank_compress.artifacts.lock import locked
+from lowrank_compress.artifacts.manifest import Manifest
+from lowrank_compress.calibration.workers import Workers, workers_of
+from lowrank_compress.config import METHOD, RATIO, EvaluateConfig, Recipe, evaluate_config, make_recipe
+from lowrank_compress.errors import InputError
+from lowrank_compress.model.blueprint import task_of
+from lowrank_compress.model.checkpoint import Checkpoint
+from lowrank_compress.model.locate import locate
+from lowrank_compress.model.memory import keep_freed
+from lowrank_compress.stages import pipeline
+from lowrank_compress.stages.contamination import refuse_calibration_text
+from lowrank_compress.stages.environment import compute_device
+from lowrank_compress.stages.factorize import REPORT
+from lowrank_compress.stages.meter import Meter
+from lowrank_compress.stages.plan import make_plan
+from lowrank_compress.stages.reach import check_ratio
+from lowrank_compress.stages.reporting import Reporter, Silent
+from lowrank_compress.stages.run import Run
+from lowrank_compress.stages.sizing import roomy
+
+Place = str | PathLike[str]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A compressed checkpoint.
+
+    Attributes
+    ----------
+    path
+        Its directory; `transformers` loads it from there.
+    run
+        The run directory that it is in.
+    id
+        SHA-256 of all that it depends on.
+    report
+        ``asked_ratio`` and ``reached_ratio`` (shares of elements, of what ``ratio_of`` says), ``reached_ratio_bytes``;
+        ``claimed_elements`` and ``claimed_bytes`` of the weights inside the blocks, and ``stored_elements`` and
+        ``stored_bytes`` of what stands in their place; ``predicted_loss``, the sum over all matrices, where ``unit`` is
+        "nats" (the losses of some methods do not add up: None); ``shards``.
+    cost
+        What making it took: ``seconds`` by step, and the peak of memory.
+    """
+
+    path: Path
+    run: Path
+    id: str
+    report: Mapping[str, Any]
+    cost: Mapping[str, Any] = field(repr=False, default_factory=dict)
+
+    def load(self, **options: Any) -> PreTrainedModel:
+        """Load the model, as :func:`load` does."""
+        return load(self.run, **options)
+
+
+def compress(
+    model: Place,
+    ratio: float = RATIO,
+    *,
+    method: str = METHOD,
+    calibration: Place | None = None,
+    out: Place | None = None,
+    memory_budget: int | str | None = None,
+    keep_statistics: bool = False,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+    **fields: Any,
+) -> Result:
+    """Compress a checkpoint, as ``lrc compress`` does: with the same arguments the result has the same bytes.
+
+    A run that was interrupted goes on where it stopped; a finished one is returned at once.
+
+    Parameters
+    ----------
+    model
+        A directory, or a name on the Hugging Face hub.
+    ratio
+        Share of the parameters to remove.
+    method
+        See ``lrc list methods``.
+    calibration
+        Text to calibrate on; None for WikiText-2 from the hub.
+    out
+        Run directory; None for ``runs/<model>-<method>-<ratio>``.
+    memory_budget
+        Bytes to get by with, or a size such as "8GB"; None for what is free. It changes no result.
+    keep_statistics
+        Keep the statistics, from which other ratios can be made.
+    overwrite
+        Replace the results of another recipe in `out`.
+    reporter
+        Told about progress and warnings; None for silence, and Python warnings.
+    fields
+        Any other field of :class:`Recipe`.
+
+    Raises
+    ------
+    LrcError
+        The input is not what it must be; the message says what to do.
+    """
+    given = {"model": str(model), "ratio": ratio, "method": method, **fields}
+    given |= {} if calibration is None else {"calibration": str(calibration)}
+    return run_recipe(
+        make_recipe(given, "The call of compress"),
+        None if out is None else Path(out),
+        memory_budget=memory_budget,
+        keep_statistics=keep_statistics,
+        overwrite=overwrite,
+        reporter=reporter,
+    )
+
+
+def run_recipe(
+    recipe: Recipe,
+    out: Path | None = None,
+    *,
+    memory_budget: int | str | None = None,
+    keep_statistics: bool = False,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+    tune_heap: bool = False,
+) -> Result:
+    """Compress as a recipe says; see :func:`compress`.
+
+    Parameters
+    ----------
+    tune_heap
+        Let this process keep freed memory from now on, where there is plenty: for programs, not for libraries.
+    """
+    memory = bytes_of(memory_budget)
+    reporter = reporter or Silent()
+    plan = make_plan(recipe)
+    check_ratio(plan.score, plan.checkpoint)
+    run = Run(out or pipeline.default_run(recipe))
+    pipeline.refuse_foreign(run)
+    for note in plan.notes:
+        reporter.warn(note)
+    meter = Meter(reporter)
+    with working(run) as workers:
+        if tune_heap and roomy(plan, memory, workers.count):
+            keep_freed()
+        workers.once(lambda: pipeline.claim(run, plan, overwrite=overwrite))
+        manifest = pipeline.compress(
+            plan,
+            run,
+            meter,
+            memory=memory,
+            workers=workers,
+            keep_statistics=keep_statistics,
+            overwrite=overwrite,
+        )
+    return result_of(run, manifest, meter.cost())
+
+
+def result_of(run: Run, manifest: Manifest, cost: Mapping[str, Any] | None = None) -> Result:
+    """Describe the checkpoint of a finished run."""
+    whole = read_json(run.model / REPORT)
+    nats = whole["unit"] == "nats"
+    loss = sum(matrix["predicted_loss"] for matrix in whole["matrices"].values()) if nats else None
+    report = {**manifest.report, "predicted_loss": loss, "unit": whole["unit"]}
+    return Result(run.model, run.path, manifest.id, report, cost or {})
+
+
+def bytes_of(size: int | str | None) -> int | None:
+    """Read a memory budget such as 8GB or 512MiB.
+
+    Raises
+    ------
+    InputError
+        It is none.
+    """
+    if size is None:
+        return None
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(size))
+    except ValidationError:
+        raise InputError(f"--memory-budget {size} is no size; expected a number of bytes, or one like 8GB.") from None
+
+
+@contextmanager
+def working(run: Run | None) -> Iterator[Workers]:
+    """Join the processes that torchrun started, if it did, and lock the run directory they work in, if there is one."""
+    with workers_of() as workers, locked(run.path) if run is not None and workers.is_first else nullcontext():
+        yield workers
+
+
+def evaluate(
+    target: Place,
+    *,
+    perplexity: Place | Sequence[Place] = (),
+    classification: Place | None = None,
+    tasks: str | Sequence[str] = (),
+    device: str = "auto",
+    force: bool = False,
+    reporter: Reporter | None = None,
+    **fields: Any,
+) -> dict[str, Any]:
+    """Measure a checkpoint, as ``lrc eval`` does; for a run, the dense original beside it.
+
+    Evaluations of a run are kept in it, and not repeated.
+
+    Parameters
+    ----------
+    target
+        A run directory, a checkpoint directory or a name on the Hugging Face hub.
+    perplexity
+        One or more texts to measure perplexity on.
+    classification
+        A table of labelled examples to measure accuracy on.
+    tasks
+        Names of lm-eval tasks.
+    device
+        "auto", "cpu", "cuda" or "cuda:N".
+    force
+        Measure on the text that the run was calibrated on, too; the result will flatter.
+    reporter
+        Told about progress and warnings; None for silence, and Python warnings.
+    fields
+        Any other field of `config.EvaluateConfig`, such as ``seq_len`` or ``limit``.
+
+    Returns
+    -------
+    dict
+        ``perplexity`` and ``classification``, by text, and ``tasks``, by name and metric: the values of "dense" and
+        "compressed"; ``size``: elements and bytes.
+
+    Raises
+    ------
+    LrcError
+        The input is not what it must be; the message says what to do.
+    """
+    config = evaluate_config(
+        "The call of evaluate",
+        perplexity=_all(perplexity),
+        classification=None if classification is None else str(classification),
+        tasks=_all(tasks),
+        device=str(compute_device(device)),
+        **fields,
+    )
+    return run_evaluation(str(target), config, force=force, reporter=reporter)
+
+
+def _all(names: Place | Sequence[Place]) -> tuple[str, ...]:
+    return (str(names),) if isinstance(names, str | PathLike) else tuple(map(str, names))
+
+
+def run_evaluation(
+    target: str, config: EvaluateConfig, *, force: bool = False, reporter: Reporter | None = None
+) -> dict[str, Any]:
+    """Measure as a config says; see :func:`evaluate`."""
+    run = Run(Path(target))
+    if not force:
+        refuse_calibration_text(Path(target), config)
+    with working(run if run.exists() else None) as workers:
+        return pipeline.evaluate_target(target, config, reporter, workers=workers)
+
+
+def load(path: Place, **options: Any) -> PreTrainedModel:
+    """Load a model with the head that its configuration names: a language model's, or a classifier's.
+
+    Parameters
+    ----------
+    path
+        A run directory, whose checkpoint must be as it was written; any other checkpoint; or a name on the hub.
+    options
+        Passed on to ``from_pretrained``, such as ``dtype`` or ``device_map``.
+
+    Raises
+    ------
+    LrcError
+        It is none, is damaged, or is of a kind that this package does not know.
+    """
+    run = Run(Path(path))
+    trusted = bool(options.get("trust_remote_code"))
+    checkpoint = Checkpoint(run.finished().path if run.exists() else locate(str(path), None, trusted), trusted)
+    auto = AutoModelForCausalLM if task_of(checkpoint.config) == "lm" else AutoModelForSequenceClassification
+    return auto.from_pretrained(checkpoint.path, **options)

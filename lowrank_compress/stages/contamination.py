@@ -1,0 +1,36 @@
+"""Whether a run would be measured on the very text that it was calibrated on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lowrank_compress.artifacts.files import sha256
+from lowrank_compress.artifacts.manifest import read_manifest
+from lowrank_compress.config import EvaluateConfig, load_recipe
+from lowrank_compress.errors import CalibrationError
+from lowrank_compress.stages.run import Run
+
+
+def refuse_calibration_text(target: Path, config: EvaluateConfig) -> None:
+    """Refuse to measure a run, or the checkpoint inside one, on its calibration text, under whatever name.
+
+    Raises
+    ------
+    CalibrationError
+        A text is the same, by name or by content.
+    """
+    for run in (Run(target), Run(target.parent)):
+        if not (run.exists() and run.index.exists()):
+            continue
+        recipe, calibrated = load_recipe(run.recipe, {}), read_manifest(run.statistics)
+        used = recipe.calibration if calibrated is not None and calibrated.report["tokens"] else None
+        for name in (*config.perplexity, *([config.classification] if config.classification else [])):
+            if used and (used == name or _same_content(Path(used), Path(name))):
+                raise CalibrationError(
+                    f"{name} is the text that this run was calibrated on: measured on it, the compressed model looks "
+                    "better than it is. Evaluate on another text, or pass --force."
+                )
+
+
+def _same_content(one: Path, other: Path) -> bool:
+    return one.is_file() and other.is_file() and sha256(one) == sha256(other)

@@ -18,18 +18,19 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from lowrank_compress.artifacts.documents import read_json
 from lowrank_compress.artifacts.lock import locked
 from lowrank_compress.artifacts.manifest import Manifest
-from lowrank_compress.calibration.workers import Workers, workers_of
 from lowrank_compress.config import METHOD, RATIO, EvaluateConfig, Recipe, evaluate_config, make_recipe
 from lowrank_compress.errors import InputError
 from lowrank_compress.model.blueprint import task_of
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.locate import locate
-from lowrank_compress.model.memory import keep_freed
+from lowrank_compress.resources.cost import Meter
+from lowrank_compress.resources.memory import keep_freed
+from lowrank_compress.resources.resources import Resources
+from lowrank_compress.resources.workers import workers_of
 from lowrank_compress.stages import pipeline
 from lowrank_compress.stages.contamination import refuse_calibration_text
 from lowrank_compress.stages.environment import compute_device
 from lowrank_compress.stages.factorize import REPORT
-from lowrank_compress.stages.meter import Meter
 from lowrank_compress.stages.plan import make_plan
 from lowrank_compress.stages.reach import check_ratio
 from lowrank_compress.stages.reporting import Reporter, Silent
@@ -154,16 +155,15 @@ def run_recipe(
     for note in plan.notes:
         reporter.warn(note)
     meter = Meter(reporter)
-    with working(run) as workers:
-        if tune_heap and roomy(plan, memory, workers.count):
+    with working(run, memory) as resources:
+        if tune_heap and roomy(plan, resources):
             keep_freed()
-        workers.once(lambda: pipeline.claim(run, plan, overwrite=overwrite))
+        resources.workers.once(lambda: pipeline.claim(run, plan, overwrite=overwrite))
         manifest = pipeline.compress(
             plan,
             run,
             meter,
-            memory=memory,
-            workers=workers,
+            resources=resources,
             keep_statistics=keep_statistics,
             overwrite=overwrite,
         )
@@ -196,10 +196,13 @@ def bytes_of(size: int | str | None) -> int | None:
 
 
 @contextmanager
-def working(run: Run | None) -> Iterator[Workers]:
-    """Join the processes that torchrun started, if it did, and lock the run directory they work in, if there is one."""
+def working(run: Run | None, memory: int | None = None) -> Iterator[Resources]:
+    """Join the processes that torchrun started, if it did, and lock the run directory they work in, if there is one.
+
+    `memory` are the bytes that each is to get by with; None for what is free.
+    """
     with workers_of() as workers, locked(run.path) if run is not None and workers.is_first else nullcontext():
-        yield workers
+        yield Resources(memory, workers)
 
 
 def evaluate(
@@ -269,8 +272,8 @@ def run_evaluation(
     run = Run(Path(target))
     if not force:
         refuse_calibration_text(Path(target), config)
-    with working(run if run.exists() else None) as workers:
-        return pipeline.evaluate_target(target, config, reporter, workers=workers)
+    with working(run if run.exists() else None) as resources:
+        return pipeline.evaluate_target(target, config, reporter, resources=resources)
 
 
 def load(path: Place, **options: Any) -> PreTrainedModel:

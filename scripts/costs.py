@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lowrank_compress.linalg.eigen import eigh
-from lowrank_compress.linalg.threads import in_threads
+from lowrank_compress.resources.threads import in_threads
 
 T = TypeVar("T")
 

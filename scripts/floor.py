@@ -16,7 +16,7 @@ from lowrank_compress.methods.matrix_unit import MatrixUnit
 from lowrank_compress.methods.module_unit import ModuleUnit
 from lowrank_compress.methods.units import needed, stored_elements
 from lowrank_compress.model.blueprint import Blueprint
-from lowrank_compress.model.memory import free_memory
+from lowrank_compress.resources.memory import free_memory
 from lowrank_compress.stages.bases import Bases
 from lowrank_compress.stages.plan import Plan
 from lowrank_compress.stages.ranks import RANKS, Choice, read_ranks

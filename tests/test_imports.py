@@ -16,7 +16,7 @@ PACKAGE = "lowrank_compress"
 ROOT = Path(lowrank_compress.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 ANYWHERE = {"errors", "registry", "config", "__init__"}
-STAGES_USE = {"methods", "calibration", "evaluation", "allocation", "linalg", "model", "arch", "artifacts"}
+STAGES_USE = {"methods", "calibration", "evaluation", "allocation", "linalg", "model", "arch", "artifacts", "resources"}
 # Who reads or writes files does so through artifacts, so that what may be opened, written and removed is one law.
 BELOW: dict[str, set[str]] = {
     "__main__": {"cli"},
@@ -24,12 +24,13 @@ BELOW: dict[str, set[str]] = {
     "api": {"stages", *STAGES_USE},
     "stages": STAGES_USE,
     "methods": {"calibration", "allocation", "linalg", "model", "arch"},
-    "calibration": {"model", "arch", "artifacts"},
+    "calibration": {"model", "arch", "artifacts", "resources"},
     "evaluation": {"model", "arch", "artifacts"},
     "model": {"arch", "artifacts"},
     "arch": set(),
     "allocation": set(),
     "linalg": set(),
+    "resources": set(),
     "artifacts": set(),
     "demo": set(),
     **{name: set() for name in ANYWHERE},

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +41,6 @@ class BlockFiles:
         self.id = id
         self.prefix = prefix
         self._verified: dict[int, tuple[int, ...]] = {}
-        self._writer = ThreadPoolExecutor(1)
-        self._writing: list[Future[None]] = []
 
     def name(self, block: int) -> str:
         """File name of a block."""
@@ -64,26 +61,6 @@ class BlockFiles:
             keep_aside(self.path(block))  # nothing of ours
         write_atomically(self.path(block), lambda path: save_file(plain, path, metadata=header))
         self._verified[block] = self._stamp(block)
-
-    def write_behind(self, block: int, tensors: Mapping[str, Tensor]) -> None:
-        """Write a finished block while the caller goes on; what comes of it, `settle` tells.
-
-        The tensors must not change until then, and stay in memory.
-        """
-        here = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
-        self._writing.append(self._writer.submit(self.write, block, here))
-
-    def settle(self) -> None:
-        """Return when all that is written behind the caller is on disk.
-
-        Raises
-        ------
-        ArtifactError
-            The disk is full.
-        """
-        writing, self._writing = self._writing, []
-        for written in writing:
-            written.result()
 
     def finished(self, block: int) -> bool:
         """Tell whether a block of this result is on disk with the bytes it was written with.

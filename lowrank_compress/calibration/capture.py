@@ -24,14 +24,13 @@ from lowrank_compress.arch.resolve import Target
 from lowrank_compress.calibration.hooks import hooked
 from lowrank_compress.calibration.moments import ROWS, Moments
 from lowrank_compress.calibration.statistics import STATISTICS, enough_tokens, statistic_key
-from lowrank_compress.calibration.workers import Workers
 from lowrank_compress.errors import InputError
-from lowrank_compress.model.memory import free_memory
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.model.walk.head import lm_chunks, token_loss
 from lowrank_compress.model.walk.replay import Replay
 from lowrank_compress.model.walk.states import State, StateStore
+from lowrank_compress.resources.resources import Resources
 
 Wanted = Mapping[str, frozenset[str]]
 Advance = Callable[[str, int, int], None]
@@ -68,9 +67,8 @@ def capture(
     clip: float | None = None,
     advance: Advance = lambda step, done, total: None,
     spill_to: Path | None = None,
-    memory: int | None = None,
     disk: int | None = None,
-    workers: Workers = Workers(),
+    resources: Resources = Resources(),
     halves: bool = False,
 ) -> Iterator[BlockStatistics]:
     """Yield the statistics of each block: first to last, or last to first where gradients are taken.
@@ -95,10 +93,10 @@ def capture(
         Called with (step, done, total) as work proceeds.
     spill_to
         Directory for hidden states that do not fit in memory; None for the system's temporary one.
-    memory, disk
-        Bytes that hidden states may take in memory, or else on disk; None for half of what is free, shared by all.
-    workers
-        Who shares the batches; all must be given the same.
+    disk
+        Bytes that hidden states may take where they do not fit in memory; None for half of what is free, shared by all.
+    resources
+        What memory hidden states may take, and who shares the batches; all must be given the same.
     halves
         Take second moments also of the first half of the calibration set alone, where their dimension is large for
         its tokens (`statistics.enough_tokens`) and there are two sequences at least.
@@ -108,6 +106,7 @@ def capture(
     NumericsError
         Logits, activations or gradients are NaN or infinite.
     """
+    workers = resources.workers
     if len(batches) < workers.count:
         raise InputError(
             f"The calibration set has {len(batches)} micro-batches for {workers.count} processes. Start fewer, or use "
@@ -115,7 +114,7 @@ def capture(
         )
     batches = numbered(batches)
     own = workers.share(batches)
-    memory = free_memory() // (2 * workers.count) if memory is None else memory
+    memory = resources.for_states
     disk = shutil.disk_usage(spill_to or tempfile.gettempdir()).free // (2 * workers.count) if disk is None else disk
     count = len(skeleton.resolved.blocks)
     boundary = boundary_bytes(skeleton, own)

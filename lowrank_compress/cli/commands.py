@@ -13,7 +13,6 @@ from lowrank_compress import api
 from lowrank_compress.artifacts.directories import refuse_unsafe
 from lowrank_compress.artifacts.documents import read_json
 from lowrank_compress.artifacts.lock import locked
-from lowrank_compress.calibration.workers import Workers, started
 from lowrank_compress.cli.terminal import IS_FIRST, TerminalReporter, console
 from lowrank_compress.config import EvaluateConfig, Recipe, load_recipe
 from lowrank_compress.demo import text as demo_text
@@ -22,7 +21,9 @@ from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.dense import write_dense
 from lowrank_compress.model.layers import REMOTE_FILE
 from lowrank_compress.model.locate import locate
-from lowrank_compress.model.memory import keep_freed
+from lowrank_compress.resources.memory import keep_freed
+from lowrank_compress.resources.resources import Resources
+from lowrank_compress.resources.workers import started
 from lowrank_compress.stages import calibrate as calibrate_stage
 from lowrank_compress.stages import pipeline
 from lowrank_compress.stages import score as score_stage
@@ -70,10 +71,10 @@ def _the_first_speaks() -> None:
 
 
 @contextmanager
-def _working(run: Run | None) -> Iterator[Workers]:
+def _working(run: Run | None, memory: int | None = None) -> Iterator[Resources]:
     """As `api.working`; the result is for the first to print, the others end here."""
-    with api.working(run) as workers:
-        yield workers
+    with api.working(run, memory) as resources:
+        yield resources
     _the_first_speaks()
 
 
@@ -95,17 +96,16 @@ def calibrate(
     run = Run(out or pipeline.default_run(recipe))
     pipeline.refuse_foreign(run)
     _tell(plan, reporter)
-    with _working(run) as workers:
-        if roomy(plan, memory, workers.count):
+    with _working(run, memory) as resources:
+        if roomy(plan, resources):
             keep_freed()
-        workers.once(lambda: pipeline.claim(run, plan, overwrite=overwrite))
+        resources.workers.once(lambda: pipeline.claim(run, plan, overwrite=overwrite))
         manifest = calibrate_stage.run(
             plan.calibrate,
             calibrate_stage.Inputs(plan.checkpoint),
             run.statistics,
             reporter,
-            memory=memory,
-            workers=workers,
+            resources=resources,
             overwrite=overwrite,
         )
     return {"run": str(run.path), "stage": "calibrate", "id": manifest.id, **manifest.report}
@@ -121,10 +121,10 @@ def score(path: Path, given: dict[str, Any], overwrite: bool, reporter: Terminal
     """Run the second stage on an existing run."""
     run = Run(path)
     plan = _changed_plan(run, given)
-    with _working(run) as workers:
+    with _working(run) as resources:
         inputs = pipeline.inputs_of_score(plan, run)
-        manifest = score_stage.run(plan.score, inputs, run.scores, reporter, workers=workers, overwrite=overwrite)
-        workers.once(lambda: pipeline.claim(run, plan, overwrite=True))
+        manifest = score_stage.run(plan.score, inputs, run.scores, reporter, resources=resources, overwrite=overwrite)
+        resources.workers.once(lambda: pipeline.claim(run, plan, overwrite=True))
     return {"run": str(run.path), "stage": "score", "id": manifest.id, **manifest.report}
 
 
@@ -132,11 +132,11 @@ def factorize(path: Path, given: dict[str, Any], overwrite: bool, reporter: Term
     """Run the third stage on an existing run."""
     run = Run(path)
     plan = _changed_plan(run, given)
-    with _working(run) as workers:
-        manifest = pipeline.finish(plan, run, reporter, workers=workers, overwrite=overwrite)
+    with _working(run) as resources:
+        manifest = pipeline.finish(plan, run, reporter, resources=resources, overwrite=overwrite)
         # Another storage than the ranks were chosen for is no recipe: it would choose other ranks.
         changed = _changed_plan(run, {name: given[name] for name in ("dtype", "trust_remote_code")})
-        workers.once(lambda: pipeline.claim(run, changed, overwrite=True))
+        resources.workers.once(lambda: pipeline.claim(run, changed, overwrite=True))
     return _shown(api.result_of(run, manifest))
 
 
@@ -175,7 +175,7 @@ def refresh(target: Path) -> dict[str, Any]:
 def dry_run(recipe: Recipe, out: Path | None, memory_budget: str | None) -> dict[str, Any]:
     """Compute what a run would need; write nothing."""
     plan = make_plan(recipe)
-    return plan_sizes(plan, Run(out or pipeline.default_run(recipe)), api.bytes_of(memory_budget))
+    return plan_sizes(plan, Run(out or pipeline.default_run(recipe)), Resources(api.bytes_of(memory_budget)))
 
 
 def demo(ratio: float, out: Path, reporter: TerminalReporter) -> list[dict[str, Any]]:

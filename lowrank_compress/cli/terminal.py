@@ -195,7 +195,7 @@ def prepare_libraries() -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")
     import transformers
 
-    from lowrank_compress.model.memory import give_back_freed
+    from lowrank_compress.resources.memory import give_back_freed
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,17 +23,23 @@ from lowrank_compress.config import ScoreConfig
 from lowrank_compress.errors import InputError
 from lowrank_compress.linalg.eigen import eigh
 from lowrank_compress.linalg.metric import Identity
-from lowrank_compress.linalg.threads import in_threads
 from lowrank_compress.linalg.weighted import smaller_side
 from lowrank_compress.methods.linear import Damping
-from lowrank_compress.methods.matrix_unit import MatrixUnit
 from lowrank_compress.methods.sites import Site, all_units, first_units, sites_of
-from lowrank_compress.methods.units import Unit, candidate_ranks, dense_elements, held_out, ranking, uses
+from lowrank_compress.methods.units import (
+    Unit,
+    candidate_ranks,
+    dense_elements,
+    held_out,
+    ranking,
+    statistics_bytes,
+    uses,
+)
 from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
-from lowrank_compress.model.memory import free_memory
+from lowrank_compress.resources.behind import Behind
+from lowrank_compress.resources.resources import Resources
 from lowrank_compress.stages.reach import budget_of, require_reachable
-from lowrank_compress.stages.together import blocks_at_once, matrices_at_once, room
 
 VERSION = 6
 # From this ratio on predicted losses, which are of second order, decide little.
@@ -54,10 +61,8 @@ class Bases:
         Id of the calibrate stage's result, which the statistics belong to.
     directory
         Where the basis files lie.
-    memory
-        Bytes to get by with; None for what is free. It changes no result.
-    processes
-        How many share what is free.
+    resources
+        What decompositions may use.
     prefix
         First part of the files' names.
     """
@@ -71,12 +76,11 @@ class Bases:
         calibration: str,
         directory: Path,
         *,
-        memory: int | None = None,
-        processes: int = 1,
+        resources: Resources = Resources(),
         prefix: str = "basis",
     ) -> None:
         self.config = config
-        self.memory, self.processes = memory, processes
+        self.resources = resources.on(config.device)
         self.allocator = ALLOCATORS[config.allocate]
         self.device = torch.device(config.device)
         self.damping = Damping(config.damping_fisher, config.damping_gram, config.alpha)
@@ -97,6 +101,7 @@ class Bases:
             "keep": [self.keep[unit.name] for unit in self.units],
         }
         self.files = BlockFiles(directory, canonical_hash(identity), prefix)
+        self._behind = Behind()
         self.rival = self._rival(calibration, directory)
         self.spectra = BlockFiles(directory, canonical_hash(identity | {"spectra": True}), "spectrum")
 
@@ -113,8 +118,7 @@ class Bases:
         with contextlib.suppress(InputError):  # the ratio is out of its reach
             settings = config.model_copy(update=own | {"held_out": False})
             return Bases(
-                settings, self.blueprint.checkpoint, calibration, directory, memory=self.memory,
-                processes=self.processes, prefix="rival",
+                settings, self.blueprint.checkpoint, calibration, directory, resources=self.resources, prefix="rival",
             )  # fmt: skip
         return None
 
@@ -163,22 +167,22 @@ class Bases:
     @property
     def at_once(self) -> int:
         """How many blocks to decompose together; it changes no result."""
-        return blocks_at_once(self.units, self.device, self._memory())
+        return self.resources.blocks_at_once(statistics_bytes(self.of_block(0)))
 
     def take(self, blocks: Mapping[int, MutableMapping[str, Tensor]]) -> None:
         """Decompose blocks from their complete statistics, which are let go when they have served.
 
-        The bases are written while the caller goes on, where they take little of the room.
+        The bases are written while the caller goes on, where they take little of the memory.
         """
         self.settle()
         if self.rival is not None:
             self.rival.take({block: dict(means) for block, means in blocks.items()})
         tensors: dict[int, dict[str, Tensor]] = {block: {} for block in blocks}
         units = [unit for block in blocks for unit in self.of_block(block)]
-        modules = [unit for unit in units if not isinstance(unit, MatrixUnit)]
-        # Modules after matrices, and the largest last, when there is most room.
-        modules.sort(key=lambda unit: max(uses(unit).values(), default=0))
-        groups = [[unit for unit in units if isinstance(unit, MatrixUnit)], *([unit] for unit in modules)]
+        alone = [unit for unit in units if not unit.parallel]
+        # After those that go in threads, and the largest last, when there is most memory.
+        alone.sort(key=lambda unit: max(uses(unit).values(), default=0))
+        groups = [[unit for unit in units if unit.parallel], *([unit] for unit in alone)]
 
         def decompose(unit: Unit) -> dict[str, Tensor]:
             return unit.decompose(self._weight, blocks[unit.block], self.damping, self.keep[unit.name])
@@ -193,8 +197,9 @@ class Bases:
         for block, found in tensors.items():
             if INFLUENCE in blocks[block]:
                 found[INFLUENCE] = blocks[block][INFLUENCE]
-            self.files.write_behind(block, found)
-        if 4 * sum(tensor.nbytes for found in tensors.values() for tensor in found.values()) > room(self._memory()):
+            here = {name: tensor.detach().cpu() for name, tensor in found.items()}
+            self._behind.do(partial(self.files.write, block, here))
+        if not self.resources.may_wait(sum(tensor.nbytes for found in tensors.values() for tensor in found.values())):
             self.settle()
 
     def settle(self) -> None:
@@ -205,23 +210,17 @@ class Bases:
         ArtifactError
             The disk is full.
         """
-        self.files.settle()
+        self._behind.settle()
         if self.rival is not None:
             self.rival.settle()
-
-    def _memory(self) -> int:
-        return free_memory() // self.processes if self.memory is None else self.memory
 
     def _each(
         self, work: Callable[[Unit], dict[str, Tensor]], units: Sequence[Unit]
     ) -> list[tuple[Unit, dict[str, Tensor]]]:
-        """Work on units, on a CPU on several matrices at a time; pairs of a unit and what was found, in any order."""
-        if self.device.type != "cpu" or not all(isinstance(unit, MatrixUnit) for unit in units):
+        """Work on units, beside one another if all can be; pairs of a unit and what was found, in any order."""
+        if not all(unit.parallel for unit in units):
             return [(unit, work(unit)) for unit in units]
-        # The longest first, so that none is left to run alone.
-        order = sorted(units, key=lambda unit: -unit.working_bytes())
-        found = in_threads(work, order, matrices_at_once(order, self.device, self._memory()))
-        return list(zip(order, found, strict=True))
+        return self.resources.each(work, units, lambda unit: unit.working_bytes())
 
     def _weight(self, target: Target) -> Tensor:
         return self.blueprint.weight(target).to(self.device)

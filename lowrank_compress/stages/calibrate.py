@@ -15,7 +15,6 @@ from lowrank_compress.artifacts.manifest import Key, Manifest, commit, committed
 from lowrank_compress.artifacts.tensors import BlockFiles
 from lowrank_compress.calibration.capture import capture, needs_gradient
 from lowrank_compress.calibration.tokens import batches_hash
-from lowrank_compress.calibration.workers import Workers
 from lowrank_compress.config import CalibrateConfig
 from lowrank_compress.errors import ArtifactError, InputError
 from lowrank_compress.methods.matrix_unit import MatrixUnit
@@ -25,6 +24,7 @@ from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.narrowing import check_narrowing
 from lowrank_compress.model.skeleton import Skeleton
+from lowrank_compress.resources.resources import Resources
 from lowrank_compress.stages.environment import environment
 from lowrank_compress.stages.identity import checkpoint_id, source_id
 from lowrank_compress.stages.reporting import Reporter, Silent, in_parts
@@ -67,8 +67,7 @@ def run(
     reporter: Reporter | None = None,
     *,
     sink: Sink | None = None,
-    memory: int | None = None,
-    workers: Workers = Workers(),
+    resources: Resources = Resources(),
     overwrite: bool = False,
 ) -> Manifest:
     """Calibrate.
@@ -83,10 +82,8 @@ def run(
         Told about progress and warnings.
     sink
         Takes the statistics instead of files in `out_dir`; the manifest then says that they were not kept.
-    memory
-        Bytes to get by with; None for what is free. Hidden states take half of it at most. It changes no result.
-    workers
-        The processes that do this together, all called with the same.
+    resources
+        What this process may use, and those that do this together with it, all called with the same.
     overwrite
         Replace another result in `out_dir`.
 
@@ -95,7 +92,7 @@ def run(
     LrcError
         Bad data, an unsupported or damaged checkpoint, another result in `out_dir`.
     """
-    reporter = reporter or Silent()
+    reporter, workers = reporter or Silent(), resources.workers
     identity = key(config, inputs)
     found = workers.once(lambda: committed(out_dir, identity, overwrite=overwrite))
     kept = sink is None
@@ -159,8 +156,7 @@ def run(
             clip=config.clip,
             advance=reporter.advance,
             spill_to=out_dir,
-            memory=None if memory is None else memory // 2,
-            workers=workers,
+            resources=resources,
             halves=config.held_out,
         )
         for done, part in in_parts(captured, receiver.at_once):

@@ -27,7 +27,6 @@ from lowrank_compress.calibration.tokens import (
     vocabulary_of,
     window_batches,
 )
-from lowrank_compress.calibration.workers import Workers
 from lowrank_compress.config import EvaluateConfig
 from lowrank_compress.errors import ArtifactError, CalibrationError, InputError
 from lowrank_compress.evaluation.harness import harness_version, run_tasks, task_files
@@ -37,6 +36,8 @@ from lowrank_compress.model.blueprint import blueprint, task_of
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.model.walk.batch import Batch
+from lowrank_compress.resources.resources import Resources
+from lowrank_compress.resources.workers import Workers
 from lowrank_compress.stages.environment import environment
 from lowrank_compress.stages.identity import checkpoint_id, source_id
 from lowrank_compress.stages.reporting import Reporter, Silent
@@ -90,7 +91,7 @@ def run(
     out_dir: Path | None,
     reporter: Reporter | None = None,
     *,
-    workers: Workers = Workers(),
+    resources: Resources = Resources(),
 ) -> dict[str, Any]:
     """Evaluate, and where there is a directory for it, keep the result.
 
@@ -103,7 +104,7 @@ def run(
         plain checkpoint) writes nothing.
     reporter
         Told about progress.
-    workers
+    resources
         The processes that do this together, all called with the same: they share windows, examples and requests.
 
     Returns
@@ -116,7 +117,7 @@ def run(
     LrcError
         Data are missing or do not fit the model, or the model gives numbers that are not finite.
     """
-    reporter = reporter or Silent()
+    reporter, workers = reporter or Silent(), resources.workers
     identity = key(config, inputs)
     if out_dir is not None:
         refuse_link(out_dir)

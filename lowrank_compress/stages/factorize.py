@@ -22,7 +22,6 @@ from lowrank_compress.artifacts.manifest import (
     require_intact,
 )
 from lowrank_compress.artifacts.tensors import BlockFiles
-from lowrank_compress.calibration.workers import Workers
 from lowrank_compress.config import FactorizeConfig, Scheme
 from lowrank_compress.errors import ArtifactError
 from lowrank_compress.methods.sites import all_units, sites_of
@@ -32,6 +31,7 @@ from lowrank_compress.model.casting import cast
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.export import ShardWriter, config_json, write_companions
 from lowrank_compress.model.layers import remote_code_entries, write_remote_code
+from lowrank_compress.resources.resources import Resources
 from lowrank_compress.stages.bases import bases_of
 from lowrank_compress.stages.encode import Encoder
 from lowrank_compress.stages.environment import environment
@@ -89,7 +89,7 @@ def run(
     out_dir: Path,
     reporter: Reporter | None = None,
     *,
-    workers: Workers = Workers(),
+    resources: Resources = Resources(),
     overwrite: bool = False,
 ) -> Manifest:
     """Factorize.
@@ -102,8 +102,8 @@ def run(
         The checkpoint's directory.
     reporter
         Told about progress.
-    workers
-        The processes that do this together, all called with the same.
+    resources
+        What this process may use, and those that do this together with it, all called with the same.
     overwrite
         Replace another checkpoint in `out_dir`.
 
@@ -112,7 +112,7 @@ def run(
     LrcError
         Scores are missing or do not fit, the disk is full, or another result is in `out_dir`.
     """
-    reporter = reporter or Silent()
+    reporter, workers = reporter or Silent(), resources.workers
     plan = blueprint(inputs.checkpoint)
     scores = scores_manifest(inputs.scores)
     sites = sites_of(plan.resolved, scheme_of_scores(scores))

@@ -9,12 +9,12 @@ from lowrank_compress.artifacts.directories import keep_aside
 from lowrank_compress.artifacts.documents import read_sealed, write_sealed
 from lowrank_compress.artifacts.files import sweep, write_text
 from lowrank_compress.artifacts.manifest import Key, Manifest, difference, read_manifest
-from lowrank_compress.calibration.workers import Workers
 from lowrank_compress.config import EvaluateConfig, Recipe, read_recipe_file
 from lowrank_compress.errors import ArtifactError, CalibrationError, InputError
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.locate import locate
 from lowrank_compress.model.walk.batch import Batch
+from lowrank_compress.resources.resources import Resources
 from lowrank_compress.stages import calibrate, evaluate, factorize, score
 from lowrank_compress.stages.bases import Bases
 from lowrank_compress.stages.identity import checkpoint_id, display_name
@@ -115,8 +115,7 @@ def compress(
     run: Run,
     reporter: Reporter | None = None,
     *,
-    memory: int | None = None,
-    workers: Workers = Workers(),
+    resources: Resources = Resources(),
     keep_statistics: bool = False,
     overwrite: bool = False,
 ) -> Manifest:
@@ -130,16 +129,14 @@ def compress(
         Where; claimed and locked by the caller.
     reporter
         Told about progress and warnings.
-    memory
-        Bytes to get by with; None for what is free. It changes no result.
-    workers
-        The processes that do this together, all called with the same.
+    resources
+        What this process may use, and those that do this together with it, all called with the same.
     keep_statistics
         Keep them in ``stats/``; the result is the same, byte for byte.
     overwrite
         Replace other results.
     """
-    reporter = reporter or Silent()
+    reporter, workers = reporter or Silent(), resources.workers
     inputs = inputs_of_score(plan, run)
     scores = score.key(plan.score, inputs)
     found = workers.once(lambda: score.committed_scores(run.scores, scores, overwrite=overwrite))
@@ -150,21 +147,18 @@ def compress(
         )
     if found is None:
         keep_statistics = keep_statistics or workers.once(lambda: calibrate.kept(run.statistics, inputs.calibration))
-        bases = Bases(
-            plan.score, plan.checkpoint, inputs.calibration.id, run.scores, memory=memory, processes=workers.count
-        )
+        bases = Bases(plan.score, plan.checkpoint, inputs.calibration.id, run.scores, resources=resources)
         calibrate.run(
             plan.calibrate,
             calibrate.Inputs(plan.checkpoint),
             run.statistics,
             reporter,
             sink=None if keep_statistics else bases,
-            memory=memory,
-            workers=workers,
+            resources=resources,
             overwrite=overwrite,
         )
-        score.run(plan.score, inputs, run.scores, reporter, workers=workers, overwrite=overwrite)
-    return finish(plan, run, reporter, workers=workers, overwrite=overwrite)
+        score.run(plan.score, inputs, run.scores, reporter, resources=resources, overwrite=overwrite)
+    return finish(plan, run, reporter, resources=resources, overwrite=overwrite)
 
 
 def finish(
@@ -172,12 +166,12 @@ def finish(
     run: Run,
     reporter: Reporter | None = None,
     *,
-    workers: Workers = Workers(),
+    resources: Resources = Resources(),
     overwrite: bool = False,
 ) -> Manifest:
     """Factorize and name the final checkpoint in run.json."""
     inputs = factorize.Inputs(plan.checkpoint, run.scores)
-    manifest = factorize.run(plan.factorize, inputs, run.model, reporter, workers=workers, overwrite=overwrite)
+    manifest = factorize.run(plan.factorize, inputs, run.model, reporter, resources=resources, overwrite=overwrite)
     index = {
         "schema": 1,
         "model": run.model.name,
@@ -186,7 +180,7 @@ def finish(
         "base_id": checkpoint_id(plan.checkpoint),
         "id": manifest.id,
     }
-    workers.once(lambda: _write_index(run.index, index))
+    resources.workers.once(lambda: _write_index(run.index, index))
     return manifest
 
 
@@ -222,8 +216,8 @@ def evaluation_inputs(target: str, trust_remote_code: bool) -> tuple[evaluate.In
 
 
 def evaluate_target(
-    target: str, config: EvaluateConfig, reporter: Reporter | None = None, *, workers: Workers = Workers()
+    target: str, config: EvaluateConfig, reporter: Reporter | None = None, *, resources: Resources = Resources()
 ) -> dict[str, Any]:
     """Evaluate a run or a checkpoint."""
     inputs, out_dir = evaluation_inputs(target, config.trust_remote_code)
-    return evaluate.run(config, inputs, out_dir, reporter, workers=workers)
+    return evaluate.run(config, inputs, out_dir, reporter, resources=resources)

@@ -16,7 +16,6 @@ from lowrank_compress.allocation.table import ALLOCATORS
 from lowrank_compress.artifacts.directories import link, recover, replacing
 from lowrank_compress.artifacts.manifest import Key, Manifest, altered, commit, committed, listed, read_manifest
 from lowrank_compress.artifacts.tensors import BlockFiles
-from lowrank_compress.calibration.workers import Workers
 from lowrank_compress.config import ScoreConfig
 from lowrank_compress.errors import ArtifactError, InputError
 from lowrank_compress.methods.sites import Site, all_units, first_units
@@ -24,6 +23,7 @@ from lowrank_compress.methods.units import dense_elements, needs_data, stored_el
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.registry import unknown
+from lowrank_compress.resources.resources import Resources
 from lowrank_compress.stages.bases import VERSION, Bases
 from lowrank_compress.stages.choice import best, plans_of
 from lowrank_compress.stages.environment import environment
@@ -95,7 +95,7 @@ def run(
     out_dir: Path,
     reporter: Reporter | None = None,
     *,
-    workers: Workers = Workers(),
+    resources: Resources = Resources(),
     overwrite: bool = False,
 ) -> Manifest:
     """Score: decompose what is not decomposed yet, then choose ranks.
@@ -108,8 +108,8 @@ def run(
         Directory for bases, ranks.json and the manifest.
     reporter
         Told about progress.
-    workers
-        The processes that do this together, all called with the same.
+    resources
+        What this process may use, and those that do this together with it, all called with the same.
     overwrite
         Replace other ranks in `out_dir`; hand-edited ones are moved to ranks.json.bak.
 
@@ -118,9 +118,9 @@ def run(
     LrcError
         Statistics are missing, the ratio is out of reach, or another result is in `out_dir`.
     """
-    reporter = reporter or Silent()
+    reporter, workers = reporter or Silent(), resources.workers
     identity = key(config, inputs)
-    bases = Bases(config, inputs.checkpoint, inputs.calibration.id, out_dir, processes=workers.count)
+    bases = Bases(config, inputs.checkpoint, inputs.calibration.id, out_dir, resources=resources)
     check_options(config.allocate, config.storage, bases.sites)
     blocks = range(len(bases.resolved.blocks))
     found = workers.once(lambda: committed_scores(out_dir, identity, overwrite=overwrite, keep_edit=not overwrite))

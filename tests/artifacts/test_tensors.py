@@ -96,24 +96,3 @@ def test_edited_notes_are_no_finished_block(tmp_path: Path):
     files.path(0).write_bytes(whole.replace(b'rank\\": 3', b'rank\\": 4'))
     assert files.path(0).read_bytes() != whole
     assert not files.finished(0)
-
-
-def test_written_behind(tmp_path: Path):
-    behind, plain = BlockFiles(tmp_path / "behind", "id"), BlockFiles(tmp_path / "plain", "id")
-    tensors = {"a": torch.arange(6.0).view(2, 3).T, "b": torch.ones(2, dtype=torch.bfloat16)}
-    for block in range(3):
-        behind.write_behind(block, tensors)
-        plain.write(block, tensors)
-    behind.settle()
-    for block in range(3):
-        assert behind.finished(block)
-        assert behind.path(block).read_bytes() == plain.path(block).read_bytes()
-
-
-def test_a_failure_behind_is_raised_when_it_settles_and_once(tmp_path: Path):
-    (tmp_path / "file").write_text("no directory")
-    files = BlockFiles(tmp_path / "file", "id")
-    files.write_behind(0, {"a": torch.ones(1)})
-    with pytest.raises(ArtifactError, match="a file is in its place"):
-        files.settle()
-    files.settle()

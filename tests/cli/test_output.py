@@ -17,6 +17,7 @@ from lowrank_compress.arch.table import ARCHITECTURES
 from lowrank_compress.config import Recipe
 from lowrank_compress.methods.table import METHODS
 from lowrank_compress.model.dense import EXPORT
+from lowrank_compress.resources.resources import Resources
 from lowrank_compress.stages.plan import make_plan
 from lowrank_compress.stages.sizing import roomy
 from tests.runs import FEW, Tiny, contents, done, refused, results
@@ -158,9 +159,9 @@ def test_dry_run_tells_where_hidden_states_lie(tiny: Tiny, tmp_path: Path):
 def test_freed_memory_is_kept_where_there_is_twice_of_what_a_run_needs(tiny: Tiny, tmp_path: Path):
     found = done("compress", *tiny.options(tmp_path / "run"), "--dry-run", "--json").json
     plan, need = make_plan(Recipe(**found["recipe"])), sum(found["memory"].values())
-    assert roomy(plan, None)
-    assert roomy(plan, 2 * need)
-    assert not roomy(plan, 2 * need - 1)
+    assert roomy(plan, Resources())
+    assert roomy(plan, Resources(2 * need))
+    assert not roomy(plan, Resources(2 * need - 1))
 
 
 def test_dry_run_ranks_are_those_of_the_run(tiny: Tiny, pristine: Finished):

@@ -1,20 +1,19 @@
 """Stages are pure functions: a recipe gives the same bytes whichever way it is run, and a second run does nothing."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 
-from lowrank_compress.config import Scheme
-from lowrank_compress.linalg.threads import in_threads
-from lowrank_compress.methods.sites import all_units, sites_of
-from lowrank_compress.methods.units import Unit, statistics_bytes
-from lowrank_compress.model.blueprint import blueprint
-from lowrank_compress.model.checkpoint import Checkpoint
-from lowrank_compress.stages import bases
-from lowrank_compress.stages.together import blocks_at_once
+from lowrank_compress.config import Recipe
+from lowrank_compress.resources.resources import Resources
+from lowrank_compress.stages import pipeline
+from lowrank_compress.stages.plan import make_plan
+from lowrank_compress.stages.run import Run
 from tests.runs import Tiny, block_file, contents, done, refused, results, times
 
 Finished = Callable[[str], Path]
@@ -173,48 +172,28 @@ def test_a_failed_start_does_not_claim_the_directory(tiny: Tiny, tmp_path: Path)
     done("compress", *tiny.options(run))
 
 
-def test_matrices_are_decomposed_at_once_as_memory_allows(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    calls: dict[str, list[tuple[int, int]]] = {}
+@dataclass(frozen=True)
+class Watched(Resources):
+    """Keeps how many blocks were decomposed together, and how many matrices at a time."""
 
-    def recorded(work: Callable[..., object], units: list[Unit], at_once: int) -> list[object]:
-        needs = [unit.working_bytes() for unit in units]
-        assert needs == sorted(needs, reverse=True)
-        calls[budget].append((len({unit.block for unit in units}), at_once))
-        return in_threads(work, units, at_once)
+    seen: list[tuple[int, int]] = field(default_factory=list)
 
-    monkeypatch.setattr(bases, "in_threads", recorded)
+    def each(self, work: Callable[[Any], Any], items: Sequence[Any], size: Callable[[Any], int]) -> list[Any]:
+        self.seen.append((len({unit.block for unit in items}), self.items_at_once(map(size, items))))
+        return super().each(work, items, size)
+
+
+def test_matrices_are_decomposed_at_once_as_memory_allows(tiny: Tiny, tmp_path: Path):
+    recipe = Recipe(model=str(tiny.model), calibration=str(tiny.text), samples=8, seq_len=32, method="kfac")
+    plan, seen = make_plan(recipe), {}
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        for budget in ("1", "300kB", "8GB"):
-            calls[budget] = []
-            done("compress", *tiny.options(tmp_path / budget, "kfac"), "--memory-budget", budget)
+        for memory in (1, 300_000, 8 << 30):
+            resources = Watched(memory)
+            pipeline.compress(plan, Run(tmp_path / str(memory)), resources=resources)
+            seen[memory] = resources.seen
     finally:
         torch.set_num_threads(threads)
-    # (blocks together, matrices at a time)
-    assert calls == {"1": [(1, 1), (1, 1)], "300kB": [(1, 2), (1, 2)], "8GB": [(2, 2)]}
-    assert results(tmp_path / "1") == results(tmp_path / "300kB") == results(tmp_path / "8GB")
-
-
-@pytest.mark.parametrize(
-    ("device", "threads", "memory", "expected"),
-    [
-        ("cpu", 4, 1 << 40, 4),
-        ("cpu", 4, 1, 1),
-        ("cpu", 1, 1 << 40, 1),
-        ("cpu", 99, 1 << 40, 8),
-        ("cuda", 4, 1 << 40, 1),
-    ],
-)
-def test_blocks_at_once(
-    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, device: str, threads: int, memory: int, expected: int
-):
-    scheme = Scheme(qk="svd-llm", vo="svd-llm", mlp="svd-llm", metric="gram")
-    units = all_units(sites_of(blueprint(Checkpoint(tiny.model)).resolved, scheme))
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    assert blocks_at_once(units, torch.device(device), memory) == expected
-    if device == "cpu" and threads == 4:
-        # Two blocks' statistics may fill half of the room, which is half of the memory.
-        two = 8 * statistics_bytes(unit for unit in units if unit.block == 0)
-        assert blocks_at_once(units, torch.device(device), two) == 2
-        assert blocks_at_once(units, torch.device(device), two - 2) == 1
+    assert seen == {1: [(1, 1), (1, 1)], 300_000: [(1, 2), (1, 2)], 8 << 30: [(2, 2)]}
+    assert results(tmp_path / "1") == results(tmp_path / "300000") == results(tmp_path / str(8 << 30))

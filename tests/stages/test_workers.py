@@ -15,11 +15,12 @@ import torch
 from safetensors.torch import load_file
 
 from lowrank_compress.calibration.capture import capture
-from lowrank_compress.calibration.workers import Workers, workers_of
 from lowrank_compress.errors import InputError
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.model.walk.batch import Batch
+from lowrank_compress.resources.resources import Resources
+from lowrank_compress.resources.workers import Workers, workers_of
 from tests.runs import Tiny, done, lrc, results
 
 FEW = ("--micro-batch", "2")  # four micro-batches
@@ -125,7 +126,7 @@ def test_more_processes_than_micro_batches(tiny: Tiny) -> None:
     skeleton = Skeleton(Checkpoint(tiny.model), torch.device("cpu"), torch.float32)
     batches = [Batch(torch.ones(2, 8, dtype=torch.long))] * 2
     with pytest.raises(InputError, match="has 2 micro-batches for 3 processes"):
-        next(capture(skeleton, batches, {}, skip=lambda block: False, workers=Workers(0, 3)))
+        next(capture(skeleton, batches, {}, skip=lambda block: False, resources=Resources(workers=Workers(0, 3))))
 
 
 def test_a_check_by_several_processes_says_so(tiny: Tiny, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.model.walk.states import StateStore
+from lowrank_compress.resources.resources import Resources
 from tests.tiny import save_tiny
 
 
@@ -57,7 +58,10 @@ def test_where_states_lie_changes_no_bit(tmp_path: Path, method: str) -> None:
     place.mkdir()
 
     def measured(memory: int, disk: int) -> list[dict[str, torch.Tensor]]:
-        found = capture(skeleton, batches, wanted, skip=lambda block: False, memory=memory, disk=disk, spill_to=place)
+        resources = Resources(2 * memory)
+        found = capture(
+            skeleton, batches, wanted, skip=lambda block: False, resources=resources, disk=disk, spill_to=place
+        )
         return [statistics.means for statistics in found]
 
     boundary = boundary_bytes(skeleton, batches)

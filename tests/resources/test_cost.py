@@ -2,18 +2,15 @@ from __future__ import annotations
 
 import time
 
-import pytest
 import torch
 
-from lowrank_compress.stages import meter as module
-from lowrank_compress.stages.meter import Meter, peak_memory
+from lowrank_compress.resources.cost import Meter, peak_memory
 from lowrank_compress.stages.reporting import Silent
 
 
-def test_time_and_peak_belong_to_the_step_that_reports_next(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_and_peak_belong_to_the_step_that_reports_next() -> None:
     peaks = iter([100, 100, 300, 300, 300, 300])
-    monkeypatch.setattr(module, "peak_memory", lambda: next(peaks))
-    meter = Meter(Silent())
+    meter = Meter(Silent(), lambda: next(peaks))
     time.sleep(0.05)
     meter.advance("first", 1, 1)
     meter.advance("second", 1, 2)

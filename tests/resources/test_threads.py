@@ -7,7 +7,7 @@ import pytest
 import torch
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from lowrank_compress.linalg.threads import in_threads
+from lowrank_compress.resources.threads import in_threads
 
 
 def blas_threads() -> list[int]:

@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from lowrank_compress.model.memory import free_memory
+from lowrank_compress.resources.memory import free_memory
 
 # Frees eight tensors of 8 MB and prints what of them still counts as the process's.
 FREED = """
 import numpy as np
-from lowrank_compress.model.memory import give_back_freed, keep_freed
+from lowrank_compress.resources.memory import give_back_freed, keep_freed
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lowrank_compress.api import Result, compress, evaluate, load
-    from lowrank_compress.config import Recipe
     from lowrank_compress.errors import LrcError
+    from lowrank_compress.recipe import Recipe
 
 __version__ = "0.1.0"
 __all__ = ["LrcError", "Recipe", "Result", "compress", "evaluate", "load"]
 
-_HOME = {"Recipe": "config", "LrcError": "errors"}  # the others are in api.py
+_HOME = {"Recipe": "recipe", "LrcError": "errors"}  # the others are in api.py
 
 
 def __getattr__(name: str) -> Any:

@@ -18,11 +18,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from lowrank_compress.artifacts.documents import read_json
 from lowrank_compress.artifacts.lock import locked
 from lowrank_compress.artifacts.manifest import Manifest
-from lowrank_compress.config import METHOD, RATIO, EvaluateConfig, Recipe, evaluate_config, make_recipe
+from lowrank_compress.config import EvaluateConfig, evaluate_config
 from lowrank_compress.errors import InputError
 from lowrank_compress.model.blueprint import task_of
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.locate import locate
+from lowrank_compress.recipe import METHOD, RATIO, Recipe, make_recipe
 from lowrank_compress.resources.cost import Meter
 from lowrank_compress.resources.memory import keep_freed
 from lowrank_compress.resources.resources import Resources

@@ -28,8 +28,8 @@ from random_llama import DTYPES, SHAPES, Shape, make_config, write
 from rich.console import Console
 from rich.table import Table
 
-from lowrank_compress.config import Recipe
 from lowrank_compress.demo import text as demo_text
+from lowrank_compress.recipe import Recipe
 from lowrank_compress.stages.plan import make_plan
 from lowrank_compress.stages.run import Run
 

@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from lowrank_compress.calibration.tokens import batches_hash
-from lowrank_compress.config import Recipe
 from lowrank_compress.model.walk.batch import Batch
+from lowrank_compress.recipe import Recipe
 from lowrank_compress.stages.plan import make_plan
 from lowrank_compress.stages.samples import calibration_batches
 

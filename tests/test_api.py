@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import lowrank_compress
 from lowrank_compress import LrcError, compress, evaluate, load
-from lowrank_compress.config import Recipe
+from lowrank_compress.recipe import Recipe
 from tests.runs import Tiny, done, lrc, results, times
 from tests.tiny import save_tiny, tiny_text
 

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 import lowrank_compress
-from lowrank_compress.config import Recipe
+from lowrank_compress.recipe import Recipe
 from lowrank_compress.stages.pipeline import claim, compress
 from lowrank_compress.stages.plan import make_plan
 from lowrank_compress.stages.run import Run

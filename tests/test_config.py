@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from lowrank_compress.config import Recipe, load_recipe
 from lowrank_compress.errors import InputError
+from lowrank_compress.recipe import Recipe, load_recipe
 from lowrank_compress.stages.pipeline import default_run
 
 
@@ -27,7 +27,7 @@ def test_a_recipe_round_trips_through_yaml(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("model: m\nratios: 0.2\n", r"unknown option 'ratios'; known are model, revision"),
+        ("model: m\nratios: 0.2\n", r"unknown option 'ratios'; known are model, ratio"),
         ("model: m\nsamples: 0\n", r"samples: .*greater than or equal to 1 \(got 0\)"),
         ("model: m\ndtype: int4\n", r"dtype is 'int4'; expected one of float32"),
         ("model: m\nratio: much\n", r"ratio: .*number.*'much'"),

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lowrank_compress.artifacts.documents import read_json
-from lowrank_compress.config import EvaluateConfig, Recipe
+from lowrank_compress.config import EvaluateConfig
+from lowrank_compress.recipe import Recipe
 from lowrank_compress.stages import pipeline
 from lowrank_compress.stages.plan import make_plan
 from lowrank_compress.stages.run import Run

@@ -15,7 +15,7 @@ import lowrank_compress
 PACKAGE = "lowrank_compress"
 ROOT = Path(lowrank_compress.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-ANYWHERE = {"errors", "registry", "config", "__init__"}
+ANYWHERE = {"errors", "registry", "options", "config", "recipe", "recipefile", "__init__"}
 STAGES_USE = {"methods", "calibration", "evaluation", "allocation", "linalg", "model", "arch", "artifacts", "resources"}
 # Who reads or writes files does so through artifacts, so that what may be opened, written and removed is one law.
 BELOW: dict[str, set[str]] = {
@@ -34,7 +34,7 @@ BELOW: dict[str, set[str]] = {
     "artifacts": set(),
     "demo": set(),
     **{name: set() for name in ANYWHERE},
-    "config": {"artifacts"},
+    "recipefile": {"artifacts"},
 }
 # `import lowrank_compress` registers a quantizer as transformers is imported, and hands out what programs call, when it
 # is asked for; so these imports go up.

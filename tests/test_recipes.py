@@ -10,7 +10,7 @@ import yaml
 from typer.testing import CliRunner
 
 from lowrank_compress.cli.main import app
-from lowrank_compress.config import Recipe
+from lowrank_compress.recipe import Recipe
 from tests.tiny import save_tiny, tiny_text
 
 RECIPES = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))

@@ -11,8 +11,8 @@ from pathlib import Path
 from lowrank_compress.artifacts.files import read_bytes, write_text
 from lowrank_compress.cli.comparing import as_lines, as_markdown, headline
 from lowrank_compress.cli.terminal import IS_FIRST, TerminalReporter, console, messages, print_json
-from lowrank_compress.config import Recipe
 from lowrank_compress.errors import ArtifactError, InputError
+from lowrank_compress.recipe import Recipe
 from lowrank_compress.resources.workers import started
 from lowrank_compress.stages.comparison import Comparison, compare, environment_changes, require_recipe
 from lowrank_compress.stages.description import expect

@@ -14,13 +14,14 @@ from lowrank_compress.artifacts.directories import refuse_unsafe
 from lowrank_compress.artifacts.documents import read_json
 from lowrank_compress.artifacts.lock import locked
 from lowrank_compress.cli.terminal import IS_FIRST, TerminalReporter, console
-from lowrank_compress.config import EvaluateConfig, Recipe, load_recipe
+from lowrank_compress.config import EvaluateConfig
 from lowrank_compress.demo import text as demo_text
 from lowrank_compress.errors import ArtifactError
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.dense import write_dense
 from lowrank_compress.model.layers import REMOTE_FILE
 from lowrank_compress.model.locate import locate
+from lowrank_compress.recipe import Recipe, load_recipe
 from lowrank_compress.resources.memory import keep_freed
 from lowrank_compress.resources.resources import Resources
 from lowrank_compress.resources.workers import started

@@ -9,7 +9,8 @@ import typer
 
 from lowrank_compress.cli import options as o
 from lowrank_compress.cli.terminal import friendly, prepare_libraries, print_json, reported
-from lowrank_compress.config import COMMAND_LINE, Recipe, evaluate_config, load_recipe
+from lowrank_compress.config import COMMAND_LINE, EvaluateConfig, evaluate_config
+from lowrank_compress.recipe import RATIO, load_recipe
 
 app = typer.Typer(
     name="lrc",
@@ -30,48 +31,13 @@ app = typer.Typer(
     """,
 )
 
-
-def _recipe(config: Path | None, given: dict[str, Any]) -> Recipe:
-    return load_recipe(config, given | {"text_column": _columns(given["text_column"])})
-
-
-def _columns(names: list[str] | None) -> str | None:
-    """Put the names of columns together as a recipe has them."""
-    return ",".join(names) if names else None
+_BATCH, _SEED = (EvaluateConfig.model_fields[name].default for name in ("batch_size", "seed"))
 
 
 @app.command()
+@o.takes_recipe("compress")
 def compress(
-    model: o.Model = None,
-    ratio: o.Ratio = None,
-    ratio_of: o.RatioOf = None,
-    method: o.Method = None,
-    attention: o.Attention = None,
-    qk: o.QueryKey = None,
-    vo: o.ValueOutput = None,
-    mlp: o.Mlp = None,
-    metric: o.Metric = None,
-    allocate: o.Allocate = None,
-    storage: o.Storage = None,
-    calibration: o.Calibration = None,
-    text_column: o.TextColumn = None,
-    label_column: o.LabelColumn = None,
-    samples: o.Samples = None,
-    seq_len: o.SeqLen = None,
-    seed: o.Seed = None,
-    micro_batch: o.MicroBatch = None,
-    damping_fisher: o.DampingFisher = None,
-    damping_gram: o.DampingGram = None,
-    alpha: o.Alpha = None,
-    clip: o.Clip = None,
-    floor: o.Floor = None,
-    temperature: o.Temperature = None,
-    cap: o.Cap = None,
-    round_to: o.RoundTo = None,
-    device: o.Device = None,
-    dtype: o.Dtype = None,
-    revision: o.Revision = None,
-    trust_remote_code: o.Trust = None,
+    given: dict[str, Any],
     out: o.Out = None,
     config: o.Config = None,
     memory_budget: o.MemoryBudget = None,
@@ -96,12 +62,11 @@ def compress(
 
     With --check, exit code 0 means the same bytes as expected, 3 the same within --tolerance, 2 anything else.
     """
-    given = {name: value for name, value in locals().items() if name in Recipe.model_fields}
     with friendly(debug):
         prepare_libraries()
         from lowrank_compress.cli import checking, commands, printing
 
-        recipe = _recipe(config, given)
+        recipe = load_recipe(config, given)
         checking.refuse_options(check, dry_run=dry_run, overwrite=overwrite, other=(tolerance, against, report))
         if dry_run:
             printing.print_dry_run(commands.dry_run(recipe, out, memory_budget), json)
@@ -129,25 +94,9 @@ def compress(
 
 
 @app.command()
+@o.takes_recipe("calibrate")
 def calibrate(
-    model: o.Model = None,
-    method: o.Method = None,
-    attention: o.Attention = None,
-    qk: o.QueryKey = None,
-    vo: o.ValueOutput = None,
-    mlp: o.Mlp = None,
-    metric: o.Metric = None,
-    calibration: o.Calibration = None,
-    text_column: o.TextColumn = None,
-    label_column: o.LabelColumn = None,
-    samples: o.Samples = None,
-    seq_len: o.SeqLen = None,
-    seed: o.Seed = None,
-    micro_batch: o.MicroBatch = None,
-    clip: o.Clip = None,
-    device: o.Device = None,
-    revision: o.Revision = None,
-    trust_remote_code: o.Trust = None,
+    given: dict[str, Any],
     out: o.Out = None,
     config: o.Config = None,
     memory_budget: o.MemoryBudget = None,
@@ -156,37 +105,25 @@ def calibrate(
     debug: o.Debug = False,
 ) -> None:
     """Stage 1: take the statistics that a method needs, block by block, into RUN/stats."""
-    given = {name: value for name, value in locals().items() if name in Recipe.model_fields}
     with friendly(debug):
         prepare_libraries()
         from lowrank_compress.cli import commands, printing
 
         with reported() as reporter:
-            result = commands.calibrate(_recipe(config, given), out, memory_budget, overwrite, reporter)
+            result = commands.calibrate(load_recipe(config, given), out, memory_budget, overwrite, reporter)
         printing.print_stage(result, json)
 
 
 @app.command()
+@o.takes_recipe("score")
 def score(
+    given: dict[str, Any],
     run: o.RunDir,
-    allocate: o.Allocate = None,
-    ratio: o.Ratio = None,
-    ratio_of: o.RatioOf = None,
-    storage: o.Storage = None,
-    damping_fisher: o.DampingFisher = None,
-    damping_gram: o.DampingGram = None,
-    alpha: o.Alpha = None,
-    floor: o.Floor = None,
-    temperature: o.Temperature = None,
-    cap: o.Cap = None,
-    round_to: o.RoundTo = None,
-    trust_remote_code: o.Trust = None,
     overwrite: o.Overwrite = False,
     json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
     """Stage 2: decompose every matrix and choose ranks, into RUN/scores (ranks.json may be edited by hand)."""
-    given = {name: value for name, value in locals().items() if name in Recipe.model_fields}
     with friendly(debug):
         prepare_libraries()
         from lowrank_compress.cli import commands, printing
@@ -197,17 +134,15 @@ def score(
 
 
 @app.command()
+@o.takes_recipe("factorize")
 def factorize(
+    given: dict[str, Any],
     run: o.RunDir,
-    storage: o.Storage = None,
-    dtype: o.Dtype = None,
-    trust_remote_code: o.Trust = None,
     overwrite: o.Overwrite = False,
     json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
     """Stage 3: write the compressed checkpoint RUN/model with the ranks that RUN/scores/ranks.json has now."""
-    given = {name: value for name, value in locals().items() if name in Recipe.model_fields}
     with friendly(debug):
         prepare_libraries()
         from lowrank_compress.cli import commands, printing
@@ -228,8 +163,8 @@ def evaluate(
     classification: Annotated[
         str | None, typer.Option("--classification", help="Table of labelled examples to measure accuracy on.")
     ] = None,
-    text_column: o.TextColumn = None,
-    label_column: o.LabelColumn = None,
+    text_column: Annotated[list[str] | None, o.of_recipe("text_column")] = None,
+    label_column: Annotated[str | None, o.of_recipe("label_column")] = None,
     tasks: Annotated[str | None, typer.Option("--tasks", help="lm-eval tasks, separated by commas.")] = None,
     include_path: Annotated[
         Path | None,
@@ -241,13 +176,13 @@ def evaluate(
         int | None, typer.Option("--seq-len", min=2, help="Tokens a window (default: 2048, or the model's longest)")
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Windows or examples a text or task.")] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Windows or examples at once.")] = 8,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of lm-eval.")] = 0,
-    device: o.Device = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Windows or examples at once.")] = _BATCH,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of lm-eval.")] = _SEED,
+    device: Annotated[str | None, o.of_recipe("device")] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Evaluate on the calibration file all the same; the result will flatter.")
     ] = False,
-    trust_remote_code: o.Trust = None,
+    trust_remote_code: Annotated[bool | None, o.of_recipe("trust_remote_code")] = None,
     json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
@@ -260,7 +195,7 @@ def evaluate(
             COMMAND_LINE,
             perplexity=tuple(perplexity or ()),
             classification=classification,
-            text_column=_columns(text_column),
+            text_column=o.joined(text_column),
             label_column=label_column,
             tasks=tuple(name for name in (tasks or "").split(",") if name),
             include_path=None if include_path is None else str(include_path),
@@ -396,7 +331,7 @@ def bench(
         int, typer.Option("--rounds", min=1, max=10**6, help="Measurements of each, after a warm-up.")
     ] = 5,
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of the random prompts.")] = 0,
-    device: o.Device = None,
+    device: Annotated[str | None, o.of_recipe("device")] = None,
     dtype: Annotated[
         str | None,
         typer.Option("--dtype", help="float32, bfloat16, float16 or float64 (default: each checkpoint's)"),
@@ -440,7 +375,7 @@ def bench(
 
 @app.command()
 def demo(
-    ratio: Annotated[float, typer.Option("--ratio", help="Share of parameters to remove.")] = 0.3,
+    ratio: Annotated[float, typer.Option("--ratio", help="Share of parameters to remove.")] = RATIO,
     out: Annotated[Path, typer.Option("--out", parser=o.a_path, metavar="PATH", help="Directory for the runs.")] = Path(
         "runs/demo"
     ),

@@ -1,16 +1,17 @@
-"""Options that several commands share."""
+"""Options of the commands: those of a recipe, made of its fields, and what is no part of one."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
+from pydantic.fields import FieldInfo
 
-DATA = "Calibration data"
-WHAT = "What to compress, and how"
-WHERE = "Where and how to run"
-TUNING = "Fine tuning"
+from lowrank_compress.recipe import WHERE, Recipe
+
 CHECK = "Making a run again and comparing"
 
 
@@ -23,174 +24,8 @@ def a_path(text: str | Path) -> Path:
 
 PATH: dict[str, Any] = {"parser": a_path, "metavar": "PATH"}
 
-Model = Annotated[
-    str | None,
-    typer.Argument(help="Checkpoint directory or hub name. May come from --config instead.", show_default=False),
-]
 RunDir = Annotated[
     Path, typer.Argument(parser=a_path, metavar="RUN", help="Run directory (what --out named).", show_default=False)
-]
-Ratio = Annotated[
-    float | None,
-    typer.Option("--ratio", help="Share of parameters to remove, between 0 and 1 (default: 0.3)", rich_help_panel=WHAT),
-]
-RatioOf = Annotated[
-    str | None,
-    typer.Option(
-        "--ratio-of", help="What the ratio is a share of: blocks or model (default: blocks)", rich_help_panel=WHAT
-    ),
-]
-Method = Annotated[
-    str | None,
-    typer.Option("--method", help="See `lrc list methods` (default: auto, the recommendation)", rich_help_panel=WHAT),
-]
-Attention = Annotated[
-    str | None,
-    typer.Option("--attention", help="Method for q, k, v and o instead of --method's", rich_help_panel=WHAT),
-]
-QueryKey = Annotated[
-    str | None,
-    typer.Option("--qk", help="Method for queries and keys alone (cr, a linear one, or dense)", rich_help_panel=WHAT),
-]
-ValueOutput = Annotated[
-    str | None,
-    typer.Option(
-        "--vo", help="Method for values and output alone (vo-svd, a linear one, or dense)", rich_help_panel=WHAT
-    ),
-]
-Mlp = Annotated[
-    str | None,
-    typer.Option("--mlp", help="Method for the MLP (nystrom, a linear one, or dense)", rich_help_panel=WHAT),
-]
-Metric = Annotated[
-    str | None,
-    typer.Option(
-        "--metric",
-        help="Of module methods: gram (least output error) or kfac (least loss increase) "
-        "(default: kfac beside linear methods in nats, else gram)",
-        rich_help_panel=WHAT,
-    ),
-]
-Allocate = Annotated[
-    str | None,
-    typer.Option(
-        "--allocate",
-        help="How ranks are chosen; see `lrc list allocators` (default: the method's)",
-        rich_help_panel=WHAT,
-    ),
-]
-Storage = Annotated[
-    str | None,
-    typer.Option("--storage", help="pair, pivot or auto (default: the method's)", rich_help_panel=WHAT),
-]
-Calibration = Annotated[
-    str | None,
-    typer.Option(
-        "--calibration",
-        help="Text file; .jsonl, .json, .csv, .tsv or .parquet with --text-column; either also compressed; or "
-        "hf:NAME[:CONFIG[:SPLIT]], where the split may be a slice, train[:1000]. "
-        "(default: hf:Salesforce/wikitext:wikitext-2-raw-v1:train)",
-        rich_help_panel=DATA,
-    ),
-]
-TextColumn = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--text-column",
-        help="Column of a table with the text or the conversation; dots lead into nested values. Given twice: pairs of "
-        "sentences, for a classifier.",
-        rich_help_panel=DATA,
-    ),
-]
-LabelColumn = Annotated[
-    str | None, typer.Option("--label-column", help="Column with the class label (classifiers).", rich_help_panel=DATA)
-]
-Samples = Annotated[
-    int | None,
-    typer.Option("--samples", help="Windows of text, or labelled examples (default: 128)", rich_help_panel=DATA),
-]
-SeqLen = Annotated[
-    int | None,
-    typer.Option(
-        "--seq-len", help="Tokens a window, bos included (default: 2048, or the model's longest)", rich_help_panel=DATA
-    ),
-]
-Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the shuffle (default: 0)", rich_help_panel=DATA)]
-MicroBatch = Annotated[
-    int | None,
-    typer.Option(
-        "--micro-batch", help="Windows computed at once (default: 1024 tokens, on a GPU 8192)", rich_help_panel=TUNING
-    ),
-]
-DampingFisher = Annotated[
-    float | None,
-    typer.Option(
-        "--damping-fisher", help="Relative shrinkage of a Fisher matrix (default: 1e-4)", rich_help_panel=TUNING
-    ),
-]
-DampingGram = Annotated[
-    float | None,
-    typer.Option("--damping-gram", help="Relative shrinkage of a Gram matrix (default: 1e-6)", rich_help_panel=TUNING),
-]
-Alpha = Annotated[float | None, typer.Option("--alpha", help="Exponent of asvd (default: 0.5)", rich_help_panel=TUNING)]
-Clip = Annotated[
-    float | None,
-    typer.Option(
-        "--clip",
-        help="Clip token gradients at this multiple of their mean norm (default: no clipping)",
-        rich_help_panel=TUNING,
-    ),
-]
-Floor = Annotated[
-    float | None,
-    typer.Option(
-        "--floor",
-        help="Share of its uniform budget that `loss` leaves every matrix (default: 0)",
-        rich_help_panel=TUNING,
-    ),
-]
-Temperature = Annotated[
-    float | None,
-    typer.Option(
-        "--temperature",
-        help="Of `block-influence`: the lower, the more unequal the blocks (default: the mean influence)",
-        rich_help_panel=TUNING,
-    ),
-]
-Cap = Annotated[
-    float | None,
-    typer.Option(
-        "--cap",
-        help="The largest share that `block-influence` takes from a block (default: 0.8)",
-        rich_help_panel=TUNING,
-    ),
-]
-RoundTo = Annotated[
-    int | None,
-    typer.Option(
-        "--round-to",
-        help="Ranks and widths are multiples of this (default: 8 on a GPU, else 1)",
-        rich_help_panel=TUNING,
-    ),
-]
-Device = Annotated[
-    str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N (default: auto)", rich_help_panel=WHERE)
-]
-Dtype = Annotated[
-    str | None,
-    typer.Option(
-        "--dtype", help="Output dtype: float32, bfloat16, float16 (default: the checkpoint's)", rich_help_panel=WHERE
-    ),
-]
-Revision = Annotated[str | None, typer.Option("--revision", help="Revision of a hub model.", rich_help_panel=WHERE)]
-Trust = Annotated[
-    bool | None,
-    typer.Option(
-        "--trust-remote-code/--no-trust-remote-code",
-        help="Allow code shipped with a checkpoint to run.",
-        rich_help_panel=WHERE,
-        show_default=False,
-    ),
 ]
 Out = Annotated[
     Path | None,
@@ -270,3 +105,82 @@ Report = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def takes_recipe(command: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of a recipe, before its own.
+
+    Its function is called with what was given, by field name (None where not given), and with its own options.
+
+    Parameters
+    ----------
+    command
+        "compress" takes all; others those that the recipe says they take.
+    """
+    names = [name for name, field in Recipe.model_fields.items() if command in ("compress", *_extra(field)["commands"])]
+
+    def decorate(body: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(body, include_extras=True)
+        _, *own = inspect.signature(body).parameters.values()
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        parameters = [inspect.Parameter(name, keyword, default=None, annotation=_annotation(name)) for name in names]
+        parameters += [each.replace(kind=keyword, annotation=hints[each.name]) for each in own]
+
+        def run(**values: Any) -> None:
+            body({name: joined(values.pop(name)) for name in names}, **values)
+
+        run.__name__, run.__doc__ = body.__name__, body.__doc__
+        run.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
+        run.__annotations__ = {each.name: each.annotation for each in parameters}
+        return run
+
+    return decorate
+
+
+def of_recipe(name: str) -> Any:
+    """Make the option, or argument, that a field of the recipe is."""
+    field = Recipe.model_fields[name]
+    if field.is_required():
+        return typer.Argument(help=field.description, show_default=False)
+    words = name.replace("_", "-")
+    flags = [f"--{words}", *([f"no-{words}"] if _type_of(field) is bool else [])]
+    return typer.Option(
+        "/--".join(flags), help=_help(field), rich_help_panel=_extra(field)["panel"], show_default=False
+    )
+
+
+def joined(value: Any) -> Any:
+    """Put the values of an option that may be given several times together as a recipe has them."""
+    return (",".join(value) or None) if isinstance(value, list) else value
+
+
+def _annotation(name: str) -> Any:
+    field = Recipe.model_fields[name]
+    kind = _type_of(field)
+    return Annotated[(list[kind] if _extra(field).get("many") else kind) | None, of_recipe(name)]
+
+
+def _extra(field: FieldInfo) -> Mapping[str, Any]:
+    return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+
+
+def _type_of(field: FieldInfo) -> Any:
+    """The type that a word of the command line is read as; which words it may be, the recipe says."""
+    kinds = [each for each in get_args(field.annotation) if each is not type(None)]
+    optional = type(None) in get_args(field.annotation)
+    kind = kinds[0] if optional else field.annotation
+    return str if get_origin(kind) is Literal else kind
+
+
+def _help(field: FieldInfo) -> str:
+    hint = _extra(field)["hint"] or ("" if field.default is None or isinstance(field.default, bool) else "{}")
+    said = _number(field.default) if isinstance(field.default, float) else str(field.default)
+    return f"{field.description} (default: {hint.format(said)})" if hint else str(field.description)
+
+
+def _number(value: float) -> str:
+    """Write a number as people do: 0.3, and 1e-4."""
+    if value == 0 or abs(value) >= 1e-3:
+        return f"{value:g}"
+    digits, power = f"{value:e}".split("e")
+    return f"{float(digits):g}e{int(power)}"

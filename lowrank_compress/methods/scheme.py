@@ -7,13 +7,14 @@ from dataclasses import replace
 
 from lowrank_compress.arch.resolve import Resolved
 from lowrank_compress.arch.spec import GROUPS, Architecture, Group
-from lowrank_compress.config import ModuleMetric, Recipe, Scheme
+from lowrank_compress.config import ModuleMetric, Scheme
 from lowrank_compress.errors import InputError
 from lowrank_compress.methods.cr import unit_members
 from lowrank_compress.methods.linear import LinearMethod
 from lowrank_compress.methods.mixture import Mixture
 from lowrank_compress.methods.module import PARTS, ModuleMethod
 from lowrank_compress.methods.table import METHODS
+from lowrank_compress.recipe import Recipe
 from lowrank_compress.registry import unknown
 
 DENSE = "dense"

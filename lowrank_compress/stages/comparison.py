@@ -12,9 +12,9 @@ import numpy as np
 
 from lowrank_compress.artifacts.hashes import file_hashes
 from lowrank_compress.artifacts.manifest import Manifest, read_manifest
-from lowrank_compress.config import Recipe
 from lowrank_compress.errors import ArtifactError, InputError
 from lowrank_compress.model.checkpoint import Checkpoint
+from lowrank_compress.recipe import Recipe
 from lowrank_compress.stages.description import file_entries, portable, text_of, weight_files
 from lowrank_compress.stages.differences import (
     Reference,

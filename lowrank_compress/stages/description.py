@@ -15,12 +15,12 @@ from lowrank_compress.artifacts.documents import canonical_hash, parse_json
 from lowrank_compress.artifacts.files import read_small_text
 from lowrank_compress.artifacts.hashes import file_hashes
 from lowrank_compress.artifacts.manifest import Manifest, read_manifest
-from lowrank_compress.config import Recipe, load_recipe
 from lowrank_compress.errors import ArtifactError
 from lowrank_compress.linalg.sketch import sketch
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.locate import locate
 from lowrank_compress.model.reconstruction import reconstruction
+from lowrank_compress.recipe import Recipe, load_recipe
 from lowrank_compress.stages.expectation import (
     Base,
     Expectation,

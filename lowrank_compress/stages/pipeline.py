@@ -9,11 +9,13 @@ from lowrank_compress.artifacts.directories import keep_aside
 from lowrank_compress.artifacts.documents import read_sealed, write_sealed
 from lowrank_compress.artifacts.files import sweep, write_text
 from lowrank_compress.artifacts.manifest import Key, Manifest, difference, read_manifest
-from lowrank_compress.config import EvaluateConfig, Recipe, read_recipe_file
+from lowrank_compress.config import EvaluateConfig
 from lowrank_compress.errors import ArtifactError, CalibrationError, InputError
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.locate import locate
 from lowrank_compress.model.walk.batch import Batch
+from lowrank_compress.recipe import Recipe
+from lowrank_compress.recipefile import read_recipe_file
 from lowrank_compress.resources.resources import Resources
 from lowrank_compress.stages import calibrate, evaluate, factorize, score
 from lowrank_compress.stages.bases import Bases

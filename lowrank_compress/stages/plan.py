@@ -10,7 +10,7 @@ import torch
 from lowrank_compress.calibration.capture import needs_gradient
 from lowrank_compress.calibration.sources import PAPERS_DATA, Source
 from lowrank_compress.calibration.tokens import load_tokenizer
-from lowrank_compress.config import DTYPES, CalibrateConfig, FactorizeConfig, Recipe, Scheme, ScoreConfig
+from lowrank_compress.config import DTYPES, CalibrateConfig, FactorizeConfig, Scheme, ScoreConfig
 from lowrank_compress.errors import InputError, UnsupportedError
 from lowrank_compress.methods.mixture import Mixture
 from lowrank_compress.methods.module import ModuleMethod
@@ -21,6 +21,7 @@ from lowrank_compress.methods.units import needed, needs_data
 from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.locate import directory_of, locate
+from lowrank_compress.recipe import Recipe
 from lowrank_compress.stages.environment import compute_device
 from lowrank_compress.stages.identity import source_id
 from lowrank_compress.stages.score import check_options

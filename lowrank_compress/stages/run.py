@@ -12,8 +12,9 @@ from lowrank_compress.artifacts.documents import read_sealed
 from lowrank_compress.artifacts.files import is_temporary, read_small_text
 from lowrank_compress.artifacts.lock import HOLDER, LOCK
 from lowrank_compress.artifacts.manifest import MANIFEST, Manifest, read_manifest, require_intact
-from lowrank_compress.config import RECIPE_BYTES, Recipe
 from lowrank_compress.errors import ArtifactError
+from lowrank_compress.recipe import Recipe
+from lowrank_compress.recipefile import RECIPE_BYTES
 
 
 @dataclass(frozen=True)

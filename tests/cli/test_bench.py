@@ -10,9 +10,9 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowrank_compress.cli.benchmark import bar
-from lowrank_compress.config import Recipe
 from lowrank_compress.evaluation.size import measure_size
 from lowrank_compress.model.checkpoint import Checkpoint
+from lowrank_compress.recipe import Recipe
 from lowrank_compress.stages.run import recipe_text
 from tests.runs import FEW as FEW_SAMPLES
 from tests.runs import Tiny, done, lrc, refused

@@ -96,7 +96,7 @@ def test_calibration_texts(tiny: Tiny, tmp_path: Path, name: str, content: str |
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("model: {model}\nratoi: 0.3\n", "unknown option 'ratoi'; known are model, revision"),
+        ("model: {model}\nratoi: 0.3\n", "unknown option 'ratoi'; known are model, ratio"),
         ("model: {model}\nratio: much\n", "ratio: Input should be a valid number"),
         ("ratio: 0.3\n", "names no model"),
         ("- 1\n", "holds a list"),

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from lowrank_compress.allocation.table import ALLOCATORS
 from lowrank_compress.arch.table import ARCHITECTURES
-from lowrank_compress.config import Recipe
 from lowrank_compress.methods.table import METHODS
 from lowrank_compress.model.dense import EXPORT
+from lowrank_compress.recipe import Recipe
 from lowrank_compress.resources.resources import Resources
 from lowrank_compress.stages.plan import make_plan
 from lowrank_compress.stages.sizing import roomy

@@ -10,9 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lowrank_compress.artifacts.manifest import read_manifest
-from lowrank_compress.config import Recipe
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.model.walk.batch import Batch
+from lowrank_compress.recipe import Recipe
 from lowrank_compress.stages import choice, pipeline
 from lowrank_compress.stages.bases import Bases
 from lowrank_compress.stages.plan import make_plan

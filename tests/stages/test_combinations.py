@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from lowrank_compress.allocation.storage import STORAGES
 from lowrank_compress.allocation.table import ALLOCATORS
 from lowrank_compress.calibration.statistics import ENOUGH
-from lowrank_compress.config import Recipe
 from lowrank_compress.methods.linear import LinearMethod
 from lowrank_compress.methods.table import METHODS
+from lowrank_compress.recipe import Recipe
 from lowrank_compress.stages import factorize
 from lowrank_compress.stages.plan import make_plan
 from lowrank_compress.stages.run import Run

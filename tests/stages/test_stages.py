@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from lowrank_compress.config import Recipe
+from lowrank_compress.recipe import Recipe
 from lowrank_compress.resources.resources import Resources
 from lowrank_compress.stages import pipeline
 from lowrank_compress.stages.plan import make_plan

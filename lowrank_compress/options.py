@@ -1,0 +1,117 @@
+"""What an option is, and those that this package's allocators and methods declare."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lowrank_compress.errors import InputError
+from lowrank_compress.registry import unknown
+
+Value = bool | int | float | str
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option that an allocator or a method declares; its value counts where that is used.
+
+    Attributes
+    ----------
+    name
+        What it is called in recipes, and the keyword that it is passed as.
+    type
+        bool, int, float or str.
+    default
+        None where the entry decides by itself.
+    help
+        One line.
+    decided
+        What the entry decides where the default is None.
+    least, above, most
+        Range of a number: least ≤ number, above < number, number ≤ most.
+    """
+
+    name: str
+    type: type[Value]
+    default: Value | None
+    help: str
+    decided: str | None = None
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+
+    def read(self, value: Any) -> Value:
+        """Check a value, or read it from a text.
+
+        Raises
+        ------
+        InputError
+            It is not of the option's type, or out of range.
+        """
+        found = self._from_text(value) if isinstance(value, str) and self.type is not str else value
+        if self.type is float and type(found) is int:
+            found = float(found)
+        if found is None or type(found) is not self.type or not self._in_range(found):
+            raise InputError(f"The option {self.name} is {value!r}; expected {self._expected()}.")
+        return found
+
+    def _from_text(self, text: str) -> Value | None:
+        if self.type is bool:
+            return {"true": True, "false": False}.get(text.lower())
+        try:
+            return self.type(text)
+        except ValueError:
+            return None
+
+    def _in_range(self, value: Any) -> bool:
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            return True
+        return (
+            abs(value) < float("inf")
+            and (self.least is None or value >= self.least)
+            and (self.above is None or value > self.above)
+            and (self.most is None or value <= self.most)
+        )
+
+    def _expected(self) -> str:
+        kind = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[self.type]
+        bounds = (("at least", self.least), ("above", self.above), ("at most", self.most))
+        return " ".join([kind, ", ".join(f"{words} {bound:g}" for words, bound in bounds if bound is not None)]).strip()
+
+
+def settle(declared: Sequence[Option], given: Mapping[str, Any], owner: str) -> dict[str, Value | None]:
+    """Decide the options that what is used declares, by name: what was given, else the default.
+
+    Parameters
+    ----------
+    given
+        Values by name, each of a declared option.
+    owner
+        What declares them, for messages.
+
+    Raises
+    ------
+    InputError
+        A name is of none of them, or a value is not what its option takes.
+    """
+    known = {option.name: option for option in declared}
+    for name in given:
+        if name not in known:
+            raise InputError(f"{unknown('option', name, known)} They are those of {owner}.")
+    return {
+        name: option.default if given.get(name) is None else option.read(given[name]) for name, option in known.items()
+    }
+
+
+FLOOR = Option("floor", float, 0.0, "Share of its uniform budget that `loss` leaves every matrix", least=0, most=1)
+TEMPERATURE = Option(
+    "temperature",
+    float,
+    None,
+    "Of `block-influence`: the lower, the more unequal the blocks",
+    decided="the mean influence",
+    above=0,
+)
+CAP = Option("cap", float, 0.8, "The largest share that `block-influence` takes from a block", above=0, most=1)
+ALPHA = Option("alpha", float, 0.5, "Exponent of asvd", above=0)

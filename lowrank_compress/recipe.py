@@ -1,0 +1,206 @@
+"""What a user can set: the recipe of a run.
+
+A recipe is the command line in a file: every field is an option of the same name, and says here, once, what the help
+says of it, its default, and which commands besides `lrc compress` take it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, ValidationError, model_validator
+
+from lowrank_compress.config import COMMAND_LINE, DTYPES, MANY, ModuleMetric, RatioOf, Strict, explain, option_of
+from lowrank_compress.errors import InputError
+from lowrank_compress.options import ALPHA, CAP, FLOOR, TEMPERATURE, Option
+from lowrank_compress.recipefile import read_recipe_file
+
+RATIO, METHOD = 0.3, "auto"
+WHAT = "What to compress, and how"
+DATA = "Calibration data"
+TUNING = "Fine tuning"
+WHERE = "Where and how to run"
+
+Command = Literal["calibrate", "score", "factorize"]
+
+
+def setting(
+    default: Any, help: str, panel: str, *commands: Command, hint: str | None = None, many: bool = False, **bounds: Any
+) -> Any:
+    """Describe a field as an option of the command line.
+
+    Parameters
+    ----------
+    default
+        Of the field.
+    help
+        Of the option, without its default.
+    panel
+        The option's place in the help.
+    commands
+        What takes the option besides `lrc compress`.
+    hint
+        What is said of the default, ``{}`` being its value; None for the value alone, if there is one.
+    many
+        The option may be given several times; the values stand with commas between them.
+    bounds
+        Range of the value, as of a pydantic field.
+    """
+    extra = {"panel": panel, "commands": list(commands), "hint": hint, "many": many}
+    return Field(default=default, description=help, json_schema_extra=extra, **bounds)
+
+
+def declared(option: Option, *commands: Command) -> Any:
+    """Describe a field that is an option of allocators or methods of this package."""
+    bounds = {"ge": option.least, "gt": option.above, "le": option.most}
+    given: dict[str, Any] = {name: bound for name, bound in bounds.items() if bound is not None}
+    return setting(option.default, option.help, TUNING, *commands, hint=option.decided, **given)
+
+
+class Recipe(Strict):
+    """Everything that `lrc compress` can be told; the names are those of the options."""
+
+    model_config = ConfigDict(strict=True)
+
+    model: str = Field(
+        description="Checkpoint directory or hub name. May come from --config instead.",
+        json_schema_extra={"commands": ["calibrate"]},
+    )
+
+    ratio: float = setting(RATIO, "Share of parameters to remove, between 0 and 1", WHAT, "score")
+    ratio_of: RatioOf = setting("blocks", "What the ratio is a share of: blocks or model", WHAT, "score")
+    method: str = setting(METHOD, "See `lrc list methods`", WHAT, "calibrate", hint="{}, the recommendation")
+    attention: str | None = setting(None, "Method for q, k, v and o instead of --method's", WHAT, "calibrate")
+    qk: str | None = setting(None, "Method for queries and keys alone (cr, a linear one, or dense)", WHAT, "calibrate")
+    vo: str | None = setting(
+        None, "Method for values and output alone (vo-svd, a linear one, or dense)", WHAT, "calibrate"
+    )
+    mlp: str | None = setting(None, "Method for the MLP (nystrom, a linear one, or dense)", WHAT, "calibrate")
+    metric: ModuleMetric | None = setting(
+        None,
+        "Of module methods: gram (least output error) or kfac (least loss increase)",
+        WHAT,
+        "calibrate",
+        hint="kfac beside linear methods in nats, else gram",
+    )
+    allocate: str | None = setting(
+        None, "How ranks are chosen; see `lrc list allocators`", WHAT, "score", hint="the method's"
+    )
+    storage: str | None = setting(None, "pair, pivot or auto", WHAT, "score", "factorize", hint="the method's")
+
+    calibration: str | None = setting(
+        None,
+        "Text file; .jsonl, .json, .csv, .tsv or .parquet with --text-column; either also compressed; or "
+        "hf:NAME[:CONFIG[:SPLIT]], where the split may be a slice, train[:1000].",
+        DATA,
+        "calibrate",
+        hint="hf:Salesforce/wikitext:wikitext-2-raw-v1:train",
+    )
+    text_column: str | None = setting(
+        None,
+        "Column of a table with the text or the conversation; dots lead into nested values. Given twice: pairs of "
+        "sentences, for a classifier.",
+        DATA,
+        "calibrate",
+        many=True,
+    )
+    label_column: str | None = setting(None, "Column with the class label (classifiers).", DATA, "calibrate")
+    samples: int = setting(128, "Windows of text, or labelled examples", DATA, "calibrate", ge=1, le=MANY)
+    seq_len: int | None = setting(
+        None, "Tokens a window, bos included", DATA, "calibrate", hint="2048, or the model's longest", ge=8, le=MANY
+    )
+    seed: int = setting(0, "Seed of the shuffle", DATA, "calibrate", ge=0, lt=2**63)
+    micro_batch: int | None = setting(
+        None, "Windows computed at once", TUNING, "calibrate", hint="1024 tokens, on a GPU 8192", ge=1, le=MANY
+    )
+
+    damping_fisher: float = setting(1e-4, "Relative shrinkage of a Fisher matrix", TUNING, "score", ge=0, lt=1)
+    damping_gram: float = setting(1e-6, "Relative shrinkage of a Gram matrix", TUNING, "score", ge=0, lt=1)
+    alpha: float = declared(ALPHA, "score")
+    clip: float | None = setting(
+        None, "Clip token gradients at this multiple of their mean norm", TUNING, "calibrate", hint="no clipping", gt=0
+    )
+    floor: float = declared(FLOOR, "score")
+    temperature: float | None = declared(TEMPERATURE, "score")
+    cap: float = declared(CAP, "score")
+    round_to: int | None = setting(
+        None, "Ranks and widths are multiples of this", TUNING, "score", hint="8 on a GPU, else 1", ge=1, le=MANY
+    )
+
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N", WHERE, "calibrate")
+    dtype: str | None = setting(
+        None, "Output dtype: float32, bfloat16, float16", WHERE, "factorize", hint="the checkpoint's"
+    )
+    revision: str | None = setting(None, "Revision of a hub model.", WHERE, "calibrate")
+    trust_remote_code: bool = setting(
+        False, "Allow code shipped with a checkpoint to run.", WHERE, "calibrate", "score", "factorize"
+    )
+
+    @model_validator(mode="after")
+    def _known_dtype(self) -> Recipe:
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}")
+        return self
+
+    def to_yaml(self) -> str:
+        """Render as a file that `--config` reads back; whether to trust code is no part of it."""
+        return yaml.safe_dump(self.settings(), sort_keys=False, allow_unicode=True)
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that may stand in a file."""
+        return self.model_dump(mode="json", exclude={"trust_remote_code"})
+
+
+def load_recipe(path: Path | None, options: dict[str, Any]) -> Recipe:
+    """Combine a recipe file and command-line options; an option that was given wins.
+
+    Parameters
+    ----------
+    path
+        A YAML file with recipe fields, or None.
+    options
+        Options by field name; None where not given.
+
+    Raises
+    ------
+    InputError
+        The file cannot be read, a field is unknown, a value is out of range, or the file would have a checkpoint's code
+        run: only the command line may say that, each time.
+    """
+    fields = {} if path is None else read_recipe_file(path)
+    given = {name: value for name, value in options.items() if value is not None}
+    if fields.pop("trust_remote_code", False) and not given.get("trust_remote_code"):
+        raise InputError(
+            f"The recipe {path} says trust_remote_code, which would run the checkpoint's own code. Only the command "
+            "line may say so, each time: pass --trust-remote-code if you trust the checkpoint, or remove the line."
+        )
+    fields |= given
+    where = f"The recipe {path}" if path is not None else COMMAND_LINE
+    if "model" not in fields:
+        raise InputError(f"{where} names no model. Pass a checkpoint directory or a hub name.")
+    return make_recipe(fields, where, given)
+
+
+def make_recipe(fields: Mapping[str, Any], where: str, given: Container[str] = ()) -> Recipe:
+    """Make a recipe of values by field name.
+
+    Parameters
+    ----------
+    where
+        Where the values are from, for messages.
+    given
+        Names of fields whose values are from the command line instead.
+
+    Raises
+    ------
+    InputError
+        A field is unknown, or a value is out of range.
+    """
+    try:
+        return Recipe(**fields)
+    except ValidationError as problem:
+        where = COMMAND_LINE if all(option_of(error) in given for error in problem.errors()) else where
+        raise InputError(f"{where}: {explain(problem, Recipe)}") from None

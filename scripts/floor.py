@@ -8,18 +8,18 @@ from typing import NamedTuple
 import torch
 from costs import eigh_unit, size_of
 
-from lowrank_compress.allocation.storage import STORAGES, largest_rank
+from lowrank_compress.allocation.choice import Choice
 from lowrank_compress.artifacts.manifest import read_manifest
 from lowrank_compress.calibration.capture import needs_gradient
 from lowrank_compress.calibration.statistics import STATISTICS, statistic_key
 from lowrank_compress.methods.matrix_unit import MatrixUnit
 from lowrank_compress.methods.module_unit import ModuleUnit
-from lowrank_compress.methods.units import needed, stored_elements
+from lowrank_compress.methods.units import cheaper, needed
 from lowrank_compress.model.blueprint import Blueprint
 from lowrank_compress.resources.memory import free_memory
 from lowrank_compress.stages.bases import Bases
 from lowrank_compress.stages.plan import Plan
-from lowrank_compress.stages.ranks import RANKS, Choice, read_ranks
+from lowrank_compress.stages.ranks import RANKS, read_ranks
 from lowrank_compress.stages.run import Run
 
 
@@ -148,17 +148,17 @@ class Floor:
         """Factors at the chosen ranks."""
         for unit in self.bases.units:
             choice = choices.get(unit.name)
-            if choice is None or choice.rank is None:
+            if choice is None or choice.is_dense:
                 continue
             if isinstance(unit, MatrixUnit):
                 self._factorize_matrix(unit, choice)
             elif isinstance(unit, ModuleUnit) and unit.method.group == "mlp":
-                (m, n), width = unit.roles["down"].shape, choice.rank
+                (m, n), width = unit.roles["down"].shape, choice.parameters[0]
                 down = 2 * m * (n - width) * width + m * width**2
                 self.add("factorize", "weights of narrower modules", "float64", down)
             elif isinstance(unit, ModuleUnit) and unit.method.group == "vo":
                 both = sum(target.elements for target in unit.targets)
-                self.add("factorize", "weights of narrower modules", "float64", 2 * choice.rank * both)
+                self.add("factorize", "weights of narrower modules", "float64", 2 * choice.parameters[0] * both)
 
     def _factorize_matrix(self, unit: MatrixUnit, choice: Choice) -> None:
         """The factors; pivot rows of them; where both formats are tried, what rounding does to each.
@@ -166,12 +166,11 @@ class Floor:
         Products that are rounded to 16 bits are in float32.
         """
         precision = "float32" if getattr(torch, self.plan.factorize.dtype).itemsize == 2 else "float64"
-        assert choice.rank is not None
         m, n = unit.shape
-        stored = stored_elements(unit, choice.format, choice.rank)
-        limit = min(unit.shape) - 1
-        formats = STORAGES[:2] if choice.format == "auto" else (choice.format,)
-        ranks = {form: min(largest_rank(form, unit.shape, stored), limit) for form in formats}
+        stored = unit.price(choice).elements
+        formats = ("pair", "pivot") if choice.format == "auto" else (choice.format,)
+        found = {form: cheaper(unit, form, stored) for form in formats}
+        ranks = {form: unit.keep(best) for form, best in found.items() if best is not None}
         self.add("factorize", "factors", precision, 2 * max(ranks.values()) * m * n)
         if "pivot" in ranks:
             r = ranks["pivot"]

@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.table import Table
 from running import ASSETS, lrc, perplexity
 
-from lowrank_compress.allocation.storage import STORAGES
 from lowrank_compress.allocation.table import ALLOCATORS
+from lowrank_compress.formats.table import FORMATS
 from lowrank_compress.methods.linear import LinearMethod
 from lowrank_compress.methods.table import METHODS
 
@@ -71,7 +71,7 @@ def sweep_method(setting: Setting, method: str, directory: Path, threads: int) -
         for allocator, entry in ALLOCATORS.items():
             if entry.needs_influence and method == "svd":
                 continue  # it takes no data
-            for storage in STORAGES:
+            for storage in FORMATS:
                 ranks = ["--ratio", ratio, "--allocate", allocator, "--storage", storage]
                 lrc("score", run, *ranks, "--overwrite")
                 found = lrc("factorize", run, "--overwrite")
@@ -124,7 +124,7 @@ def show(rows: Sequence[dict[str, Any]], verdicts: Sequence[dict[str, Any]], den
         cells = [
             f"[bold]{value:.4f} *[/]" if value == least[ratio] else f"{value:.4f}" for ratio, value in values.items()
         ]
-        table.add_row(*key, *cells, end_section=key[1:] == (list(ALLOCATORS)[-1], STORAGES[-1]))
+        table.add_row(*key, *cells, end_section=key[1:] == (list(ALLOCATORS)[-1], list(FORMATS)[-1]))
     console.print(table)
     for found in verdicts:
         best = found["best"][0]

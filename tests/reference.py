@@ -9,7 +9,7 @@ import numpy as np
 import scipy.linalg
 import scipy.optimize
 
-from lowrank_compress.allocation.curve import DENSE, Curve
+from lowrank_compress.allocation.curve import Curve
 
 
 def square_root(moment: np.ndarray) -> np.ndarray:
@@ -119,7 +119,7 @@ def welore_choice(curves: Sequence[Curve], limit: int) -> list[int]:
         choice = []
         for curve, values in zip(curves, normalised, strict=True):
             rank = sum(value >= threshold for value in values)
-            choice.append(curve.ranks.tolist().index(rank if rank in curve.ranks else DENSE))
+            choice.append(curve.ranks.tolist().index(rank) if rank in curve.ranks else len(curve) - 1)
         if sum(curve.stored[i] for curve, i in zip(curves, choice, strict=True)) <= limit:
             return choice
     return [0] * len(curves)

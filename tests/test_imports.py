@@ -16,14 +16,16 @@ PACKAGE = "lowrank_compress"
 ROOT = Path(lowrank_compress.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 ANYWHERE = {"errors", "registry", "options", "config", "recipe", "recipefile", "__init__"}
-STAGES_USE = {"methods", "calibration", "evaluation", "allocation", "linalg", "model", "arch", "artifacts", "resources"}
+STAGES_USE = {"methods", "formats", "calibration", "evaluation", "allocation", "linalg", "model", "arch", "artifacts"}
+STAGES_USE |= {"resources"}
 # Who reads or writes files does so through artifacts, so that what may be opened, written and removed is one law.
 BELOW: dict[str, set[str]] = {
     "__main__": {"cli"},
     "cli": {"api", "stages", "demo", *STAGES_USE},
     "api": {"stages", *STAGES_USE},
     "stages": STAGES_USE,
-    "methods": {"calibration", "allocation", "linalg", "model", "arch"},
+    "methods": {"calibration", "allocation", "formats", "linalg", "model", "arch"},
+    "formats": {"allocation", "linalg", "model", "arch"},
     "calibration": {"model", "arch", "artifacts", "resources"},
     "evaluation": {"model", "arch", "artifacts"},
     "model": {"arch", "artifacts"},

@@ -12,10 +12,10 @@ import pytest
 import torch
 import typer
 
-from lowrank_compress.allocation.storage import STORAGES
 from lowrank_compress.allocation.table import ALLOCATORS, Allocator
 from lowrank_compress.arch.spec import Architecture
 from lowrank_compress.cli.main import app
+from lowrank_compress.formats.table import FORMATS
 from lowrank_compress.methods.linear import LinearMethod
 from lowrank_compress.methods.table import METHODS
 from tests.runs import Tiny
@@ -48,7 +48,7 @@ def test_command_parses(command: str) -> None:
     given = context.params
     assert given.get("method") in {None, *METHODS}
     assert given.get("allocate") in {None, *ALLOCATORS}
-    assert given.get("storage") in {None, *STORAGES}
+    assert given.get("storage") in {None, *FORMATS}
     if given.get("config") is not None:
         assert (ROOT / given["config"]).is_file()
 
@@ -91,7 +91,7 @@ def test_every_recipe_is_named() -> None:
 
 
 def test_every_method_and_allocator_is_explained() -> None:
-    own = {name for table in (METHODS, ALLOCATORS) for name in table} | set(STORAGES)
+    own = {name for table in (METHODS, ALLOCATORS) for name in table} | set(FORMATS)
     assert own <= set(INLINE)
 
 

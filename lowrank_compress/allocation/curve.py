@@ -1,4 +1,4 @@
-"""What a matrix (or module) may be stored as: points of stored elements against loss."""
+"""What a target group may be stored as: points of stored elements against loss."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lowrank_compress.allocation.choice import DENSE, Choice, Choices
 from lowrank_compress.errors import InputError
-
-DENSE = -1
-"""The rank of the last point of every curve: stored as it was."""
 
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """The choices for one matrix or module, cheapest first; the last one is dense and loses nothing.
+    """The points that one target group may be stored at, cheapest first; the last one is dense and loses nothing.
+
+    What is behind a point is the format's matter: allocators look at what points store and lose.
 
     Parameters
     ----------
     name
         For messages and reports.
-    ranks
-        (p,) int64: strictly increasing, then ``DENSE``.
+    choices
+        Of all points but the last.
     stored
         (p,) int64: strictly increasing; the last one is the dense element count.
     loss
@@ -30,7 +30,7 @@ class Curve:
     spectrum
         Singular values of the weight itself, descending, for allocators that ask for it.
     block
-        Index of the transformer block that the matrix or module belongs to.
+        Index of the transformer block that the group belongs to.
     influence
         That block's influence, 1 − the mean cosine of its input and output, for allocators that ask for it.
 
@@ -41,7 +41,7 @@ class Curve:
     """
 
     name: str
-    ranks: np.ndarray
+    choices: Choices
     stored: np.ndarray
     loss: np.ndarray
     spectrum: np.ndarray | None = None
@@ -49,11 +49,9 @@ class Curve:
     influence: float | None = None
 
     def __post_init__(self) -> None:
-        sizes = {array.shape for array in (self.ranks, self.stored, self.loss)}
-        if len(sizes) != 1 or len(size := sizes.pop()) != 1 or size[0] < 1:
-            self._refuse("one rank, stored count and loss for each point", "arrays of different or no length")
-        if self.ranks[-1] != DENSE or np.any(np.diff(self.ranks[:-1]) <= 0) or np.any(self.ranks[:-1] < 1):
-            self._refuse(f"ranks that rise from 1 or more and end in DENSE ({DENSE})", _ends(self.ranks))
+        sizes = {array.shape for array in (self.stored, self.loss)}
+        if len(sizes) != 1 or len(size := sizes.pop()) != 1 or size[0] != len(self.choices) + 1:
+            self._refuse("a stored count and a loss for each choice and for dense", "arrays of different or no length")
         if np.any(np.diff(self.stored) <= 0) or self.stored[0] < 0:
             self._refuse("stored counts that strictly rise", _ends(self.stored))
         if not np.isfinite(self.loss).all() or np.any(np.diff(self.loss) > 0) or self.loss[-1] != 0:
@@ -69,50 +67,66 @@ class Curve:
 
     @property
     def dense(self) -> int:
-        """Elements of the uncompressed matrix or module."""
+        """Elements of the uncompressed group."""
         return int(self.stored[-1])
+
+    @property
+    def ranks(self) -> np.ndarray:
+        """(p − 1,) int64: the first parameter of every choice, which is the rank where there is such."""
+        return self.choices.parameters[:, 0]
+
+    def choice(self, point: int) -> Choice:
+        """Return what is behind a point."""
+        return DENSE if point in (-1, len(self.choices)) else self.choices[point]
 
 
 def make_curve(
     name: str,
     dense: int,
-    ranks: np.ndarray,
-    stored: np.ndarray,
+    choices: Choices,
     loss: np.ndarray,
     *,
     spectrum: np.ndarray | None = None,
     block: int = 0,
     influence: float | None = None,
 ) -> Curve:
-    """Make a curve of the candidates that store less than dense, and dense; of dense alone where none does.
+    """Make a curve of the choices that store less than dense, and dense; of dense alone where none does.
+
+    Of choices on a grid of several parameters only those are points that lose less than all cheaper ones.
 
     Parameters
     ----------
     name, spectrum, block, influence
         See :class:`Curve`.
     dense
-        Elements of the uncompressed matrix or module.
-    ranks, stored, loss
-        (p,) of the candidates, without dense: ranks strictly increasing from 1 or more, stored strictly increasing,
-        loss non-increasing.
+        Elements of the uncompressed group.
+    choices
+        Without dense; stored elements never fall.
+    loss
+        (choices,) of each.
 
     Raises
     ------
     InputError
-        If the candidates are not such arrays.
+        If the losses of choices with one parameter rise, or anything is not finite.
     """
-    ranks, stored = np.asarray(ranks, dtype=np.int64), np.asarray(stored, dtype=np.int64)
     loss = np.asarray(loss, dtype=np.float64)
-    count = int(np.count_nonzero(stored < dense))
+    paying = choices.stored < dense
+    if choices.parameters.shape[1] > 1:
+        paying &= _front(choices.stored, loss)
+    choices, loss = choices.where(paying), loss[paying]
     return Curve(
-        name,
-        np.append(ranks[:count], DENSE),
-        np.append(stored[:count], dense),
-        np.append(loss[:count], 0.0),
-        spectrum,
-        block,
-        influence,
-    )
+        name, choices, np.append(choices.stored, dense), np.append(loss, 0.0), spectrum, block, influence
+    )  # fmt: skip
+
+
+def _front(stored: np.ndarray, loss: np.ndarray) -> np.ndarray:
+    """Tell which points lose less than all that store no more, (points,) bool; the first of equal ones."""
+    order = np.lexsort((loss, stored))
+    best = np.minimum.accumulate(loss[order])
+    kept = np.zeros(len(loss), dtype=bool)
+    kept[order] = np.append(True, best[1:] < best[:-1]) if len(order) else True
+    return kept
 
 
 def stored_total(curves: Sequence[Curve], choice: np.ndarray) -> int:

@@ -36,7 +36,7 @@ def allocate(curves: Sequence[Curve], limit: int) -> np.ndarray:
         choice = np.zeros(len(curves), dtype=np.int64)
         for position, (curve, spectrum) in enumerate(zip(curves, spectra, strict=True)):
             rank = len(spectrum) - np.searchsorted(spectrum, threshold, side="left")
-            low_rank = curve.ranks[:-1]
+            low_rank = curve.ranks
             if not len(low_rank) or rank > low_rank[-1]:
                 choice[position] = len(curve) - 1
             else:

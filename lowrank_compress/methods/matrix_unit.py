@@ -1,4 +1,4 @@
-"""One matrix as a unit: it is given a rank of its own, and a linear method finds its factors."""
+"""One matrix as a unit: it is given a choice of its own, and a linear method finds its factors."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowrank_compress.allocation.storage import STORAGES, cost, largest_rank
+from lowrank_compress.allocation.choice import Choice, Choices
 from lowrank_compress.arch.resolve import Target
 from lowrank_compress.calibration.statistics import statistic_key
+from lowrank_compress.errors import InputError
+from lowrank_compress.formats.spec import Product
+from lowrank_compress.formats.table import FORMATS, choices_of, cost_of, rebuild
 from lowrank_compress.linalg.weighted import Projector
+from lowrank_compress.methods.edit import Edit, Replacement, Source
 from lowrank_compress.methods.halves import halves_of
 from lowrank_compress.methods.linear import Damping, LinearMethod, decompose_target, fit_held_out, sensitivities
-from lowrank_compress.methods.units import Weights, uses
+from lowrank_compress.methods.units import Price, Weights, uses
 
 
 @dataclass(frozen=True)
@@ -24,8 +28,11 @@ class MatrixUnit:
 
     target: Target
     method: LinearMethod
-    formats: tuple[str, ...] = STORAGES
-    step: int = 1
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """All of the table."""
+        return tuple(FORMATS)
 
     @property
     def name(self) -> str:
@@ -71,17 +78,21 @@ class MatrixUnit:
         """What the method needs for a matrix of this shape."""
         return {self.target.name: self.method.statistics(self.target)}
 
-    def stored(self, format: str, ranks: np.ndarray) -> np.ndarray:
-        """Stored elements, `storage.cost`."""
-        return cost(format, self.shape, ranks)
+    def choices(self, format: str, multiple: int = 1) -> Choices:
+        """Those of the format."""
+        return choices_of(FORMATS[format], self.shape, multiple)
 
-    def indices(self, format: str, rank: int) -> int:
-        """The pivot rows."""
-        return 0 if format == "pair" else rank
+    def parameters(self, format: str) -> tuple[str, ...]:
+        """Those of the format."""
+        return FORMATS[format].parameters
 
-    def largest(self, storage: str) -> int:
-        """The largest rank that stores less than dense, and is below the matrix's own."""
-        return min(largest_rank(storage, self.shape, self.target.elements - 1), min(self.shape) - 1)
+    def price(self, choice: Choice) -> Price:
+        """That of the format."""
+        return Price(*cost_of(FORMATS[choice.format], self.shape, choice.parameters))
+
+    def keep(self, choice: Choice) -> int:
+        """The rank, whatever the format makes of it."""
+        return FORMATS[choice.format].rank(choice.parameters)
 
     def decompose(
         self, weights: Weights, means: Mapping[str, Tensor], damping: Damping, keep: int
@@ -128,11 +139,51 @@ class MatrixUnit:
         weight = 0 if far.far and not far.diagonal else 2 * self.target.elements
         return torch.float64.itemsize * (7 * min(self.shape) ** 2 + weight)
 
-    def tail(self, basis: Mapping[str, Tensor]) -> Tensor:
-        """Squared metric loss of the matrix."""
+    def tail(self, basis: Mapping[str, Tensor], *, on_sample: bool = False) -> Tensor:
+        """Squared metric loss at rank 0, 1, …, as far as the basis was kept: (… + 1,) float64."""
+        held_out = basis.get(f"{self.name}/held_out")
+        if held_out is not None and not on_sample:
+            return held_out.double().cpu()
         expand = basis[f"{self.name}/expand"]  # only its size counts here
         total = float(basis[f"{self.name}/total"])
         return Projector(basis[f"{self.name}/values"], total, expand, expand.T).tail()
+
+    def losses(self, basis: Mapping[str, Tensor], choices: Choices, *, on_sample: bool = False) -> np.ndarray:
+        """Those of the format, from the losses of the best approximations."""
+        tail, format = self.tail(basis, on_sample=on_sample).numpy(), FORMATS[choices.format]
+        ranks = np.array([format.rank(tuple(p)) for p in choices.parameters.tolist()], dtype=np.int64)
+        return format.losses(tail, choices.parameters[ranks < len(tail)])
+
+    def total(self, basis: Mapping[str, Tensor], *, on_sample: bool = False) -> float:
+        """That of rank 0."""
+        return float(self.tail(basis, on_sample=on_sample)[0])
+
+    def encode(self, source: Source, choice: Choice, basis: Mapping[str, Tensor]) -> Edit:
+        """Factor the matrix; where the mean input is restored, what is lost of its image goes into the bias."""
+        product = self._product(source, choice, basis, source.precise)
+        part = FORMATS[choice.format].encode(product, choice.parameters)
+        biases = {}
+        if (mean := basis.get(f"{self.name}/mean")) is not None:
+            lost = product.weight.cpu().double() - rebuild(part)
+            biases[self.name] = source.bias(self.target).double() + lost @ mean
+        return Edit(Choice(part.format, part.parameters), {self.name: part}, biases)
+
+    def replace(self, source: Source, choice: Choice, basis: Mapping[str, Tensor]) -> list[Replacement]:
+        """Multiply the factors out, in single precision."""
+        product = self._product(source, choice, basis, torch.float32)
+        return [Replacement(self.target, FORMATS[choice.format].approximate(product, choice.parameters))]
+
+    def _product(self, source: Source, choice: Choice, basis: Mapping[str, Tensor], precise: torch.dtype) -> Product:
+        projector = self.projector(basis, precise)
+        kept, rank = projector.expand.shape[1], self.keep(choice)
+        if rank > kept:
+            raise InputError(
+                f"{self.name} asks for rank {rank}, but its basis was kept up to rank {kept}. Repeat `lrc score` with "
+                "--allocate loss, which keeps every rank that can pay, or lower the rank in ranks.json."
+            )
+        rows, columns = (basis[f"{self.name}/{side}_sensitivity"] for side in ("out", "in"))
+        weight = source.weight(self.target).to(source.device)
+        return Product(self.name, weight, projector, (rows, columns), source.dtype, source.multiple)
 
     def projector(self, basis: Mapping[str, Tensor], dtype: torch.dtype = torch.float64) -> Projector:
         """Read the projector from a basis, its matrices in a dtype to multiply in."""

@@ -1,29 +1,43 @@
-"""What is given one rank: a matrix, or the matrices of a module that shrink together.
+"""What is given one choice: a matrix, or the matrices of a module that shrink together.
 
-Calibration, allocation and reports know units only by this interface; which method is behind one shows in how it is
-encoded alone. `matrix_unit` and `module_unit` hold the two kinds.
+Calibration, allocation, encoding and reports know units only by this interface.
+`matrix_unit` and `module_unit` hold the two kinds.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lowrank_compress.allocation.choice import Choice, Choices
 from lowrank_compress.arch.resolve import Target
 from lowrank_compress.calibration.statistics import STATISTICS, statistic_key
+from lowrank_compress.methods.edit import Edit, Replacement, Source
 from lowrank_compress.methods.linear import Damping
 from lowrank_compress.model.layers import INDEX_DTYPE
 
 Weights = Callable[[Target], Tensor]
 
 
+@dataclass(frozen=True)
+class Price:
+    """What is stored: elements, and how many of them are indices, which take other bytes than weights do."""
+
+    elements: int
+    indices: int
+
+    def bytes(self, itemsize: int) -> int:
+        """Return the bytes, at so many bytes a weight."""
+        return (self.elements - self.indices) * itemsize + self.indices * INDEX_DTYPE.itemsize
+
+
 class Unit(Protocol):
-    """One rank's worth of a block."""
+    """One choice's worth of a block."""
 
     @property
     def name(self) -> str:
@@ -56,11 +70,6 @@ class Unit(Protocol):
         ...
 
     @property
-    def step(self) -> int:
-        """Ranks are multiples of it."""
-        ...
-
-    @property
     def nats(self) -> bool:
         """Half its squared loss estimates the loss increase in nats per token."""
         ...
@@ -74,16 +83,30 @@ class Unit(Protocol):
         """Target name -> names of the statistics that its basis is made of."""
         ...
 
-    def stored(self, format: str, ranks: np.ndarray) -> np.ndarray:
-        """Stored elements at int64 ranks."""
+    def choices(self, format: str, multiple: int = 1) -> Choices:
+        """What may be chosen in a format that stores less than dense, cheapest first.
+
+        Parameters
+        ----------
+        multiple
+            Ranks are multiples of it, and of what the group itself asks for.
+        """
         ...
 
-    def indices(self, format: str, rank: int) -> int:
-        """How many of the stored elements are indices; for "auto" the most that they may be."""
+    def parameters(self, format: str) -> tuple[str, ...]:
+        """Names of the parameters of a choice, as ranks.json spells them."""
         ...
 
-    def largest(self, storage: str) -> int:
-        """The largest rank that stores less than dense."""
+    def price(self, choice: Choice) -> Price:
+        """What a choice stores."""
+        ...
+
+    def keep(self, choice: Choice) -> int:
+        """The largest rank that a basis must have for a choice."""
+        ...
+
+    def kept(self, shapes: Mapping[str, Sequence[int]]) -> int | None:
+        """The largest rank that its basis serves, from the shapes of the tensors; None for every choice."""
         ...
 
     def decompose(
@@ -100,15 +123,30 @@ class Unit(Protocol):
         """About how much memory `decompose` takes beside the statistics."""
         ...
 
-    def tail(self, basis: Mapping[str, Tensor]) -> Tensor:
-        """Squared loss at rank 0, 1, …, as far as the basis was kept, on the calibration set; (… + 1,) float64."""
+    def losses(self, basis: Mapping[str, Tensor], choices: Choices, *, on_sample: bool = False) -> np.ndarray:
+        """Squared loss of the first choices, as many as the basis was kept for: (… ≤ choices,) float64.
+
+        On text that the fit was not made on where the basis tells that, or `on_sample` on the calibration set itself.
+        """
         ...
 
+    def total(self, basis: Mapping[str, Tensor], *, on_sample: bool = False) -> float:
+        """Squared loss where nothing is kept."""
+        ...
 
-def held_out(unit: Unit, basis: Mapping[str, Tensor]) -> Tensor:
-    """As `Unit.tail`, on text that the fit was not made on where the basis tells that."""
-    found = basis.get(f"{unit.name}/held_out")
-    return unit.tail(basis) if found is None else found.double().cpu()
+    def encode(self, source: Source, choice: Choice, basis: Mapping[str, Tensor]) -> Edit:
+        """Put it into the format of a choice.
+
+        Raises
+        ------
+        InputError
+            The basis was not kept for it.
+        """
+        ...
+
+    def replace(self, source: Source, choice: Choice, basis: Mapping[str, Tensor]) -> list[Replacement]:
+        """Return what a choice makes of its matrices, not rounded, in the dense model's own shapes."""
+        ...
 
 
 def dense_elements(unit: Unit) -> int:
@@ -116,20 +154,22 @@ def dense_elements(unit: Unit) -> int:
     return sum(target.elements for target in unit.targets)
 
 
-def full_rank(unit: Unit) -> int:
-    """The rank that nothing is gained by."""
-    return min(unit.shape)
+def price_of(unit: Unit, choice: Choice) -> Price:
+    """What a choice stores, dense included."""
+    return Price(dense_elements(unit), 0) if choice.is_dense else unit.price(choice)
 
 
-def stored_elements(unit: Unit, format: str, rank: int | None) -> int:
-    """Stored elements in a format at one rank; None for dense."""
-    return dense_elements(unit) if rank is None else int(unit.stored(format, np.array([rank], dtype=np.int64))[0])
+def largest_kept(unit: Unit, format: str) -> int:
+    """The largest rank that a basis must have for any choice in a format that stores less than dense."""
+    choices = unit.choices(format)
+    return unit.keep(choices[-1]) if len(choices) else 0
 
 
-def stored_bytes(unit: Unit, format: str, rank: int | None, itemsize: int) -> int:
-    """Bytes of what is stored in a format at one rank, None for dense, at so many bytes a weight."""
-    indices = 0 if rank is None else unit.indices(format, rank)
-    return (stored_elements(unit, format, rank) - indices) * itemsize + indices * INDEX_DTYPE.itemsize
+def cheaper(unit: Unit, format: str, stored: int, multiple: int = 1) -> Choice | None:
+    """Return the largest choice in a format that stores at most so many elements; None if none does."""
+    choices = unit.choices(format, multiple)
+    count = int(np.searchsorted(choices.stored, stored, side="right"))
+    return choices[count - 1] if count else None
 
 
 def needed(units: Sequence[Unit]) -> dict[str, frozenset[str]]:
@@ -165,9 +205,3 @@ def needs_data(units: Sequence[Unit]) -> bool:
 def ranking(unit: Unit, storage: str) -> str:
     """The format in which ranks of a unit are counted: the storage asked for, where it has any choice."""
     return storage if storage in unit.formats else unit.formats[0]
-
-
-def candidate_ranks(unit: Unit, storage: str, multiple: int) -> np.ndarray:
-    """Ranks that may be chosen, rising int64: multiples of `multiple` (and of the unit's step) that store less."""
-    step = math.lcm(unit.step, multiple)
-    return np.arange(step, unit.largest(storage) + 1, step, dtype=np.int64)

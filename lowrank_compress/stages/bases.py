@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from lowrank_compress.allocation.alternatives import choose
-from lowrank_compress.allocation.curve import DENSE, Curve, make_curve
+from lowrank_compress.allocation.choice import Choices
+from lowrank_compress.allocation.curve import Curve, make_curve
 from lowrank_compress.allocation.table import ALLOCATORS
 from lowrank_compress.arch.resolve import Target
 from lowrank_compress.artifacts.documents import canonical_hash
@@ -26,15 +27,7 @@ from lowrank_compress.linalg.metric import Identity
 from lowrank_compress.linalg.weighted import smaller_side
 from lowrank_compress.methods.linear import Damping
 from lowrank_compress.methods.sites import Site, all_units, first_units, sites_of
-from lowrank_compress.methods.units import (
-    Unit,
-    candidate_ranks,
-    dense_elements,
-    held_out,
-    ranking,
-    statistics_bytes,
-    uses,
-)
+from lowrank_compress.methods.units import Unit, dense_elements, largest_kept, ranking, statistics_bytes, uses
 from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.resources.behind import Behind
@@ -128,28 +121,36 @@ class Bases:
 
     def _largest_ranks(self) -> dict[str, int]:
         """The largest rank of each unit that can pay; under an allocator that looks at nothing, the one it chooses."""
-        paying = {unit.name: unit.largest(self.config.storage) for unit in self.units}
+        paying = {unit.name: largest_kept(unit, ranking(unit, self.config.storage)) for unit in self.units}
         require_reachable(self.config, self.budget, self.sites)
         if self.allocator.needs_loss or self.allocator.needs_spectrum or self.allocator.needs_influence:
             return paying
-        curves = [self._curve(unit, np.zeros(paying[unit.name] + 1)) for unit in first_units(self.sites)]
-        chosen = self.allocate(curves)
+        units = first_units(self.sites)
+        curves = []
+        for unit in units:
+            choices = self._choices(unit)
+            curves.append(self._curve(unit, choices, np.zeros(len(choices))))
+        chosen = [curve.choice(point) for curve, point in zip(curves, self.allocate(curves), strict=True)]
         return {
-            curve.name: 0 if curve.ranks[point] == DENSE else int(curve.ranks[point])
-            for curve, point in zip(curves, chosen, strict=True)
+            unit.name: 0 if choice.is_dense else unit.keep(choice) for unit, choice in zip(units, chosen, strict=True)
         }
 
+    def _choices(self, unit: Unit) -> Choices:
+        return unit.choices(ranking(unit, self.config.storage), self.config.round_to)
+
     def _curve(
-        self, unit: Unit, tail: np.ndarray, spectrum: np.ndarray | None = None, influence: float | None = None
+        self,
+        unit: Unit,
+        choices: Choices,
+        losses: np.ndarray,
+        spectrum: np.ndarray | None = None,
+        influence: float | None = None,
     ) -> Curve:
-        ranks = candidate_ranks(unit, self.config.storage, self.config.round_to)
-        ranks = ranks[ranks < len(tail)]
         return make_curve(
             unit.name,
             dense_elements(unit),
-            ranks,
-            unit.stored(ranking(unit, self.config.storage), ranks),
-            tail[ranks],
+            choices.where(slice(len(losses))),
+            losses,
             spectrum=spectrum,
             block=unit.block,
             influence=influence,
@@ -266,9 +267,10 @@ class Bases:
             influence = float(tensors[INFLUENCE]) if INFLUENCE in tensors else None
             for unit in self.of_block(block):
                 spectrum = spectra.get(f"{unit.name}/singular_values")
-                tail = predicted_losses(unit, tensors, self.nats, on_sample=on_sample).numpy()
+                choices = self._choices(unit)
+                losses = predicted_losses(unit, tensors, choices, self.nats, on_sample=on_sample)
                 values = None if spectrum is None else spectrum.numpy()
-                curves[unit.name] = self._curve(unit, tail, values, influence)
+                curves[unit.name] = self._curve(unit, choices, losses, values, influence)
         return curves
 
 
@@ -277,9 +279,12 @@ def bases_of(directory: Path, scores: Manifest) -> BlockFiles:
     return BlockFiles(directory, scores.report["bases"], scores.report["bases_prefix"])
 
 
-def predicted_losses(unit: Unit, basis: Mapping[str, Tensor], nats: bool, *, on_sample: bool = False) -> Tensor:
-    """Predicted loss of a unit at rank 0, 1, …, float64: nats per token, or a share of the unit's own total."""
-    tail = unit.tail(basis) if on_sample else held_out(unit, basis)
+def predicted_losses(
+    unit: Unit, basis: Mapping[str, Tensor], choices: Choices, nats: bool, *, on_sample: bool = False
+) -> np.ndarray:
+    """Predicted loss of the first choices of a unit, float64: nats per token, or a share of the unit's own total."""
+    losses = unit.losses(basis, choices, on_sample=on_sample)
     if nats:
-        return tail / 2
-    return tail / tail[0] if tail[0] > 0 else torch.zeros_like(tail)
+        return losses / 2
+    total = unit.total(basis, on_sample=on_sample)
+    return losses / total if total > 0 else np.zeros_like(losses)

@@ -10,7 +10,7 @@ windows of tokens drawn at random: what was fitted to one domain should not ruin
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,22 +18,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowrank_compress.allocation.curve import DENSE, Curve
+from lowrank_compress.allocation.choice import Choice
+from lowrank_compress.allocation.curve import Curve
 from lowrank_compress.allocation.uniform import allocate as uniform
 from lowrank_compress.arch.resolve import Target
-from lowrank_compress.arch.spec import Role
 from lowrank_compress.errors import InputError, UnsupportedError
-from lowrank_compress.linalg.weighted import factors
-from lowrank_compress.methods.matrix_unit import MatrixUnit
-from lowrank_compress.methods.module_unit import ModuleUnit
-from lowrank_compress.methods.units import Unit, ranking
+from lowrank_compress.methods.edit import Replacement, Source
+from lowrank_compress.methods.units import Unit
 from lowrank_compress.model.narrowing import check_narrowing
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.model.walk.head import lm_chunks
 from lowrank_compress.model.walk.replay import Replay
 from lowrank_compress.stages.bases import MUCH, Bases
-from lowrank_compress.stages.ranks import Choice
 
 # Weight of the divergence on tokens drawn at random, beside that on text.
 FAR = 0.5
@@ -50,7 +47,7 @@ class Plan:
     bases
         The decompositions that it is made of.
     units, choices
-        Which units, and format and rank of each by its name.
+        Which units, and the choice of each by its name.
     predicted
         Σ of the predicted losses.
     """
@@ -101,12 +98,7 @@ def _plan(
     own = [curves[unit.name] for unit in units]
     bases.budget.check(own)
     chosen = allocate(own)
-    choices = {
-        unit.name: Choice("dense", None)
-        if curve.ranks[point] == DENSE
-        else Choice(ranking(unit, bases.config.storage), int(curve.ranks[point]))
-        for unit, curve, point in zip(units, own, chosen, strict=True)
-    }
+    choices = {curve.name: curve.choice(point) for curve, point in zip(own, chosen, strict=True)}
     predicted = float(sum(curve.loss[point] for curve, point in zip(own, chosen, strict=True)))
     return Plan(name, bases, units, choices, predicted)
 
@@ -186,76 +178,36 @@ def _log_probabilities(replay: Replay, batch: Batch, hidden: Tensor, start: int,
 
 
 @contextlib.contextmanager
-def _in_place_of(skeleton: Skeleton, replacements: Mapping[str, tuple[Target, Tensor]]) -> Iterator[None]:
-    """Put matrices and biases, by the names of targets with ``.weight`` or ``.bias``, into the block in memory."""
+def _in_place_of(skeleton: Skeleton, replacements: Iterable[Replacement]) -> Iterator[None]:
+    """Put matrices and biases into the block in memory."""
     kept: dict[str, Tensor] = {}
-    for name, (target, values) in replacements.items():
-        parameter_name = f"{target.module}.{name.rpartition('.')[2]}"
-        parameter = skeleton.model.get_parameter(parameter_name)
-        if parameter_name not in kept:
-            kept[parameter_name] = parameter.data
+
+    def put(name: str, values: Tensor, target: Target) -> None:
+        parameter = skeleton.model.get_parameter(name)
+        if name not in kept:
+            kept[name] = parameter.data
             parameter.data = parameter.data.clone()
         stored = parameter.data.T if target.conv1d and parameter.ndim == 2 else parameter.data
         stored[target.rows.index().to(stored.device)] = values.to(stored)
+
+    for found in replacements:
+        put(f"{found.target.module}.weight", found.weight, found.target)
+        if found.bias is not None:
+            put(f"{found.target.module}.bias", found.bias, found.target)
     try:
         yield
     finally:
-        for parameter_name, data in kept.items():
-            skeleton.model.get_parameter(parameter_name).data = data
+        for name, data in kept.items():
+            skeleton.model.get_parameter(name).data = data
 
 
-def replacements(plan: Plan, block: int, device: torch.device) -> dict[str, tuple[Target, Tensor]]:
-    """What a plan makes of a block, in the dense model's shapes: ``<target>.weight`` and ``.bias``.
-
-    A narrower module is filled up with zeros where the dense one has more, which computes the same.
-    """
-    tensors, found = plan.bases.files.read(block), {}
+def replacements(plan: Plan, block: int, device: torch.device) -> list[Replacement]:
+    """What a plan makes of a block, in the dense model's shapes."""
+    tensors, read = plan.bases.files.read(block), plan.bases.blueprint
+    source = Source(read.weight, read.bias, device, torch.float32)
+    found = []
     for unit in plan.units:
         choice = plan.choices[unit.name]
-        if unit.block != block or choice.rank is None:
-            continue
-        if isinstance(unit, MatrixUnit):
-            weight = plan.bases.blueprint.weight(unit.target).to(device)
-            left, right = factors(weight.float(), unit.projector(tensors, torch.float32), choice.rank)
-            found[f"{unit.target.name}.weight"] = (unit.target, left @ right)
-        elif isinstance(unit, ModuleUnit):
-            found |= _filled_up(unit, choice.rank, plan, tensors, device)
+        if unit.block == block and not choice.is_dense:
+            found += unit.replace(source, choice, tensors)
     return found
-
-
-def _filled_up(
-    unit: ModuleUnit, width: int, plan: Plan, tensors: Mapping[str, Tensor], device: torch.device
-) -> dict[str, tuple[Target, Tensor]]:
-    read = plan.bases.blueprint
-    weights: dict[Role, Tensor] = {role: read.weight(target).to(device).double() for role, target in unit.roles.items()}
-    biases: dict[Role, Tensor] = {
-        role: read.bias(target).to(device).double() for role, target in unit.roles.items() if target.has_bias
-    }
-    stem = f"{unit.name}/"
-    basis = {name.removeprefix(stem): t.to(device) for name, t in tensors.items() if name.startswith(stem)}
-    reduced = unit.method.reduce(unit.targets[0].heads, weights, biases, basis, width)
-    found = {}
-    for role, target in unit.roles.items():
-        reads = role in ("o", "down")  # its columns are what becomes fewer
-        places = _places(unit, role, width, reduced.index)
-        full = torch.zeros_like(weights[role])
-        (full.mT if reads else full)[places] = reduced.weights[role].mT if reads else reduced.weights[role]
-        found[f"{target.name}.weight"] = (target, full)
-        if role in biases:
-            bias = reduced.biases[role]
-            if not reads:
-                bias = torch.zeros_like(biases[role]).index_copy_(0, places, bias)
-            found[f"{target.name}.bias"] = (target, bias)
-    return found
-
-
-def _places(unit: ModuleUnit, role: Role, width: int, index: Tensor | None) -> Tensor:
-    """Where the rows (or columns) of a narrower module stand in the dense one."""
-    heads = unit.targets[0].heads
-    if heads is None:
-        return torch.arange(width)
-    count = heads.query if role in ("q", "o") else heads.key
-    kept = torch.arange(width).expand(count, -1)
-    if index is not None:
-        kept = index.cpu().repeat_interleave(count // heads.key, dim=0)
-    return (kept + torch.arange(count)[:, None] * heads.size).flatten()

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lowrank_compress.allocation.choice import Choice
 from lowrank_compress.artifacts.directories import recover, replacing
 from lowrank_compress.artifacts.documents import write_json
 from lowrank_compress.artifacts.files import sha256, write_text
@@ -36,7 +37,7 @@ from lowrank_compress.stages.bases import bases_of
 from lowrank_compress.stages.encode import Encoder
 from lowrank_compress.stages.environment import environment
 from lowrank_compress.stages.identity import checkpoint_id
-from lowrank_compress.stages.ranks import RANKS, Choice, in_storage, read_ranks, require_kept
+from lowrank_compress.stages.ranks import RANKS, in_storage, read_ranks, require_kept
 from lowrank_compress.stages.report import block_losses, model_card, summary
 from lowrank_compress.stages.reporting import Reporter, Silent
 from lowrank_compress.stages.run import require_alone
@@ -174,7 +175,7 @@ def _write(
         notes = work.notes(block)
         for kind, entries in layout.items():
             entries |= notes[kind]
-        made = {name: Choice(*entry) for name, entry in notes["choices"].items()}
+        made = {name: Choice(form, tuple(parameters)) for name, (form, *parameters) in notes["choices"].items()}
         losses |= block_losses(units, bases.read(block), made, scores.report["unit"])
         stored |= made
         reporter.advance("write", block + 1, len(blocks))

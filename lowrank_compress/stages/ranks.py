@@ -4,49 +4,39 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowrank_compress.allocation.storage import largest_rank
+import numpy as np
+
+from lowrank_compress.allocation.choice import DENSE, Choice, Choices
 from lowrank_compress.artifacts.documents import read_json
 from lowrank_compress.artifacts.files import write_text
 from lowrank_compress.artifacts.tensors import BlockFiles
 from lowrank_compress.errors import ArtifactError
-from lowrank_compress.methods.matrix_unit import MatrixUnit
 from lowrank_compress.methods.sites import Site
-from lowrank_compress.methods.units import Unit, stored_elements
+from lowrank_compress.methods.units import Unit, cheaper
 
 RANKS = "ranks.json"
 SCHEMA = 1
 
 
-@dataclass(frozen=True)
-class Choice:
-    """How one unit is to be stored.
-
-    Attributes
-    ----------
-    format
-        "pair", "pivot", "auto" (the better of both at the count of the cheaper), "width" (a narrower module) or
-        "dense".
-    rank
-        r, or the width; None for dense.
-    """
-
-    format: str
-    rank: int | None
-
-
 def write_ranks(path: Path, units: Sequence[Unit], choices: Mapping[str, Choice]) -> None:
     """Write ranks.json: one matrix or module a line, for people to read and edit."""
     lines = [
-        f"    {json.dumps(unit.name)}: "
-        + json.dumps({"shape": list(unit.shape), "format": choice.format, "rank": choice.rank})
+        f"    {json.dumps(unit.name)}: " + json.dumps({"shape": list(unit.shape), **entry_of(unit, choice)})
         for unit in units
         for choice in [choices[unit.name]]
     ]
     write_text(path, f'{{\n  "schema": {SCHEMA},\n  "matrices": {{\n' + ",\n".join(lines) + "\n  }\n}\n")
+
+
+def entry_of(unit: Unit, choice: Choice) -> dict[str, Any]:
+    """Spell a choice: its format and its parameters by name, of which dense has none."""
+    if choice.is_dense:
+        return {"format": "dense", "rank": None}
+    named = zip(unit.parameters(choice.format), choice.parameters, strict=True)
+    return {"format": choice.format, **dict(named)}
 
 
 def read_ranks(path: Path, sites: Sequence[Site]) -> dict[str, Choice]:
@@ -83,35 +73,50 @@ def _is_table(matrices: object) -> bool:
 
 
 def _choice(path: Path, unit: Unit, entry: Mapping[str, Any]) -> Choice:
-    """Read one line; refuse, besides what is none, a rank that stores no less than dense."""
+    """Read one line; refuse, besides what is none, a choice that stores no less than dense."""
     if entry.get("shape", list(unit.shape)) != list(unit.shape):
         raise ArtifactError(
             f"{path}: {unit.name} has shape {entry['shape']!r}; it is {list(unit.shape)} in the model, and cannot be "
             "changed here."
         )
-    form, rank = entry.get("format"), entry.get("rank")
-    if form == "dense" and rank is None:
-        return Choice("dense", None)
+    form = entry.get("format")
+    given = {name: value for name, value in entry.items() if name not in ("shape", "format")}
+    if form == "dense" and all(value is None for value in given.values()):
+        return DENSE
     if form not in unit.formats:
         raise ArtifactError(
-            f"{path}: {unit.name} has format {form!r} and rank {rank!r}; expected one of {', '.join(unit.formats)} "
+            f"{path}: {unit.name} has format {form!r} and {_spelled(given)}; expected one of {', '.join(unit.formats)} "
             'with a rank, or "dense" with rank null.'
         )
-    largest = unit.largest(form)
-    if type(rank) is not int or not 1 <= rank <= largest or rank % unit.step:
-        even = " that is even" if unit.step == 2 else ""
-        ranks = (
-            f"from 1 to {largest}{even} (more stores no less than dense)" if largest else "null: no rank stores less"
-        )
-        raise ArtifactError(
-            f"{path}: {unit.name} has format {form!r} and rank {rank!r}; expected a rank {ranks}, or "
-            '"dense" with rank null.'
-        )
-    return Choice(form, rank)
+    names, choices = unit.parameters(form), unit.choices(form)
+    values = tuple(given.get(name) for name in names)
+    if given.keys() <= set(names) and all(type(value) is int for value in values):
+        found = np.flatnonzero((choices.parameters == np.array(values, dtype=object)).all(axis=1))
+        if len(found):
+            return choices[int(found[0])]
+    raise ArtifactError(
+        f"{path}: {unit.name} has format {form!r} and {_spelled(given)}; expected {_possible(names, choices)}, or "
+        '"dense" with rank null.'
+    )
+
+
+def _spelled(given: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value!r}" for name, value in given.items()) or "rank None"
+
+
+def _possible(names: Sequence[str], choices: Choices) -> str:
+    """Say what the parameters of a format may be."""
+    if not len(choices):
+        return " and ".join(f"a {name} null: no {name} stores less" for name in names)
+    said = []
+    for name, values in zip(names, choices.parameters.T, strict=True):
+        even = " that is even" if not (values % 2).any() else ""
+        said.append(f"a {name} from {1 if not even else values.min()} to {values.max()}{even}")
+    return f"{' and '.join(said)} (more stores no less than dense)"
 
 
 def in_storage(units: Sequence[Unit], choices: Mapping[str, Choice], storage: str, multiple: int) -> dict[str, Choice]:
-    """Choices in another storage: of each unit that has it, the largest rank at its stored count.
+    """Choices in another storage: of each unit that has it, the largest one at its stored count.
 
     Parameters
     ----------
@@ -123,12 +128,12 @@ def in_storage(units: Sequence[Unit], choices: Mapping[str, Choice], storage: st
     found = dict(choices)
     for unit in units:
         choice = choices[unit.name]
-        if choice.rank is None or storage not in unit.formats or choice.format == storage:
+        if choice.is_dense or storage not in unit.formats or choice.format == storage:
             continue
-        rows, columns = unit.shape
-        count = stored_elements(unit, choice.format, choice.rank)
-        rank = min(largest_rank(storage, (rows, columns), count), unit.largest(storage))
-        found[unit.name] = Choice(storage, max(rank - rank % multiple or rank, 1))
+        stored = unit.price(choice).elements
+        found[unit.name] = (
+            cheaper(unit, storage, stored, multiple) or cheaper(unit, storage, stored) or unit.choices(storage)[0]
+        )
     return found
 
 
@@ -147,16 +152,16 @@ def require_kept(path: Path, units: Sequence[Unit], choices: Mapping[str, Choice
     shapes = {block: bases.shapes(block) for block in sorted({unit.block for unit in units})}
     for unit in units:
         choice, shape = choices[unit.name], shapes[unit.block]
-        if choice.rank is None:
+        if choice.is_dense:
             continue
         if not any(name.startswith(f"{unit.name}/") for name in shape):
             raise ArtifactError(
                 f"{path}: {unit.name} was not decomposed, because another way to store that part was taken. Leave it "
                 f"as it was, {advice}"
             )
-        if isinstance(unit, MatrixUnit) and choice.rank > (kept := unit.kept(shape)):
+        if (kept := unit.kept(shape)) is not None and (rank := unit.keep(choice)) > kept:
             raise ArtifactError(
-                f"{path}: {unit.name} asks for rank {choice.rank} ({choice.format}), but its basis was kept up to rank "
+                f"{path}: {unit.name} asks for rank {rank} ({choice.format}), but its basis was kept up to rank "
                 f"{kept}. Ask for no more, {advice}"
             )
 

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 
 from lowrank_compress.allocation.budget import Budget
-from lowrank_compress.allocation.curve import DENSE, Curve, make_curve
+from lowrank_compress.allocation.choice import Choice
+from lowrank_compress.allocation.curve import Curve, make_curve
 from lowrank_compress.allocation.table import ALLOCATORS
 from lowrank_compress.allocation.uniform import allocate
 from lowrank_compress.config import ScoreConfig
 from lowrank_compress.methods.scheme import DENSE as LEFT_DENSE
 from lowrank_compress.methods.sites import Site, sites_of
-from lowrank_compress.methods.units import Unit, candidate_ranks, dense_elements, ranking
+from lowrank_compress.methods.units import Unit, dense_elements, ranking
 from lowrank_compress.model.blueprint import Blueprint, blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 
@@ -88,13 +89,12 @@ def _smallest(ways: list[list[Curve]]) -> list[Curve]:
 
 
 def _curve(unit: Unit, config: ScoreConfig) -> Curve:
-    ranks = candidate_ranks(unit, config.storage, config.round_to)
-    stored = unit.stored(ranking(unit, config.storage), ranks)
-    return make_curve(unit.name, dense_elements(unit), ranks, stored, np.zeros(len(ranks)), block=unit.block)
+    choices = unit.choices(ranking(unit, config.storage), config.round_to)
+    return make_curve(unit.name, dense_elements(unit), choices, np.zeros(len(choices)), block=unit.block)
 
 
-def uniform_ranks(config: ScoreConfig, budget: Budget, sites: Sequence[Site]) -> dict[str, int | None]:
-    """Ranks that keep the same share of everything, by the unit's name; None for dense.
+def uniform_choices(config: ScoreConfig, budget: Budget, sites: Sequence[Site]) -> dict[str, Choice]:
+    """Choices that keep the same share of everything, by the unit's name.
 
     They are those of the first alternative of each site, or of the smallest where the first ones cannot be stored in so
     little.
@@ -103,5 +103,4 @@ def uniform_ranks(config: ScoreConfig, budget: Budget, sites: Sequence[Site]) ->
     if sum(int(curve.stored[0]) for curve in curves) > budget.limit:
         curves = [curve for site in sites for curve in _smallest(_ways(config, site))]
     chosen = allocate(curves, budget.limit)
-    ranks = {curve.name: int(curve.ranks[point]) for curve, point in zip(curves, chosen, strict=True)}
-    return {name: None if rank == DENSE else rank for name, rank in ranks.items()}
+    return {curve.name: curve.choice(point) for curve, point in zip(curves, chosen, strict=True)}

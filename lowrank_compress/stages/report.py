@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from lowrank_compress.allocation.choice import Choice, Choices
 from lowrank_compress.artifacts.manifest import Manifest
 from lowrank_compress.config import FactorizeConfig
 from lowrank_compress.evaluation.size import measure_size, weight_bytes
-from lowrank_compress.methods.units import Unit, dense_elements, stored_bytes, stored_elements
+from lowrank_compress.methods.units import Unit, dense_elements, price_of
 from lowrank_compress.model.blueprint import Blueprint
 from lowrank_compress.stages.bases import predicted_losses
-from lowrank_compress.stages.ranks import Choice
+from lowrank_compress.stages.ranks import entry_of
 
 
 def block_losses(
@@ -23,11 +25,16 @@ def block_losses(
     """Predicted loss of the units that `choices` names, of one block, at the rank they are stored with."""
     return {
         unit.name: 0.0
-        if choices[unit.name].rank is None
-        else float(predicted_losses(unit, basis, unit_of_loss == "nats")[choices[unit.name].rank])
+        if choices[unit.name].is_dense
+        else _loss(unit, basis, choices[unit.name], unit_of_loss == "nats")
         for unit in units
         if unit.name in choices
     }
+
+
+def _loss(unit: Unit, basis: Mapping[str, Tensor], choice: Choice, nats: bool) -> float:
+    alone = np.array([choice.parameters], dtype=np.int64)
+    return float(predicted_losses(unit, basis, Choices(choice.format, alone, alone[:, 0], alone[:, 0]), nats)[0])
 
 
 def summary(
@@ -43,12 +50,11 @@ def summary(
     matrices = {
         unit.name: {
             "shape": list(unit.shape),
-            "format": choices[unit.name].format,
-            "rank": choices[unit.name].rank,
+            **entry_of(unit, choices[unit.name]),
             "dense": dense_elements(unit),
-            "stored": stored_elements(unit, choices[unit.name].format, choices[unit.name].rank),
+            "stored": price_of(unit, choices[unit.name]).elements,
             "dense_bytes": sum(weight_bytes(plan, target) for target in unit.targets),
-            "stored_bytes": stored_bytes(unit, choices[unit.name].format, choices[unit.name].rank, itemsize),
+            "stored_bytes": price_of(unit, choices[unit.name]).bytes(itemsize),
             "predicted_loss": losses[unit.name],
         }
         for unit in units

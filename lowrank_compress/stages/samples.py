@@ -19,7 +19,7 @@ from lowrank_compress.calibration.tokens import (
 )
 from lowrank_compress.config import CalibrateConfig
 from lowrank_compress.errors import InputError
-from lowrank_compress.methods.units import Unit, full_rank
+from lowrank_compress.methods.units import Unit
 from lowrank_compress.model.blueprint import Task, blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.walk.batch import Batch
@@ -88,8 +88,8 @@ def too_few(units: Sequence[Unit], batches: Sequence[Batch], gradient: bool) -> 
     """
     examples = gradient and batches[0].labels is not None
     seen = sum(loss_terms(batch) if examples else batch.tokens for batch in batches)
-    widest = max(units, key=full_rank)
-    largest = full_rank(widest)
+    widest = max(units, key=lambda unit: min(unit.shape))
+    largest = min(widest.shape)
     if seen >= largest:
         return None
     windows = sum(len(batch.ids) for batch in batches)

@@ -11,15 +11,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lowrank_compress.allocation.storage import STORAGES
 from lowrank_compress.allocation.table import ALLOCATORS
 from lowrank_compress.artifacts.directories import link, recover, replacing
 from lowrank_compress.artifacts.manifest import Key, Manifest, altered, commit, committed, listed, read_manifest
 from lowrank_compress.artifacts.tensors import BlockFiles
 from lowrank_compress.config import ScoreConfig
 from lowrank_compress.errors import ArtifactError, InputError
+from lowrank_compress.formats.table import FORMATS
 from lowrank_compress.methods.sites import Site, all_units, first_units
-from lowrank_compress.methods.units import dense_elements, needs_data, stored_elements
+from lowrank_compress.methods.units import dense_elements, needs_data, price_of
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.registry import unknown
@@ -68,8 +68,8 @@ def check_options(allocate: str, storage: str, sites: Sequence[Site]) -> None:
         The allocator or storage is unknown, or the allocator needs what module methods, or methods without data, lack.
     """
     allocator = ALLOCATORS[allocate]
-    if storage not in STORAGES:
-        raise InputError(unknown("storage", storage, STORAGES))
+    if storage not in FORMATS:
+        raise InputError(unknown("storage", storage, FORMATS))
     wide = next((unit for unit in first_units(sites) if len(unit.targets) > 1), None)
     if allocator.needs_spectrum and wide is not None:
         raise InputError(
@@ -160,7 +160,7 @@ def _choose(
         plan, tried = best(bases, batches, plans)
         reporter.advance("choose", len(plans), len(plans))
     units, choices = plan.units, plan.choices
-    stored = sum(stored_elements(unit, choices[unit.name].format, choices[unit.name].rank) for unit in units)
+    stored = sum(price_of(unit, choices[unit.name]).elements for unit in units)
     claimed = sum(target.elements for target in bases.resolved.targets)
     report = {
         "asked_ratio": config.ratio,

@@ -8,16 +8,17 @@ from typing import Any
 
 import torch
 
+from lowrank_compress.allocation.choice import Choice
 from lowrank_compress.calibration.capture import boundaries
 from lowrank_compress.calibration.statistics import enough_tokens
 from lowrank_compress.evaluation.size import weight_bytes
 from lowrank_compress.methods.sites import all_units, sites_of
-from lowrank_compress.methods.units import Unit, needed, needs_data, ranking, statistics_bytes, stored_bytes
+from lowrank_compress.methods.units import Unit, needed, needs_data, price_of, statistics_bytes
 from lowrank_compress.model.blueprint import Blueprint, blueprint
 from lowrank_compress.resources.resources import Resources
 from lowrank_compress.stages.bases import Bases
 from lowrank_compress.stages.plan import Plan
-from lowrank_compress.stages.reach import uniform_ranks
+from lowrank_compress.stages.reach import uniform_choices
 from lowrank_compress.stages.run import Run
 
 SINGLE = 4
@@ -51,7 +52,7 @@ def dry_run(plan: Plan, run: Run, resources: Resources = Resources()) -> dict[st
     bases = Bases(plan.score, plan.checkpoint, "", run.scores)
     targets = bases.resolved.targets
     need = estimate(plan, bases, resources)
-    ranks = uniform_ranks(plan.score, bases.budget, bases.sites)
+    choices = uniform_choices(plan.score, bases.budget, bases.sites)
     return {
         "recipe": plan.resolved().model_dump(mode="json"),
         "run": str(run.path),
@@ -62,23 +63,21 @@ def dry_run(plan: Plan, run: Run, resources: Resources = Resources()) -> dict[st
             "claimed_elements": sum(target.elements for target in targets),
             "largest_stored": bases.budget.limit,
             "claimed_bytes": sum(weight_bytes(bases.blueprint, target) for target in targets),
-            "uniform_bytes": _uniform_bytes(plan, bases, ranks),
+            "uniform_bytes": _uniform_bytes(plan, bases, choices),
         },
-        "uniform_ranks": ranks,
+        "uniform_ranks": {name: None if c.is_dense else c.parameters[0] for name, c in choices.items()},
         "ranks_need_data": plan.score.allocate != "uniform",
         "memory": need.memory,
         "disk": need.disk,
     }
 
 
-def _uniform_bytes(plan: Plan, bases: Bases, ranks: Mapping[str, int | None]) -> int:
+def _uniform_bytes(plan: Plan, bases: Bases, choices: Mapping[str, Choice]) -> int:
     """Bytes that are stored for the claimed weights at uniform ranks; with "auto" storage, the most that it may be."""
     itemsize = getattr(torch, plan.dtype).itemsize
     kept = sum(target.elements for target in bases.resolved.targets) - sum(site.dense for site in bases.sites)
     return kept * itemsize + sum(
-        stored_bytes(unit, ranking(unit, plan.score.storage), ranks[unit.name], itemsize)
-        for unit in bases.units
-        if unit.name in ranks
+        price_of(unit, choices[unit.name]).bytes(itemsize) for unit in bases.units if unit.name in choices
     )
 
 

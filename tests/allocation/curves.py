@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
+from lowrank_compress.allocation.choice import of_ranks
 from lowrank_compress.allocation.curve import Curve, make_curve
-from lowrank_compress.allocation.storage import cost
+from lowrank_compress.formats.table import FORMATS, choices_of
+
+STORAGES = sorted(FORMATS)
+
+
+def ranked(name: str, stored: np.ndarray, loss: np.ndarray, **more: Any) -> Curve:
+    """A curve of these points, at ranks 1, 2 … and dense."""
+    return Curve(name, of_ranks("pair", np.arange(1, len(stored)), stored[:-1]), stored, loss, **more)
 
 
 def factorized(
     name: str, shape: tuple[int, int], tail: np.ndarray, storage: str, spectrum: np.ndarray | None = None
 ) -> Curve:
-    """The curve of a matrix with losses at rank 0 …"""
-    ranks = np.arange(1, len(tail))
-    return make_curve(name, shape[0] * shape[1], ranks, cost(storage, shape, ranks), tail[1:], spectrum=spectrum)
+    """The curve of a matrix whose best approximations lose this at rank 0, 1 …"""
+    format, choices = FORMATS[storage], choices_of(FORMATS[storage], shape)
+    ranks = np.array([format.rank(tuple(parameters)) for parameters in choices.parameters.tolist()], dtype=np.int64)
+    choices = choices.where(ranks < len(tail))
+    losses = format.losses(tail, choices.parameters)
+    return make_curve(name, shape[0] * shape[1], choices, losses, spectrum=spectrum)
 
 
 def random_curve(rng: np.random.Generator, storage: str, largest: int = 12, name: str = "w") -> Curve:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from lowrank_compress.allocation import loss
 from lowrank_compress.allocation.alternatives import choose
+from lowrank_compress.allocation.choice import of_ranks
 from lowrank_compress.allocation.curve import Curve, make_curve
 
 Sites = list[list[list[Curve]]]
@@ -22,7 +23,7 @@ def curve(seed: int, dense: int, points: int) -> Curve:
     falls = np.sort(rng.exponential(size=points))[::-1]
     losses = np.append(falls[::-1].cumsum()[::-1][1:], 0.0)
     ranks = np.arange(1, points)
-    return make_curve("c", dense, ranks, ranks * dense // points, losses[: points - 1])
+    return make_curve("c", dense, of_ranks("pair", ranks, ranks * dense // points), losses[: points - 1])
 
 
 @st.composite
@@ -57,16 +58,16 @@ def test_is_the_best_combination_but_for_one_step(sites: Sites, share: float) ->
 def test_takes_what_loses_less_everywhere() -> None:
     split = [curve(1, 100, 10), curve(2, 100, 10)]
     ranks = np.arange(1, 10)
-    better = [make_curve("m", 200, ranks, ranks * 20, np.full(9, 1e-6))]
-    worse = [make_curve("m", 200, ranks, ranks * 20, np.full(9, 1e6))]
+    better = [make_curve("m", 200, of_ranks("pair", ranks, ranks * 20), np.full(9, 1e-6))]
+    worse = [make_curve("m", 200, of_ranks("pair", ranks, ranks * 20), np.full(9, 1e6))]
     assert choose([[split, better], [split, worse], [split]], 450) == [1, 0, 0]
 
 
 def test_the_price_decides() -> None:
     """One alternative is better where much is removed, the other where little is."""
     ranks = np.array([1])
-    thrifty = [make_curve("a", 100, ranks, np.array([20]), np.array([3.0]))]
-    careful = [make_curve("b", 100, ranks, np.array([80]), np.array([0.1]))]
+    thrifty = [make_curve("a", 100, of_ranks("pair", ranks, np.array([20])), np.array([3.0]))]
+    careful = [make_curve("b", 100, of_ranks("pair", ranks, np.array([80])), np.array([0.1]))]
     assert choose([[thrifty, careful]], 85) == [1]
     assert choose([[thrifty, careful]], 25) == [0]
 

@@ -10,11 +10,10 @@ from hypothesis import strategies as st
 
 from lowrank_compress.allocation import block_influence, uniform
 from lowrank_compress.allocation.block_influence import removed_elements
-from lowrank_compress.allocation.curve import DENSE, Curve, stored_total
-from lowrank_compress.allocation.storage import STORAGES
+from lowrank_compress.allocation.curve import Curve, stored_total
 from lowrank_compress.errors import InputError
 from tests import reference
-from tests.allocation.curves import random_curves, some_limit
+from tests.allocation.curves import STORAGES, random_curves, ranked, some_limit
 
 laws = settings(deadline=None, derandomize=True)
 temperatures = st.sampled_from([None, 0.01, 0.1, 3.0])
@@ -22,8 +21,7 @@ temperatures = st.sampled_from([None, 0.01, 0.1, 3.0])
 
 def fine(name: str, block: int, influence: float, size: int = 1000) -> Curve:
     """A curve that can store any number of elements."""
-    stored = np.arange(1, size + 1)
-    return Curve(name, np.append(stored[:-1], DENSE), stored, np.linspace(1, 0, size), block=block, influence=influence)
+    return ranked(name, np.arange(1, size + 1), np.linspace(1, 0, size), block=block, influence=influence)
 
 
 def blocks_of(curves: list[Curve]) -> list[list[Curve]]:
@@ -95,7 +93,7 @@ def test_equals_block_by_block(seed: int, count: int, storage: str, share: float
 @laws
 @given(seed=st.integers(0, 10**6), share=st.floats(0, 1), temperature=temperatures, cap=st.floats(0.05, 1))
 def test_options_never_break_the_limit(seed: int, share: float, temperature: float | None, cap: float) -> None:
-    curves = random_curves(seed, 8, STORAGES[seed % 3])
+    curves = random_curves(seed, 8, STORAGES[seed % len(STORAGES)])
     limit = some_limit(curves, share)
     room = 0
     for block in blocks_of(curves):
@@ -153,7 +151,7 @@ def test_a_cap_passes_the_excess_on_in_proportion() -> None:
 
 def test_a_block_without_choices_leaves_the_rest_to_the_others() -> None:
     """The least influential block has nothing smaller than 900 of its 1000 elements."""
-    stiff = Curve("w0", np.array([1, DENSE]), np.array([900, 1000]), np.array([1.0, 0.0]), block=0, influence=0.01)
+    stiff = ranked("w0", np.array([900, 1000]), np.array([1.0, 0.0]), block=0, influence=0.01)
     curves = [stiff, fine("w1", 1, 0.2), fine("w2", 2, 0.3)]
     choice = block_influence.allocate(curves, 1900)
     assert stored_total(curves, choice) == 1900
@@ -161,7 +159,7 @@ def test_a_block_without_choices_leaves_the_rest_to_the_others() -> None:
 
 
 def test_what_rounding_leaves_over_goes_to_the_next_block() -> None:
-    coarse = Curve("w0", np.array([1, DENSE]), np.array([300, 1000]), np.array([1.0, 0.0]), block=0, influence=0.2)
+    coarse = ranked("w0", np.array([300, 1000]), np.array([1.0, 0.0]), block=0, influence=0.2)
     curves = [coarse, fine("w1", 1, 0.2), fine("w2", 2, 0.2)]
     assert shares_kept(curves, block_influence.allocate(curves, 2100)) == [0.3, 1.0, 0.8]
     assert shares_kept(curves, block_influence.allocate(curves, 1500)) == [0.3, 0.7, 0.5]

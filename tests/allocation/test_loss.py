@@ -6,11 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowrank_compress.allocation import loss, uniform
-from lowrank_compress.allocation.curve import DENSE, Curve, stored_total
-from lowrank_compress.allocation.storage import STORAGES
+from lowrank_compress.allocation.curve import Curve, stored_total
 from lowrank_compress.errors import InputError
 from tests import reference
-from tests.allocation.curves import factorized, random_curves, some_limit
+from tests.allocation.curves import STORAGES, factorized, random_curves, ranked, some_limit
 
 laws = settings(deadline=None, derandomize=True)
 
@@ -50,8 +49,7 @@ def test_equals_brute_force_where_curves_are_convex_and_steps_cost_the_same(seed
         points = int(rng.integers(2, 7))
         saved = np.sort(rng.exponential(size=points - 1))[::-1]
         losses = np.append(np.cumsum(saved[::-1])[::-1], 0.0)
-        ranks = np.append(np.arange(1, points), DENSE)
-        curves.append(Curve(f"w{position}", ranks, 10 * np.arange(1, points + 1), losses))
+        curves.append(ranked(f"w{position}", 10 * np.arange(1, points + 1), losses))
     limit = 10 * count + 10 * steps
     assert predicted(curves, loss.allocate(curves, limit)) == pytest.approx(reference.best_choice(curves, limit))
 
@@ -80,7 +78,7 @@ def test_floor(seed: int, storage: str, share: float, floor: float) -> None:
 def test_hull(seed: int, storage: str, start: int) -> None:
     curve = random_curves(seed, 1, storage)[0]
     start = min(start, len(curve) - 1)
-    rest = Curve("rest", curve.ranks[start:], curve.stored[start:], curve.loss[start:])
+    rest = ranked("rest", curve.stored[start:], curve.loss[start:])
     hull = loss.lower_hull(curve, start)
     assert hull[0] == start
     np.testing.assert_allclose(-np.diff(curve.loss[hull]), reference.hull_steps(rest), rtol=1e-9)
@@ -88,7 +86,7 @@ def test_hull(seed: int, storage: str, start: int) -> None:
 
 def test_what_the_hull_leaves_over_is_used() -> None:
     """Dense hides every rank from the hull, but does not fit."""
-    curve = Curve("w", np.array([1, 2, 3, DENSE]), np.array([10, 20, 30, 32]), np.array([9.0, 8.0, 7.0, 0.0]))
+    curve = ranked("w", np.array([10, 20, 30, 32]), np.array([9.0, 8.0, 7.0, 0.0]))
     assert loss.lower_hull(curve, 0).tolist() == [0, 3]
     assert loss.allocate([curve], 31).tolist() == [2]
     assert loss.allocate([curve], 29).tolist() == [1]
@@ -114,7 +112,7 @@ def test_a_large_model_uses_its_budget() -> None:
     curves = []
     for position in range(300):
         shape = ((4096, 4096), (14336, 4096))[position % 2]
-        storage = STORAGES[position % 3]
+        storage = STORAGES[position % len(STORAGES)]
         values = np.sort(rng.exponential(size=4096) * rng.uniform(0.5, 2))[::-1]
         tail = np.append(np.cumsum(values[::-1])[::-1], 0.0)
         curves.append(factorized(f"w{position}", shape, tail, storage))

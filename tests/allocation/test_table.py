@@ -9,10 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowrank_compress.allocation.curve import stored_total
-from lowrank_compress.allocation.storage import STORAGES
 from lowrank_compress.allocation.table import ALLOCATORS
 from lowrank_compress.errors import InputError
-from tests.allocation.curves import random_curves, some_limit
+from tests.allocation.curves import STORAGES, random_curves, some_limit
 
 every_allocator = pytest.mark.parametrize("name", sorted(ALLOCATORS))
 

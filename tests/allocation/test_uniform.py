@@ -6,9 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowrank_compress.allocation import uniform
-from lowrank_compress.allocation.storage import STORAGES
 from tests import reference
-from tests.allocation.curves import random_curves, some_limit
+from tests.allocation.curves import STORAGES, random_curves, some_limit
 
 
 @settings(deadline=None, derandomize=True)

@@ -8,11 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowrank_compress.allocation import welore
-from lowrank_compress.allocation.curve import DENSE
-from lowrank_compress.allocation.storage import STORAGES
 from lowrank_compress.errors import InputError
 from tests import reference
-from tests.allocation.curves import random_curves, some_limit
+from tests.allocation.curves import STORAGES, random_curves, some_limit
 
 
 @settings(deadline=None, derandomize=True)
@@ -36,7 +34,7 @@ def test_a_flat_spectrum_stays_dense_while_it_can() -> None:
     flat = dataclasses.replace(flat, spectrum=np.ones_like(flat.spectrum))
     least = int(falling.stored[0])
     choice = welore.allocate([flat, falling], flat.dense + least)
-    assert flat.ranks[choice[0]] == DENSE
+    assert flat.choice(choice[0]).is_dense
     assert welore.allocate([flat, falling], int(flat.stored[0]) + least).tolist() == [0, 0]
 
 

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from lowrank_compress.allocation.storage import STORAGES
 from lowrank_compress.allocation.table import ALLOCATORS
 from lowrank_compress.calibration.statistics import ENOUGH
+from lowrank_compress.formats.table import FORMATS
 from lowrank_compress.methods.linear import LinearMethod
 from lowrank_compress.methods.table import METHODS
 from lowrank_compress.recipe import Recipe
@@ -51,7 +51,7 @@ REACHABLE = {"nystrom": 0.4, "cr": 0.1, "vo-svd": 0.1, "modegpt": RATIO}
 
 
 # Block influence decides about blocks, not about formats: one storage is enough for it.
-WAYS = [(a, s) for a in ALLOCATORS for s in STORAGES if a != "block-influence" or s == "pivot"]
+WAYS = [(a, s) for a in ALLOCATORS for s in FORMATS if a != "block-influence" or s == "pivot"]
 
 
 @pytest.mark.parametrize(("allocate", "storage"), WAYS)

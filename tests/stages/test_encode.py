@@ -7,17 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowrank_compress.allocation.storage import cost
-from lowrank_compress.config import FactorizeConfig, Scheme
+from lowrank_compress.allocation.choice import Choice
+from lowrank_compress.config import Scheme
 from lowrank_compress.errors import InputError
+from lowrank_compress.formats.spec import Encoded
+from lowrank_compress.formats.table import rebuild
 from lowrank_compress.linalg.metric import Identity
 from lowrank_compress.linalg.weighted import decompose
+from lowrank_compress.methods.edit import Source
 from lowrank_compress.methods.matrix_unit import MatrixUnit
 from lowrank_compress.methods.sites import all_units, sites_of
+from lowrank_compress.methods.units import cheaper
 from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
-from lowrank_compress.stages.encode import Encoder
-from lowrank_compress.stages.ranks import Choice
 from tests.tiny import save_tiny
 
 SVD = Scheme(qk="svd", vo="svd", mlp="svd", metric="gram")
@@ -28,9 +30,9 @@ def place(tmp_path: Path) -> Checkpoint:
     return Checkpoint(save_tiny("llama", tmp_path))
 
 
-def encoder(place: Checkpoint, dtype: str) -> Encoder:
-    config = FactorizeConfig(method="svd", scheme=SVD, storage="auto", round_to=1, dtype=dtype, device="cpu")
-    return Encoder(blueprint(place), all_units(sites_of(blueprint(place).resolved, SVD)), config)
+def encode(unit: MatrixUnit, choice: Choice, weight: torch.Tensor, dtype: str, keep: int) -> Encoded:
+    source = Source(lambda _: weight, lambda _: weight[:, 0], torch.device("cpu"), getattr(torch, dtype))
+    return unit.encode(source, choice, bases_of(unit, weight, keep)).parts[unit.name]
 
 
 def unit_of(place: Checkpoint) -> MatrixUnit:
@@ -66,17 +68,16 @@ def test_auto_takes_what_loses_less_once_stored(place: Checkpoint, dtype: str, d
     unit = unit_of(place)
     size = unit.shape[0]
     weight = spectrum(size, decay ** torch.arange(size, dtype=torch.float64))
-    bases, made = bases_of(unit, weight, size - 1), encoder(place, dtype)
-    count = cost("auto", unit.shape, rank)
+    count = unit.price(Choice("auto", (rank,))).elements
     losses = {}
     for form in ("pair", "pivot"):
-        possible = [r for r in range(1, size) if cost(form, unit.shape, r) <= count]
-        part = made.encode(unit, Choice(form, max(possible)), weight, bases)
-        losses[form] = float((part.rebuild() - weight).square().sum())
-    chosen = made.encode(unit, Choice("auto", rank), weight, bases)
+        single = cheaper(unit, form, count)
+        assert single is not None
+        losses[form] = float((rebuild(encode(unit, single, weight, dtype, size - 1)) - weight).square().sum())
+    chosen = encode(unit, Choice("auto", (rank,)), weight, dtype, size - 1)
     # The estimate takes rounding errors for independent: where both formats lose nearly the same, either is right.
     assert losses[chosen.format] <= 1.25 * min(losses.values())
-    assert cost(chosen.format, unit.shape, chosen.rank) <= count
+    assert unit.price(Choice(chosen.format, chosen.parameters)).elements <= count
 
 
 def test_a_matrix_of_low_rank_stays_exact(place: Checkpoint) -> None:
@@ -84,12 +85,12 @@ def test_a_matrix_of_low_rank_stays_exact(place: Checkpoint) -> None:
     unit = unit_of(place)
     size = unit.shape[0]
     weight = spectrum(size, torch.cat([torch.ones(4), torch.zeros(size - 4)]).double())
-    made = encoder(place, "float32").encode(unit, Choice("auto", 12), weight, bases_of(unit, weight, size - 1))
-    assert float((made.rebuild() - weight).square().sum()) < 1e-9
+    made = encode(unit, Choice("auto", (12,)), weight, "float32", size - 1)
+    assert float((rebuild(made) - weight).square().sum()) < 1e-9
 
 
 def test_a_rank_above_the_kept_basis_is_refused(place: Checkpoint) -> None:
     unit = unit_of(place)
     weight = torch.eye(unit.shape[0], dtype=torch.float64)
     with pytest.raises(InputError, match=r"asks for rank 9, but its basis was kept up to rank 8"):
-        encoder(place, "float32").encode(unit, Choice("pair", 9), weight, bases_of(unit, weight, 8))
+        encode(unit, Choice("pair", (9,)), weight, "float32", 8)

@@ -1,0 +1,53 @@
+"""From encoded matrices to the tensors and the config entry of a compressed module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_compress.arch.resolve import Target
+from lowrank_compress.formats.spec import Encoded
+from lowrank_compress.formats.table import FORMATS
+from lowrank_compress.model.layers import INDEX_DTYPE
+
+
+def module_entry(targets: Sequence[Target], parts: Sequence[Encoded]) -> dict[str, Any]:
+    """Describe a compressed module as `quantization_config.modules` of config.json does."""
+    return {
+        "in_features": parts[0].shape[1],
+        "out_features": sum(part.shape[0] for part in parts),
+        "bias": targets[0].has_bias,
+        "heads": targets[0].rows.groups,
+        "parts": [{"rows": part.shape[0], "format": part.format, **_named(part)} for part in parts],
+    }
+
+
+def _named(part: Encoded) -> dict[str, int]:
+    """Parameters by name; what is dense has all its rows for a rank."""
+    if part.format == "dense":
+        return {"rank": part.shape[0]}
+    return dict(zip(FORMATS[part.format].parameters, part.parameters, strict=True))
+
+
+def joined(targets: Sequence[Target], parts: Sequence[Tensor]) -> Tensor:
+    """Put the rows (out_i, …) of a module's parts in the order in which the module has them."""
+    groups = targets[0].rows.groups
+    return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], 1).flatten(0, 1)
+
+
+def module_tensors(targets: Sequence[Target], parts: Sequence[Encoded], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Name the tensors of a compressed module by their leaf names (see `layers.CompressedLinear`), without the bias."""
+    tensors = {
+        "lr_in.weight": torch.cat([part.inner for part in parts]).to(dtype),
+        "weight": torch.empty(0, dtype=dtype),
+    }
+    for number, part in enumerate(parts):
+        suffix = "" if len(parts) == 1 else f"_{number}"
+        for leaf, tensor in part.others.items():
+            first, dot, below = leaf.partition(".")
+            stored = tensor.to(dtype if tensor.is_floating_point() else INDEX_DTYPE)
+            tensors[f"{first}{suffix}{dot}{below}"] = stored
+    return tensors

@@ -1,0 +1,99 @@
+"""What an encoded target group changes in a model, whatever the method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lowrank_compress.allocation.choice import Choice
+from lowrank_compress.arch.resolve import Target
+from lowrank_compress.formats.spec import Encoded
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a group finds what it encodes, and how results are rounded.
+
+    Attributes
+    ----------
+    weight, bias
+        Read the matrix (out, in), and the part of the bias (out,), of a target, as stored.
+    device
+        Where to compute.
+    dtype
+        In which results will be stored.
+    multiple
+        What parameters that a format chooses by itself are multiples of.
+    """
+
+    weight: Callable[[Target], Tensor]
+    bias: Callable[[Target], Tensor]
+    device: torch.device
+    dtype: torch.dtype
+    multiple: int = 1
+
+    @property
+    def precise(self) -> torch.dtype:
+        """In which products are computed: what is rounded to 16 bits loses nothing in single precision."""
+        return torch.float32 if self.dtype.itemsize == 2 else torch.float64
+
+
+@dataclass(frozen=True)
+class Narrower:
+    """Attention heads that keep fewer dimensions.
+
+    Attributes
+    ----------
+    group
+        Which of their matrices: "qk" or "vo".
+    width
+        Dimensions that a head keeps.
+    index
+        (key-value heads, width) int64: which dimensions of rotated heads these are; None where nobody has to know.
+    """
+
+    group: str
+    width: int
+    index: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What encoding a group changes.
+
+    Attributes
+    ----------
+    choice
+        What it is stored as; where a choice leaves the format open, the one that was taken.
+    parts
+        Target name -> its matrix in a format.
+    biases
+        Target name -> its bias (out,), float64, where that changes.
+    heads
+        How attention heads become narrower, if they do.
+    """
+
+    choice: Choice
+    parts: Mapping[str, Encoded] = field(default_factory=dict)
+    biases: Mapping[str, Tensor] = field(default_factory=dict)
+    heads: Narrower | None = None
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What a choice makes of a target, in the dense model's own shapes.
+
+    Attributes
+    ----------
+    target
+        Which.
+    weight, bias
+        (out, in); (out,), or None where it stays as it is.
+    """
+
+    target: Target
+    weight: Tensor
+    bias: Tensor | None = None

@@ -43,7 +43,7 @@ _TABLE = "transformers.quantizers.auto"
 
 def _register() -> None:
     """Import the module that registers our quantizer as it is imported."""
-    importlib.import_module(f"{__name__}.model.layers")
+    importlib.import_module(f"{__name__}.shipped.quantizer")
 
 
 class _ThenRegister(Loader):

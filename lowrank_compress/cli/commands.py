@@ -19,12 +19,12 @@ from lowrank_compress.demo import text as demo_text
 from lowrank_compress.errors import ArtifactError
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.dense import write_dense
-from lowrank_compress.model.layers import REMOTE_FILE
 from lowrank_compress.model.locate import locate
 from lowrank_compress.recipe import Recipe, load_recipe
 from lowrank_compress.resources.memory import keep_freed
 from lowrank_compress.resources.resources import Resources
 from lowrank_compress.resources.workers import started
+from lowrank_compress.shipped.config import REMOTE_FILE
 from lowrank_compress.stages import calibrate as calibrate_stage
 from lowrank_compress.stages import pipeline
 from lowrank_compress.stages import score as score_stage

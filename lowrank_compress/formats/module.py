@@ -11,7 +11,7 @@ from torch import Tensor
 from lowrank_compress.arch.resolve import Target
 from lowrank_compress.formats.spec import Encoded
 from lowrank_compress.formats.table import FORMATS
-from lowrank_compress.model.layers import INDEX_DTYPE
+from lowrank_compress.shipped.formats.base import INDEX_DTYPE
 
 
 def module_entry(targets: Sequence[Target], parts: Sequence[Encoded]) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def joined(targets: Sequence[Target], parts: Sequence[Tensor]) -> Tensor:
 
 
 def module_tensors(targets: Sequence[Target], parts: Sequence[Encoded], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Name the tensors of a compressed module by their leaf names (see `layers.CompressedLinear`), without the bias."""
+    """Name the tensors of a compressed module by their leaf names (see `CompressedLinear`), without the bias."""
     tensors = {
         "lr_in.weight": torch.cat([part.inner for part in parts]).to(dtype),
         "weight": torch.empty(0, dtype=dtype),

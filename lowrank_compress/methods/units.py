@@ -19,7 +19,7 @@ from lowrank_compress.arch.resolve import Target
 from lowrank_compress.calibration.statistics import STATISTICS, statistic_key
 from lowrank_compress.methods.edit import Edit, Replacement, Source
 from lowrank_compress.methods.linear import Damping
-from lowrank_compress.model.layers import INDEX_DTYPE
+from lowrank_compress.shipped.formats.base import INDEX_DTYPE
 
 Weights = Callable[[Target], Tensor]
 

@@ -30,7 +30,8 @@ from lowrank_compress.errors import CheckpointError, LrcError, UnsupportedError
 from lowrank_compress.model import contract, weights
 from lowrank_compress.model.casting import cast
 from lowrank_compress.model.checkpoint import Checkpoint, in_a_line
-from lowrank_compress.model.layers import LowRankConfig, swap_modules
+from lowrank_compress.shipped.config import LowRankConfig
+from lowrank_compress.shipped.swap import swap_modules
 
 Task = Literal["lm", "classification"]
 

@@ -14,8 +14,8 @@ from lowrank_compress.artifacts.hashes import file_hashes
 from lowrank_compress.errors import ArtifactError, CheckpointError
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.export import ShardWriter, write_companions
-from lowrank_compress.model.layers import restore_modules
 from lowrank_compress.model.skeleton import Skeleton
+from lowrank_compress.shipped.restore import restore_modules
 
 SHARD_BYTES = 1_000_000_000
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lowrank_compress.model.casting import require_finite
 from lowrank_compress.model.checkpoint import Checkpoint
-from lowrank_compress.model.layers import LowRankConfig
 from lowrank_compress.model.shards import INDEX, SINGLE
+from lowrank_compress.shipped.config import LowRankConfig
 
 
 class ShardWriter:
@@ -89,7 +89,7 @@ def config_json(
     Parameters
     ----------
     layout
-        ``modules``, ``dense_shapes`` and ``attention`` of `layers.LowRankConfig`.
+        ``modules``, ``dense_shapes`` and ``attention`` of `LowRankConfig`.
     """
     settings = {name: value for name, value in checkpoint.raw_config.items() if name not in ("torch_dtype", "auto_map")}
     return settings | {

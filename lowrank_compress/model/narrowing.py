@@ -9,11 +9,14 @@ from lowrank_compress.arch.resolve import Heads, Resolved, Target
 from lowrank_compress.arch.spec import Role
 from lowrank_compress.errors import UnsupportedError
 from lowrank_compress.model import weights
-from lowrank_compress.model.layers import INDEX_DTYPE, LowRankConfig, restore_modules, swap_modules
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.model.surgery import ROTARY, attention_entry
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.model.walk.replay import Replay
+from lowrank_compress.shipped.config import LowRankConfig
+from lowrank_compress.shipped.formats.base import INDEX_DTYPE
+from lowrank_compress.shipped.restore import restore_modules
+from lowrank_compress.shipped.swap import swap_modules
 
 # Of the largest change that the block makes to a hidden state; float32 rounding is a hundredth of it.
 TOLERANCE = 1e-4

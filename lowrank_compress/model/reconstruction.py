@@ -10,8 +10,9 @@ from torch import Tensor
 from lowrank_compress.arch.resolve import Target
 from lowrank_compress.model import weights
 from lowrank_compress.model.checkpoint import Checkpoint
-from lowrank_compress.model.layers import CompressedAttention, restore_modules
 from lowrank_compress.model.skeleton import Skeleton
+from lowrank_compress.shipped.attention import CompressedAttention
+from lowrank_compress.shipped.restore import restore_modules
 
 
 def reconstruction(checkpoint: Checkpoint) -> Iterator[tuple[str, Iterable[Tensor]]]:

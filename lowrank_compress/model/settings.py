@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_compress.errors import CheckpointError, InputError, UnsupportedError
-from lowrank_compress.model.layers import QUANT_METHOD, VERSION, LowRankConfig
 from lowrank_compress.model.shards import Stored
+from lowrank_compress.shipped.config import QUANT_METHOD, VERSION, LowRankConfig
 
 # Entries that make `from_pretrained` load something else than the usual files into the usual modules.
 _UNUSUAL = ("transformers_weights", "fusion_config", "compression_config")

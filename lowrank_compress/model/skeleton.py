@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lowrank_compress.errors import CheckpointError
 from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
-from lowrank_compress.model.layers import check_indices
+from lowrank_compress.shipped.swap import check_indices
 
 
 class Skeleton:

@@ -8,7 +8,7 @@ from typing import Any
 from lowrank_compress.arch.resolve import Heads, Target
 from lowrank_compress.arch.spec import Role
 
-ROTARY = "lr_rotary"  # the buffer of `layers.CompressedAttention`
+ROTARY = "lr_rotary"  # the buffer of `CompressedAttention`
 
 
 def attention_entry(

@@ -20,8 +20,8 @@ from lowrank_compress.methods.edit import Edit, Source
 from lowrank_compress.methods.units import Unit
 from lowrank_compress.model.blueprint import Blueprint
 from lowrank_compress.model.casting import cast
-from lowrank_compress.model.layers import INDEX_DTYPE
 from lowrank_compress.model.surgery import ROTARY, attention_entry
+from lowrank_compress.shipped.formats.base import INDEX_DTYPE
 
 
 @dataclass
@@ -33,7 +33,7 @@ class EncodedBlock:
     tensors
         All tensors of the block, by their names on disk.
     modules, dense_shapes, attention
-        The block's entries of `layers.LowRankConfig`.
+        The block's entries of `LowRankConfig`.
     choices
         How each unit is stored.
     """

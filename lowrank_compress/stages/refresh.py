@@ -6,8 +6,8 @@ machines without.
 
 from __future__ import annotations
 
+import hashlib
 import re
-import shutil
 from pathlib import Path
 from typing import Literal
 
@@ -18,13 +18,12 @@ from lowrank_compress.artifacts.directories import keep_aside
 from lowrank_compress.artifacts.files import is_regular, read_small_text, sha256, write_atomically
 from lowrank_compress.artifacts.manifest import Manifest, read_manifest, relist
 from lowrank_compress.errors import ArtifactError, CheckpointError, InputError
-from lowrank_compress.model import layers
 from lowrank_compress.model.checkpoint import Checkpoint
-from lowrank_compress.model.layers import REMOTE_FILE
+from lowrank_compress.shipped.config import REMOTE_FILE, VERSION
+from lowrank_compress.shipped.saving import REMOTE_CLASSES, remote_code
 from lowrank_compress.stages.run import Run
 
 Code = Literal["ours", "older code", "newer code"]
-PACKAGED = Path(layers.__file__)
 
 
 def code_of(directory: Path, manifest: Manifest | None) -> Code:
@@ -44,10 +43,10 @@ def code_of(directory: Path, manifest: Manifest | None) -> Code:
         written it.
     """
     there = directory / REMOTE_FILE
-    if sha256(there) == sha256(PACKAGED):
+    if sha256(there) == _packaged():
         return "ours"
     format_version = re.search(r"^VERSION = (\d+)$", read_small_text(there), re.MULTILINE)
-    if format_version and int(format_version[1]) > layers.VERSION:
+    if format_version and int(format_version[1]) > VERSION:
         return "newer code"
     try:
         wrote = Version(str(manifest.environment.get("lowrank_compress"))) if manifest else None
@@ -108,7 +107,7 @@ def refresh(directory: Path) -> tuple[bool, Path | None]:
             f"{path} is of a later version of this program than {lowrank_compress.__version__}, and stays. Update "
             "lowrank_compress."
         )
-    packaged = sha256(PACKAGED)
+    packaged = _packaged()
     kept = None
     if found != packaged:
         if found != recorded:
@@ -120,8 +119,13 @@ def refresh(directory: Path) -> tuple[bool, Path | None]:
     return found != packaged, kept
 
 
+def _packaged() -> str:
+    """Hash the package's own model code."""
+    return hashlib.sha256(remote_code()).hexdigest()
+
+
 def _copy(target: Path) -> None:
-    shutil.copyfile(PACKAGED, target)
+    target.write_bytes(remote_code())
 
 
 def _require_known_classes(directory: Path) -> None:
@@ -132,7 +136,7 @@ def _require_known_classes(directory: Path) -> None:
     entries = checkpoint.raw_config.get("auto_map")
     stem = f"{Path(REMOTE_FILE).stem}."
     named = [name for name in (entries.values() if isinstance(entries, dict) else ()) if str(name).startswith(stem)]
-    unknown = [name for name in named if not hasattr(layers, str(name).removeprefix(stem))]
+    unknown = [name for name in named if str(name).removeprefix(stem) not in REMOTE_CLASSES.values()]
     if not named or unknown:
         raise CheckpointError(
             f"{directory / 'config.json'} names {', '.join(map(str, unknown)) or 'no class'} of {REMOTE_FILE} in its "

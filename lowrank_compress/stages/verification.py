@@ -11,9 +11,9 @@ from lowrank_compress.errors import ArtifactError, LrcError
 from lowrank_compress.methods.sites import all_units, sites_of
 from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
-from lowrank_compress.model.layers import REMOTE_FILE
 from lowrank_compress.model.locate import locate
 from lowrank_compress.recipe import load_recipe
+from lowrank_compress.shipped.config import REMOTE_FILE
 from lowrank_compress.stages.bases import bases_of
 from lowrank_compress.stages.evaluate import METRICS, merged
 from lowrank_compress.stages.ranks import RANKS, read_ranks, require_kept

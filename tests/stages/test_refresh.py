@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from lowrank_compress.artifacts.documents import read_sealed
 from lowrank_compress.artifacts.lock import locked
 from lowrank_compress.artifacts.manifest import MANIFEST, commit, read_manifest
-from lowrank_compress.model.layers import REMOTE_FILE, VERSION
-from lowrank_compress.stages.refresh import PACKAGED
+from lowrank_compress.shipped.config import REMOTE_FILE, VERSION
+from lowrank_compress.shipped.saving import remote_code
 from tests.runs import Tiny, contents, done, lrc, refused
 
 Finished = Callable[[str], Path]
@@ -33,7 +33,7 @@ def as_written_by(run: Path, code: str, version: str = "0.1.0") -> Path:
 
 
 def older() -> str:
-    code = PACKAGED.read_text()
+    code = remote_code().decode()
     assert f"\nVERSION = {VERSION}\n" in code
     return code.replace(f"\nVERSION = {VERSION}\n", "\nVERSION = 1\n")
 
@@ -56,7 +56,7 @@ def test_older_code_is_said_and_renewed_and_nothing_else_is_touched(finished: Fi
     before, manifest = contents(run), read_sealed(model / MANIFEST)
     found = done("refresh", run / target, "--json").json
     assert found == {"file": str(model / REMOTE_FILE), "refreshed": True, "kept": None}
-    assert (model / REMOTE_FILE).read_bytes() == PACKAGED.read_bytes()
+    assert (model / REMOTE_FILE).read_bytes() == remote_code()
     after = contents(run)
     assert {name for name in after if after[name] != before.get(name)} == {f"model/{REMOTE_FILE}", f"model/{MANIFEST}"}
     assert before.keys() == after.keys()
@@ -83,7 +83,7 @@ def test_a_refresh_that_was_killed_is_finished(finished: Finished) -> None:
     """Between the file and the manifest; and with the file gone."""
     run = finished("svd")
     model = as_written_by(run, older())
-    shutil.copyfile(PACKAGED, model / REMOTE_FILE)
+    (model / REMOTE_FILE).write_bytes(remote_code())
     assert lrc("verify", run).code == 2
     assert done("refresh", run, "--json").json == {"file": str(model / REMOTE_FILE), "refreshed": True, "kept": None}
     assert set(states(run).values()) <= {"intact", "dropped"}
@@ -105,14 +105,14 @@ def test_code_that_nobody_knows_to_be_ours_is_kept(finished: Finished, tmp_path:
     (plain / f"{REMOTE_FILE}.bak").unlink()
     (plain / REMOTE_FILE).write_text(older())
     assert done("refresh", plain, "--json").json["kept"] == str(plain / f"{REMOTE_FILE}.bak")
-    assert (plain / REMOTE_FILE).read_bytes() == PACKAGED.read_bytes()
+    assert (plain / REMOTE_FILE).read_bytes() == remote_code()
     assert (plain / f"{REMOTE_FILE}.bak").read_text() == older()
     assert not (plain / MANIFEST).exists()
 
 
 @pytest.mark.parametrize(
     ("code", "version"),
-    [(PACKAGED.read_text().replace(f"\nVERSION = {VERSION}\n", "\nVERSION = 99\n"), "0.1.0"), (older(), "7.0")],
+    [(remote_code().decode().replace(f"\nVERSION = {VERSION}\n", "\nVERSION = 99\n"), "0.1.0"), (older(), "7.0")],
 )
 def test_newer_code_stays(finished: Finished, code: str, version: str) -> None:
     run = finished("svd")

@@ -29,11 +29,15 @@ from transformers import (
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 import lowrank_compress
-from lowrank_compress.model import layers
 from lowrank_compress.model.checkpoint import Checkpoint as CheckpointFiles
 from lowrank_compress.model.dense import write_dense
-from lowrank_compress.model.layers import REMOTE_FILE, CompressedLinear, LowRankConfig, remote_code_entries
-from tests.model.test_layers import fill
+from lowrank_compress.shipped import remote
+from lowrank_compress.shipped.config import REMOTE_FILE, VERSION, LowRankConfig
+from lowrank_compress.shipped.join import joined
+from lowrank_compress.shipped.linear import CompressedLinear
+from lowrank_compress.shipped.quantizer import LowRankQuantizer, register
+from lowrank_compress.shipped.saving import REMOTE_CLASSES, remote_code_entries, write_remote_code
+from tests.shipped.test_linear import fill
 from tests.tiny import tiny_model, tiny_tokenizer
 
 torch.set_num_threads(1)
@@ -112,7 +116,7 @@ def write(
     config["auto_map"] = remote_code_entries(model.config)
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config))
-    layers.write_remote_code(directory)
+    write_remote_code(directory)
     names = list(state)
     step = shard or len(names)
     files = [names[i : i + step] for i in range(0, len(names), step)]
@@ -228,7 +232,7 @@ def test_a_checkpoint_of_the_first_version_loads_bit_for_bit(
         model.save_pretrained(tmp_path / "again")
         assert_holds(auto_class(model_type).from_pretrained(tmp_path / "again"), directory)
         saved = json.loads((tmp_path / "again" / "config.json").read_text())
-        assert saved["quantization_config"]["version"] == layers.VERSION
+        assert saved["quantization_config"]["version"] == 2
         tiny_tokenizer(old)
         tiny_tokenizer(edited(directory, tmp_path / "new", lambda _: None))
         for place in ("old", "new"):
@@ -421,7 +425,7 @@ def edited(directory: Path, target: Path, edit: Callable[[dict[str, Any]], None]
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda q: q.update(version=7), "of low-rank format version 7, but this code reads versions 1 to 2: update"),
+        (lambda q: q.update(version=7), "of low-rank format version 7, but this code reads versions 1 to 3: update"),
         (
             lambda q: q["modules"].update({"model.x": next(iter(q["modules"].values()))}),
             "names the module model.x, which",
@@ -533,7 +537,8 @@ WITHOUT_PACKAGE = """
     del sys.modules["lowrank_compress"]
     sys.path.insert(0, sys.argv[3])
     import lowrank_compress
-    from lowrank_compress.model.layers import CompressedLinear, LowRankQuantizer
+    from lowrank_compress.shipped.linear import CompressedLinear
+    from lowrank_compress.shipped.quantizer import LowRankQuantizer
     assert AUTO_QUANTIZER_MAPPING["lowrank"] is LowRankQuantizer
     for trust in (True, None, False):
         model = transformers.AutoModelForCausalLM.from_pretrained(places[0][1], trust_remote_code=trust)
@@ -580,10 +585,11 @@ OLD_CODE = """
     for directory in (first, second, first):  # the second one's code runs for the first time when the package is there
         for trust in (True, None, False):
             assert not torch.equal(logits(directory, trust_remote_code=trust), old)
-            for table in (AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING):
-                assert table["lowrank"].__module__ == "lowrank_compress.model.layers"
+            assert AUTO_QUANTIZATION_CONFIG_MAPPING["lowrank"].__module__ == "lowrank_compress.shipped.config"
+            # By this name, under which the first versions had all in one file, their copies know it too.
+            assert AUTO_QUANTIZER_MAPPING["lowrank"].__module__ == "lowrank_compress.model.layers"
     model = AutoModelForCausalLM.from_pretrained(second, trust_remote_code=True)
-    assert type(model.model.layers[0].mlp.up_proj).__module__ == "lowrank_compress.model.layers"
+    assert type(model.model.layers[0].mlp.up_proj).__module__ == "lowrank_compress.shipped.linear"
     model.save_pretrained(second + "-again")
     torch.save((old, logits(second, trust_remote_code=True)), first + "-logits.pt")
 """
@@ -591,7 +597,7 @@ OLD_CODE = """
 
 def test_the_package_wins_over_the_code_in_a_checkpoint(checkpoint: Checkpoint, tmp_path: Path) -> None:
     """Over code of another version, which differs visibly, whichever of the two registers first."""
-    code = (ROOT / "lowrank_compress" / "model" / "layers.py").read_text(encoding="utf-8")
+    code = joined()
     last = "return y if self.bias is None else y + self.bias"
     assert code.count(last) == 1
     places = [edited(checkpoint()[0], tmp_path / name, lambda _: None) for name in ("first", "second")]
@@ -608,9 +614,9 @@ def test_the_package_wins_over_the_code_in_a_checkpoint(checkpoint: Checkpoint, 
 
 
 def test_a_later_version_is_refused_by_name(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    later = edited(checkpoint()[0], tmp_path / "later", lambda settings: settings.update(version=layers.VERSION + 1))
+    later = edited(checkpoint()[0], tmp_path / "later", lambda settings: settings.update(version=VERSION + 1))
     for trust in (None, False):
-        with pytest.raises(ValueError, match=r"of low-rank format version 3, but this code reads versions 1 to 2"):
+        with pytest.raises(ValueError, match=r"of low-rank format version 4, but this code reads versions 1 to 3"):
             AutoModelForCausalLM.from_pretrained(later, trust_remote_code=trust)
 
 
@@ -621,7 +627,7 @@ PACKAGE_FIRST = """
     assert not {"torch", "transformers"} & set(sys.modules)
     before = list(sys.meta_path)
     import transformers
-    assert "lowrank_compress.model.layers" not in sys.modules
+    assert "lowrank_compress.shipped.linear" not in sys.modules
     model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
     print(type(model.model.layers[0].mlp.up_proj).__module__)
     assert not any(type(finder).__module__ == "lowrank_compress" for finder in sys.meta_path)
@@ -641,7 +647,7 @@ PACKAGE_LAST = """
 LAYERS_DIRECTLY = """
     import sys
     sys.path.insert(0, sys.argv[2])
-    from lowrank_compress.model.layers import CompressedLinear
+    from lowrank_compress.shipped.linear import CompressedLinear
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
     print(type(model.model.layers[0].mlp.up_proj).__module__)
@@ -650,17 +656,17 @@ LAYERS_DIRECTLY = """
 
 @pytest.mark.parametrize("script", [PACKAGE_FIRST, PACKAGE_LAST, LAYERS_DIRECTLY], ids=["first", "last", "layers"])
 def test_either_order_of_imports(checkpoint: Checkpoint, tmp_path: Path, script: str) -> None:
-    assert python(script, checkpoint()[0], ROOT, cache=tmp_path).split() == ["lowrank_compress.model.layers"]
+    assert python(script, checkpoint()[0], ROOT, cache=tmp_path).split() == ["lowrank_compress.shipped.linear"]
 
 
 def test_registering_again_changes_nothing_and_a_stranger_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     before = AUTO_QUANTIZER_MAPPING["lowrank"], AUTO_QUANTIZATION_CONFIG_MAPPING["lowrank"]
-    layers.register()
-    assert before == (layers.LowRankQuantizer, layers.LowRankConfig)
+    register()
+    assert before == (LowRankQuantizer, LowRankConfig)
     assert before == (AUTO_QUANTIZER_MAPPING["lowrank"], AUTO_QUANTIZATION_CONFIG_MAPPING["lowrank"])
     monkeypatch.setitem(AUTO_QUANTIZER_MAPPING, "lowrank", AUTO_QUANTIZER_MAPPING["gptq"])
     with pytest.raises(RuntimeError, match=r"another quantizer, .*Gptq.*, is already registered as 'lowrank'"):
-        layers.register()
+        register()
 
 
 def test_a_dense_model_cannot_be_compressed_by_loading_it(tmp_path: Path) -> None:
@@ -675,4 +681,10 @@ def test_auto_map_names_only_classes_with_a_native_model(checkpoint: Checkpoint)
     assert "AutoModelForMaskedLM" not in entries
     assert "AutoConfig" not in entries
     for name, reference in entries.items():
-        assert getattr(layers, reference.split(".")[1]).auto_class == name
+        assert getattr(remote, reference.split(".")[1]).auto_class == name
+
+
+def test_every_class_of_remote_code_is_there() -> None:
+    assert {name: getattr(remote, remote_class).auto_class for name, remote_class in REMOTE_CLASSES.items()} == {
+        name: name for name in REMOTE_CLASSES
+    }

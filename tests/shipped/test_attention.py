@@ -26,16 +26,13 @@ from lowrank_compress.arch.resolve import Resolved, Target, resolve
 from lowrank_compress.model import weights
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.dense import write_dense
-from lowrank_compress.model.layers import (
-    CompressedAttention,
-    CompressedLinear,
-    LowRankConfig,
-    remote_code_entries,
-    restore_modules,
-    swap_modules,
-    write_remote_code,
-)
-from tests.model.test_loading import ROOT, python
+from lowrank_compress.shipped.attention import CompressedAttention
+from lowrank_compress.shipped.config import LowRankConfig
+from lowrank_compress.shipped.linear import CompressedLinear
+from lowrank_compress.shipped.restore import restore_modules
+from lowrank_compress.shipped.saving import remote_code_entries, write_remote_code
+from lowrank_compress.shipped.swap import swap_modules
+from tests.shipped.test_loading import ROOT, python
 from tests.tiny import MODELS, tiny_model, tiny_tokenizer
 
 torch.set_num_threads(1)

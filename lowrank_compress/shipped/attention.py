@@ -1,0 +1,225 @@
+"""The attention whose heads are narrower than stock."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterable
+from operator import attrgetter
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.cache_utils import EncoderDecoderCache
+
+from .family import PASSED_ON, attention_function, equally_wide, family
+from .traits import Traits
+
+
+class Heads(NamedTuple):
+    """How the heads of a `CompressedAttention` divide its projections: its entry in the config, its children's names.
+
+    ``o`` is empty if the output projection lies outside the attention module, which then leaves it to its parent.
+    """
+
+    heads: int
+    kv_heads: int
+    size: int
+    query_key: int
+    value: int
+    rotary: bool
+    interleaved: bool
+    q: str
+    k: str
+    v: str
+    o: str
+    traits: Traits
+
+
+class CompressedAttention(nn.Module):
+    """Self-attention whose queries and keys have one width, and its values another, smaller than the stock head's size.
+
+    It is mixed into a family's own attention class, whose attributes, children and place in the model stay; only the
+    projections are smaller. With dimensions D of a head kept in q and k, and the kept rows of v and columns of o
+    anywhere, it equals the stock attention whose other rows of q, k, v and columns of o are zero. What the family's
+    attention does beyond the usual, its `Traits` say.
+
+    Notes
+    -----
+    ``lr_rotary`` (kv_heads, query_key), int32 (int64 in version 1), is there if the family rotates queries and keys
+    and a head keeps but some dimensions or keeps them in another order. It says which dimension of the stock head each
+    kept one was, for each key-value head and its queries: the first half holds the first members i of the kept pairs,
+    the second half their partners, i + rotary / 2. Dimensions past the rotary ones are not rotated; any two of them
+    make a pair. So do dimensions of a layer that does not rotate at all.
+    """
+
+    config: Any
+    layer_idx: int
+    scaling: float
+    lr_heads: Heads
+    lr_rotary: Tensor
+    lr_stock_class: ClassVar[type[nn.Module]]
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Any = None,
+        cache: Any = None,
+        past_key_values: Any = None,
+        layer_past: Any = None,
+        cache_position: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Map (batch, tokens, hidden) to the output (batch, tokens, hidden) and, where known, attention weights.
+
+        The cache has another name in every few versions of transformers and in some families; all are taken. What
+        else comes must be in `PASSED_ON`, or be a parameter of the attention function that is in use.
+
+        Raises
+        ------
+        TypeError
+            Another argument is given: ignored, it could change the result.
+        ValueError
+            It is asked to attend to another sequence.
+        """
+        if encoder_hidden_states is not None:
+            raise ValueError("a compressed attention attends to its own sequence only, got encoder_hidden_states")
+        if unknown := {name for name, value in kwargs.items() if value is not None} - PASSED_ON:
+            self._refuse(unknown)
+        traits = self.lr_heads.traits
+        query, key, value = (states.transpose(1, 2) for states in self._project(hidden_states))
+        if position_embeddings is not None and (not traits.rotates or getattr(self, traits.rotates)):
+            query, key = self._rotate(query, key, *position_embeddings)
+        cache = next((given for given in (cache, past_key_values, layer_past) if given is not None), None)
+        if isinstance(cache, EncoderDecoderCache):
+            cache = cache.self_attention_cache
+        if cache is not None:
+            # Transformers 4 tells a static cache where the new tokens belong; 5 has no such argument.
+            places = () if cache_position is None else ({"cache_position": cache_position},)
+            key, value = cache.update(key, value, self.layer_idx, *places)
+        implementation = self.config._attn_implementation
+        if traits.reordered and implementation == "eager" and getattr(self, traits.reordered):
+            context, weights = getattr(self, "_upcast_and_reordered_attn")(query, key, value, attention_mask)  # noqa: B009
+        else:
+            context, weights = attention_function(self.lr_stock_class, implementation)(
+                self,
+                *equally_wide(query, key, value, implementation),
+                attention_mask,
+                dropout=self._dropout() if self.training else 0.0,
+                scaling=self.scaling,
+                **self._limits(),
+                **kwargs,
+            )
+        context = context[..., : self.lr_heads.value].reshape(*hidden_states.shape[:-1], -1)
+        if self.lr_heads.o:
+            context = getattr(self, self.lr_heads.o)(context)
+        if traits.output_dropout:
+            context = getattr(self, traits.output_dropout)(context)
+        return context, weights
+
+    def _refuse(self, names: Iterable[str]) -> None:
+        """Raise for the arguments among these that the attention function in use does not name."""
+        attend = attention_function(self.lr_stock_class, self.config._attn_implementation)
+        if unknown := sorted(set(names) - set(inspect.signature(attend).parameters)):
+            raise TypeError(
+                f"{type(self).__name__} got {', '.join(unknown)}, which compressed attention does not take, with "
+                f"transformers {transformers.__version__}; ignored, it could change the result. Leave it out, or "
+                "update lowrank_compress"
+            )
+
+    def _project(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        """Return queries, keys and values, each (batch, tokens, heads, width), normalised if the family does so."""
+        heads, kv_heads, _, wide, narrow, _, interleaved, q, k, v, _, traits = self.lr_heads
+        if q != k:
+            parts = tuple(getattr(self, name)(hidden) for name in (q, k, v))
+        elif interleaved:
+            fused = getattr(self, q)(hidden).unflatten(-1, (heads, -1))
+            return self._normalised(*fused.split([wide, wide, narrow], -1))
+        else:
+            parts = getattr(self, q)(hidden).split([heads * wide, kv_heads * wide, kv_heads * narrow], -1)
+        if traits.whole_norms:
+            parts = self._normalised(*parts)
+        parts = tuple(x.unflatten(-1, (n, -1)) for x, n in zip(parts, (heads, kv_heads, kv_heads), strict=True))
+        return parts if traits.whole_norms else self._normalised(*parts)
+
+    def _normalised(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        traits = self.lr_heads.traits
+        if not traits.query_norm:
+            return query, key, value
+        return getattr(self, traits.query_norm)(query), getattr(self, traits.key_norm)(key), value
+
+    def _rotate(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotate (batch, heads, tokens, query_key); `cos` and `sin` are the model's, (batch, tokens, rotary)."""
+        heads, rotary = self.lr_heads, cos.shape[-1]
+        if not heads.rotary:
+            return family(self.lr_stock_class).apply_rotary_pos_emb(query, key, cos, sin)
+        first = self.lr_rotary[:, : heads.query_key // 2].long()
+        cos, sin = cos[..., : rotary // 2], sin[..., : rotary // 2]
+        if rotary < heads.size:
+            # Pairs that are not rotated look up one more column: the cosine and sine of no rotation.
+            first = first.clamp(max=rotary // 2)
+            cos, sin = nn.functional.pad(cos, (0, 1), value=1.0), nn.functional.pad(sin, (0, 1))
+        cos, sin = (table[..., first].transpose(1, 2).unsqueeze(2) for table in (cos, sin))
+
+        def turn(states: Tensor) -> Tensor:
+            one, two = states.unflatten(1, (heads.kv_heads, -1)).chunk(2, -1)
+            return torch.cat([one * cos - two * sin, two * cos + one * sin], -1).flatten(1, 2)
+
+        return turn(query), turn(key)
+
+    def _dropout(self) -> float:
+        """Return the probability with which the stock module drops attention weights."""
+        name = self.lr_heads.traits.dropout
+        value = getattr(self, name) if name else 0.0
+        return float(getattr(value, "p", value))
+
+    def _limits(self) -> dict[str, Any]:
+        """Return what the stock module tells the attention function about its window and its soft cap."""
+        traits = self.lr_heads.traits
+        places = {"sliding_window": traits.window, "softcap": traits.soft_cap}
+        limits = {name: attrgetter(place)(self) for name, place in places.items() if place}
+        return {name: value for name, value in limits.items() if value is not None}
+
+    def stock_rows(self) -> dict[str, Tensor]:
+        """Return, for each of q, k, v or for the fused one, which row of the stock projection each row was."""
+        heads, kv_heads, size, query_key, value, rotary, interleaved, q, k, v, *_ = self.lr_heads
+        device = getattr(self, v).weight.device
+        keys = self.lr_rotary.long() if rotary else torch.arange(query_key, device=device).expand(kv_heads, -1)
+        queries = keys.repeat_interleave(heads // kv_heads, 0)
+        values = torch.arange(value, device=device).expand(kv_heads, -1)
+
+        def spread(within: Tensor, step: int) -> Tensor:
+            return (within + step * torch.arange(len(within), device=within.device)[:, None]).flatten()
+
+        if interleaved:
+            return {q: spread(torch.cat([queries, size + keys, 2 * size + values], 1), 3 * size)}
+        rows = [spread(within, size) for within in (queries, keys, values)]
+        if q == k:
+            return {q: torch.cat([rows[0], heads * size + rows[1], (heads + kv_heads) * size + rows[2]])}
+        return dict(zip((q, k, v), rows, strict=True))
+
+    def extra_repr(self) -> str:
+        """Widths, as ``print(model)`` shows them."""
+        heads = self.lr_heads
+        return f"heads={heads.heads}, kv_heads={heads.kv_heads}, query_key={heads.query_key}, value={heads.value}"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Its class has no name that pickle could look up.
+        _, _, *state = super().__reduce_ex__(protocol)
+        return (_blank_attention, (self.lr_stock_class,), *state)
+
+
+@functools.cache
+def compressed_class(stock: type[nn.Module]) -> type[CompressedAttention]:
+    """Make the subclass of a family's attention class that computes with smaller projections."""
+    return type(f"Compressed{stock.__name__}", (CompressedAttention, stock), {"lr_stock_class": stock})
+
+
+def _blank_attention(stock: type[nn.Module]) -> CompressedAttention:
+    """Make an attention without any attribute, for ``pickle`` and ``copy`` to fill."""
+    made = compressed_class(stock)
+    return made.__new__(made)

@@ -1,0 +1,1 @@
+"""The storage formats of a compressed linear layer, one a file."""

@@ -1,0 +1,120 @@
+"""What a storage format is to a compressed linear layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+INDEX_DTYPE = torch.int32
+
+
+class Part:
+    """One part of a compressed linear layer; a subclass is a storage format.
+
+    The layer multiplies its input x once with ``lr_in``, whose rows are those of all its parts. A part takes its own
+    `width` of the product, h, and emits columns of the output. Other tensors that it needs are the layer's children and
+    buffers under names that end in its suffix.
+
+    Parameters
+    ----------
+    entry : mapping
+        Of the config: ``rows``, ``format`` and the format's own `keys`.
+    suffix : str
+        Empty in a layer of one part, else ``_0``, ``_1``, ...
+
+    Attributes
+    ----------
+    format : str
+        Its name in the config.
+    keys : tuple of str
+        What its entry has beside ``rows`` and ``format``.
+    since : int
+        The first version of what a checkpoint holds that has this format.
+    reorders : bool
+        Whether its rows are emitted in another order than their own.
+    plain : bool
+        Whether what it emits is h and nothing else.
+    rows, width : int
+        Rows of the weight it stands for, and those that it takes in ``lr_in``.
+    outer : str
+        The name of the linear layer that is to follow ``lr_in``, if there is one.
+    """
+
+    format: ClassVar[str]
+    keys: ClassVar[tuple[str, ...]] = ("rank",)
+    since: ClassVar[int] = 1
+    reorders: ClassVar[bool] = False
+    plain: ClassVar[bool] = False
+
+    def __init__(self, entry: Mapping[str, Any], suffix: str) -> None:
+        self.rows, self.width, self.suffix = int(entry["rows"]), self.inner_rows(entry), suffix
+        self.outer = f"lr_out{suffix}"
+
+    @classmethod
+    def inner_rows(cls, entry: Mapping[str, Any]) -> int:
+        """Count the rows that such a part takes in ``lr_in``; there may be none."""
+        return int(entry["rank"])
+
+    @classmethod
+    def most(cls, entry: Mapping[str, Any]) -> int:
+        """Return the largest rank that such a part may have."""
+        return int(entry["rows"])
+
+    @classmethod
+    def problem(cls, entry: Mapping[str, Any]) -> str:
+        """Say why an entry with the right keys is none of this format, or nothing."""
+        rank, most = cls.inner_rows(entry), cls.most(entry)
+        if 1 <= rank <= most:
+            return ""
+        return f"the rank of a {cls.format} part of {entry['rows']} rows is from 1 to {most}, got {dict(entry)}"
+
+    def factors(self) -> dict[str, tuple[int, int]]:
+        """Name its linear layers beside ``lr_in``, none with a bias, and the shape (out, in) of each."""
+        return {}
+
+    def buffers(self, device: torch.device) -> dict[str, Tensor]:
+        """Name its buffers, with valid values to start from."""
+        return {}
+
+    def emit(self, layer: nn.Module, x: Tensor, h: Tensor) -> tuple[Tensor, ...]:
+        """Compute its columns of the output, in pieces, from x (..., in_features) and h (..., width)."""
+        raise NotImplementedError
+
+    def emitted_rows(self, layer: nn.Module, inner: Tensor) -> tuple[Tensor, ...]:
+        """Multiply out its rows of the weight, in the pieces and the order of `emit`.
+
+        `inner` (width, in_features) are its rows of ``lr_in``, in the dtype to compute in.
+        """
+        raise NotImplementedError
+
+    def order(self, layer: nn.Module, device: torch.device) -> Tensor:
+        """Return which of its rows each emitted one is: int64 (rows,)."""
+        return torch.arange(self.rows, device=device)
+
+    def check(self, layer: nn.Module, path: str) -> None:
+        """Make sure that its loaded tensors have values that it can compute with; `path` is the layer's.
+
+        Raises
+        ------
+        ValueError
+            They do not.
+        """
+
+
+def require_distinct(name: str, stored: Tensor, count: int, ascending: bool = True) -> None:
+    """Make sure that stored indices name rows of `count`, each once: others would compute something else.
+
+    Raises
+    ------
+    ValueError
+        They do not.
+    """
+    if stored.device.type == "meta" or type(stored) is not Tensor:
+        return
+    index = stored.long()
+    steps = (index if ascending else index.sort(-1).values).diff()
+    if int(index.min()) < 0 or int(index.max()) >= count or not bool((steps > 0).all()):
+        raise ValueError(f"{name} does not name distinct rows of {count}, in order: it is damaged")

@@ -1,0 +1,30 @@
+"""The matrix itself, as one part of a fused layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from .base import Part
+
+
+class Dense(Part):
+    """Emits h: the whole matrix (rows, in) is in ``lr_in``."""
+
+    format = "dense"
+    plain = True
+
+    @classmethod
+    def inner_rows(cls, entry: Mapping[str, Any]) -> int:
+        """All of them, whatever the entry's rank says."""
+        return int(entry["rows"])
+
+    def emit(self, layer: nn.Module, x: Tensor, h: Tensor) -> tuple[Tensor, ...]:
+        """H."""
+        return (h,)
+
+    def emitted_rows(self, layer: nn.Module, inner: Tensor) -> tuple[Tensor, ...]:
+        """The matrix."""
+        return (inner,)

@@ -1,0 +1,25 @@
+"""The low-rank pair: A·B."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .base import Part
+
+
+class Pair(Part):
+    """Emits A·h; B (rank, in) is in ``lr_in``, A (rows, rank) is ``lr_out``."""
+
+    format = "pair"
+
+    def factors(self) -> dict[str, tuple[int, int]]:
+        """A."""
+        return {self.outer: (self.rows, self.width)}
+
+    def emit(self, layer: nn.Module, x: Tensor, h: Tensor) -> tuple[Tensor, ...]:
+        """A·h."""
+        return (getattr(layer, self.outer)(h),)
+
+    def emitted_rows(self, layer: nn.Module, inner: Tensor) -> tuple[Tensor, ...]:
+        """A·B."""
+        return (layer.get_parameter(f"{self.outer}.weight").to(inner.dtype) @ inner,)

@@ -1,0 +1,54 @@
+"""The interpolative decomposition: some rows as they are, the others as combinations of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import INDEX_DTYPE, Part, require_distinct
+
+
+class Pivot(Part):
+    """Emits h, which are the rows ``lr_index``, and C·h, which are the others, ascending.
+
+    The pivot rows (rank, in) are in ``lr_in``, C (rows − rank, rank) is ``lr_out``. Indices are int32; int64, which
+    checkpoints of version 1 have, is taken as well.
+    """
+
+    format = "pivot"
+    reorders = True
+
+    @classmethod
+    def most(cls, entry: Mapping[str, Any]) -> int:
+        """One row at least is a combination."""
+        return int(entry["rows"]) - 1
+
+    def factors(self) -> dict[str, tuple[int, int]]:
+        """C."""
+        return {self.outer: (self.rows - self.width, self.width)}
+
+    def buffers(self, device: torch.device) -> dict[str, Tensor]:
+        """Which rows the pivots are, ascending."""
+        return {f"lr_index{self.suffix}": torch.arange(self.width, dtype=INDEX_DTYPE, device=device)}
+
+    def emit(self, layer: nn.Module, x: Tensor, h: Tensor) -> tuple[Tensor, ...]:
+        """H and C·h."""
+        return h, getattr(layer, self.outer)(h)
+
+    def emitted_rows(self, layer: nn.Module, inner: Tensor) -> tuple[Tensor, ...]:
+        """The pivot rows, and their combinations."""
+        return inner, layer.get_parameter(f"{self.outer}.weight").to(inner.dtype) @ inner
+
+    def order(self, layer: nn.Module, device: torch.device) -> Tensor:
+        """The pivots, and then the others."""
+        index = layer.get_buffer(f"lr_index{self.suffix}").to(device, torch.int64)
+        others = torch.ones(self.rows, dtype=torch.int64, device=device).scatter(0, index, 0)
+        return torch.argsort(others, stable=True)
+
+    def check(self, layer: nn.Module, path: str) -> None:
+        """Make sure that the pivots are rows, each once."""
+        name = f"lr_index{self.suffix}"
+        require_distinct(f"{path}.{name}", layer.get_buffer(name), self.rows)

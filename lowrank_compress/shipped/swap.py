@@ -1,0 +1,128 @@
+"""Compressed modules in the place of stock ones, and their check once they are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .attention import CompressedAttention, Heads, compressed_class
+from .config import LowRankConfig
+from .family import family
+from .formats.base import INDEX_DTYPE, require_distinct
+from .linear import CompressedLinear, Stock
+from .modules import dense_module, find, put, shape_of, stock_of
+from .traits import Traits, looked_up
+
+
+def swap_modules(model: nn.Module, config: LowRankConfig) -> None:
+    """Replace the modules that `config` names by uninitialised ones of its shapes, on their device and in their dtype.
+
+    Attention modules stay the objects they are; they get a class that computes with smaller projections. Paths are
+    those of the saved model (see `find`).
+
+    Raises
+    ------
+    ValueError
+        If a path leads nowhere, or to a module that is not a linear layer of the shape that the entry replaces, or not
+        an attention with such heads.
+    """
+    for path, (rows, columns, *parts) in config.dense_shapes.items():
+        name, old = find(model, path)
+        stock = stock_of(path, old)._replace(parts=parts[0] if parts else 1)
+        new = dense_module(Stock(rows, columns, stock.bias, stock.conv1d), old.weight)
+        new.lr_stock = stock
+        put(model, name, new)
+    for path, entry in config.modules.items():
+        name, old = find(model, path)
+        stock = stock_of(path, old)
+        shape = (entry["out_features"], entry["in_features"])
+        if shape != shape_of(old):
+            raise ValueError(
+                f"{path} is {shape_of(old)} (out, in) in the model, but {shape} in the checkpoint's low-rank config"
+            )
+        new = CompressedLinear(**entry, stock=stock, device=old.weight.device, dtype=old.weight.dtype)
+        put(model, name, new.train(old.training))
+    for path, entry in config.attention.items():
+        _swap_attention(model, path, entry)
+
+
+def _swap_attention(model: nn.Module, path: str, entry: Mapping[str, Any]) -> None:
+    """Let the attention at `path` compute with the projections that are in place."""
+    module = find(model, path)[1]
+    heads = _heads(path, module, entry)
+    if problem := _problem(module, heads):
+        raise ValueError(f"{path} of the low-rank config: {problem}")
+    places = entry["projections"]
+    linear = {role: find(model, place)[1] for role, place in places.items()}
+
+    def check(role: str, side: int, kept: int, stock: int) -> None:
+        found = shape_of(linear[role])[side], stock_of(places[role], linear[role])[side]
+        if found != (kept, stock):
+            raise ValueError(
+                f"{places[role]} has {found[0]} {('rows', 'columns')[side]}, stock {found[1]}; the heads in the "
+                f"low-rank config need {kept}, stock {stock}"
+            )
+
+    rows = (heads.heads * heads.query_key, heads.kv_heads * heads.query_key, heads.kv_heads * heads.value)
+    stock_rows = tuple(heads.size * n for n in (heads.heads, heads.kv_heads, heads.kv_heads))
+    if heads.q == heads.k:
+        check("q", 0, sum(rows), sum(stock_rows))
+    else:
+        for role, kept, stock in zip("qkv", rows, stock_rows, strict=True):
+            check(role, 0, kept, stock)
+    check("o", 1, heads.heads * heads.value, heads.heads * heads.size)
+    if heads.value < heads.size:
+        output, stock = linear["o"], stock_of(places["o"], linear["o"])._replace(groups=heads.heads)
+        setattr(output, "stock" if isinstance(output, CompressedLinear) else "lr_stock", stock)
+    module.__class__ = compressed_class(type(module))
+    module.lr_heads = heads
+    if heads.rotary:
+        index = torch.zeros(heads.kv_heads, heads.query_key, dtype=INDEX_DTYPE, device=linear["q"].weight.device)
+        module.register_buffer("lr_rotary", index)
+
+
+def _heads(path: str, module: nn.Module, entry: Mapping[str, Any]) -> Heads:
+    """Read an attention's entry."""
+    places = entry["projections"]
+    children = {role: p.removeprefix(f"{path}.") if p.startswith(f"{path}.") else "" for role, p in places.items()}
+    fields: dict[str, Any] = {name: value for name, value in entry.items() if name not in ("projections", "traits")}
+    fields |= children
+    return Heads(**fields, traits=Traits(**entry["traits"]) if "traits" in entry else looked_up(module))
+
+
+def _problem(module: Any, heads: Heads) -> str:
+    """Say why a module cannot compute with such heads, or nothing."""
+    own, traits = family(type(module)), heads.traits
+    rotates = hasattr(own, "apply_rotary_pos_emb")
+    if not hasattr(own, "eager_attention_forward") or not hasattr(module, "scaling"):
+        return f"a {type(module).__name__} is not an attention that can be made smaller"
+    if getattr(module, "num_key_value_groups", heads.heads // heads.kv_heads) != heads.heads // heads.kv_heads:
+        return f"the model shares a key-value head among {module.num_key_value_groups} heads"
+    if heads.rotary and not rotates:
+        return f"a {type(module).__name__} has no rotary embedding"
+    if traits.query_norm and (heads.rotary or heads.query_key < heads.size):
+        return "queries and keys with norms of their own must keep their heads as they are"
+    if rotates and heads.query_key < heads.size and not heads.rotary:
+        return "queries and keys that are rotated and smaller need rotary indices"
+    return traits.lacking(module)
+
+
+def check_indices(model: nn.Module) -> None:
+    """Make sure that stored indices name rows that there are, each once: others would compute something else.
+
+    Raises
+    ------
+    ValueError
+        They do not.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, CompressedLinear):
+            for part in module.parts:
+                part.check(module, path)
+        elif isinstance(module, CompressedAttention) and module.lr_heads.rotary:
+            # Pivot rows come in their order; those of a head's pairs in any.
+            size = module.lr_heads.size
+            require_distinct(f"{path}.lr_rotary", module.get_buffer("lr_rotary"), size, ascending=False)

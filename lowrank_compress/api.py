@@ -31,9 +31,9 @@ from lowrank_compress.resources.workers import workers_of
 from lowrank_compress.stages import pipeline
 from lowrank_compress.stages.contamination import refuse_calibration_text
 from lowrank_compress.stages.environment import compute_device
-from lowrank_compress.stages.factorize import REPORT
 from lowrank_compress.stages.plan import make_plan
 from lowrank_compress.stages.reach import check_ratio
+from lowrank_compress.stages.report import REPORT
 from lowrank_compress.stages.reporting import Reporter, Silent
 from lowrank_compress.stages.run import Run
 from lowrank_compress.stages.sizing import roomy
@@ -274,7 +274,7 @@ def run_evaluation(
     if not force:
         refuse_calibration_text(Path(target), config)
     with working(run if run.exists() else None) as resources:
-        return pipeline.evaluate_target(target, config, reporter, resources=resources)
+        return dict(pipeline.evaluate_target(target, config, reporter, resources=resources).report)
 
 
 def load(path: Place, **options: Any) -> PreTrainedModel:

@@ -7,7 +7,8 @@ new calibration.
 from __future__ import annotations
 
 import reprlib
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from typing_extensions import Self
@@ -38,8 +39,11 @@ class Strict(BaseModel):
         return self
 
 
-def evaluate_config(where: str, **options: Any) -> EvaluateConfig:
-    """Make the config of an evaluation; `where` says where the options are from.
+Config = TypeVar("Config", bound=Strict)
+
+
+def stage_config(kind: type[Config], where: str, options: Mapping[str, Any]) -> Config:
+    """Make the config of a stage; `where` says where the options are from.
 
     Raises
     ------
@@ -47,9 +51,14 @@ def evaluate_config(where: str, **options: Any) -> EvaluateConfig:
         An option is unknown, or a value is out of range.
     """
     try:
-        return EvaluateConfig(**options)
+        return kind(**options)
     except ValidationError as problem:
-        raise InputError(f"{where}: {explain(problem, EvaluateConfig)}") from None
+        raise InputError(f"{where}: {explain(problem, kind)}") from None
+
+
+def evaluate_config(where: str, **options: Any) -> EvaluateConfig:
+    """Make the config of an evaluation, as `stage_config` does."""
+    return stage_config(EvaluateConfig, where, options)
 
 
 def option_of(error: Any) -> str:

@@ -43,7 +43,7 @@ def test_a_gpu_run_equals_a_cpu_run(tmp_path: Path, method: str, model_type: str
         matrices = read_json(run.model / "lowrank.json")["matrices"]
         losses.append([matrix["predicted_loss"] for matrix in matrices.values()])
         config = EvaluateConfig(perplexity=(str(text),), seq_len=32, device=device)
-        (found,) = pipeline.evaluate_target(str(run.model), config)["perplexity"].values()
+        (found,) = pipeline.evaluate_target(str(run.model), config).report["perplexity"].values()
         perplexities.append(found["compressed"])
     assert losses[1] == pytest.approx(losses[0], rel=1e-3, abs=1e-9)
     assert perplexities[1] == pytest.approx(perplexities[0], rel=1e-3)

@@ -110,7 +110,7 @@ def _base(targets: Sequence[str], against: str | None) -> tuple[str, Path]:
                 "--against."
             )
         index = run.finished().index
-        found.setdefault((index["base"], index.get("revision")), target)
+        found.setdefault((index.base, index.revision), target)
     if len(found) > 1:
         named = ", ".join(f"{target} from {base}" for (base, _), target in found.items())
         raise InputError(f"The runs were made from different checkpoints: {named}. Pass one of them by --against.")

@@ -14,9 +14,9 @@ from lowrank_compress.artifacts.directories import refuse_unsafe
 from lowrank_compress.artifacts.documents import read_json
 from lowrank_compress.artifacts.lock import locked
 from lowrank_compress.cli.terminal import IS_FIRST, TerminalReporter, console
-from lowrank_compress.config import EvaluateConfig
+from lowrank_compress.config import COMMAND_LINE, EvaluateConfig, stage_config
 from lowrank_compress.demo import text as demo_text
-from lowrank_compress.errors import ArtifactError
+from lowrank_compress.errors import ArtifactError, InputError
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.dense import write_dense
 from lowrank_compress.model.locate import locate
@@ -25,17 +25,17 @@ from lowrank_compress.resources.memory import keep_freed
 from lowrank_compress.resources.resources import Resources
 from lowrank_compress.resources.workers import started
 from lowrank_compress.shipped.config import REMOTE_FILE
-from lowrank_compress.stages import calibrate as calibrate_stage
 from lowrank_compress.stages import pipeline
-from lowrank_compress.stages import score as score_stage
+from lowrank_compress.stages.chain import beside, extend
 from lowrank_compress.stages.environment import compute_device
 from lowrank_compress.stages.plan import Plan, make_plan
 from lowrank_compress.stages.reach import check_ratio
 from lowrank_compress.stages.refresh import checkpoint_of
 from lowrank_compress.stages.refresh import refresh as refresh_code
-from lowrank_compress.stages.run import Run
+from lowrank_compress.stages.run import Finished, Run
 from lowrank_compress.stages.sizing import dry_run as plan_sizes
 from lowrank_compress.stages.sizing import roomy
+from lowrank_compress.stages.table import STAGES, directories
 
 
 def device_name(device: str | None) -> str:
@@ -101,14 +101,8 @@ def calibrate(
         if roomy(plan, resources):
             keep_freed()
         resources.workers.once(lambda: pipeline.claim(run, plan, overwrite=overwrite))
-        manifest = calibrate_stage.run(
-            plan.calibrate,
-            calibrate_stage.Inputs(plan.checkpoint),
-            run.statistics,
-            reporter,
-            resources=resources,
-            overwrite=overwrite,
-        )
+        stage = STAGES["calibrate"]
+        manifest = pipeline.step(stage, plan, run, reporter, resources=resources, overwrite=overwrite)
     return {"run": str(run.path), "stage": "calibrate", "id": manifest.id, **manifest.report}
 
 
@@ -123,8 +117,7 @@ def score(path: Path, given: dict[str, Any], overwrite: bool, reporter: Terminal
     run = Run(path)
     plan = _changed_plan(run, given)
     with _working(run) as resources:
-        inputs = pipeline.inputs_of_score(plan, run)
-        manifest = score_stage.run(plan.score, inputs, run.scores, reporter, resources=resources, overwrite=overwrite)
+        manifest = pipeline.step(STAGES["score"], plan, run, reporter, resources=resources, overwrite=overwrite)
         resources.workers.once(lambda: pipeline.claim(run, plan, overwrite=True))
     return {"run": str(run.path), "stage": "score", "id": manifest.id, **manifest.report}
 
@@ -141,6 +134,43 @@ def factorize(path: Path, given: dict[str, Any], overwrite: bool, reporter: Term
     return _shown(api.result_of(run, manifest))
 
 
+def follow(
+    name: str, target: str, options: dict[str, Any], out: Path | None, overwrite: bool, reporter: TerminalReporter
+) -> dict[str, Any]:
+    """Run a stage that makes a checkpoint from a checkpoint: in a run, or beside any compressed checkpoint.
+
+    Raises
+    ------
+    LrcError
+        An option cannot be used, the target is neither, or something else is where the checkpoint is to be.
+    """
+    stage, run = STAGES[name], Run(Path(target))
+    config = stage_config(stage.config, COMMAND_LINE, options)
+    if run.exists() and out is None:
+        with _working(run) as resources:
+            manifest = extend(run, stage, config, reporter, resources=resources, overwrite=overwrite)
+        place = run.path / stage.directory
+        return {"run": str(run.path), "stage": name, "id": manifest.id, "model": str(place), **manifest.report}
+    if out is None:
+        raise InputError(f"{target} is no run, so that the place of the result must be named: pass --out DIRECTORY.")
+    final = run.finished() if run.exists() else None
+    source = final.path if final else locate(target)
+    refuse_unsafe(out, "--out", **_precious(source, run, final))
+    with _working(None) as resources:
+        manifest = beside(source, stage, config, out, reporter, resources=resources, overwrite=overwrite)
+    return {"stage": name, "id": manifest.id, "model": str(out), **manifest.report}
+
+
+def _precious(source: Path, run: Run, final: Finished | None) -> dict[str, Path]:
+    """Name what must not be written over where a checkpoint is the source: that, and all of its run."""
+    precious = {"the_compressed_checkpoint": source}
+    if final is not None:
+        base = Path(final.index.base)
+        precious |= {"its_original": base} if base.is_dir() else {}
+        precious |= {f"the_run's_{path.name}": path for path in directories(run)}
+    return precious
+
+
 def evaluate(target: str, config: EvaluateConfig, force: bool, reporter: TerminalReporter) -> dict[str, Any]:
     """Run the fourth stage on a run or a checkpoint."""
     metrics = api.run_evaluation(target, config, force=force, reporter=reporter)
@@ -151,15 +181,9 @@ def evaluate(target: str, config: EvaluateConfig, force: bool, reporter: Termina
 def export_dense(target: str, out: Path, overwrite: bool, reporter: TerminalReporter) -> None:
     """Write the dense checkpoint of compressed weights."""
     run = Run(Path(target))
-    is_run = run.exists()
-    final = run.finished() if is_run else None
+    final = run.finished() if run.exists() else None
     source = Checkpoint(final.path if final else locate(target))
-    precious = {"the_compressed_checkpoint": source.path}
-    if final is not None:
-        base = Path(final.index["base"])
-        precious |= {"its_original": base} if base.is_dir() else {}
-        precious |= {f"the_run's_{path.name}": path for path in run.parts}
-    refuse_unsafe(out, "--dense", **precious)
+    refuse_unsafe(out, "--dense", **_precious(source.path, run, final))
     write_dense(source, out, lambda done, total: reporter.advance("export", done, total), overwrite=overwrite)
     console().print(f"Dense checkpoint: {out}")
 

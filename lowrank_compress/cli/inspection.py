@@ -12,7 +12,7 @@ from lowrank_compress.errors import ArtifactError, InputError
 from lowrank_compress.registry import unknown
 
 KINDS = {"dense": "N-LRC", "width": "narrow"}
-LISTS = ("methods", "allocators", "architectures")
+LISTS = ("methods", "allocators", "architectures", "stages")
 
 
 def list_entries(what: str, as_json: bool) -> None:
@@ -41,6 +41,11 @@ def list_entries(what: str, as_json: bool) -> None:
             ]
             for name, a in ARCHITECTURES.items()
         ]
+    elif what == "stages":
+        from lowrank_compress.stages.table import in_order
+
+        columns = ["stage", "command", "directory in a run", "starts from", "version", "what it leaves"]
+        rows = [[s.name, f"lrc {s.command}", s.directory, s.reads, str(s.version), s.help] for s in in_order()]
     else:
         raise InputError(unknown("list", what, LISTS))
     if as_json:
@@ -52,7 +57,7 @@ def list_entries(what: str, as_json: bool) -> None:
 def show(target: str, as_json: bool) -> None:
     """Print every matrix of a run or compressed checkpoint."""
     from lowrank_compress.cli.commands import read_report
-    from lowrank_compress.stages.factorize import REPORT
+    from lowrank_compress.stages.report import REPORT
     from lowrank_compress.stages.run import Run
 
     run = Run(Path(target))

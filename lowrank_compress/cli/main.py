@@ -152,6 +152,34 @@ def factorize(
         printing.print_result(result, json)
 
 
+@app.command()
+def cast(
+    target: Annotated[str, typer.Argument(help="A run directory or a compressed checkpoint.", show_default=False)],
+    dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16 or float64", show_default=False)],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            parser=o.a_path,
+            metavar="PATH",
+            help="New directory for the checkpoint (default, for a run: RUN/cast, from then on its final one)",
+            show_default=False,
+        ),
+    ] = None,
+    overwrite: o.Overwrite = False,
+    json: o.Json = False,
+    debug: o.Debug = False,
+) -> None:
+    """Store a compressed checkpoint in another dtype; in a run, the result becomes its final checkpoint."""
+    with friendly(debug):
+        prepare_libraries()
+        from lowrank_compress.cli import commands, printing
+
+        with reported() as reporter:
+            result = commands.follow("cast", target, {"dtype": dtype}, out, overwrite, reporter)
+        printing.print_stage(result, json)
+
+
 @app.command("eval")
 def evaluate(
     target: Annotated[
@@ -230,7 +258,7 @@ def show(
 
 @app.command("list")
 def list_entries(
-    what: Annotated[str, typer.Argument(help="methods, allocators or architectures.", show_default=False)],
+    what: Annotated[str, typer.Argument(help="methods, allocators, architectures or stages.", show_default=False)],
     json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:

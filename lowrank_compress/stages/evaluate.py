@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from lowrank_compress.artifacts.directories import keep_aside, refuse_link
 from lowrank_compress.artifacts.documents import canonical_hash, read_json, write_json
 from lowrank_compress.artifacts.files import sha256
-from lowrank_compress.artifacts.manifest import Key, altered, commit, committed, read_manifest
+from lowrank_compress.artifacts.manifest import Key, Manifest, altered, commit, committed, read_manifest
 from lowrank_compress.calibration.sources import Source, pieces, read_examples
 from lowrank_compress.calibration.tokens import (
     bos_of,
@@ -41,38 +41,20 @@ from lowrank_compress.resources.workers import Workers
 from lowrank_compress.stages.environment import environment
 from lowrank_compress.stages.identity import checkpoint_id, source_id
 from lowrank_compress.stages.reporting import Reporter, Silent
+from lowrank_compress.stages.stage import Given
 
 VERSION = 2
 METRICS = "metrics.json"
 RATIOS = ("asked_ratio", "reached_ratio", "ratio_of")
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What the stage reads.
-
-    Attributes
-    ----------
-    checkpoint
-        The checkpoint to measure.
-    dense
-        The dense original to measure beside it; None to measure the checkpoint alone.
-    sizes
-        Asked and reached ratio of a run, for the report.
-    """
-
-    checkpoint: Checkpoint
-    dense: Checkpoint | None = None
-    sizes: Mapping[str, Any] | None = None
-
-
-def key(config: EvaluateConfig, inputs: Inputs) -> Key:
+def key(config: EvaluateConfig, inputs: Given) -> Key:
     """Everything that the numbers depend on; texts count by content."""
     found = {"checkpoint": checkpoint_id(inputs.checkpoint)}
     if inputs.dense is not None:
         found["dense"] = checkpoint_id(inputs.dense)
-    if inputs.sizes is not None:
-        found["ratios"] = canonical_hash({name: inputs.sizes[name] for name in RATIOS})
+    if ratios := _ratios(inputs):
+        found["ratios"] = canonical_hash(ratios)
     for name in config.perplexity:
         found[f"perplexity:{name}"] = source_id(Source(name, config.text_column))
     if config.classification is not None:
@@ -85,14 +67,19 @@ def key(config: EvaluateConfig, inputs: Inputs) -> Key:
     return Key("evaluate", VERSION, config.model_dump(mode="json"), found)
 
 
+def _ratios(inputs: Given) -> dict[str, Any]:
+    """What was asked for and reached, if that is known."""
+    return {name: inputs.report[name] for name in RATIOS if name in inputs.report} if inputs.report else {}
+
+
 def run(
     config: EvaluateConfig,
-    inputs: Inputs,
+    inputs: Given,
     out_dir: Path | None,
     reporter: Reporter | None = None,
     *,
     resources: Resources = Resources(),
-) -> dict[str, Any]:
+) -> Manifest:
     """Evaluate, and where there is a directory for it, keep the result.
 
     Parameters
@@ -109,8 +96,9 @@ def run(
 
     Returns
     -------
-    dict
-        ``perplexity``, ``classification``, ``tasks``, ``size``: see the command's ``--json``.
+    Manifest
+        Its report holds the measurements, ``perplexity``, ``classification``, ``tasks`` and ``size``: see the command's
+        ``--json``. On disk they are in metrics.json, as some may be no numbers.
 
     Raises
     ------
@@ -124,7 +112,7 @@ def run(
         # What was edited is no measurement: it is kept aside and measured anew.
         found = workers.once(lambda: committed(out_dir / identity.id, identity, overwrite=True))
         if found is not None:
-            return read_json(out_dir / identity.id / METRICS)
+            return replace(found, report=read_json(out_dir / identity.id / METRICS))
     metrics: dict[str, Any] = {"perplexity": {}, "classification": {}, "tasks": {}}
     models = _models(inputs)
     for role, checkpoint in models.items():
@@ -138,18 +126,19 @@ def run(
                 slot |= {role: values["value"]} | shared
     metrics["size"] = size_report(inputs)
 
-    def keep() -> dict[str, Any]:
-        if out_dir is not None:
-            before = merged(out_dir)
-            _write_json(out_dir / identity.id / METRICS, metrics, ours=metrics)
-            commit(out_dir / identity.id, identity, [METRICS], {}, environment(config.device))
-            _write_json(out_dir / METRICS, merged(out_dir), ours=before)
-        return metrics
+    def keep() -> Manifest:
+        if out_dir is None:
+            return Manifest(identity, report=metrics, environment=environment(config.device))
+        before = merged(out_dir)
+        _write_json(out_dir / identity.id / METRICS, metrics, ours=metrics)
+        made = commit(out_dir / identity.id, identity, [METRICS], {}, environment(config.device))
+        _write_json(out_dir / METRICS, merged(out_dir), ours=before)
+        return replace(made, report=metrics)
 
     return workers.once(keep)
 
 
-def _models(inputs: Inputs) -> dict[str, Checkpoint]:
+def _models(inputs: Given) -> dict[str, Checkpoint]:
     if inputs.dense is None:
         compressed = inputs.checkpoint.quantization is not None
         return {"compressed" if compressed else "dense": inputs.checkpoint}
@@ -248,7 +237,7 @@ def _run_tasks(
     return {task: {"value": values} for task, values in found.items()}
 
 
-def size_report(inputs: Inputs) -> dict[str, Any]:
+def size_report(inputs: Given) -> dict[str, Any]:
     """Sizes of the dense and the compressed checkpoint, and the share removed."""
     sizes = {role: measure_size(checkpoint) for role, checkpoint in _models(inputs).items()}
     report: dict[str, Any] = {
@@ -264,9 +253,7 @@ def size_report(inputs: Inputs) -> dict[str, Any]:
     if len(sizes) == 2:
         for values in report.values():
             values["ratio"] = 1 - values["compressed"] / values["dense"] if values["dense"] else 0.0
-    if inputs.sizes is not None:
-        report |= {name: inputs.sizes[name] for name in RATIOS}
-    return report
+    return report | _ratios(inputs)
 
 
 def _write_json(path: Path, value: dict[str, Any], *, ours: dict[str, Any]) -> None:

@@ -38,12 +38,11 @@ from lowrank_compress.stages.encode import Encoder
 from lowrank_compress.stages.environment import environment
 from lowrank_compress.stages.identity import checkpoint_id
 from lowrank_compress.stages.ranks import RANKS, in_storage, read_ranks, require_kept
-from lowrank_compress.stages.report import block_losses, model_card, summary
+from lowrank_compress.stages.report import REPORT, block_losses, facts, model_card, summary
 from lowrank_compress.stages.reporting import Reporter, Silent
 from lowrank_compress.stages.run import require_alone
 
 VERSION = 5
-REPORT = "lowrank.json"
 
 
 @dataclass(frozen=True)
@@ -192,20 +191,7 @@ def _write(
         out_dir,
         identity,
         outputs,
-        {
-            name: report[name]
-            for name in (
-                "asked_ratio",
-                "reached_ratio",
-                "ratio_of",
-                "stored_elements",
-                "claimed_elements",
-                "stored_bytes",
-                "claimed_bytes",
-                "reached_ratio_bytes",
-            )
-        }
-        | {"shards": len(shards)},
+        facts(report) | {"shards": len(shards)},
         environment(config.device),
     )
 

@@ -6,24 +6,26 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_compress.artifacts.directories import keep_aside
-from lowrank_compress.artifacts.documents import read_sealed, write_sealed
 from lowrank_compress.artifacts.files import sweep, write_text
-from lowrank_compress.artifacts.manifest import Key, Manifest, difference, read_manifest
+from lowrank_compress.artifacts.manifest import Manifest, difference
 from lowrank_compress.config import EvaluateConfig
-from lowrank_compress.errors import ArtifactError, CalibrationError, InputError
+from lowrank_compress.errors import ArtifactError, InputError
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.locate import locate
-from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.recipe import Recipe
 from lowrank_compress.recipefile import read_recipe_file
 from lowrank_compress.resources.resources import Resources
-from lowrank_compress.stages import calibrate, evaluate, factorize, score
+from lowrank_compress.stages import calibrate, score
 from lowrank_compress.stages.bases import Bases
+from lowrank_compress.stages.chain import record
 from lowrank_compress.stages.identity import checkpoint_id, display_name
+from lowrank_compress.stages.index import Index, Link, read_index
+from lowrank_compress.stages.inputs import inputs_of_score
 from lowrank_compress.stages.plan import Plan
 from lowrank_compress.stages.reporting import Reporter, Silent
 from lowrank_compress.stages.run import Run, recipe_state, recipe_text
-from lowrank_compress.stages.samples import held_out_batches
+from lowrank_compress.stages.stage import Given, Stage
+from lowrank_compress.stages.table import STAGES, directories
 
 
 def default_run(recipe: Recipe) -> Path:
@@ -45,7 +47,7 @@ def claim(run: Run, plan: Plan, *, overwrite: bool) -> None:
         It holds something else, or the run of another recipe.
     """
     refuse_foreign(run)
-    for directory in (run.path, run.statistics, run.scores, run.work):
+    for directory in (run.path, *directories(run)):
         sweep(directory)
     mine = plan.resolved()
     state = recipe_state(run.recipe)
@@ -89,29 +91,6 @@ def refuse_foreign(run: Run) -> None:
         )
 
 
-def inputs_of_score(plan: Plan, run: Run) -> score.Inputs:
-    """What the score stage reads in this run."""
-
-    def held_out() -> list[Batch]:
-        return held_out_batches(plan.calibrate, plan.checkpoint)
-
-    calibration = _calibration(plan, run)
-    return score.Inputs(plan.checkpoint, calibration, run.statistics, held_out if plan.held_out else None)
-
-
-def _calibration(plan: Plan, run: Run) -> Key:
-    """The key of the calibration; where its text is gone, that of the one that was made, if all else is the same."""
-    inputs = calibrate.Inputs(plan.checkpoint)
-    try:
-        return calibrate.key(plan.calibrate, inputs)
-    except CalibrationError:
-        made = read_manifest(run.statistics)
-        text = None if made is None else made.key.inputs.get("text")
-        if made is None or text is None or calibrate.key(plan.calibrate, inputs, text) != made.key:
-            raise
-        return made.key
-
-
 def compress(
     plan: Plan,
     run: Run,
@@ -150,16 +129,16 @@ def compress(
     if found is None:
         keep_statistics = keep_statistics or workers.once(lambda: calibrate.kept(run.statistics, inputs.calibration))
         bases = Bases(plan.score, plan.checkpoint, inputs.calibration.id, run.scores, resources=resources)
-        calibrate.run(
-            plan.calibrate,
-            calibrate.Inputs(plan.checkpoint),
-            run.statistics,
+        step(
+            STAGES["calibrate"],
+            plan,
+            run,
             reporter,
             sink=None if keep_statistics else bases,
             resources=resources,
             overwrite=overwrite,
         )
-        score.run(plan.score, inputs, run.scores, reporter, resources=resources, overwrite=overwrite)
+        step(STAGES["score"], plan, run, reporter, resources=resources, overwrite=overwrite)
     return finish(plan, run, reporter, resources=resources, overwrite=overwrite)
 
 
@@ -172,30 +151,42 @@ def finish(
     overwrite: bool = False,
 ) -> Manifest:
     """Factorize and name the final checkpoint in run.json."""
-    inputs = factorize.Inputs(plan.checkpoint, run.scores)
-    manifest = factorize.run(plan.factorize, inputs, run.model, reporter, resources=resources, overwrite=overwrite)
-    index = {
-        "schema": 1,
-        "model": run.model.name,
-        "base": plan.resolved().model,
-        "revision": plan.recipe.revision,
-        "base_id": checkpoint_id(plan.checkpoint),
-        "id": manifest.id,
-    }
-    resources.workers.once(lambda: _write_index(run.index, index))
+    stage = STAGES["factorize"]
+    manifest = step(stage, plan, run, reporter, resources=resources, overwrite=overwrite)
+    link = Link(stage.name, stage.directory, manifest.id)
+    resources.workers.once(lambda: _begin_chain(plan, run, link, reporter or Silent()))
     return manifest
 
 
-def _write_index(path: Path, index: dict[str, Any]) -> None:
-    """Write run.json; one that was changed is kept aside."""
+def _begin_chain(plan: Plan, run: Run, link: Link, reporter: Reporter) -> None:
+    """Write run.json; what later stages made from this very checkpoint stays in it."""
     try:
-        read_sealed(path)
+        chain = read_index(run.index).chain
     except ArtifactError:
-        keep_aside(path)
-    write_sealed(path, index)
+        chain = ()
+    if link.stage not in [each.stage for each in chain]:
+        chain = ()
+    base, revision = plan.resolved().model, plan.recipe.revision
+    record(run, Index(base, revision, checkpoint_id(plan.checkpoint), chain), link, reporter)
 
 
-def evaluation_inputs(target: str, trust_remote_code: bool) -> tuple[evaluate.Inputs, Path | None]:
+def step(
+    stage: Stage,
+    plan: Plan,
+    run: Run,
+    reporter: Reporter | None = None,
+    *,
+    resources: Resources = Resources(),
+    overwrite: bool = False,
+    **more: Any,
+) -> Manifest:
+    """Run a stage of the recipe; `more` are options of its own."""
+    (config,) = (one for one in (plan.calibrate, plan.score, plan.factorize) if isinstance(one, stage.config))
+    inputs, out_dir = stage.inputs(plan, run), run.path / stage.directory
+    return stage.run(config, inputs, out_dir, reporter, resources=resources, overwrite=overwrite, **more)
+
+
+def evaluation_inputs(target: str, trust_remote_code: bool) -> tuple[Given, Path | None]:
     """What to evaluate for a target, and where to keep it: a run with its dense original, or any checkpoint.
 
     Raises
@@ -205,21 +196,21 @@ def evaluation_inputs(target: str, trust_remote_code: bool) -> tuple[evaluate.In
     """
     run = Run(Path(target))
     if not run.exists():
-        return evaluate.Inputs(Checkpoint(locate(target, None, trust_remote_code), trust_remote_code)), None
+        return Given(Checkpoint(locate(target, None, trust_remote_code), trust_remote_code)), None
     final = run.finished()
-    base = final.index["base"]
-    dense = Checkpoint(locate(base, final.index.get("revision"), trust_remote_code), trust_remote_code)
-    if checkpoint_id(dense) != final.index["base_id"]:
+    base = final.index.base
+    dense = Checkpoint(locate(base, final.index.revision, trust_remote_code), trust_remote_code)
+    if checkpoint_id(dense) != final.index.base_id:
         raise ArtifactError(
             f"{base} is not the checkpoint that {target} was made from: its files have changed since. Restore "
             f"it, or evaluate {final.path} by itself."
         )
-    return evaluate.Inputs(Checkpoint(final.path), dense, final.manifest.report), run.evaluations
+    return Given(Checkpoint(final.path), final.manifest.report, dense), run.evaluations
 
 
 def evaluate_target(
     target: str, config: EvaluateConfig, reporter: Reporter | None = None, *, resources: Resources = Resources()
-) -> dict[str, Any]:
-    """Evaluate a run or a checkpoint."""
+) -> Manifest:
+    """Evaluate a run or a checkpoint; the manifest's report holds the measurements."""
     inputs, out_dir = evaluation_inputs(target, config.trust_remote_code)
-    return evaluate.run(config, inputs, out_dir, reporter, resources=resources)
+    return STAGES["evaluate"].run(config, inputs, out_dir, reporter, resources=resources)

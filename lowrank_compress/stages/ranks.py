@@ -39,6 +39,12 @@ def entry_of(unit: Unit, choice: Choice) -> dict[str, Any]:
     return {"format": choice.format, **dict(named)}
 
 
+def choice_of(unit: Unit, entry: Mapping[str, Any]) -> Choice:
+    """Read what `entry_of` spelled."""
+    form = entry["format"]
+    return DENSE if form == "dense" else Choice(form, tuple(entry[name] for name in unit.parameters(form)))
+
+
 def read_ranks(path: Path, sites: Sequence[Site]) -> dict[str, Choice]:
     """Read ranks.json and check that it fits a model: of each part of a block it has the units of one alternative.
 

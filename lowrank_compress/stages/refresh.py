@@ -21,6 +21,7 @@ from lowrank_compress.errors import ArtifactError, CheckpointError, InputError
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.shipped.config import REMOTE_FILE, VERSION
 from lowrank_compress.shipped.saving import REMOTE_CLASSES, remote_code
+from lowrank_compress.stages.index import read_index
 from lowrank_compress.stages.run import Run
 
 Code = Literal["ours", "older code", "newer code"]
@@ -56,7 +57,7 @@ def code_of(directory: Path, manifest: Manifest | None) -> Code:
 
 
 def checkpoint_of(target: Path) -> tuple[Run | None, Path]:
-    """Find the run, if there is one, and the checkpoint that a target means: a run, its model/, or another checkpoint.
+    """Find the run, if there is one, and the checkpoint that a target means: a run, one of its own, or another one.
 
     Raises
     ------
@@ -67,11 +68,18 @@ def checkpoint_of(target: Path) -> tuple[Run | None, Path]:
     """
     if not target.is_dir():
         raise InputError(f"There is no directory {target}; expected a run or a compressed checkpoint on this machine.")
-    inside = Run(target.absolute().parent)
-    if inside.model.name == target.absolute().name and inside.exists():
-        return inside, inside.finished(editable=(REMOTE_FILE,)).path
+    inside, name = Run(target.absolute().parent), target.absolute().name
+    if inside.exists() and inside.index.exists() and name in (chain := _directories(inside)):
+        return inside, inside.finished(editable=(REMOTE_FILE,), before=chain[name]).path
     run = Run(target)
     return (run, run.finished(editable=(REMOTE_FILE,)).path) if run.exists() else (None, target)
+
+
+def _directories(run: Run) -> dict[str, str | None]:
+    """Name the directories of a run's checkpoints, and for each the stage that came after it, if one did."""
+    chain = read_index(run.index).chain
+    after = [*(link.stage for link in chain[1:]), None]
+    return {link.directory: stage for link, stage in zip(chain, after, strict=True)}
 
 
 def refresh(directory: Path) -> tuple[bool, Path | None]:

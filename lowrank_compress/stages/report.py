@@ -11,12 +11,24 @@ from torch import Tensor
 
 from lowrank_compress.allocation.choice import Choice, Choices
 from lowrank_compress.artifacts.manifest import Manifest
-from lowrank_compress.config import FactorizeConfig
+from lowrank_compress.config import FactorizeConfig, Scheme
 from lowrank_compress.evaluation.size import measure_size, weight_bytes
+from lowrank_compress.methods.sites import all_units, sites_of
 from lowrank_compress.methods.units import Unit, dense_elements, price_of
 from lowrank_compress.model.blueprint import Blueprint
 from lowrank_compress.stages.bases import predicted_losses
-from lowrank_compress.stages.ranks import entry_of
+from lowrank_compress.stages.ranks import choice_of, entry_of
+
+REPORT = "lowrank.json"
+_FACTS = (
+    *("asked_ratio", "reached_ratio", "ratio_of", "stored_elements", "claimed_elements"),
+    *("stored_bytes", "claimed_bytes", "reached_ratio_bytes"),
+)
+
+
+def facts(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Take from lowrank.json what the manifest of its checkpoint repeats, as far as it is there."""
+    return {name: report[name] for name in _FACTS if name in report}
 
 
 def block_losses(
@@ -82,6 +94,41 @@ def summary(
         "stored_bytes": after,
         "reached_ratio_bytes": 1 - (after + others * itemsize) / whole,
         "unit": planned["unit"],
+        "matrices": matrices,
+    }
+
+
+def recast(report: Mapping[str, Any], plan: Blueprint, dtype: str) -> dict[str, Any]:
+    """Make lowrank.json of a checkpoint from that of the one whose weights it holds in another dtype.
+
+    Parameters
+    ----------
+    report
+        That of the checkpoint that was cast.
+    plan
+        That checkpoint.
+    dtype
+        In which the weights are stored now.
+    """
+    if "reached_ratio_bytes" not in report:  # an older version counted elements alone
+        return {**report, "dtype": dtype}
+    before, itemsize = (getattr(torch, name).itemsize for name in (report["dtype"], dtype))
+    units = {unit.name: unit for unit in all_units(sites_of(plan.resolved, Scheme(**report["scheme"])))}
+    matrices = {
+        name: {**matrix, "stored_bytes": price_of(units[name], choice_of(units[name], matrix)).bytes(itemsize)}
+        for name, matrix in report["matrices"].items()
+    }
+    claimed, elements = report["claimed_elements"], report["stored_elements"]
+    kept = claimed - sum(matrix["dense"] for matrix in matrices.values())
+    after = kept * itemsize + sum(matrix["stored_bytes"] for matrix in matrices.values())
+    # Counted in the ratio and not claimed: nothing, or all the rest of the model.
+    others = round((claimed - elements) / report["reached_ratio"]) - claimed
+    whole = round((report["stored_bytes"] + others * before) / (1 - report["reached_ratio_bytes"]))
+    return {
+        **report,
+        "dtype": dtype,
+        "stored_bytes": after,
+        "reached_ratio_bytes": 1 - (after + others * itemsize) / whole,
         "matrices": matrices,
     }
 

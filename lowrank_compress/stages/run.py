@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Container, Mapping
+from collections.abc import Collection, Container
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from lowrank_compress.artifacts.documents import read_sealed
 from lowrank_compress.artifacts.files import is_temporary, read_small_text
 from lowrank_compress.artifacts.lock import HOLDER, LOCK
 from lowrank_compress.artifacts.manifest import MANIFEST, Manifest, read_manifest, require_intact
 from lowrank_compress.errors import ArtifactError
 from lowrank_compress.recipe import Recipe
 from lowrank_compress.recipefile import RECIPE_BYTES
+from lowrank_compress.stages.index import Index, Link, read_index
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Finished:
 
     path: Path
     manifest: Manifest
-    index: Mapping[str, Any]
+    index: Index
 
 
 @dataclass(frozen=True)
@@ -68,18 +68,13 @@ class Run:
         return self.path / "eval"
 
     @property
-    def parts(self) -> tuple[Path, ...]:
-        """All directories of a run, whether they are there or not."""
-        return self.statistics, self.scores, self.work, self.model, self.evaluations
-
-    @property
     def recipe(self) -> Path:
         """The resolved recipe."""
         return self.path / "recipe.yaml"
 
     @property
     def index(self) -> Path:
-        """run.json: which directory is the final checkpoint, and what it was made from."""
+        """run.json: what the run was made from, and which directories hold its checkpoints."""
         return self.path / "run.json"
 
     def begun(self) -> bool:
@@ -101,7 +96,9 @@ class Run:
                 "or make a run with `lrc compress`."
             )
 
-    def finished(self, names: Collection[str] | None = None, editable: Container[str] = ()) -> Finished:
+    def finished(
+        self, names: Collection[str] | None = None, editable: Container[str] = (), *, before: str | None = None
+    ) -> Finished:
         """The final checkpoint, as run.json names it and with the bytes it was written with.
 
         Parameters
@@ -110,6 +107,8 @@ class Run:
             The files of it that are read; None for all.
         editable
             Files of it that may have changed.
+        before
+            A stage that writes checkpoints: find the one that it starts from instead.
 
         Raises
         ------
@@ -120,22 +119,33 @@ class Run:
             raise ArtifactError(
                 f"{self.path} has no run.json: the run has no checkpoint yet. Finish it with `lrc factorize`."
             )
-        index = read_sealed(self.index)
-        if index.get("model") != self.model.name:
+        index = read_index(self.index)
+        chain = index.chain if before is None else index.before(before)
+        # One that is gone cannot be taken for another; all others must be what the last was made from.
+        manifests = [self._written(link) for link in chain]
+        if not manifests or (manifest := manifests[-1]) is None:
+            last = chain[-1] if chain else Link("factorize", self.model.name, "")
+            raise ArtifactError(f"{self.path / last.directory} is not finished. Repeat `lrc {last.stage}` on this run.")
+        path = self.path / chain[-1].directory
+        require_intact(path, manifest, editable, names=names)
+        require_alone(path, manifest)
+        return Finished(path, manifest, index)
+
+    def _written(self, link: Link) -> Manifest | None:
+        """The manifest of a link of the chain; None if its checkpoint is gone.
+
+        Raises
+        ------
+        ArtifactError
+            Another result is there: what follows in the chain was not made from it.
+        """
+        manifest = read_manifest(self.path / link.directory)
+        if manifest is not None and (manifest.key.stage, manifest.id) != (link.stage, link.id):
             raise ArtifactError(
-                f"{self.index} names {index.get('model')!r} as the checkpoint; expected {self.model.name!r}."
+                f"{self.path / link.directory} is not the checkpoint that {self.index.name} names: it was replaced, or "
+                f"a command was interrupted. Repeat `lrc {link.stage}` on this run."
             )
-        manifest = read_manifest(self.model)
-        if manifest is None:
-            raise ArtifactError(f"{self.model} is not finished. Repeat `lrc compress` or `lrc factorize` on this run.")
-        if index.get("id") != manifest.id:
-            raise ArtifactError(
-                f"{self.model} is not the checkpoint that {self.index.name} names: it was replaced, or a command was "
-                "interrupted. Repeat `lrc compress` or `lrc factorize` on this run."
-            )
-        require_intact(self.model, manifest, editable, names=names)
-        require_alone(self.model, manifest)
-        return Finished(self.model, manifest, index)
+        return manifest
 
 
 # Endings and names of files that transformers, or an other loader of checkpoints, looks for.

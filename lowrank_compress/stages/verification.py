@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from lowrank_compress.artifacts.documents import read_json
-from lowrank_compress.artifacts.manifest import Manifest, altered, read_manifest
-from lowrank_compress.config import Scheme
-from lowrank_compress.errors import ArtifactError, LrcError
-from lowrank_compress.methods.sites import all_units, sites_of
-from lowrank_compress.model.blueprint import blueprint
-from lowrank_compress.model.checkpoint import Checkpoint
-from lowrank_compress.model.locate import locate
-from lowrank_compress.recipe import load_recipe
+from lowrank_compress.artifacts.manifest import MANIFEST, Manifest, altered, read_manifest
+from lowrank_compress.errors import ArtifactError
 from lowrank_compress.shipped.config import REMOTE_FILE
-from lowrank_compress.stages.bases import bases_of
 from lowrank_compress.stages.evaluate import METRICS, merged
-from lowrank_compress.stages.ranks import RANKS, read_ranks, require_kept
+from lowrank_compress.stages.index import Link, read_index
 from lowrank_compress.stages.refresh import code_of
 from lowrank_compress.stages.run import Run, recipe_state, strangers
+from lowrank_compress.stages.stage import Stage
+from lowrank_compress.stages.table import in_order
 
 
 def verify(path: Path) -> list[dict[str, str]]:
@@ -41,13 +37,30 @@ def verify(path: Path) -> list[dict[str, str]]:
     run.require()
     state = "intact" if recipe_state(run.recipe) == "ours" else "edited by hand"
     findings = [{"stage": "recipe", "file": run.recipe.name, "state": state}]
-    stages = [("calibrate", run.statistics), ("score", run.scores), ("factorize", run.model)]
-    stages += [("eval", directory) for directory in sorted(run.evaluations.glob("*")) if directory.is_dir()]
-    for stage, directory in stages:
-        findings += _verify_stage(run, stage, directory)
+    chain = _chain(run)
+    for stage in in_order():
+        for directory in _results(run, stage, chain):
+            findings += _verify_result(run, stage, directory, chain)
     findings += _verify_file("factorize", run.index, _index_is_intact(run))
     metrics = run.evaluations / METRICS
     return findings + _verify_file("eval", metrics, metrics.exists() and _reads(metrics) == merged(run.evaluations))
+
+
+def _chain(run: Run) -> tuple[Link, ...]:
+    """The links of run.json; none where it cannot be read, of which there is a finding of its own."""
+    try:
+        return read_index(run.index).chain
+    except ArtifactError:
+        return ()
+
+
+def _results(run: Run, stage: Stage, chain: Sequence[Link]) -> list[Path]:
+    """Name the directories in which a stage has, or is to have, a result."""
+    directory = run.path / stage.directory
+    if stage.writes == "measurements":
+        return [path for path in sorted(directory.glob("*")) if path.is_dir()]
+    asked = not stage.changes_weights or stage.name in [link.stage for link in chain]
+    return [directory] if asked or directory.exists() else []
 
 
 def _verify_file(stage: str, path: Path, intact: bool) -> list[dict[str, str]]:
@@ -74,45 +87,41 @@ def _index_is_intact(run: Run) -> bool:
     return True
 
 
-def _verify_stage(run: Run, stage: str, directory: Path) -> list[dict[str, str]]:
+def _verify_result(run: Run, stage: Stage, directory: Path, chain: Sequence[Link]) -> list[dict[str, str]]:
     where = str(directory.relative_to(run.path))
+
+    def finding(file: str, state: str) -> dict[str, str]:
+        return {"stage": stage.command, "file": file, "state": state}
+
     try:
         manifest = read_manifest(directory)
     except ArtifactError:
-        return [{"stage": stage, "file": f"{where}/manifest.json", "state": "damaged manifest"}]
+        return [finding(f"{where}/{MANIFEST}", "damaged manifest")]
     if manifest is None:
-        return [{"stage": stage, "file": where, "state": "not there yet"}]
-    is_evaluation = stage == "eval"
-    if manifest.key.stage != ("evaluate" if is_evaluation else stage) or (
-        is_evaluation and manifest.id != directory.name
-    ):
-        return [{"stage": stage, "file": f"{where}/manifest.json", "state": "of another result"}]
+        return [finding(where, "not there yet")]
+    if not _belongs(stage, directory, manifest, chain):
+        return [finding(f"{where}/{MANIFEST}", "of another result")]
     wrong = set(altered(directory, manifest, remember=False))
     findings = []
     for name in manifest.outputs:
         state = "missing or altered" if name in wrong else "intact"
-        if name == RANKS and name in wrong and _fits(run, directory / name, manifest):
+        if name in wrong and name in stage.editable and stage.editable[name](run, directory / name, manifest):
             state = "edited by hand"
         elif name == REMOTE_FILE and state == "intact" and (code := code_of(directory, manifest)) != "ours":
             state = code
-        findings.append({"stage": stage, "file": f"{where}/{name}", "state": state})
-    if stage == "factorize":
-        for name in strangers(directory, manifest):
-            findings.append({"stage": stage, "file": f"{where}/{name}", "state": "not of this checkpoint"})
-    if stage == "calibrate" and not manifest.report.get("kept"):
-        findings.append({"stage": stage, "file": where, "state": "dropped"})
+        findings.append(finding(f"{where}/{name}", state))
+    if stage.writes == "checkpoint":
+        findings += [finding(f"{where}/{name}", "not of this checkpoint") for name in strangers(directory, manifest)]
+    if manifest.report.get("kept") is False:
+        findings.append(finding(where, "dropped"))
     return findings
 
 
-def _fits(run: Run, ranks: Path, scores: Manifest) -> bool:
-    """Whether edited ranks parse, and fit the model and what was kept of its decompositions."""
-    try:
-        recipe = load_recipe(run.recipe, {})
-        resolved = blueprint(Checkpoint(locate(recipe.model, recipe.revision))).resolved
-        sites = sites_of(resolved, Scheme(**scores.report["scheme"]))
-        choices = read_ranks(ranks, sites)
-        units = [unit for unit in all_units(sites) if unit.name in choices]
-        require_kept(ranks, units, choices, bases_of(ranks.parent, scores))
-    except LrcError:
+def _belongs(stage: Stage, directory: Path, manifest: Manifest, chain: Sequence[Link]) -> bool:
+    """Whether a result is one of the stage, and of what the run has come to."""
+    if manifest.key.stage != stage.name:
         return False
-    return True
+    if stage.writes == "measurements":
+        return manifest.id == directory.name
+    # What was made from a checkpoint that the run has no longer is a leftover.
+    return not (stage.changes_weights and chain) or Link(stage.name, directory.name, manifest.id) in chain

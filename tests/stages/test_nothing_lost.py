@@ -180,7 +180,7 @@ def test_verify_sees_every_edit(tiny: Tiny, finished: Finished):
     for path, old, new in (
         (metrics, str(value), "1.25"),
         (run / "eval" / "metrics.json", str(value), "1.25"),
-        (run / "run.json", '"schema": 1', '"schema": 2'),
+        (run / "run.json", '"schema": 2', '"schema": 3'),
         (run / "model" / "manifest.json", '"threads": ', '"threads": 1'),
         (run / "scores" / "manifest.json", '"asked_ratio": 0.3', '"asked_ratio": 0.4'),
     ):

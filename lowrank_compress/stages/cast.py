@@ -1,0 +1,119 @@
+"""Store a compressed checkpoint in another dtype, block by block; all else of it stays as it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from lowrank_compress.artifacts.directories import recover, replacing
+from lowrank_compress.artifacts.documents import read_json, write_json
+from lowrank_compress.artifacts.files import sha256, write_text
+from lowrank_compress.artifacts.manifest import Key, Manifest, commit, committed, listed
+from lowrank_compress.config import Strict
+from lowrank_compress.errors import CheckpointError
+from lowrank_compress.model.blueprint import blueprint
+from lowrank_compress.model.casting import cast
+from lowrank_compress.model.checkpoint import Checkpoint
+from lowrank_compress.model.export import ShardWriter, config_json, write_companions
+from lowrank_compress.resources.resources import Resources
+from lowrank_compress.shipped.saving import remote_code_entries, write_remote_code
+from lowrank_compress.stages.environment import environment
+from lowrank_compress.stages.identity import checkpoint_id
+from lowrank_compress.stages.report import REPORT, facts, model_card, recast
+from lowrank_compress.stages.reporting import Reporter, Silent
+from lowrank_compress.stages.run import require_alone
+from lowrank_compress.stages.stage import Given
+
+VERSION = 1
+
+
+class CastConfig(Strict):
+    """What the cast checkpoint depends on."""
+
+    dtype: Literal["float32", "bfloat16", "float16", "float64"]
+    shard_bytes: int = 1_000_000_000
+
+
+def key(config: CastConfig, inputs: Given) -> Key:
+    """Everything that the cast checkpoint and its report depend on."""
+    found = {"checkpoint": checkpoint_id(inputs.checkpoint)}
+    report = inputs.checkpoint.path / REPORT
+    if report.exists():
+        found["report"] = sha256(report)
+    return Key("cast", VERSION, config.model_dump(mode="json"), found)
+
+
+def run(
+    config: CastConfig,
+    inputs: Given,
+    out_dir: Path,
+    reporter: Reporter | None = None,
+    *,
+    resources: Resources = Resources(),
+    overwrite: bool = False,
+) -> Manifest:
+    """Cast.
+
+    Parameters
+    ----------
+    config, inputs
+        The dtype, and what to store in it.
+    out_dir
+        The directory of the new checkpoint, which appears whole or not at all.
+    reporter
+        Told about progress.
+    resources
+        Its processes are all called with the same; the first does it.
+    overwrite
+        Replace another checkpoint in `out_dir`.
+
+    Raises
+    ------
+    LrcError
+        The checkpoint is not compressed by this package, has a value beyond the dtype, or another result is in
+        `out_dir`.
+    """
+    if inputs.checkpoint.quantization is None:
+        raise CheckpointError(
+            f"{inputs.checkpoint.path} is not compressed by this program; there is nothing of ours to cast. `lrc "
+            "compress` takes --dtype."
+        )
+    identity = key(config, inputs)
+
+    def made() -> Manifest:
+        recover(out_dir, listed)
+        if (found := committed(out_dir, identity, overwrite=overwrite)) is not None:
+            require_alone(out_dir, found)
+            return found
+        with replacing(out_dir, listed) as draft:
+            report = _write(config, inputs.checkpoint, draft, reporter or Silent())
+            return commit(draft, identity, [path.name for path in draft.iterdir()], report, environment("cpu"))
+
+    return resources.workers.once(made)
+
+
+def _write(config: CastConfig, checkpoint: Checkpoint, out: Path, reporter: Reporter) -> dict[str, Any]:
+    """Write the whole checkpoint; return what the manifest is to report."""
+    plan = blueprint(checkpoint)
+    plan.check_ties()
+    writer = ShardWriter(out, config.shard_bytes)
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    parts = [plan.outside(), *(plan.inside(block) for block in range(len(plan.resolved.blocks)))]
+    for done, names in enumerate(parts):
+        for name in names:
+            writer.add(plan.name_on_disk(name), cast(plan.read(name), dtype, f"The tensor {name}"))
+        reporter.advance("cast", done, len(parts) - 1)
+    shards = writer.close()
+    layout = checkpoint.quantization or {}
+    settings = config_json(checkpoint, config.dtype, layout, remote_code_entries(plan.model.config))
+    write_json(out / "config.json", settings)
+    write_remote_code(out)
+    write_companions(checkpoint, out)
+    if not (checkpoint.path / REPORT).exists():  # one that transformers saved
+        return {"dtype": config.dtype, "shards": len(shards)}
+    report = recast(read_json(checkpoint.path / REPORT), plan, config.dtype)
+    write_json(out / REPORT, report)
+    write_text(out / "README.md", model_card(report))
+    return facts(report) | {"dtype": config.dtype, "shards": len(shards)}

@@ -20,6 +20,7 @@ from lowrank_compress.recipe import Recipe
 from lowrank_compress.resources.resources import Resources
 from lowrank_compress.stages.plan import make_plan
 from lowrank_compress.stages.sizing import roomy
+from lowrank_compress.stages.table import STAGES
 from tests.runs import FEW, Tiny, contents, done, refused, results
 from tests.tiny import save_tiny
 
@@ -28,7 +29,8 @@ NAME = "model.layers.1.self_attn.o_proj"
 
 
 @pytest.mark.parametrize(
-    ("what", "table"), [("methods", METHODS), ("allocators", ALLOCATORS), ("architectures", ARCHITECTURES)]
+    ("what", "table"),
+    [("methods", METHODS), ("allocators", ALLOCATORS), ("architectures", ARCHITECTURES), ("stages", STAGES)],
 )
 def test_list(what: str, table):
     rows = done("list", what, "--json").json[what]

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from lowrank_compress.arch.resolve import Target
@@ -27,9 +26,10 @@ from lowrank_compress.calibration.statistics import STATISTICS, enough_tokens, s
 from lowrank_compress.errors import InputError
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.model.walk.batch import Batch
-from lowrank_compress.model.walk.head import lm_chunks, token_loss
-from lowrank_compress.model.walk.replay import Replay
-from lowrank_compress.model.walk.states import State, StateStore
+from lowrank_compress.model.walk.segments import boundary_bytes, most_kept, segment_length
+from lowrank_compress.model.walk.states import StateStore
+from lowrank_compress.model.walk.step import Step
+from lowrank_compress.model.walk.walk import Walk
 from lowrank_compress.resources.resources import Resources
 
 Wanted = Mapping[str, frozenset[str]]
@@ -119,18 +119,17 @@ def capture(
     count = len(skeleton.resolved.blocks)
     boundary = boundary_bytes(skeleton, own)
     spill = boundary * boundaries(count, wanted) > memory
-    replay = Replay(skeleton, own, StateStore(spill, spill_to))
     tokens = sum(batch.tokens for batch in batches)
     losses = sum(loss_terms(batch) for batch in batches)
     halves = halves and sum(len(batch.ids) for batch in batches) > 1
     halved = halved_statistics(skeleton.resolved.targets, wanted, tokens) if halves else frozenset()
     first = first_counts(batches) if halved else (0, 0)
-    sweep = _Sweep(replay, wanted, [i for i in range(count) if not skip(i)], clip, advance, halved)
-    hidden = replay.start()
+    walk = Walk([skeleton], own, store=StateStore(spill, spill_to))
+    sweep = _Sweep(walk, wanted, [i for i in range(count) if not skip(i)], clip, advance, halved)
     if needs_gradient(wanted):
-        found = sweep.backwards(hidden, segment_length(count, (disk if spill else memory) // boundary))
+        found = sweep.backwards(segment_length(count, (disk if spill else memory) // boundary))
     else:
-        found = sweep.forwards(hidden)
+        found = sweep.forwards()
     held = None
     for number, (block, moments) in enumerate(found):
         owner = number % workers.count
@@ -145,103 +144,48 @@ def capture(
 
 @dataclass(frozen=True)
 class _Sweep:
-    """Runs all blocks over some batches, and takes the sums of those that are wanted."""
+    """Walks through all blocks of a model, and takes the sums of those that are wanted."""
 
-    replay: Replay
+    walk: Walk
     wanted: Wanted
     wanted_blocks: Sequence[int]
     clip: float | None
     advance: Advance
     halved: frozenset[str] = frozenset()
 
-    def forwards(self, hidden: list[State]) -> Iterator[tuple[int, Moments]]:
+    def forwards(self) -> Iterator[tuple[int, Moments]]:
         """Measure on the way from the first block to the last."""
-        replay, skeleton = self.replay, self.replay.skeleton
-        for index in range(max(self.wanted_blocks, default=-1) + 1):
-            moments = self._moments(index)
-            with torch.no_grad(), skeleton.block(index, then=index + 1) as block:
-                for number, batch in enumerate(replay.batches):
-                    entering = replay.load(hidden[number])
-                    with hooked(skeleton, index, moments, batch, clip=None):
-                        leaving = replay.step(index, block, number, entering)
-                    if moments is not None:
-                        moments.add_influence(entering, leaving, batch.mask)
-                    hidden[number] = replay.store.keep(leaving)
-            self.advance("forward", index + 1, len(skeleton.resolved.blocks))
+        for step in self.walk.forwards(until=max(self.wanted_blocks, default=-1) + 1):
+            moments = self._measure(step, clip=None)
+            self.advance("forward", step.index + 1, self.walk.blocks)
             if moments is not None:
-                yield index, moments
+                yield step.index, moments
 
-    def backwards(self, hidden: list[State], segment: int) -> Iterator[tuple[int, Moments]]:
-        """Sweep forwards, keep what enters every `segment`-th block, and measure on the way back."""
-        replay, batches = self.replay, self.replay.batches
-        count = len(replay.skeleton.resolved.blocks)
-        entering: dict[int, list[State]] = {}
-        for index in range(count):
-            if index % segment == 0:
-                entering[index] = hidden
-            hidden = self._forward(index, hidden)
-            self.advance("forward", index + 1, count)
-        gradients: list[State] = []
-        for number, batch in enumerate(batches):
-            gradients.append(replay.store.keep(head_gradient(replay, batch, replay.load(hidden[number]))))
-            self.advance("loss", number + 1, len(batches))
-        replay.skeleton.drop_outside()
-        del hidden
-        for index in range(count - 1, min(self.wanted_blocks, default=count) - 1, -1):
-            for earlier in range(max(entering), index):
-                entering[earlier + 1] = self._forward(earlier, entering[earlier])
-            moments = self._reverse(index, entering.pop(index), gradients)
-            self.advance("backward", count - index, count)
+    def backwards(self, segment: int) -> Iterator[tuple[int, Moments]]:
+        """Measure on the way back, with the gradients of the loss."""
+        first = min(self.wanted_blocks, default=self.walk.blocks)
+        for step in self.walk.backwards(segment=segment, until=first, advance=self.advance):
+            moments = self._measure(step, self.clip)
+            self.advance("backward", self.walk.blocks - step.index, self.walk.blocks)
             if moments is not None:
-                yield index, moments
+                yield step.index, moments
 
-    def _moments(self, index: int) -> Moments | None:
-        targets = self.replay.skeleton.resolved.of_block(index)
-        return Moments(targets, self.wanted, self.halved) if index in self.wanted_blocks else None
-
-    def _forward(self, index: int, hidden: list[State]) -> list[State]:
-        with torch.no_grad(), self.replay.skeleton.block(index, then=index + 1) as block:
-            return [self.replay.advance(index, block, number, state) for number, state in enumerate(hidden)]
-
-    def _reverse(self, index: int, entering: list[State], gradients: list[State]) -> Moments | None:
-        """Take a block's sums, and replace in place the gradients at its output by those at its input."""
-        replay, skeleton = self.replay, self.replay.skeleton
-        moments = self._moments(index)
-        with skeleton.block(index, then=index - 1) as block:
-            for number, batch in enumerate(replay.batches):
-                x = replay.load(entering[number]).detach().requires_grad_()
-                with hooked(skeleton, index, moments, batch, self.clip), torch.enable_grad():
-                    out = replay.step(index, block, number, x)
-                    (gradient,) = torch.autograd.grad(out, x, replay.load(gradients[number]))
-                if moments is not None:
-                    moments.add_influence(x, out, batch.mask)
-                gradients[number] = replay.store.keep(gradient)
+    def _measure(self, step: Step, clip: float | None) -> Moments | None:
+        """Take a block's sums if they are wanted, and let the block go: what is made of them needs the memory."""
+        moments, (skeleton,) = None, self.walk.models
+        if step.index in self.wanted_blocks:
+            moments = Moments(skeleton.resolved.of_block(step.index), self.wanted, self.halved)
+            for number, batch in enumerate(self.walk.batches):
+                with hooked(skeleton, step.index, moments, batch, clip):
+                    entering, leaving = step.run(number)
+                moments.add_influence(entering, leaving, batch.mask)
+        step.leave()
         return moments
-
-
-def boundary_bytes(skeleton: Skeleton, batches: Sequence[Batch]) -> int:
-    """Bytes of the hidden states of all batches between two blocks."""
-    positions = sum(batch.ids.numel() for batch in batches)
-    return positions * skeleton.model.config.hidden_size * skeleton.dtype.itemsize
 
 
 def boundaries(blocks: int, wanted: Wanted) -> int:
     """How many boundaries between blocks have their states kept at once; with gradients, theirs count too."""
-    return _kept(blocks, 1) if needs_gradient(wanted) else 1
-
-
-def segment_length(blocks: int, limit: int) -> int:
-    """Every how many blocks states are kept, so that no more than `limit` boundaries are at once, or else the fewest.
-
-    All blocks of a segment are run a second time where it is longer than 1.
-    """
-    lengths = range(1, blocks + 1)
-    return next((s for s in lengths if _kept(blocks, s) <= limit), min(lengths, key=lambda s: _kept(blocks, s)))
-
-
-def _kept(blocks: int, segment: int) -> int:
-    """Boundaries at once: starts of segments, the inside of one, and the gradients of one before and after a block."""
-    return -(-blocks // segment) + segment - 1 + 2
+    return most_kept(blocks, 1) if needs_gradient(wanted) else 1
 
 
 def numbered(batches: Sequence[Batch]) -> list[Batch]:
@@ -279,28 +223,3 @@ def loss_terms(batch: Batch) -> int:
     if batch.labels is not None:
         return len(batch.labels)
     return batch.ids.shape[0] * (batch.ids.shape[1] - 1)
-
-
-def head_gradient(replay: Replay, batch: Batch, hidden: Tensor) -> Tensor:
-    """Gradient of the summed loss in the hidden states that leave the last block, (sequences, length, width).
-
-    The logits of a language model are made for a chunk of positions at a time.
-
-    Raises
-    ------
-    NumericsError
-        A logit is not finite.
-    """
-    if batch.labels is not None:
-        leaf = hidden.detach().requires_grad_()
-        with torch.enable_grad():
-            loss = token_loss(replay.head(batch, leaf), batch.labels, "the calibration set")
-        return torch.autograd.grad(loss, leaf)[0]
-    gradient = torch.zeros_like(hidden)
-    for start, stop in lm_chunks(batch):
-        leaf = hidden[:, start:stop].detach().requires_grad_()
-        padded = Batch(batch.ids[:, start:stop])
-        with torch.enable_grad():
-            loss = token_loss(replay.head(padded, leaf), batch.ids[:, start + 1 : stop + 1], "the calibration set")
-        gradient[:, start:stop] = torch.autograd.grad(loss, leaf)[0]
-    return gradient

@@ -12,8 +12,7 @@ from lowrank_compress.errors import NumericsError
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.model.walk.head import lm_chunks, token_loss
-from lowrank_compress.model.walk.replay import Replay
-from lowrank_compress.model.walk.states import State
+from lowrank_compress.model.walk.walk import Walk
 
 # Hidden states of this many bytes are carried from block to block at once; longer texts take several passes.
 CARRIED_BYTES = 2 << 30
@@ -74,12 +73,12 @@ def perplexity(
         A logit is NaN or infinite.
     """
     nats, tokens = 0.0, 0
-    for part, replay, states in _passes(skeleton, batches, advance):
-        for batch, state in zip(part, states, strict=True):
-            hidden = replay.load(state)
+    for walk in walked(skeleton, batches, advance):
+        for number, batch in enumerate(walk.batches):
+            hidden = walk.leaving(number)
             for start, stop in lm_chunks(batch):
                 with torch.no_grad():
-                    logits = replay.head(batch, hidden, start, stop)
+                    logits = walk.head(number, hidden, start, stop)
                 loss = token_loss(logits, batch.ids[:, start + 1 : stop + 1], "the evaluation text")
                 nats += loss.double().item()
                 tokens += batch.ids.shape[0] * (stop - start)
@@ -97,10 +96,10 @@ def accuracy(
         A logit is NaN or infinite.
     """
     right, count = 0, 0
-    for part, replay, states in _passes(skeleton, batches, advance):
-        for batch, state in zip(part, states, strict=True):
+    for walk in walked(skeleton, batches, advance):
+        for number, batch in enumerate(walk.batches):
             with torch.no_grad():
-                logits = replay.head(batch, replay.load(state))
+                logits = walk.head(number, walk.leaving(number))
             if not torch.isfinite(logits).all():
                 raise NumericsError(
                     "The model gave NaN or infinite logits on the labelled examples. Check the checkpoint."
@@ -111,10 +110,10 @@ def accuracy(
     return Accuracy(right, count)
 
 
-def _passes(
-    skeleton: Skeleton, batches: Sequence[Batch], advance: Callable[[int, int], None]
-) -> Iterator[tuple[Sequence[Batch], Replay, list[State]]]:
-    """Run all blocks over groups of batches whose hidden states fit in memory."""
+def walked(
+    skeleton: Skeleton, batches: Sequence[Batch], advance: Callable[[int, int], None] = lambda done, total: None
+) -> Iterator[Walk]:
+    """Yield walks at the end of their way, one for each group of batches whose hidden states fit in memory."""
     width = skeleton.model.config.hidden_size
     groups: list[list[Batch]] = [[]]
     carried = 0
@@ -125,11 +124,9 @@ def _passes(
             carried = 0
         groups[-1].append(batch)
         carried += size
-    blocks = len(skeleton.resolved.blocks)
     for number, group in enumerate(groups):
-        replay = Replay(skeleton, group)
-        with torch.no_grad():
-            hidden = replay.start()
-        base = number * blocks
-        hidden = replay.sweep(hidden, lambda block, base=base: advance(base + block + 1, blocks * len(groups)))
-        yield group, replay, hidden
+        walk = Walk([skeleton], group)
+        for step in walk.forwards():
+            step.leave()
+            advance(number * walk.blocks + step.index + 1, walk.blocks * len(groups))
+        yield walk

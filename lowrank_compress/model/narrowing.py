@@ -33,7 +33,7 @@ def check_narrowing(skeleton: Skeleton, batch: Batch) -> None:
     """
     resolved = skeleton.resolved
     replay = Replay(skeleton, [batch])
-    hidden = replay.load(replay.start()[0])
+    (hidden,) = replay.start()
     path = f"{resolved.blocks[0]}.{resolved.architecture.attention}"
     targets: dict[Role, Target] = {target.role: target for target in resolved.of_block(0)}
     rotary = resolved.heads.rotary > 0 and not resolved.architecture.head_norms

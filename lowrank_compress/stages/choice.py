@@ -29,7 +29,7 @@ from lowrank_compress.model.narrowing import check_narrowing
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.model.walk.head import lm_chunks
-from lowrank_compress.model.walk.replay import Replay
+from lowrank_compress.model.walk.walk import Walk
 from lowrank_compress.stages.bases import MUCH, Bases
 
 # Weight of the divergence on tokens drawn at random, beside that on text.
@@ -147,34 +147,26 @@ def divergences(skeleton: Skeleton, batches: Sequence[Batch], plans: Sequence[Pl
     plans
         All for this model.
     """
-    replay = Replay(skeleton, batches)
-    dense = replay.start()
-    changed = [list(dense) for _ in plans]
-    for index in range(len(skeleton.resolved.blocks)):
-        with torch.no_grad(), skeleton.block(index, then=index + 1) as block:
-            for plan, states in zip(plans, changed, strict=True):
-                with _in_place_of(skeleton, replacements(plan, index, skeleton.device)):
-                    for number, state in enumerate(states):
-                        states[number] = replay.advance(index, block, number, state)
-            for number, state in enumerate(dense):
-                dense[number] = replay.advance(index, block, number, state)
+    walk = Walk([skeleton] * (1 + len(plans)), batches)  # the dense model, and what each plan makes of it
+    for step in walk.forwards():
+        for model, plan in enumerate(plans, start=1):
+            with _in_place_of(skeleton, replacements(plan, step.index, skeleton.device)):
+                step.advance(model)
     totals, terms = [0.0] * len(plans), 0
     for number, batch in enumerate(batches):
-        lm = skeleton.task == "lm"
-        hidden = replay.load(dense[number])
-        for start, stop in lm_chunks(batch) if lm else [(0, None)]:
-            expected = _log_probabilities(replay, batch, hidden, start, stop)
+        for start, stop in lm_chunks(batch) if skeleton.task == "lm" else [(0, None)]:
+            expected = _log_probabilities(walk, number, 0, start, stop)
             terms += expected[..., 0].numel()
-            for position, states in enumerate(changed):
-                got = _log_probabilities(replay, batch, replay.load(states[number]), start, stop)
-                totals[position] += float((expected.exp() * (expected - got)).sum())
+            for model in range(1, 1 + len(plans)):
+                got = _log_probabilities(walk, number, model, start, stop)
+                totals[model - 1] += float((expected.exp() * (expected - got)).sum())
     skeleton.drop_outside()
     return [total / terms if total == total else float("inf") for total in totals]
 
 
 @torch.no_grad()
-def _log_probabilities(replay: Replay, batch: Batch, hidden: Tensor, start: int, stop: int | None) -> Tensor:
-    return replay.head(batch, hidden, start, stop).double().log_softmax(-1)
+def _log_probabilities(walk: Walk, number: int, model: int, start: int, stop: int | None) -> Tensor:
+    return walk.head(number, walk.leaving(number, model), start, stop, model).double().log_softmax(-1)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lowrank_compress.calibration.sources import Examples
 from lowrank_compress.calibration.tokens import example_batches
-from lowrank_compress.evaluation.replayed import _passes
+from lowrank_compress.evaluation.replayed import walked
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.skeleton import Skeleton
 from tests.tiny import BOS, CASES, save_tiny
@@ -36,10 +36,10 @@ def test_logits_are_those_of_each_example_alone(model_type: str, side: str, pad:
     for size in (1, 2, 6):
         found = {}
         batches = example_batches(tokenizer, Examples(EXAMPLES.texts, labels), {"0": 0, "1": 1, "2": 2}, 64, size)
-        for part, replay, states in _passes(skeleton, batches, lambda done, total: None):
-            for batch, state in zip(part, states, strict=True):
+        for walk in walked(skeleton, batches):
+            for number, batch in enumerate(walk.batches):
                 with torch.no_grad():
-                    logits = replay.head(batch, replay.load(state))
+                    logits = walk.head(number, walk.leaving(number))
                 found |= dict(zip(map(tuple, batch.ids.tolist()), logits, strict=True))
         for text in EXAMPLES.texts:
             ids = tokenizer(text)["input_ids"]
@@ -61,10 +61,10 @@ def test_pairs_are_what_transformers_makes_of_them(model_type: str, tmp_path: Pa
     found = {}
     batches = example_batches(tokenizer, pairs, {"0": 0, "1": 1, "2": 2}, 64, 2)
     skeleton = Skeleton(Checkpoint(path), torch.device("cpu"), torch.float32)
-    for part, replay, states in _passes(skeleton, batches, lambda done, total: None):
-        for batch, state in zip(part, states, strict=True):
+    for walk in walked(skeleton, batches):
+        for number, batch in enumerate(walk.batches):
             with torch.no_grad():
-                logits = replay.head(batch, replay.load(state))
+                logits = walk.head(number, walk.leaving(number))
             found |= dict(zip(map(tuple, batch.ids.tolist()), logits, strict=True))
     stock = AutoModelForSequenceClassification.from_pretrained(path).eval()
     for first, second in zip(pairs.texts, pairs.seconds or (), strict=True):

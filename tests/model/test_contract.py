@@ -16,12 +16,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lowrank_compress.errors import CheckpointError, LrcError, NumericsError, UnsupportedError
+from lowrank_compress.evaluation.replayed import walked
 from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.shards import INDEX, SINGLE
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.model.walk.batch import Batch
-from lowrank_compress.model.walk.replay import Replay
 from tests.ordinary import tokens
 from tests.runs import Tiny, done, looks_finished, refused
 from tests.tiny import save_tiny, tiny_tokenizer
@@ -75,9 +75,9 @@ def assert_as_transformers(model: Path) -> Blueprinted:
     with torch.no_grad():
         expected = stock.double()(input_ids=ids).logits
     skeleton = Skeleton(Checkpoint(model), torch.device("cpu"), torch.float64)
-    replay = Replay(skeleton, [Batch(ids)])
+    (walk,) = walked(skeleton, [Batch(ids)])
     with torch.no_grad():
-        found = replay.head(Batch(ids), replay.sweep(replay.start())[0].load())
+        found = walk.head(0, walk.leaving(0))
     assert (found - expected).abs().max() < 1e-6 * expected.abs().max()
     said = " ".join(skeleton.blueprint.warnings)
     assert bool(said) == bool(info["unexpected_keys"])

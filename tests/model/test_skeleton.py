@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from lowrank_compress.errors import CheckpointError, UnsupportedError
+from lowrank_compress.evaluation.replayed import walked
 from lowrank_compress.model.blueprint import blueprint, task_of
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.model.walk.batch import Batch
-from lowrank_compress.model.walk.replay import Replay
 from tests.ordinary import Saved, load, task, tokens
 from tests.tiny import MODELS, tiny_model
 
@@ -41,10 +41,9 @@ def whole(skeleton: Skeleton) -> dict[str, Tensor]:
 
 def logits_of(skeleton: Skeleton) -> Tensor:
     batch = Batch(torch.stack(tokens(11, 11)))
-    replay = Replay(skeleton, [batch])
-    hidden = replay.sweep(replay.start())
+    (walk,) = walked(skeleton, [batch])
     with torch.no_grad():
-        return replay.head(batch, hidden[0].load())
+        return walk.head(0, walk.leaving(0))
 
 
 def assert_loads(path: Path, like: Path, case: str) -> None:

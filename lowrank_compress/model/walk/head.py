@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lowrank_compress.errors import NumericsError
 from lowrank_compress.model.walk.batch import Batch
+from lowrank_compress.model.walk.replay import Replay
 
 HEAD_TOKENS = 512  # logits of this many tokens at a time stand in memory
 
@@ -39,3 +40,28 @@ def token_loss(logits: Tensor, targets: Tensor, what: str) -> Tensor:
             "checkpoint, or compute in float32 (--dtype concerns only what is written)."
         )
     return nn.functional.cross_entropy(logits, targets.flatten().to(logits.device), reduction="sum")
+
+
+def head_gradient(replay: Replay, batch: Batch, hidden: Tensor) -> Tensor:
+    """Gradient of the summed loss in the hidden states that leave the last block, (sequences, length, width).
+
+    The logits of a language model are made for a chunk of positions at a time.
+
+    Raises
+    ------
+    NumericsError
+        A logit is not finite.
+    """
+    if batch.labels is not None:
+        leaf = hidden.detach().requires_grad_()
+        with torch.enable_grad():
+            loss = token_loss(replay.head(batch, leaf), batch.labels, "the calibration set")
+        return torch.autograd.grad(loss, leaf)[0]
+    gradient = torch.zeros_like(hidden)
+    for start, stop in lm_chunks(batch):
+        leaf = hidden[:, start:stop].detach().requires_grad_()
+        padded = Batch(batch.ids[:, start:stop])
+        with torch.enable_grad():
+            loss = token_loss(replay.head(padded, leaf), batch.ids[:, start + 1 : stop + 1], "the calibration set")
+        gradient[:, start:stop] = torch.autograd.grad(loss, leaf)[0]
+    return gradient

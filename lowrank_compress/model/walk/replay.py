@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lowrank_compress.errors import UnsupportedError
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.model.walk.batch import Batch
-from lowrank_compress.model.walk.states import State, StateStore
+from lowrank_compress.model.walk.states import State
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,11 @@ class Replay:
         The model.
     batches
         The data; on any device.
-    store
-        Keeps the hidden states between blocks.
     """
 
-    def __init__(self, skeleton: Skeleton, batches: Sequence[Batch], store: StateStore | None = None) -> None:
+    def __init__(self, skeleton: Skeleton, batches: Sequence[Batch]) -> None:
         self.skeleton = skeleton
         self.batches = batches
-        self.store = store or StateStore()
         self._calls: list[list[_Call]] = []
         # Without padding the arguments depend on the shape alone, and masks are large: keep one set a shape.
         self._by_shape: dict[tuple[int, ...], list[_Call]] = {}
@@ -74,16 +71,15 @@ class Replay:
             self._by_shape[tuple(batch.ids.shape)] = self._calls[-1]
         return first[0]
 
-    def start(self) -> list[State]:
-        """Embed every batch and record every call; the hidden states that enter block 0.
+    def start(self) -> Iterator[Tensor]:
+        """Embed every batch and record every call: the hidden states that enter block 0, batch by batch.
 
         What lies outside the blocks is in memory only meanwhile, and again once `head` is called.
         """
         self._calls.clear()
         self.skeleton.load_outside()
-        hidden = [self.store.keep(self.embed(batch)) for batch in self.batches]
+        yield from map(self.embed, self.batches)
         self.skeleton.drop_outside()
-        return hidden
 
     def step(self, index: int, block: nn.Module, number: int, hidden: Tensor) -> Tensor:
         """Run block `index` on the hidden states (sequences, length, width) of batch `number`."""
@@ -99,20 +95,6 @@ class Replay:
     def load(self, state: State) -> Tensor:
         """Fetch kept states to the computing device."""
         return state.load().to(self.skeleton.device)
-
-    def advance(self, index: int, block: nn.Module, number: int, state: State) -> State:
-        """Run block `index` on kept states, and keep what leaves it."""
-        return self.store.keep(self.step(index, block, number, self.load(state)))
-
-    def sweep(self, hidden: list[State], advance: Callable[[int], None] | None = None) -> list[State]:
-        """Run all blocks over all batches, one block in memory at a time; replaces `hidden` in place."""
-        for index in range(len(self.skeleton.resolved.blocks)):
-            with torch.no_grad(), self.skeleton.block(index, then=index + 1) as block:
-                for number, state in enumerate(hidden):
-                    hidden[number] = self.advance(index, block, number, state)
-            if advance is not None:
-                advance(index)
-        return hidden
 
     def head(self, batch: Batch, hidden: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """Logits from the hidden states that leave the last block.

@@ -12,6 +12,7 @@ from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.model.walk.head import HEAD_TOKENS, lm_chunks, token_loss
 from lowrank_compress.model.walk.replay import Replay
+from lowrank_compress.model.walk.walk import Walk
 from tests.ordinary import LM, Saved, load, padded, task, tokens
 from tests.tiny import MODELS
 
@@ -28,10 +29,11 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     return Saved(tmp_path_factory.mktemp("models"))
 
 
-def replayed(replay: Replay) -> list[Tensor]:
-    hidden = replay.sweep(replay.start())
+def replayed(walk: Walk) -> list[Tensor]:
+    for _ in walk.forwards():
+        pass
     with torch.no_grad():
-        return [replay.head(batch, state.load()) for batch, state in zip(replay.batches, hidden, strict=True)]
+        return [walk.head(number, walk.leaving(number)) for number in range(len(walk.batches))]
 
 
 def some_batches(either_side: bool = True) -> list[Batch]:
@@ -51,7 +53,7 @@ def test_equals_the_whole_model(case: str, dtype: torch.dtype, saved: Saved) -> 
     model = load(saved(case), task(case), dtype)
     # In float64 Gemma 2 itself makes NaN of positions that may look at nothing, such as those before the first token.
     batches = some_batches(either_side=dtype == torch.float32)
-    found = replayed(Replay(Skeleton(Checkpoint(saved(case)), CPU, dtype), batches))
+    found = replayed(Walk([Skeleton(Checkpoint(saved(case)), CPU, dtype)], batches))
     for batch, logits in zip(batches, found, strict=True):
         with torch.no_grad():
             expected = model(input_ids=batch.ids, attention_mask=batch.mask).logits
@@ -93,31 +95,31 @@ def test_only_one_block_is_in_memory(case: str, saved: Saved, monkeypatch: pytes
 
     ordinary_step = Replay.step
     monkeypatch.setattr(Replay, "step", step)
-    replay = Replay(skeleton, some_batches())
-    hidden = replay.start()
-    assert in_memory() == []
-    assert all(parameter.is_meta for parameter in skeleton.model.parameters())
-    hidden = replay.sweep(hidden)
-    assert in_memory() == []
-    replay.head(replay.batches[0], hidden[0].load())
+    walk = Walk([skeleton], some_batches())
+    for step in walk.forwards():
+        assert in_memory() == [step.index]
+        outside = set(skeleton.model.parameters()) - set(step.blocks[0].parameters())
+        assert all(parameter.is_meta for parameter in outside)
+        step.leave()
+        assert in_memory() == []
+    walk.head(0, walk.leaving(0))
     assert in_memory() == []
     blocks = range(len(skeleton.blocks))
-    assert visits == [index for index in blocks for _ in replay.batches]
+    assert visits == [index for index in blocks for _ in walk.batches]
 
 
-def test_a_replay_may_start_again(saved: Saved) -> None:
-    replay = Replay(Skeleton(Checkpoint(saved("gemma2-lm")), CPU, torch.float32), some_batches())
-    for first, second in zip(replayed(replay), replayed(replay), strict=True):
+def test_a_walk_may_start_again(saved: Saved) -> None:
+    walk = Walk([Skeleton(Checkpoint(saved("gemma2-lm")), CPU, torch.float32)], some_batches())
+    for first, second in zip(replayed(walk), replayed(walk), strict=True):
         assert (first - second).abs().max() <= ROUNDING[torch.float32] * first.abs().max()
 
 
 @pytest.mark.parametrize("case", LM)
 def test_logits_of_some_positions(case: str, saved: Saved) -> None:
     batch = Batch(torch.stack(tokens(13, 13)))
-    replay = Replay(Skeleton(Checkpoint(saved(case)), CPU, torch.float64), [batch])
-    hidden = replay.sweep(replay.start())[0].load()
-    whole = replay.head(batch, hidden)
-    part = replay.head(batch, hidden, 4, 9)
+    walk = Walk([Skeleton(Checkpoint(saved(case)), CPU, torch.float64)], [batch])
+    (whole,) = replayed(walk)
+    part = walk.head(0, walk.leaving(0), 4, 9)
     assert part.shape == (2, 5, whole.shape[-1])
     assert (part - whole[:, 4:9]).abs().max() <= 1e-13 * whole.abs().max()
 

@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowrank_compress.calibration.capture import boundaries, boundary_bytes, capture, segment_length
+from lowrank_compress.calibration.capture import boundaries, capture
 from lowrank_compress.config import Scheme
 from lowrank_compress.methods.sites import all_units, sites_of
 from lowrank_compress.methods.units import needed
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.model.walk.batch import Batch
+from lowrank_compress.model.walk.segments import boundary_bytes, segment_length
 from lowrank_compress.model.walk.states import StateStore
 from lowrank_compress.resources.resources import Resources
 from tests.tiny import save_tiny

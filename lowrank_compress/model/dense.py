@@ -15,6 +15,7 @@ from lowrank_compress.errors import ArtifactError, CheckpointError
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.export import ShardWriter, write_companions
 from lowrank_compress.model.skeleton import Skeleton
+from lowrank_compress.model.walk.walk import Walk
 from lowrank_compress.shipped.restore import restore_modules
 
 SHARD_BYTES = 1_000_000_000
@@ -87,15 +88,15 @@ def _write(checkpoint: Checkpoint, out: Path, advance: Callable[[int, int], None
     writer = ShardWriter(out, SHARD_BYTES)
     for name in plan.outside():
         writer.add(plan.name_on_disk(name), plan.read(name))
-    for index, prefix in enumerate(plan.resolved.blocks):
-        with skeleton.block(index) as block:
-            made = {f"{prefix}.{path}" for path in restore_modules(block)}
-            for leaf, tensor in block.state_dict().items():
-                name = f"{prefix}.{leaf}"
-                # What compression left alone is written in the dtype it is stored in.
-                untouched = name.rpartition(".")[0] not in made
-                writer.add(plan.name_on_disk(name), plan.read(name) if untouched else tensor)
-        advance(index + 1, len(plan.resolved.blocks))
+    for step in Walk([skeleton]).forwards():
+        (block,), prefix = step.blocks, plan.resolved.blocks[step.index]
+        made = {f"{prefix}.{path}" for path in restore_modules(block)}
+        for leaf, tensor in block.state_dict().items():
+            name = f"{prefix}.{leaf}"
+            # What compression left alone is written in the dtype it is stored in.
+            untouched = name.rpartition(".")[0] not in made
+            writer.add(plan.name_on_disk(name), plan.read(name) if untouched else tensor)
+        advance(step.index + 1, len(plan.resolved.blocks))
     writer.close()
     dropped = ("quantization_config", "auto_map")
     settings = {name: value for name, value in checkpoint.raw_config.items() if name not in dropped}

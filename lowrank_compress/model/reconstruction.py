@@ -11,6 +11,7 @@ from lowrank_compress.arch.resolve import Target
 from lowrank_compress.model import weights
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.skeleton import Skeleton
+from lowrank_compress.model.walk.walk import Walk
 from lowrank_compress.shipped.attention import CompressedAttention
 from lowrank_compress.shipped.restore import restore_modules
 
@@ -33,16 +34,15 @@ def reconstruction(checkpoint: Checkpoint) -> Iterator[tuple[str, Iterable[Tenso
     plan = skeleton.blueprint
     for name in plan.outside():
         yield name, [plan.read(name)]
-    for index, prefix in enumerate(plan.resolved.blocks):
-        targets = plan.resolved.of_block(index)
-        with skeleton.block(index) as block:
-            narrow = any(
-                isinstance(module, CompressedAttention) and module.lr_heads.value < module.lr_heads.size
-                for module in block.modules()
-            )
-            restore_modules(block)
-            state = {f"{prefix}.{leaf}": tensor for leaf, tensor in block.state_dict().items()}
-            yield from _block(targets, state, narrow)
+    for step in Walk([skeleton]).forwards():
+        (block,), prefix = step.blocks, plan.resolved.blocks[step.index]
+        narrow = any(
+            isinstance(module, CompressedAttention) and module.lr_heads.value < module.lr_heads.size
+            for module in block.modules()
+        )
+        restore_modules(block)
+        state = {f"{prefix}.{leaf}": tensor for leaf, tensor in block.state_dict().items()}
+        yield from _block(plan.resolved.of_block(step.index), state, narrow)
 
 
 def _block(

@@ -150,7 +150,7 @@ def run_recipe(
     memory = bytes_of(memory_budget)
     reporter = reporter or Silent()
     plan = make_plan(recipe)
-    check_ratio(plan.score, plan.checkpoint)
+    check_ratio(plan.score, plan.subject)
     run = Run(out or pipeline.default_run(recipe))
     pipeline.refuse_foreign(run)
     for note in plan.notes:

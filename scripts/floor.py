@@ -74,7 +74,7 @@ class Floor:
         matrices = sum(target.elements for target in resolved.targets)
         width = resolved.heads.query * resolved.heads.size
         products = 2 * matrices * self.tokens
-        attention = 4 * self.tokens * self.plan.seq_len * width * len(resolved.blocks)
+        attention = 4 * self.tokens * self.plan.calibrate.seq_len * width * len(resolved.blocks)
         self.add("forward", "products with the weights", "float32", products)
         self.add("forward", "attention", "float32", attention)
         if self.gradient:
@@ -91,7 +91,7 @@ class Floor:
                 key = (target.block, statistic_key(target, name))
                 if key not in seen:
                     seen.add(key)
-                    (m, n), length = target.shape, self.plan.seq_len
+                    (m, n), length = target.shape, self.plan.calibrate.seq_len
                     each = min(2 * length * (m + n), 2 * m * n) if name == "row_fisher" else None
                     amount = self.tokens * (each or STATISTICS[name].elements(target))
                     self.add("backward" if self.gradient else "forward", "statistics", "float32", amount)
@@ -198,7 +198,7 @@ class Floor:
 def work_of(plan: Plan, run: Run) -> Floor:
     """Count the work of a finished run."""
     calibrated = read_manifest(run.statistics)
-    bases = Bases(plan.score, plan.checkpoint, "", run.scores)
+    bases = Bases(plan.score, plan.subject, "", run.scores)
     floor = Floor(plan, bases, calibrated.report["tokens"] if calibrated else 0)
     floor.calibrate()
     floor.decompose()

@@ -208,7 +208,7 @@ def demo(ratio: float, out: Path, reporter: TerminalReporter) -> list[dict[str, 
     given: dict[str, Any] = {"model": str(Path(demo_text.__file__).parent / "model"), "ratio": ratio}
     # Of the three the one that reaches the least, and needs no text.
     plan = make_plan(load_recipe(None, given | {"method": "svd"}))
-    check_ratio(plan.score, plan.checkpoint)
+    check_ratio(plan.score, plan.subject)
     methods = ("svd", "fwsvd", "auto")
     for method in methods:
         pipeline.refuse_foreign(Run(out / f"{method}-{ratio:g}"))

@@ -26,13 +26,19 @@ from lowrank_compress.linalg.eigen import eigh
 from lowrank_compress.linalg.metric import Identity
 from lowrank_compress.linalg.weighted import smaller_side
 from lowrank_compress.methods.linear import Damping
-from lowrank_compress.methods.sites import Site, all_units, first_units, sites_of
-from lowrank_compress.methods.units import Unit, dense_elements, largest_kept, ranking, statistics_bytes, uses
-from lowrank_compress.model.blueprint import blueprint
-from lowrank_compress.model.checkpoint import Checkpoint
+from lowrank_compress.methods.sites import Site, all_units, first_units
+from lowrank_compress.methods.units import (
+    Unit,
+    dense_elements,
+    largest_kept,
+    ranking,
+    statistics_bytes,
+    uses,
+)
 from lowrank_compress.resources.behind import Behind
 from lowrank_compress.resources.resources import Resources
 from lowrank_compress.stages.reach import budget_of, require_reachable
+from lowrank_compress.stages.subject import Subject
 
 VERSION = 6
 # From this ratio on predicted losses, which are of second order, decide little.
@@ -48,8 +54,8 @@ class Bases:
     ----------
     config
         Method, damping, and what decides which ranks can be asked for.
-    checkpoint
-        The dense checkpoint.
+    subject
+        The dense model, and what of it is compressed.
     calibration
         Id of the calibrate stage's result, which the statistics belong to.
     directory
@@ -65,7 +71,7 @@ class Bases:
     def __init__(
         self,
         config: ScoreConfig,
-        checkpoint: Checkpoint,
+        subject: Subject,
         calibration: str,
         directory: Path,
         *,
@@ -77,13 +83,13 @@ class Bases:
         self.allocator = ALLOCATORS[config.allocate]
         self.device = torch.device(config.device)
         self.damping = Damping(config.damping_fisher, config.damping_gram, config.alpha)
-        self.blueprint = blueprint(checkpoint)
-        self.resolved = self.blueprint.resolved
-        self.sites = sites_of(self.resolved, config.scheme)
+        self.blueprint = subject.model
+        self.resolved = subject.resolved
+        self.sites = subject.sites
         # Only predicted losses can tell which alternative is better; without them it is the first.
         self.units = all_units(self.sites) if self.allocator.needs_loss else first_units(self.sites)
         self.nats = all(unit.nats for unit in self.units)
-        self.budget = budget_of(config, self.blueprint, self.sites)
+        self.budget = budget_of(config, subject)
         self.keep = self._largest_ranks()
         identity = {
             "calibration": calibration,
@@ -95,10 +101,10 @@ class Bases:
         }
         self.files = BlockFiles(directory, canonical_hash(identity), prefix)
         self._behind = Behind()
-        self.rival = self._rival(calibration, directory)
+        self.rival = self._rival(Subject(subject.model, subject.rival), calibration, directory)
         self.spectra = BlockFiles(directory, canonical_hash(identity | {"spectra": True}), "spectrum")
 
-    def _rival(self, calibration: str, directory: Path) -> Bases | None:
+    def _rival(self, subject: Subject, calibration: str, directory: Path) -> Bases | None:
         """The bases of what plans are held against, at its own settings; None where little is removed.
 
         In small models they are made always, so that another ratio can be asked for when the statistics are gone.
@@ -111,7 +117,7 @@ class Bases:
         with contextlib.suppress(InputError):  # the ratio is out of its reach
             settings = config.model_copy(update=own | {"held_out": False})
             return Bases(
-                settings, self.blueprint.checkpoint, calibration, directory, resources=self.resources, prefix="rival",
+                settings, subject, calibration, directory, resources=self.resources, prefix="rival",
             )  # fmt: skip
         return None
 

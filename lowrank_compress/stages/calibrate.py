@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from lowrank_compress.arch.resolve import Resolved
 from lowrank_compress.artifacts.manifest import Key, Manifest, commit, committed, read_manifest
 from lowrank_compress.artifacts.tensors import BlockFiles
 from lowrank_compress.calibration.capture import capture, needs_gradient
@@ -18,10 +17,7 @@ from lowrank_compress.calibration.tokens import batches_hash
 from lowrank_compress.config import CalibrateConfig
 from lowrank_compress.errors import ArtifactError, InputError
 from lowrank_compress.methods.matrix_unit import MatrixUnit
-from lowrank_compress.methods.sites import all_units, sites_of
-from lowrank_compress.methods.units import Unit, needed, needs_data
-from lowrank_compress.model.blueprint import blueprint
-from lowrank_compress.model.checkpoint import Checkpoint
+from lowrank_compress.methods.units import needed, needs_data
 from lowrank_compress.model.narrowing import check_narrowing
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.resources.resources import Resources
@@ -30,15 +26,16 @@ from lowrank_compress.stages.identity import checkpoint_id, source_id
 from lowrank_compress.stages.reporting import Reporter, Silent, in_parts
 from lowrank_compress.stages.samples import calibration_batches, source_of, too_few
 from lowrank_compress.stages.sinks import FileSink, Sink
+from lowrank_compress.stages.subject import Subject
 
 VERSION = 5
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the stage reads: a dense checkpoint (the text is named in the config)."""
+    """What the stage reads: a dense model, and what of it is compressed (the text is named in the config)."""
 
-    checkpoint: Checkpoint
+    subject: Subject
 
 
 def key(config: CalibrateConfig, inputs: Inputs, text: str | None = None) -> Key:
@@ -46,15 +43,14 @@ def key(config: CalibrateConfig, inputs: Inputs, text: str | None = None) -> Key
 
     `text` is the identity of that content where the text itself need not be there; None to look.
     """
-    resolved = blueprint(inputs.checkpoint).resolved
-    units = _measured(resolved, config)
-    found = {"checkpoint": checkpoint_id(inputs.checkpoint)}
+    units = inputs.subject.measured
+    found = {"checkpoint": checkpoint_id(inputs.subject.checkpoint)}
     if needs_data(units):
         found["text"] = text or source_id(source_of(config))
     settings = config.model_dump(mode="json", exclude={"source", "scheme", "rival"})
     wanted = needed(units)
     by_role: dict[str, set[str]] = {}
-    for target in resolved.targets:
+    for target in inputs.subject.resolved.targets:
         by_role.setdefault(target.role, set()).update(wanted.get(target.name, ()))
     settings["statistics"] = {role: sorted(names) for role, names in by_role.items()}
     return Key("calibrate", VERSION, settings, found)
@@ -96,17 +92,16 @@ def run(
     identity = key(config, inputs)
     found = workers.once(lambda: committed(out_dir, identity, overwrite=overwrite))
     kept = sink is None
-    plan = blueprint(inputs.checkpoint)
-    resolved = plan.resolved
-    units = all_units(sites_of(resolved, config.scheme))
+    subject = inputs.subject
+    units, task = subject.units, subject.model.task
     files = BlockFiles(out_dir, identity.id)
     receiver = sink or FileSink(files)
-    blocks = range(len(resolved.blocks))
+    blocks = range(len(subject.resolved.blocks))
     missing = workers.once(lambda: [block for block in blocks if not receiver.finished(block)])
     complete = not missing
     if found is not None and complete and (found.report["kept"] or not kept):
         return found
-    wanted = needed(_measured(resolved, config))
+    wanted = needed(subject.measured)
     report: dict[str, object] = {"kept": kept, "tokens": 0, "windows": 0, "tokens_sha256": None}
     outputs = [files.name(block) for block in blocks] if kept else []
     if not needs_data(units):
@@ -116,8 +111,8 @@ def run(
             reporter.advance(receiver.step, done, len(own))
         receiver.settle()
         return workers.once(lambda: commit(out_dir, identity, outputs, report, environment(config.device)))
-    batches = calibration_batches(config, inputs.checkpoint, plan.task)
-    if needs_gradient(wanted) and any(batch.labels is None for batch in batches) and plan.task != "lm":
+    batches = calibration_batches(config, subject.checkpoint, task)
+    if needs_gradient(wanted) and any(batch.labels is None for batch in batches) and task != "lm":
         raise InputError(
             "The method takes gradients of a classifier's loss, which needs labels. Pass a table with --text-column "
             "and --label-column."
@@ -143,7 +138,7 @@ def run(
             "uncentred Gram matrix and restores no mean."
         )
     if not complete:
-        skeleton = Skeleton(inputs.checkpoint, torch.device(config.device), torch.float32)
+        skeleton = Skeleton(subject.checkpoint, torch.device(config.device), torch.float32)
         if any(target.heads is not None for unit in units if len(unit.targets) > 1 for target in unit.targets):
             check_narrowing(skeleton, batches[0])
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -166,12 +161,6 @@ def run(
             reporter.advance(receiver.step, done, own)
         receiver.settle()
     return workers.once(lambda: commit(out_dir, identity, outputs, report, environment(config.device)))
-
-
-def _measured(resolved: Resolved, config: CalibrateConfig) -> tuple[Unit, ...]:
-    """Units that statistics are taken for: those of the scheme, and those of the one that plans are held against."""
-    schemes = [config.scheme, *([] if config.rival is None else [config.rival])]
-    return tuple(unit for scheme in schemes for unit in all_units(sites_of(resolved, scheme)))
 
 
 def kept(directory: Path, identity: Key) -> bool:

@@ -27,9 +27,8 @@ from lowrank_compress.config import FactorizeConfig, Scheme
 from lowrank_compress.errors import ArtifactError
 from lowrank_compress.methods.sites import all_units, sites_of
 from lowrank_compress.methods.units import Unit
-from lowrank_compress.model.blueprint import Blueprint, blueprint
+from lowrank_compress.model.blueprint import Blueprint
 from lowrank_compress.model.casting import cast
-from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.export import ShardWriter, config_json, write_companions
 from lowrank_compress.resources.resources import Resources
 from lowrank_compress.shipped.saving import remote_code_entries, write_remote_code
@@ -47,9 +46,9 @@ VERSION = 5
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the stage reads: the dense checkpoint and the directory of the score stage."""
+    """What the stage reads: the dense model, and the directory of the score stage."""
 
-    checkpoint: Checkpoint
+    model: Blueprint
     scores: Path
 
 
@@ -76,7 +75,7 @@ def scheme_of_scores(scores: Manifest) -> Scheme:
 def key(config: FactorizeConfig, inputs: Inputs) -> Key:
     """Everything the checkpoint and its report depend on: the scores, and the ranks as ranks.json has them now."""
     found = {
-        "checkpoint": checkpoint_id(inputs.checkpoint),
+        "checkpoint": checkpoint_id(inputs.model.checkpoint),
         "scores": scores_manifest(inputs.scores).id,
         "ranks": sha256(inputs.scores / RANKS),
     }
@@ -113,7 +112,7 @@ def run(
         Scores are missing or do not fit, the disk is full, or another result is in `out_dir`.
     """
     reporter, workers = reporter or Silent(), resources.workers
-    plan = blueprint(inputs.checkpoint)
+    plan = inputs.model
     scores = scores_manifest(inputs.scores)
     sites = sites_of(plan.resolved, scheme_of_scores(scores))
     choices = read_ranks(inputs.scores / RANKS, sites)  # before anything is removed

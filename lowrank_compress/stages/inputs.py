@@ -13,22 +13,22 @@ from lowrank_compress.stages.samples import held_out_batches
 
 def inputs_of_calibrate(plan: Plan, run: Run) -> calibrate.Inputs:
     """What the calibrate stage reads: nothing of the run."""
-    return calibrate.Inputs(plan.checkpoint)
+    return calibrate.Inputs(plan.subject)
 
 
 def inputs_of_score(plan: Plan, run: Run) -> score.Inputs:
     """What the score stage reads in this run."""
 
     def held_out() -> list[Batch]:
-        return held_out_batches(plan.calibrate, plan.checkpoint)
+        return held_out_batches(plan.calibrate, plan.checkpoint, plan.subject.model.task)
 
     calibration = _calibration(plan, run)
-    return score.Inputs(plan.checkpoint, calibration, run.statistics, held_out if plan.held_out else None)
+    return score.Inputs(plan.subject, calibration, run.statistics, held_out if plan.score.held_out else None)
 
 
 def _calibration(plan: Plan, run: Run) -> Key:
     """The key of the calibration; where its text is gone, that of the one that was made, if all else is the same."""
-    inputs = calibrate.Inputs(plan.checkpoint)
+    inputs = calibrate.Inputs(plan.subject)
     try:
         return calibrate.key(plan.calibrate, inputs)
     except CalibrationError:
@@ -41,4 +41,4 @@ def _calibration(plan: Plan, run: Run) -> Key:
 
 def inputs_of_factorize(plan: Plan, run: Run) -> factorize.Inputs:
     """What the factorize stage reads in this run."""
-    return factorize.Inputs(plan.checkpoint, run.scores)
+    return factorize.Inputs(plan.subject.model, run.scores)

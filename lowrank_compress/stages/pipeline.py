@@ -128,7 +128,7 @@ def compress(
         )
     if found is None:
         keep_statistics = keep_statistics or workers.once(lambda: calibrate.kept(run.statistics, inputs.calibration))
-        bases = Bases(plan.score, plan.checkpoint, inputs.calibration.id, run.scores, resources=resources)
+        bases = Bases(plan.score, plan.subject, inputs.calibration.id, run.scores, resources=resources)
         step(
             STAGES["calibrate"],
             plan,

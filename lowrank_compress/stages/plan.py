@@ -10,12 +10,11 @@ import torch
 from lowrank_compress.calibration.capture import needs_gradient
 from lowrank_compress.calibration.sources import PAPERS_DATA, Source
 from lowrank_compress.calibration.tokens import load_tokenizer
-from lowrank_compress.config import DTYPES, CalibrateConfig, FactorizeConfig, Scheme, ScoreConfig
+from lowrank_compress.config import DTYPES, CalibrateConfig, FactorizeConfig, ScoreConfig
 from lowrank_compress.errors import InputError, UnsupportedError
 from lowrank_compress.methods.mixture import Mixture
 from lowrank_compress.methods.module import ModuleMethod
 from lowrank_compress.methods.scheme import label, methods_of, rival_of, scheme_of
-from lowrank_compress.methods.sites import all_units, sites_of
 from lowrank_compress.methods.table import METHODS
 from lowrank_compress.methods.units import needed, needs_data
 from lowrank_compress.model.blueprint import blueprint
@@ -25,6 +24,7 @@ from lowrank_compress.recipe import Recipe
 from lowrank_compress.stages.environment import compute_device
 from lowrank_compress.stages.identity import source_id
 from lowrank_compress.stages.score import check_options
+from lowrank_compress.stages.subject import Subject, subject_of
 
 # Tokens a micro-batch unless the recipe says otherwise, on a CPU and on a GPU: little memory, and much work at once. A
 # result depends on it in the last bits, so it is in the key.
@@ -32,102 +32,44 @@ MICRO_BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
 PAPERS_SEQ_LEN = 2048
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
-    """A recipe with every default decided, and the checkpoint it is for.
+    """A recipe with every default decided, and what it is for, resolved.
 
     Attributes
     ----------
-    scheme
-        The method of each part of a block.
+    recipe
+        What was asked for.
+    subject
+        The model, and what of it is compressed.
+    calibrate, score, factorize
+        Configs of the stages.
     notes
         What the user should know about how the methods were chosen.
     """
 
     recipe: Recipe
-    checkpoint: Checkpoint
-    seq_len: int
-    device: str
-    dtype: str
-    scheme: Scheme
+    subject: Subject
+    calibrate: CalibrateConfig
+    score: ScoreConfig
+    factorize: FactorizeConfig
     notes: tuple[str, ...]
 
     @property
-    def calibrate(self) -> CalibrateConfig:
-        """Config of the calibrate stage."""
-        recipe = self.recipe
-        return CalibrateConfig(
-            scheme=self.scheme,
-            source=recipe.calibration,
-            text_column=recipe.text_column,
-            label_column=recipe.label_column,
-            samples=recipe.samples,
-            seq_len=self.seq_len,
-            seed=recipe.seed,
-            micro_batch=recipe.micro_batch
-            or max(1, MICRO_BATCH_TOKENS[torch.device(self.device).type] // self.seq_len),
-            clip=recipe.clip,
-            device=self.device,
-            held_out=self.held_out,
-            rival=self.rival,
-        )
+    def checkpoint(self) -> Checkpoint:
+        """The dense checkpoint."""
+        return self.subject.checkpoint
 
     @property
-    def rival(self) -> Scheme | None:
-        """Scheme of the mixture at its own settings that plans are held against."""
-        design = blueprint(self.checkpoint)
-        return rival_of(self.recipe, design.resolved) if design.task == "lm" else None
-
-    @property
-    def held_out(self) -> bool:
-        """Whether losses are taken on other text than fits are made on, where the calibration set is small."""
-        method = METHODS[self.recipe.method]
-        return isinstance(method, Mixture) and method.held_out
-
-    @property
-    def score(self) -> ScoreConfig:
-        """Config of the score stage."""
-        recipe = self.recipe
-        method = METHODS[recipe.method]
-        return ScoreConfig(
-            scheme=self.scheme,
-            allocate=recipe.allocate or method.allocate,
-            storage=recipe.storage or method.storage,
-            ratio=recipe.ratio,
-            ratio_of=recipe.ratio_of,
-            damping_fisher=recipe.damping_fisher,
-            damping_gram=recipe.damping_gram,
-            alpha=recipe.alpha,
-            floor=recipe.floor,
-            temperature=recipe.temperature,
-            cap=recipe.cap,
-            round_to=self.round_to,
-            device=self.device,
-            held_out=self.held_out,
-            rival=self.rival,
-        )
-
-    @property
-    def factorize(self) -> FactorizeConfig:
-        """Config of the factorize stage."""
-        recipe = self.recipe
-        return FactorizeConfig(
-            method=label(recipe),
-            scheme=self.scheme,
-            storage=recipe.storage or METHODS[recipe.method].storage,
-            round_to=self.round_to,
-            dtype=self.dtype,
-            device=self.device,
-        )
-
-    @property
-    def round_to(self) -> int:
-        """Ranks and widths are multiples of it: the kernels of GPUs are fast at multiples of 8."""
-        return self.recipe.round_to or (1 if self.device == "cpu" else 8)
+    def device(self) -> str:
+        """Where all stages compute."""
+        return self.score.device
 
     @property
     def _has_modules(self) -> bool:
-        return any(isinstance(method, ModuleMethod) for ways in methods_of(self.scheme).values() for method in ways)
+        return any(
+            isinstance(method, ModuleMethod) for ways in methods_of(self.score.scheme).values() for method in ways
+        )
 
     def resolved(self) -> Recipe:
         """The recipe with all defaults written out; it repeats the run on its own."""
@@ -145,12 +87,12 @@ class Plan:
                 "calibration": source,
                 "allocate": self.score.allocate,
                 "storage": self.score.storage,
-                "metric": self.scheme.metric if self._has_modules else None,
-                "round_to": self.round_to,
-                "seq_len": self.seq_len,
+                "metric": self.score.scheme.metric if self._has_modules else None,
+                "round_to": self.score.round_to,
+                "seq_len": self.calibrate.seq_len,
                 "micro_batch": self.calibrate.micro_batch,
                 "device": self.device,
-                "dtype": self.dtype,
+                "dtype": self.factorize.dtype,
             }
         )
 
@@ -182,11 +124,12 @@ def make_plan(recipe: Recipe, *, reads_text: bool = True) -> Plan:
     design = blueprint(checkpoint)
     design.check_ties()
     scheme, notes = scheme_of(recipe, design.resolved.architecture)
-    sites = sites_of(design.resolved, scheme)
-    units = all_units(sites)
+    rival = rival_of(recipe, design.resolved) if design.task == "lm" else None
+    subject = subject_of(design, scheme, rival)
+    units = subject.units
     if not units:
         raise InputError("No part of the blocks has a method: all are left dense. Choose one with --method.")
-    check_options(recipe.allocate or method.allocate, recipe.storage or method.storage, sites)
+    check_options(recipe.allocate or method.allocate, recipe.storage or method.storage, subject.sites)
     if needs_data(units) and recipe.calibration is None:
         if design.task == "classification" and needs_gradient(needed(units)):
             raise InputError(
@@ -208,4 +151,43 @@ def make_plan(recipe: Recipe, *, reads_text: bool = True) -> Plan:
     dtype = recipe.dtype or str(checkpoint.dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise InputError(f"The checkpoint's weights are {dtype}; name an output --dtype: {', '.join(DTYPES)}.")
-    return Plan(recipe, checkpoint, seq_len, device, dtype, scheme, (*design.warnings, *notes))
+    # Losses on other text than fits are made on, where the calibration set is small.
+    held_out = isinstance(method, Mixture) and method.held_out
+    # The kernels of GPUs are fast at multiples of 8.
+    round_to = recipe.round_to or (1 if device == "cpu" else 8)
+    storage = recipe.storage or method.storage
+    calibrate = CalibrateConfig(
+        scheme=scheme,
+        source=recipe.calibration,
+        text_column=recipe.text_column,
+        label_column=recipe.label_column,
+        samples=recipe.samples,
+        seq_len=seq_len,
+        seed=recipe.seed,
+        micro_batch=recipe.micro_batch or max(1, MICRO_BATCH_TOKENS[torch.device(device).type] // seq_len),
+        clip=recipe.clip,
+        device=device,
+        held_out=held_out,
+        rival=rival,
+    )
+    score = ScoreConfig(
+        scheme=scheme,
+        allocate=recipe.allocate or method.allocate,
+        storage=storage,
+        ratio=recipe.ratio,
+        ratio_of=recipe.ratio_of,
+        damping_fisher=recipe.damping_fisher,
+        damping_gram=recipe.damping_gram,
+        alpha=recipe.alpha,
+        floor=recipe.floor,
+        temperature=recipe.temperature,
+        cap=recipe.cap,
+        round_to=round_to,
+        device=device,
+        held_out=held_out,
+        rival=rival,
+    )
+    factorize = FactorizeConfig(
+        method=label(recipe), scheme=scheme, storage=storage, round_to=round_to, dtype=dtype, device=device
+    )
+    return Plan(recipe, subject, calibrate, score, factorize, (*design.warnings, *notes))

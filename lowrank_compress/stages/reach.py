@@ -14,34 +14,31 @@ from lowrank_compress.allocation.table import ALLOCATORS
 from lowrank_compress.allocation.uniform import allocate
 from lowrank_compress.config import ScoreConfig
 from lowrank_compress.methods.scheme import DENSE as LEFT_DENSE
-from lowrank_compress.methods.sites import Site, sites_of
+from lowrank_compress.methods.sites import Site
 from lowrank_compress.methods.units import Unit, dense_elements, ranking
-from lowrank_compress.model.blueprint import Blueprint, blueprint
-from lowrank_compress.model.checkpoint import Checkpoint
+from lowrank_compress.stages.subject import Subject
 
 # Options that can keep a ratio out of reach, and the value at which each does not.
 LOOSEST: dict[str, Any] = {"round_to": 1, "cap": 1.0}
 
 
-def budget_of(config: ScoreConfig, plan: Blueprint, sites: Sequence[Site]) -> Budget:
-    """The budget that a ratio means for a checkpoint.
+def budget_of(config: ScoreConfig, subject: Subject) -> Budget:
+    """The budget that a ratio means for a model.
 
     Raises
     ------
     InputError
         The ratio is not between 0 and 1.
     """
-    claimed = sum(target.elements for target in plan.resolved.targets)
-    whole = sum(parameter.numel() for parameter in plan.model.parameters())
+    claimed = sum(target.elements for target in subject.resolved.targets)
+    whole = sum(parameter.numel() for parameter in subject.model.model.parameters())
     denominator = claimed if config.ratio_of == "blocks" else whole
-    return Budget(config.ratio, denominator, denominator - sum(site.dense for site in sites))
+    return Budget(config.ratio, denominator, denominator - sum(site.dense for site in subject.sites))
 
 
-def check_ratio(config: ScoreConfig, checkpoint: Checkpoint) -> None:
-    """Refuse a ratio that is out of reach in a checkpoint, before any work (see :func:`require_reachable`)."""
-    design = blueprint(checkpoint)
-    sites = sites_of(design.resolved, config.scheme)
-    require_reachable(config, budget_of(config, design, sites), sites)
+def check_ratio(config: ScoreConfig, subject: Subject) -> None:
+    """Refuse a ratio that is out of reach, before any work (see :func:`require_reachable`)."""
+    require_reachable(config, budget_of(config, subject), subject.sites)
 
 
 def require_reachable(config: ScoreConfig, budget: Budget, sites: Sequence[Site]) -> None:

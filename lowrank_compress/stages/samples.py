@@ -20,7 +20,7 @@ from lowrank_compress.calibration.tokens import (
 from lowrank_compress.config import CalibrateConfig
 from lowrank_compress.errors import InputError
 from lowrank_compress.methods.units import Unit
-from lowrank_compress.model.blueprint import Task, blueprint
+from lowrank_compress.model.blueprint import Task
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.walk.batch import Batch
 
@@ -42,13 +42,13 @@ def source_of(config: CalibrateConfig) -> Source:
 TRIED_WINDOWS, TRIED_TOKENS = 16, 8192
 
 
-def held_out_batches(config: CalibrateConfig, checkpoint: Checkpoint) -> list[Batch]:
+def held_out_batches(config: CalibrateConfig, checkpoint: Checkpoint, task: Task) -> list[Batch]:
     """Make a set like the calibration set of what follows it after the shuffle: some windows, or examples.
 
     A text that is spent by the calibration set has none left; then it is the first of that set.
     """
     count = max(1, min(TRIED_WINDOWS, TRIED_TOKENS // config.seq_len))
-    task, few = blueprint(checkpoint).task, config.model_copy(update={"samples": count})
+    few = config.model_copy(update={"samples": count})
     return calibration_batches(few, checkpoint, task, skip=config.samples) or calibration_batches(few, checkpoint, task)
 
 

@@ -20,7 +20,6 @@ from lowrank_compress.errors import ArtifactError, InputError
 from lowrank_compress.formats.table import FORMATS
 from lowrank_compress.methods.sites import Site, all_units, first_units
 from lowrank_compress.methods.units import dense_elements, needs_data, price_of
-from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.registry import unknown
 from lowrank_compress.resources.resources import Resources
@@ -29,6 +28,7 @@ from lowrank_compress.stages.choice import best, plans_of
 from lowrank_compress.stages.environment import environment
 from lowrank_compress.stages.ranks import RANKS, write_ranks
 from lowrank_compress.stages.reporting import Reporter, Silent, in_parts
+from lowrank_compress.stages.subject import Subject
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Inputs:
 
     Attributes
     ----------
-    checkpoint
-        The dense checkpoint.
+    subject
+        The dense model, and what of it is compressed.
     calibration
         Key of the calibrate stage, whose id identifies the statistics, kept or not.
     statistics
@@ -47,7 +47,7 @@ class Inputs:
         Makes the text that plans are tried on, kept out of the calibration set; None where there is no such.
     """
 
-    checkpoint: Checkpoint
+    subject: Subject
     calibration: Key
     statistics: Path
     held_out: Callable[[], list[Batch]] | None = None
@@ -120,8 +120,8 @@ def run(
     """
     reporter, workers = reporter or Silent(), resources.workers
     identity = key(config, inputs)
-    bases = Bases(config, inputs.checkpoint, inputs.calibration.id, out_dir, resources=resources)
-    check_options(config.allocate, config.storage, bases.sites)
+    bases = Bases(config, inputs.subject, inputs.calibration.id, out_dir, resources=resources)
+    check_options(config.allocate, config.storage, inputs.subject.sites)
     blocks = range(len(bases.resolved.blocks))
     found = workers.once(lambda: committed_scores(out_dir, identity, overwrite=overwrite, keep_edit=not overwrite))
     if found is not None:

@@ -12,9 +12,7 @@ from lowrank_compress.allocation.choice import Choice
 from lowrank_compress.calibration.capture import boundaries
 from lowrank_compress.calibration.statistics import enough_tokens
 from lowrank_compress.evaluation.size import weight_bytes
-from lowrank_compress.methods.sites import all_units, sites_of
 from lowrank_compress.methods.units import Unit, needed, needs_data, price_of, statistics_bytes
-from lowrank_compress.model.blueprint import Blueprint, blueprint
 from lowrank_compress.resources.resources import Resources
 from lowrank_compress.stages.bases import Bases
 from lowrank_compress.stages.plan import Plan
@@ -49,7 +47,7 @@ def dry_run(plan: Plan, run: Run, resources: Resources = Resources()) -> dict[st
         The ratio is out of reach.
     """
     # Nothing is read or written there: which calibration the bases belong to does not matter, and no text is touched.
-    bases = Bases(plan.score, plan.checkpoint, "", run.scores)
+    bases = Bases(plan.score, plan.subject, "", run.scores)
     targets = bases.resolved.targets
     need = estimate(plan, bases, resources)
     choices = uniform_choices(plan.score, bases.budget, bases.sites)
@@ -74,7 +72,7 @@ def dry_run(plan: Plan, run: Run, resources: Resources = Resources()) -> dict[st
 
 def _uniform_bytes(plan: Plan, bases: Bases, choices: Mapping[str, Choice]) -> int:
     """Bytes that are stored for the claimed weights at uniform ranks; with "auto" storage, the most that it may be."""
-    itemsize = getattr(torch, plan.dtype).itemsize
+    itemsize = getattr(torch, plan.factorize.dtype).itemsize
     kept = sum(target.elements for target in bases.resolved.targets) - sum(site.dense for site in bases.sites)
     return kept * itemsize + sum(
         price_of(unit, choices[unit.name]).bytes(itemsize) for unit in bases.units if unit.name in choices
@@ -85,9 +83,9 @@ def estimate(plan: Plan, bases: Bases, resources: Resources) -> Need:
     """Estimate memory and disk from shapes."""
     made = [bases, *([] if bases.rival is None else [bases.rival])]
     basis = sum(unit.basis_elements(found.keep[unit.name]) for found in made for unit in found.units)
-    resident, spilled = _resident(plan, bases.blueprint, bases.units, resources)
+    resident, spilled = _resident(plan, bases.units, resources)
     stays = sum(p.numel() for p in bases.blueprint.model.parameters()) - sum(site.dense for site in bases.sites)
-    written = (stays + bases.budget.limit) * getattr(torch, plan.dtype).itemsize
+    written = (stays + bases.budget.limit) * getattr(torch, plan.factorize.dtype).itemsize
     # Finished blocks, and then the checkpoint that is put together from them.
     disk = {"bases": basis * SINGLE, "compressed checkpoint": 2 * written}
     return Need(resident, disk | spilled)
@@ -95,26 +93,25 @@ def estimate(plan: Plan, bases: Bases, resources: Resources) -> Need:
 
 def roomy(plan: Plan, resources: Resources) -> bool:
     """Whether a run needs so much less memory than there is that what is freed may be kept."""
-    whole = blueprint(plan.checkpoint)
-    resident, spilled = _resident(plan, whole, all_units(sites_of(whole.resolved, plan.score.scheme)), resources)
+    resident, spilled = _resident(plan, plan.subject.units, resources)
     return not spilled and resources.may_keep_freed(sum(resident.values()))
 
 
-def _resident(
-    plan: Plan, whole: Blueprint, units: Sequence[Unit], resources: Resources
-) -> tuple[dict[str, int], dict[str, int]]:
+def _resident(plan: Plan, units: Sequence[Unit], resources: Resources) -> tuple[dict[str, int], dict[str, int]]:
     """What a run has in memory at once, name -> bytes, and what of it goes to disk instead."""
-    model, resolved = whole.model, whole.resolved
+    model, resolved = plan.subject.model.model, plan.subject.resolved
     wanted, resources = needed(units), resources.on(plan.device)
     block = sum(p.numel() for p in model.get_submodule(resolved.blocks[0]).parameters())
     outside = sum(p.numel() for p in model.parameters()) - block * len(resolved.blocks)
-    tokens = plan.recipe.samples * plan.seq_len if needs_data(units) else 0
+    tokens = plan.recipe.samples * plan.calibrate.seq_len if needs_data(units) else 0
     copies = boundaries(len(resolved.blocks), wanted)
     states = {"hidden states": tokens * model.config.hidden_size * SINGLE * copies}
     spills = states["hidden states"] > resources.for_states
     first = [unit for unit in units if unit.block == 0]
     beside = [unit.working_bytes() for unit in first if unit.parallel]
-    few = plan.held_out and tokens < enough_tokens(max(max(target.shape) for unit in first for target in unit.targets))
+    few = plan.score.held_out and tokens < enough_tokens(
+        max(max(target.shape) for unit in first for target in unit.targets)
+    )
     halves = 2 if few else 1  # of the calibration set, each with sums of its own
     resident = {
         "outside the blocks": outside * SINGLE,

@@ -220,7 +220,7 @@ def test_more_shards_give_the_same_tensors(tiny: Tiny, tmp_path: Path):
     plan = make_plan(Recipe(model=str(tiny.model), calibration=str(tiny.text), samples=8, seq_len=32))
     config = plan.factorize.model_copy(update={"shard_bytes": 20_000})
     out = tmp_path / "sharded"
-    factorize.run(config, factorize.Inputs(plan.checkpoint, Run(run).scores), out)
+    factorize.run(config, factorize.Inputs(plan.subject.model, Run(run).scores), out)
     index = json.loads((out / "model.safetensors.index.json").read_text())
     whole = load_file(run / "model" / "model.safetensors")
     shards = sorted(set(index["weight_map"].values()))

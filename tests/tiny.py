@@ -121,9 +121,16 @@ def tiny_model(
     model_type: str, task: Task = "lm", seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
 ) -> PreTrainedModel:
     """Return a tiny model in evaluation mode; no parameter, bias or norm weight is left at a neutral value."""
+    return random_model(tiny_config(model_type, task, **overrides), task, seed, dtype)
+
+
+def random_model(
+    config: PreTrainedConfig, task: Task = "lm", seed: int = 0, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """Return a model of that configuration with such values."""
     auto = AutoModelForCausalLM if task == "lm" else AutoModelForSequenceClassification
     with torch.random.fork_rng(devices=[]):
-        model = auto.from_config(tiny_config(model_type, task, **overrides))
+        model = auto.from_config(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

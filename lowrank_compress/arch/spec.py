@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from lowrank_compress.shipped.traits import Traits
+
 Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
 Reads = Literal["attn", "context", "mlp", "hidden"]
 Layout = Literal["blocked", "interleaved"]
@@ -61,8 +63,9 @@ class Architecture:
         The claimed matrices of every block, in the order of computation.
     ignored
         Shell patterns, relative to the block, of parameters with two or more dimensions that stay as they are.
-    head_norms
-        Whether queries and keys are normalised head by head, which forbids removing single dimensions of a head.
+    traits
+        What its attention does beyond the usual. Where queries and keys are normalised, a checkpoint that says so
+        keeps all dimensions of their heads.
     """
 
     name: str
@@ -71,4 +74,9 @@ class Architecture:
     attention: str
     projections: tuple[Projection, ...]
     ignored: tuple[str, ...] = ()
-    head_norms: bool = False
+    traits: Traits = Traits()  # noqa: RUF009  (nothing can change it)
+
+    @property
+    def head_norms(self) -> bool:
+        """Whether queries and keys are normalised, which forbids removing single dimensions of a head."""
+        return bool(self.traits.query_norm)

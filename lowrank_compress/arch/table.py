@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lowrank_compress.arch import traits
 from lowrank_compress.arch.spec import Architecture, Projection
 from lowrank_compress.errors import UnsupportedError
 from lowrank_compress.registry import Registry, unknown
@@ -68,18 +69,18 @@ _DISTILBERT = (
 
 _ENTRIES = (
     Architecture("llama", ("llama",), "layers", "self_attn", _GATED),
-    Architecture("mistral", ("mistral",), "layers", "self_attn", _GATED),
-    Architecture("qwen2", ("qwen2",), "layers", "self_attn", _GATED),
-    Architecture("qwen3", ("qwen3",), "layers", "self_attn", _GATED, head_norms=True),
-    Architecture("gemma2", ("gemma2",), "layers", "self_attn", _GATED),
-    Architecture("gemma3_text", ("gemma3_text",), "layers", "self_attn", _GATED, head_norms=True),
-    Architecture("phi3", ("phi3",), "layers", "self_attn", _PHI3),
-    Architecture("gpt2", ("gpt2",), "h", "attn", _GPT2),
+    Architecture("mistral", ("mistral",), "layers", "self_attn", _GATED, traits=traits.ALL_WINDOWED),
+    Architecture("qwen2", ("qwen2",), "layers", "self_attn", _GATED, traits=traits.WINDOWED),
+    Architecture("qwen3", ("qwen3",), "layers", "self_attn", _GATED, traits=traits.NORMED),
+    Architecture("gemma2", ("gemma2",), "layers", "self_attn", _GATED, traits=traits.SOFT_CAPPED),
+    Architecture("gemma3_text", ("gemma3_text",), "layers", "self_attn", _GATED, traits=traits.NORMED),
+    Architecture("phi3", ("phi3",), "layers", "self_attn", _PHI3, traits=traits.ALL_WINDOWED),
+    Architecture("gpt2", ("gpt2",), "h", "attn", _GPT2, traits=traits.GPT2),
     Architecture("gpt_neox", ("gpt_neox",), "layers", "attention", _GPT_NEOX),
-    Architecture("opt", ("opt",), "decoder.layers", "self_attn", _OPT),
-    Architecture("bert", ("bert",), "encoder.layer", "attention.self", _BERT),
-    Architecture("roberta", ("roberta",), "encoder.layer", "attention.self", _BERT),
-    Architecture("distilbert", ("distilbert",), "transformer.layer", "attention", _DISTILBERT),
+    Architecture("opt", ("opt",), "decoder.layers", "self_attn", _OPT, traits=traits.DROPPING),
+    Architecture("bert", ("bert",), "encoder.layer", "attention.self", _BERT, traits=traits.DROPPING),
+    Architecture("roberta", ("roberta",), "encoder.layer", "attention.self", _BERT, traits=traits.DROPPING),
+    Architecture("distilbert", ("distilbert",), "transformer.layer", "attention", _DISTILBERT, traits=traits.DROPPING),
 )
 
 ARCHITECTURES: Registry[Architecture] = Registry(

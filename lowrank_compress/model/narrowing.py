@@ -37,7 +37,14 @@ def check_narrowing(skeleton: Skeleton, batch: Batch) -> None:
     path = f"{resolved.blocks[0]}.{resolved.architecture.attention}"
     targets: dict[Role, Target] = {target.role: target for target in resolved.of_block(0)}
     rotary = resolved.heads.rotary > 0 and not resolved.architecture.head_norms
-    entry = attention_entry(targets, resolved.heads, resolved.heads.size, resolved.heads.size, rotary=rotary)
+    entry = attention_entry(
+        targets,
+        resolved.heads,
+        resolved.heads.size,
+        resolved.heads.size,
+        rotary=rotary,
+        traits=resolved.architecture.traits,
+    )
     with skeleton.block(0) as block:
         expected = replay.step(0, block, 0, hidden)
         if rotary:

@@ -7,12 +7,13 @@ from typing import Any
 
 from lowrank_compress.arch.resolve import Heads, Target
 from lowrank_compress.arch.spec import Role
+from lowrank_compress.shipped.traits import Traits
 
 ROTARY = "lr_rotary"  # the buffer of `CompressedAttention`
 
 
 def attention_entry(
-    targets: Mapping[Role, Target], heads: Heads, query_key: int, value: int, *, rotary: bool
+    targets: Mapping[Role, Target], heads: Heads, query_key: int, value: int, *, rotary: bool, traits: Traits
 ) -> dict[str, Any]:
     """Describe an attention module with narrower heads as `quantization_config.attention` of config.json does.
 
@@ -24,8 +25,10 @@ def attention_entry(
         The dimensions that heads keep.
     rotary
         Whether the kept dimensions of rotated heads are listed in a buffer.
+    traits
+        What the family's attention does beyond the usual; where it does nothing, the entry says nothing of it.
     """
-    return {
+    entry = {
         "heads": heads.query,
         "kv_heads": heads.key,
         "size": heads.size,
@@ -35,3 +38,4 @@ def attention_entry(
         "interleaved": targets["q"].rows.groups > 1,
         "projections": {role: targets[role].module for role in ("q", "k", "v", "o")},
     }
+    return entry | ({"traits": traits.entry()} if traits.entry() else {})

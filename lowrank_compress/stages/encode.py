@@ -151,7 +151,9 @@ class Encoder:
         targets: dict[Role, Target] = {target.role: target for target in resolved.of_block(block)}
         widths = [narrower[group].width if group in narrower else heads.size for group in ("qk", "vo")]
         index = next((edit.index for edit in narrower.values() if edit.index is not None), None)
-        made.attention[path] = attention_entry(targets, heads, *widths, rotary=index is not None)
+        made.attention[path] = attention_entry(
+            targets, heads, *widths, rotary=index is not None, traits=resolved.architecture.traits
+        )
         if index is not None:
             below = targets["q"].module.removeprefix(path) + ".weight"
             on_disk = self.plan.name_on_disk(f"{targets['q'].module}.weight").removesuffix(below)

@@ -32,6 +32,7 @@ from lowrank_compress.shipped.linear import CompressedLinear
 from lowrank_compress.shipped.restore import restore_modules
 from lowrank_compress.shipped.saving import remote_code_entries, write_remote_code
 from lowrank_compress.shipped.swap import swap_modules
+from tests.families import family, register
 from tests.shipped.test_loading import ROOT, python
 from tests.tiny import MODELS, tiny_model, tiny_tokenizer
 
@@ -72,12 +73,17 @@ def put(model: nn.Module, target: Target, weight: Tensor, bias: Tensor | None) -
 
 
 def narrowed(
-    model: PreTrainedModel, keep: float = 1.0, factorized: str = "", seed: int = 0
+    model: PreTrainedModel,
+    keep: float = 1.0,
+    factorized: str = "",
+    seed: int = 0,
+    traits: dict[str, Any] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedModel]:
     """A model whose attention keeps part of each head, and the stock model that it must equal.
 
     Queries and keys are first put in another basis (pairs in another order if rotated), values and outputs too. The
-    stock model then has zeros where the narrow one has nothing. Roles in `factorized` are stored as factors.
+    stock model then has zeros where the narrow one has nothing. Roles in `factorized` are stored as factors. The
+    entries say `traits`; if that is None, those of the architecture.
     """
     generator = torch.Generator().manual_seed(seed)
     resolved: Resolved = resolve(model)
@@ -136,6 +142,8 @@ def narrowed(
             "interleaved": targets["q"].rows.groups > 1,
             "projections": {role: targets[role].module for role in ("q", "k", "v", "o")},
         }
+        if said := resolved.architecture.traits.entry() if traits is None else traits:
+            config["attention"][attention]["traits"] = said
         if rotary:
             tensors[f"{attention}.lr_rotary"] = kept
         by_module: dict[str, list[str]] = {}
@@ -240,6 +248,54 @@ def test_narrow_heads_equal_stock_heads_with_zeros(case: str) -> None:
     assert len(attentions[0]) == len(compressed(small))
     for found, exact in zip(*attentions, strict=True):
         close(found, exact, 1e-5)
+
+
+@pytest.mark.parametrize(("name", "entry"), [("smollm3", "SMOLLM3"), ("olmo2", "OLMO2")])
+def test_what_further_families_declare(name: str, entry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers without rotary positions; norms over all heads together. With the caches, loaded, and restored."""
+    register(monkeypatch, entry)
+    full, _ = narrowed(family(name, torch.float64))
+    close(logits(full), logits(family(name, torch.float64)))
+    small, stock = narrowed(family(name, torch.float64), 0.7, "v")
+    expected = logits(stock)
+    assert not torch.allclose(expected, logits(full), rtol=1e-3)
+    close(logits(small), expected)
+    loaded = AutoModelForCausalLM.from_pretrained(save(small, tmp_path))
+    assert {module.lr_heads.traits for module in compressed(loaded)} == {resolve(stock).architecture.traits}
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["version"] == 3
+    close(logits(loaded), expected)
+    options: dict[str, Any] = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    assert torch.equal(loaded.generate(IDS, **options), stock.generate(IDS, use_cache=False, **options))
+    restore_modules(loaded)
+    close(logits(loaded), expected)
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_entries_that_do_not_say_traits_are_computed_as_the_table_declares(case: str) -> None:
+    """As they were before version 3."""
+    small, _ = narrowed(one(case), 0.7)
+    silent, _ = narrowed(one(case), 0.7, traits={})
+    assert silent.config.quantization_config.version == 2
+    assert all("traits" not in entry for entry in silent.config.quantization_config.attention.values())
+    assert [module.lr_heads.traits for module in compressed(silent)] == [
+        module.lr_heads.traits for module in compressed(small)
+    ]
+    assert torch.equal(logits(silent), logits(small))
+
+
+@pytest.mark.parametrize(
+    ("traits", "message"),
+    [
+        ({"output_dropout": "scaling"}, "a LlamaAttention has no module scaling, which is to be its output_dropout"),
+        ({"rotates": "use_rope"}, "a LlamaAttention has no use_rope, which is to be its rotates"),
+        ({"window": "config.window"}, "a LlamaAttention has no config.window, which is to be its window"),
+    ],
+)
+def test_traits_that_the_module_does_not_have(traits: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        narrowed(one("llama-lm"), 0.7, traits=traits)
+    with pytest.raises(ValueError, match="a Qwen3Attention has no module norm_q, which is to be its query_norm"):
+        narrowed(one("qwen3-lm"), 0.7, traits={"query_norm": "norm_q", "key_norm": "k_norm"})
 
 
 @pytest.mark.parametrize("case", FAMILIES)
@@ -455,6 +511,10 @@ def places(**changes: str) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"traits": ["rotates"]}, "expected traits by name, got"),
+        ({"traits": {"sinks": "s"}}, "unknown traits sinks, expected some of query_norm, key_norm, "),
+        ({"traits": {"rotates": True}}, "its trait rotates cannot be True"),
+        ({"traits": {"query_norm": "q_norm"}}, "its trait key_norm cannot be None"),
         ({"sparse": 1}, r"attention\['model.layers.0.self_attn'\]: expected the keys"),
         ({"heads": 3}, "3 query heads cannot share 2 key-value heads"),
         ({"query_key": 10}, "query_key is from 1 to 8, the size of a stock head, got 10"),

@@ -1,0 +1,17 @@
+"""What the attention of the families in the table does beyond the usual, by name."""
+
+from __future__ import annotations
+
+from lowrank_compress.shipped.traits import Traits
+
+# Each layer knows its window, or none.
+WINDOWED = Traits(window="sliding_window")
+# All layers have the window of the configuration.
+ALL_WINDOWED = Traits(window="config.sliding_window")
+# Queries and keys are normalised head by head.
+NORMED = WINDOWED._replace(query_norm="q_norm", key_norm="k_norm")
+# Gemma 3 has a soft cap too, but does not use it.
+SOFT_CAPPED = WINDOWED._replace(soft_cap="attn_logit_softcapping")
+# Attention weights are dropped as `dropout` says.
+DROPPING = Traits(dropout="dropout")
+GPT2 = Traits(dropout="attn_dropout", output_dropout="resid_dropout", reordered="reorder_and_upcast_attn")

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from tests.families import family, register
 from tests.ordinary import load, padded, part_rows, task, tokens
 from tests.runs import done, refused
 from tests.tiny import MODELS, tiny_model, tiny_text, tiny_tokenizer
@@ -30,7 +31,7 @@ ROLES = {
     "up": ("up_proj", "c_fc", "dense_h_to_4h", "fc1", "intermediate.dense", "lin1", ":up"),
 }
 FUSED = {"phi3": ("qkv_proj", "gate_up_proj"), "gpt2": ("c_attn",), "gpt_neox": ("query_key_value",)}
-HEAD_NORMS = ("qwen3", "gemma3_text")
+HEAD_NORMS = ("qwen3", "gemma3_text", "olmo2")
 METRICS = ("gram", "kfac")
 # Every model with one of the metrics, some with both.
 CASES = [(name, METRICS[number % 2]) for number, name in enumerate(MODELS)]
@@ -135,7 +136,11 @@ def spread(part: tuple[Any, Tensor], head: slice, generator: torch.Generator) ->
 def save_redundant(name: str, place: Path) -> tuple[Path, list[str]]:
     """Write a redundant model; its directory, and the options that calibrate on data of its kind."""
     model_type, kind, overrides = MODELS[name]
-    model = tiny_model(model_type, kind, **overrides)
+    return write_redundant(tiny_model(model_type, kind, **overrides), kind, place)
+
+
+def write_redundant(model: PreTrainedModel, kind: str, place: Path) -> tuple[Path, list[str]]:
+    """Make a model redundant and write it, and data to calibrate on."""
     make_redundant(model)
     model.save_pretrained(place / "dense")
     tiny_tokenizer(place / "dense")
@@ -247,3 +252,31 @@ def test_parts_have_methods_of_their_own(name: str, parts: str, tmp_path: Path) 
     before = {path.name: path.stat().st_mtime_ns for path in (run / "model").iterdir()}
     done("compress", model, *parts.split(), *data, "--out", run)
     assert before == {path.name: path.stat().st_mtime_ns for path in (run / "model").iterdir()}
+
+
+@pytest.mark.parametrize(("name", "entry"), [("smollm3", "SMOLLM3"), ("olmo2", "OLMO2")])
+def test_families_of_plug_ins(name: str, entry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers without rotary positions, and norms over all heads together, as the entry says."""
+    register(monkeypatch, entry)
+    model, data = write_redundant(family(name), "lm", tmp_path)
+    own = ["--qk", "dense", "--ratio", "0.12"] if name in HEAD_NORMS else ["--ratio", "0.2"]
+    run = tmp_path / "run"
+    done("compress", model, "--method", "modegpt", "--allocate", "uniform", *own, *data, "--out", run)
+    report = json.loads((run / "model" / "lowrank.json").read_text())
+    assert all(entry["rank"] is not None for entry in report["matrices"].values())
+    small = load(run / "model", "lm")
+    expected, found = logits_of(load(model, "lm")), logits_of(small)
+    assert (found - expected).abs().max() <= 2e-4 * (expected - expected.mean()).abs().max()
+    done("export", run, "--dense", tmp_path / "exported")
+    exported = logits_of(load(tmp_path / "exported", "lm"))
+    torch.testing.assert_close(exported, found, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    assert_cache_shrinks_and_does_not_matter(small, run, report)
+
+
+def test_a_family_whose_entry_says_too_little_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    register(monkeypatch, "PLAIN_SMOLLM3")
+    model, data = write_redundant(family("smollm3"), "lm", tmp_path)
+    message = refused("compress", model, "--method", "modegpt", *data, "--out", tmp_path / "run")
+    assert "model.layers.1.self_attn of SmolLM3ForCausalLM computes something else" in message
+    assert "--attention kfac" in message
+    done("compress", model, "--attention", "kfac", *data, "--out", tmp_path / "linear")

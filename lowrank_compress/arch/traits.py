@@ -8,9 +8,9 @@ from lowrank_compress.shipped.traits import Traits
 WINDOWED = Traits(window="sliding_window")
 # All layers have the window of the configuration.
 ALL_WINDOWED = Traits(window="config.sliding_window")
-# Queries and keys are normalised head by head.
+# Queries and keys are normalised head by head. (Gemma 3 has a soft cap besides, but does not use it.)
 NORMED = WINDOWED._replace(query_norm="q_norm", key_norm="k_norm")
-# Gemma 3 has a soft cap too, but does not use it.
+# The scores are bounded.
 SOFT_CAPPED = WINDOWED._replace(soft_cap="attn_logit_softcapping")
 # Attention weights are dropped as `dropout` says.
 DROPPING = Traits(dropout="dropout")

@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 from transformers.models.llama import modeling_llama
 
+from lowrank_compress.arch.resolve import resolve
 from lowrank_compress.errors import UnsupportedError
 from lowrank_compress.model.checkpoint import Checkpoint
-from lowrank_compress.model.narrowing import check_narrowing
+from lowrank_compress.model.narrowing import check_narrowing, unlike_attentions
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.model.walk.batch import Batch
-from tests.tiny import save_tiny
+from tests.families import family, register
+from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 BATCH = Batch(torch.arange(4, 44).view(2, 20))
 
@@ -58,3 +61,85 @@ def test_pairs_that_are_neighbours_are_refused(skeleton: Skeleton, monkeypatch: 
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", interleaved)
     with pytest.raises(UnsupportedError, match="computes something else than attention with narrower heads"):
         check_narrowing(skeleton, BATCH)
+
+
+def saved(model: PreTrainedModel, directory: Path) -> Skeleton:
+    model.save_pretrained(directory)
+    tiny_tokenizer(directory)
+    return Skeleton(Checkpoint(directory), torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize(("name", "entry"), [("smollm3", "SMOLLM3"), ("olmo2", "OLMO2")])
+def test_what_an_entry_declares_is_computed(
+    name: str, entry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(monkeypatch, entry)
+    check_narrowing(saved(family(name), tmp_path), BATCH)
+
+
+@pytest.mark.parametrize(
+    ("name", "entry", "message"),
+    [
+        ("smollm3", "PLAIN_SMOLLM3", r"model.layers.1.self_attn of SmolLM3ForCausalLM computes something else than"),
+        ("olmo2", "PLAIN_OLMO2", r"model.layers.0.self_attn of Olmo2ForCausalLM does not run .*norms of their own"),
+        ("olmo2", "HEAD_NORMED_OLMO2", r"model.layers.0.self_attn of Olmo2ForCausalLM does not run .*RuntimeError: "),
+    ],
+)
+def test_what_an_entry_does_not_declare_is_refused_by_name_and_the_model_stays_stock(
+    name: str, entry: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(monkeypatch, entry)
+    skeleton = saved(family(name), tmp_path)
+    types = [type(module) for module in skeleton.model.modules()]
+    with pytest.raises(UnsupportedError, match=rf"{message}.*Give the attention a linear method"):
+        check_narrowing(skeleton, BATCH)
+    assert [type(module) for module in skeleton.model.modules()] == types
+    assert {tensor.device.type for block in skeleton.blocks for tensor in block.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("failure", [KeyError, AttributeError, AssertionError, ZeroDivisionError])
+def test_any_failure_is_a_refusal(
+    failure: type[Exception], skeleton: Skeleton, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise failure("no such thing")
+
+    monkeypatch.setattr("lowrank_compress.shipped.attention.CompressedAttention.forward", fail)
+    with pytest.raises(UnsupportedError, match=rf"model.layers.0.self_attn .*{failure.__name__}.*no such thing"):
+        check_narrowing(skeleton, BATCH)
+    assert {type(block.self_attn) for block in skeleton.blocks} == {modeling_llama.LlamaAttention}
+
+
+def test_no_memory_is_no_refusal(skeleton: Skeleton, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("too large")
+
+    monkeypatch.setattr("lowrank_compress.shipped.attention.CompressedAttention.forward", fail)
+    with pytest.raises(torch.OutOfMemoryError, match="too large"):
+        check_narrowing(skeleton, BATCH)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "overrides", "expected"),
+    [
+        ("llama", {"num_hidden_layers": 3}, [0]),
+        ("gemma2", {}, [0, 1]),
+        ("gemma3_text", {}, [0, 1]),
+        ("qwen2", {}, [0, 1]),
+        ("gpt2", {}, [0]),
+        # Its layers divide their scores by their number.
+        ("gpt2", {"n_layer": 3, "scale_attn_by_inverse_layer_idx": True}, [0, 1, 2]),
+        ("bert", {}, [0]),
+    ],
+)
+def test_a_block_of_each_kind_is_looked_at(model_type: str, overrides: dict[str, Any], expected: list[int]) -> None:
+    model = tiny_model(model_type, **overrides)
+    assert unlike_attentions(model, resolve(model)) == expected
+
+
+def test_layers_without_positions_and_with_another_module_are_of_another_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    register(monkeypatch, "SMOLLM3")
+    model: Any = family("smollm3")
+    assert unlike_attentions(model, resolve(model)) == [0, 1]
+    model.model.layers[2].self_attn.extra = torch.nn.Identity()
+    assert unlike_attentions(model, resolve(model)) == [0, 1, 2]

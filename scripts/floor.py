@@ -101,9 +101,9 @@ class Floor:
         for unit in self.bases.units:
             if isinstance(unit, MatrixUnit):
                 self._decompose_matrix(unit, self.bases.keep[unit.name])
-            elif isinstance(unit, ModuleUnit) and unit.method.group == "mlp":
+            elif isinstance(unit, ModuleUnit) and unit.method.group.name == "mlp":
                 self._decompose_mlp(unit)
-            elif isinstance(unit, ModuleUnit) and unit.method.group == "vo":
+            elif isinstance(unit, ModuleUnit) and unit.method.group.name == "vo":
                 self._decompose_values(unit)
         if self.bases.allocator.needs_spectrum:
             for unit in self.bases.units:
@@ -152,11 +152,11 @@ class Floor:
                 continue
             if isinstance(unit, MatrixUnit):
                 self._factorize_matrix(unit, choice)
-            elif isinstance(unit, ModuleUnit) and unit.method.group == "mlp":
+            elif isinstance(unit, ModuleUnit) and unit.method.group.name == "mlp":
                 (m, n), width = unit.roles["down"].shape, choice.parameters[0]
                 down = 2 * m * (n - width) * width + m * width**2
                 self.add("factorize", "weights of narrower modules", "float64", down)
-            elif isinstance(unit, ModuleUnit) and unit.method.group == "vo":
+            elif isinstance(unit, ModuleUnit) and unit.method.group.name == "vo":
                 both = sum(target.elements for target in unit.targets)
                 self.add("factorize", "weights of narrower modules", "float64", 2 * choice.parameters[0] * both)
 

@@ -71,8 +71,27 @@ class Heads:
 
 
 @dataclass(frozen=True, slots=True)
+class View:
+    """Which part of a parameter a matrix is, and how it lies there.
+
+    Parameters
+    ----------
+    rows
+        Which of the parameter's rows, counted by what they compute, it has.
+    transposed
+        Whether the parameter is stored as (in, out).
+    expert
+        Index into the leading dimension of a parameter that holds several experts; None for a plain matrix.
+    """
+
+    rows: Rows
+    transposed: bool = False
+    expert: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Target:
-    """One matrix that may be compressed: a module's weight, or a part of a fused one.
+    """One matrix that may be compressed: a parameter, or a part of one.
 
     Parameters
     ----------
@@ -80,34 +99,39 @@ class Target:
         Path of the module, followed by ``":"`` and the role if the weight is fused.
     block
         Index of the transformer block.
-    module
-        Path of the module in the model.
+    parameter
+        Name of the parameter in the model.
+    view
+        Which part of it the matrix is.
+    bias
+        Name of the bias that is added to what the parameter computes; None where there is none.
     role
         What the matrix computes.
+    group
+        Name of the group that the architecture counts the role to.
     shape
-        (out, in) of the matrix, however the module stores it.
-    rows
-        Which rows of the module's output it computes.
+        (out, in) of the matrix, however it is stored.
     reads
         Input tensor, the very same for all targets of a block with this value.
-    has_bias
-        Whether the module has a bias.
-    conv1d
-        Whether the module stores its weight as (in, out).
     heads
         The attention heads that the rows (q, k, v) or columns (o) belong to; None in the MLP.
     """
 
     name: str
     block: int
-    module: str
+    parameter: str
+    view: View
+    bias: str | None
     role: Role
+    group: str
     shape: tuple[int, int]
-    rows: Rows
     reads: Reads
-    has_bias: bool
-    conv1d: bool
     heads: Heads | None
+
+    @property
+    def module(self) -> str:
+        """Path of the module that the parameter belongs to."""
+        return self.parameter.rpartition(".")[0]
 
     @property
     def elements(self) -> int:
@@ -172,7 +196,7 @@ def resolve(model: PreTrainedModel) -> Resolved:
                 f"of architecture {architecture.name!r}."
             )
         found = _block_targets(model, architecture, heads, index, path)
-        _check_complete(model.get_submodule(path), path, architecture, {target.module for target in found})
+        _check_complete(model.get_submodule(path), path, architecture, {target.parameter for target in found})
         targets += found
     return Resolved(architecture, blocks, tuple(targets), heads)
 
@@ -232,13 +256,13 @@ def _block_targets(
                 Target(
                     name=path if len(projection.parts) == 1 else f"{path}:{role}",
                     block=index,
-                    module=path,
+                    parameter=f"{path}.weight",
+                    view=View(part, transposed=projection.conv1d),
+                    bias=f"{path}.bias" if model.get_submodule(path).bias is not None else None,
                     role=role,
+                    group=architecture.group_of(role).name,
                     shape=(part.size, shape[1]),
-                    rows=part,
                     reads=projection.reads,
-                    has_bias=model.get_submodule(path).bias is not None,
-                    conv1d=projection.conv1d,
                     heads=heads if role in ("q", "k", "v", "o") else None,
                 )
             )
@@ -270,8 +294,7 @@ def _check_complete(block: nn.Module, path: str, architecture: Architecture, cla
     for name, parameter in block.named_parameters(remove_duplicate=False):
         if parameter.ndim < 2 or any(fnmatch(name, pattern) for pattern in architecture.ignored):
             continue
-        module, _, leaf = f"{path}.{name}".rpartition(".")
-        if module not in claimed or leaf != "weight":
+        if f"{path}.{name}" not in claimed:
             raise UnsupportedError(
                 f"{path}.{name} of shape {tuple(parameter.shape)} is neither claimed nor ignored by architecture "
                 f"{architecture.name!r}; expected {', '.join(p.path for p in architecture.projections)}. "

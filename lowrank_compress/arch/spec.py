@@ -2,20 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from lowrank_compress.shipped.traits import Traits
 
-Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
-Reads = Literal["attn", "context", "mlp", "hidden"]
+Role = str
+Reads = str
 Layout = Literal["blocked", "interleaved"]
-Group = Literal["qk", "vo", "mlp"]
 
-# Matrices of a block that can only shrink together, in the order of computation.
-GROUPS: Mapping[Group, tuple[Role, ...]] = {"qk": ("q", "k"), "vo": ("v", "o"), "mlp": ("gate", "up", "down")}
-GROUP_OF: Mapping[Role, Group] = {role: group for group, roles in GROUPS.items() for role in roles}
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Matrices that have a method of their own, and that can only shrink together.
+
+    Parameters
+    ----------
+    name
+        What users call it.
+    roles
+        Of its matrices, in the order of computation; a group may lack some of them in an architecture.
+    label
+        Its name in ranks.json, behind the path of a block.
+    title
+        Its name in messages.
+    """
+
+    name: str
+    roles: tuple[Role, ...]
+    label: str
+    title: str
+
+
+QUERY_KEY = Group("qk", ("q", "k"), "query-key", "queries and keys")
+VALUE_OUTPUT = Group("vo", ("v", "o"), "value-output", "values and output")
+MLP = Group("mlp", ("gate", "up", "down"), "mlp", "MLP")
+BLOCK_GROUPS = (QUERY_KEY, VALUE_OUTPUT, MLP)
+"""The groups of a block with attention and one MLP, in the order of computation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +89,8 @@ class Architecture:
     traits
         What its attention does beyond the usual. Where queries and keys are normalised, a checkpoint that says so
         keeps all dimensions of their heads.
+    groups
+        What has a method of its own, in the order of computation; every role is in one.
     """
 
     name: str
@@ -75,8 +100,13 @@ class Architecture:
     projections: tuple[Projection, ...]
     ignored: tuple[str, ...] = ()
     traits: Traits = Traits()  # noqa: RUF009  (nothing can change it)
+    groups: tuple[Group, ...] = BLOCK_GROUPS
 
     @property
     def head_norms(self) -> bool:
         """Whether queries and keys are normalised, which forbids removing single dimensions of a head."""
         return bool(self.traits.query_norm)
+
+    def group_of(self, role: Role) -> Group:
+        """Return the group that has a role."""
+        return next(group for group in self.groups if role in group.roles)

@@ -61,7 +61,7 @@ def _hook(module: nn.Module, targets: tuple[Target, ...], moments: Moments, batc
         y = out.detach() if stored_bias is None else out.detach() - stored_bias
         y = measured(y, out.device)
         z = y if stored_bias is None else measured(out, out.device)
-        rows = {target.name: target.rows.index().to(out.device) for target in targets} if len(targets) > 1 else {}
+        rows = {target.name: target.view.rows.index().to(out.device) for target in targets} if len(targets) > 1 else {}
 
         def add(gradient: Tensor | None, delta: Tensor | None = None) -> None:
             for target in targets:

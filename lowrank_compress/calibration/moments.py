@@ -174,11 +174,11 @@ class Moments:
         self._owner: dict[str, str] = {}
         for target in targets:
             for statistic in sorted(self._wanted[target.name]):
-                if target.role not in STATISTICS[statistic].roles:
+                if not STATISTICS[statistic].fits(target.role):
                     raise InputError(
                         f"{statistic} ({STATISTICS[statistic].help}) is taken of "
-                        f"{', '.join(STATISTICS[statistic].roles)} only, but wanted of {target.name} ({target.role}). "
-                        "Check what the method says it needs."
+                        f"{', '.join(STATISTICS[statistic].roles or ())} only, but wanted of {target.name} "
+                        f"({target.role}). Check what the method says it needs."
                     )
                 self._owner.setdefault(statistic_key(target, statistic), target.name)
 

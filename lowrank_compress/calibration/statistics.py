@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import get_args
 
 from lowrank_compress.arch.resolve import Target
 from lowrank_compress.arch.spec import Role
@@ -55,7 +54,7 @@ class Statistic:
     help
         The formula.
     roles
-        Targets of which it can be taken.
+        Roles of which it can be taken; None for all.
     """
 
     name: str
@@ -63,7 +62,11 @@ class Statistic:
     gradient: bool
     shared: bool
     help: str
-    roles: tuple[Role, ...] = get_args(Role)
+    roles: tuple[Role, ...] | None = None
+
+    def fits(self, role: Role) -> bool:
+        """Whether it can be taken of targets of a role."""
+        return self.roles is None or role in self.roles
 
     def shape(self, target: Target) -> tuple[int, ...]:
         """Return the shape of the statistic of a target."""

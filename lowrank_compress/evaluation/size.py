@@ -54,7 +54,7 @@ def measure_size(checkpoint: Checkpoint) -> Size:
 
 def weight_bytes(plan: Blueprint, target: Target) -> int:
     """Bytes of a matrix as the checkpoint stores it, from the header of its file."""
-    shape, size = plan.checkpoint.stored(plan.name_on_disk(f"{target.module}.weight"))
+    shape, size = plan.checkpoint.stored(plan.name_on_disk(target.parameter))
     return size * target.elements // math.prod(shape)
 
 

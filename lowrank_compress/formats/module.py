@@ -19,8 +19,8 @@ def module_entry(targets: Sequence[Target], parts: Sequence[Encoded]) -> dict[st
     return {
         "in_features": parts[0].shape[1],
         "out_features": sum(part.shape[0] for part in parts),
-        "bias": targets[0].has_bias,
-        "heads": targets[0].rows.groups,
+        "bias": targets[0].bias is not None,
+        "heads": targets[0].view.rows.groups,
         "parts": [{"rows": part.shape[0], "format": part.format, **_named(part)} for part in parts],
     }
 
@@ -34,7 +34,7 @@ def _named(part: Encoded) -> dict[str, int]:
 
 def joined(targets: Sequence[Target], parts: Sequence[Tensor]) -> Tensor:
     """Put the rows (out_i, …) of a module's parts in the order in which the module has them."""
-    groups = targets[0].rows.groups
+    groups = targets[0].view.rows.groups
     return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], 1).flatten(0, 1)
 
 

@@ -100,7 +100,7 @@ class LinearMethod:
 
     def restores_mean(self, target: Target) -> bool:
         """Whether the mean input is restored through the bias; only where the layer has one."""
-        return self.right.centred and target.has_bias
+        return self.right.centred and target.bias is not None
 
     def statistics(self, target: Target) -> frozenset[str]:
         """Names of the statistics that a target needs."""

@@ -72,7 +72,7 @@ class MatrixUnit:
     @property
     def loses_mean(self) -> bool:
         """Whether the method would restore the mean here, but has no bias to do it with."""
-        return self.method.right.centred and not self.target.has_bias
+        return self.method.right.centred and self.target.bias is None
 
     def statistics(self) -> Mapping[str, frozenset[str]]:
         """What the method needs for a matrix of this shape."""

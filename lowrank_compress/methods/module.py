@@ -12,8 +12,6 @@ from lowrank_compress.arch.resolve import Heads
 from lowrank_compress.arch.spec import Group, Role
 from lowrank_compress.methods.linear import Damping
 
-PARTS: Mapping[Group, str] = {"qk": "queries and keys", "vo": "values and output", "mlp": "MLP"}
-
 
 @dataclass(frozen=True, eq=False)
 class Reduced:
@@ -136,4 +134,4 @@ class ModuleMethod:
     @property
     def metrics(self) -> str:
         """What it is for, for `lrc list methods`."""
-        return f"{PARTS[self.group]}; --metric gram or kfac"
+        return f"{self.group.title}; --metric gram or kfac"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lowrank_compress.allocation.choice import Choice, Choices, of_ranks
 from lowrank_compress.arch.resolve import Target
-from lowrank_compress.arch.spec import Role
+from lowrank_compress.arch.spec import QUERY_KEY, Role
 from lowrank_compress.calibration.statistics import statistic_key
 from lowrank_compress.formats.dense import dense
 from lowrank_compress.methods.edit import Edit, Narrower, Replacement, Source
@@ -69,7 +69,7 @@ class ModuleUnit:
     @property
     def _rotated(self) -> bool:
         heads = self.targets[0].heads
-        return self.method.group == "qk" and heads is not None and heads.rotary > 0
+        return self.method.group == QUERY_KEY and heads is not None and heads.rotary > 0
 
     def statistics(self) -> Mapping[str, frozenset[str]]:
         """What the method needs of each role."""
@@ -172,7 +172,7 @@ class ModuleUnit:
         }
         biases = {roles[role].name: bias.cpu() for role, bias in reduced.biases.items()}
         index = None if reduced.index is None else reduced.index.cpu()
-        heads = None if self.targets[0].heads is None else Narrower(self.method.group, width, index)
+        heads = None if self.targets[0].heads is None else Narrower(self.method.group.name, width, index)
         return Edit(choice, parts, biases, heads)
 
     def replace(self, source: Source, choice: Choice, basis: Mapping[str, Tensor]) -> list[Replacement]:
@@ -199,7 +199,9 @@ class ModuleUnit:
             role: source.weight(target).to(device).double() for role, target in self.roles.items()
         }
         biases: dict[Role, Tensor] = {
-            role: source.bias(target).to(device).double() for role, target in self.roles.items() if target.has_bias
+            role: source.bias(target).to(device).double()
+            for role, target in self.roles.items()
+            if target.bias is not None
         }
         stem = f"{self.name}/"
         own = {name.removeprefix(stem): tensor.to(device) for name, tensor in basis.items() if name.startswith(stem)}

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from lowrank_compress.arch.resolve import Resolved
-from lowrank_compress.arch.spec import GROUPS, Architecture, Group
+from lowrank_compress.arch.spec import BLOCK_GROUPS, Architecture, Group
 from lowrank_compress.config import ModuleMetric, Scheme
 from lowrank_compress.errors import InputError
 from lowrank_compress.methods.cr import unit_members
 from lowrank_compress.methods.linear import LinearMethod
 from lowrank_compress.methods.mixture import Mixture
-from lowrank_compress.methods.module import PARTS, ModuleMethod
+from lowrank_compress.methods.module import ModuleMethod
 from lowrank_compress.methods.table import METHODS
 from lowrank_compress.recipe import Recipe
 from lowrank_compress.registry import unknown
@@ -43,8 +43,8 @@ def scheme_of(recipe: Recipe, architecture: Architecture) -> tuple[Scheme, tuple
         "vo": recipe.vo or recipe.attention or recipe.method,
         "mlp": recipe.mlp or recipe.method,
     }
-    names: dict[Group, str] = {group: _part(asked[group], group) for group in GROUPS}
-    covered: dict[str, tuple[Group, ...]] = {"attention": ("qk", "vo"), "qk": ("qk",), "vo": ("vo",), "mlp": ("mlp",)}
+    names = {group.name: _part(asked[group.name], group) for group in BLOCK_GROUPS}
+    covered: dict[str, tuple[str, ...]] = {"attention": ("qk", "vo"), "qk": ("qk",), "vo": ("vo",), "mlp": ("mlp",)}
     for option, groups in covered.items():
         given = getattr(recipe, option)
         if given not in (None, DENSE) and all(names[group] == DENSE for group in groups):
@@ -93,7 +93,7 @@ def _part(asked: str, group: Group) -> str:
         found = [_part(name.strip(), group) for name in asked.split(OR)]
         if DENSE in found or [isinstance(METHODS[name], ModuleMethod) for name in found] != [False, True]:
             raise InputError(
-                f"The alternatives {asked!r} are not a linear method and a module method for {PARTS[group]}, in this "
+                f"The alternatives {asked!r} are not a linear method and a module method for {group.title}, in this "
                 "order. Pass for instance 'kfac|nystrom' as --mlp."
             )
         return OR.join(found)
@@ -103,7 +103,7 @@ def _part(asked: str, group: Group) -> str:
         raise InputError(unknown("method", asked, [*METHODS, DENSE]))
     method = METHODS[asked]
     if isinstance(method, Mixture):
-        return getattr(method, group)
+        return getattr(method, group.name)
     return asked if isinstance(method, LinearMethod) or method.group == group else DENSE
 
 
@@ -120,7 +120,7 @@ def _module_methods() -> list[str]:
     return [name for name, method in METHODS.items() if isinstance(method, ModuleMethod)]
 
 
-def methods_of(scheme: Scheme) -> Mapping[Group, tuple[LinearMethod | ModuleMethod, ...]]:
+def methods_of(scheme: Scheme) -> Mapping[str, tuple[LinearMethod | ModuleMethod, ...]]:
     """Look up the methods of a scheme, module methods in its metric: the alternatives of each part, none if dense.
 
     Raises
@@ -128,10 +128,10 @@ def methods_of(scheme: Scheme) -> Mapping[Group, tuple[LinearMethod | ModuleMeth
     InputError
         A name is unknown, or is that of a mixture.
     """
-    found: dict[Group, tuple[LinearMethod | ModuleMethod, ...]] = {}
-    for group in GROUPS:
-        names = [name for name in getattr(scheme, group).split(OR) if name != DENSE]
-        found[group] = tuple(_single(METHODS[name], scheme.metric) for name in names)
+    found: dict[str, tuple[LinearMethod | ModuleMethod, ...]] = {}
+    for group in BLOCK_GROUPS:
+        names = [name for name in getattr(scheme, group.name).split(OR) if name != DENSE]
+        found[group.name] = tuple(_single(METHODS[name], scheme.metric) for name in names)
     return found
 
 

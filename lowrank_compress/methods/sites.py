@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lowrank_compress.arch.resolve import Resolved, Target
-from lowrank_compress.arch.spec import GROUP_OF, Group
+from lowrank_compress.arch.spec import QUERY_KEY
 from lowrank_compress.config import Scheme
 from lowrank_compress.errors import UnsupportedError
 from lowrank_compress.methods.linear import LinearMethod
@@ -15,8 +15,6 @@ from lowrank_compress.methods.module import ModuleMethod
 from lowrank_compress.methods.module_unit import ModuleUnit
 from lowrank_compress.methods.scheme import DENSE, methods_of
 from lowrank_compress.methods.units import Unit, dense_elements
-
-GROUP_NAMES: Mapping[Group, str] = {"qk": "query-key", "vo": "value-output", "mlp": "mlp"}
 
 
 @dataclass(frozen=True)
@@ -50,10 +48,11 @@ def sites_of(resolved: Resolved, scheme: Scheme) -> tuple[Site, ...]:
     methods = methods_of(scheme)
     sites: list[Site] = []
     for block, path in enumerate(resolved.blocks):
-        for group, ways in methods.items():
-            targets = tuple(target for target in resolved.of_block(block) if GROUP_OF[target.role] == group)
-            if ways:
-                name = f"{path}:{GROUP_NAMES[group]}"
+        for group in resolved.architecture.groups:
+            ways = methods.get(group.name, ())
+            targets = tuple(target for target in resolved.of_block(block) if target.group == group.name)
+            if ways and targets:
+                name = f"{path}:{group.label}"
                 sites.append(Site(tuple(_units(way, name, targets, resolved) for way in ways)))
     return tuple(sites)
 
@@ -63,7 +62,7 @@ def _units(
 ) -> tuple[Unit, ...]:
     if isinstance(method, LinearMethod):
         return tuple(MatrixUnit(target, method) for target in targets)
-    if method.group == "qk" and resolved.architecture.head_norms:
+    if method.group == QUERY_KEY and resolved.architecture.head_norms:
         raise UnsupportedError(
             f"{method.name} cannot make queries and keys of {resolved.architecture.name!r} narrower: they are "
             "normalised head by head, over all dimensions of a head. Give them a linear method, for instance --qk "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lowrank_compress.arch.spec import MLP, QUERY_KEY, VALUE_OUTPUT
 from lowrank_compress.methods import cr, nystrom, value_output
 from lowrank_compress.methods.linear import (
     ABSOLUTE,
@@ -65,7 +66,7 @@ _OWN = (
 _MODULES = (
     ModuleMethod(
         name="nystrom",
-        group="mlp",
+        group=MLP,
         paper="MoDeGPT, ICLR 2025 (Nyström, ridge leverage scores)",
         help="fewer hidden units in the MLP; those that stay make up for the others",
         statistics=nystrom.statistics,
@@ -74,7 +75,7 @@ _MODULES = (
     ),
     ModuleMethod(
         name="cr",
-        group="qk",
+        group=QUERY_KEY,
         paper="MoDeGPT, ICLR 2025 (CR decomposition)",
         help="fewer dimensions of queries and keys, rotary pairs kept whole; shrinks the key cache",
         statistics=cr.statistics,
@@ -83,7 +84,7 @@ _MODULES = (
     ),
     ModuleMethod(
         name="vo-svd",
-        group="vo",
+        group=VALUE_OUTPUT,
         paper="MoDeGPT, ICLR 2025 (joint SVD)",
         help="fewer dimensions of values, the best product of value and output; shrinks the value cache",
         statistics=value_output.statistics,

@@ -1,8 +1,6 @@
 """A checkpoint's model without its weights: modules on the meta device, targets, and where each tensor lies on disk.
 
-Names in memory and on disk may differ: a checkpoint of the base model lacks a prefix, GPT-NeoX stores its head under
-another name, old BERTs have `gamma` and `beta`. transformers' own renaming rules translate; nothing else in this
-package sees a name on disk.
+Which name on disk a tensor has is for `names` to say; nothing else in this package sees one.
 """
 
 from __future__ import annotations
@@ -21,8 +19,6 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, dot_natural_key, rename_source_key
 
 from lowrank_compress.arch.resolve import Resolved, Target, resolve
 from lowrank_compress.arch.table import architecture_of
@@ -30,6 +26,7 @@ from lowrank_compress.errors import CheckpointError, LrcError, UnsupportedError
 from lowrank_compress.model import contract, weights
 from lowrank_compress.model.casting import cast
 from lowrank_compress.model.checkpoint import Checkpoint, in_a_line
+from lowrank_compress.model.names import names_of
 from lowrank_compress.shipped.config import LowRankConfig
 from lowrank_compress.shipped.swap import swap_modules
 
@@ -122,11 +119,12 @@ class Blueprint:
 
     def weight(self, target: Target) -> Tensor:
         """Read the matrix of a target, (out, in), as stored."""
-        return weights.read(self.read(f"{target.module}.weight"), target)
+        return weights.read(self.read(target.parameter), target)
 
     def bias(self, target: Target) -> Tensor:
         """Read the part of its module's bias that belongs to a target, (out,), as stored."""
-        return weights.bias(self.read(f"{target.module}.bias"), target)
+        assert target.bias is not None
+        return weights.bias(self.read(target.bias), target)
 
     def name_on_disk(self, name: str) -> str:
         """Look up where a tensor is stored.
@@ -237,36 +235,7 @@ def _built(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Blueprint:
             "damaged, or was edited."
         ) from problem
     model.eval().requires_grad_(False)
-    found, ties, unknown = _locations(checkpoint, model)
-    contract.check(checkpoint.path, model, checkpoint.tensors, found, ties)
-    warnings = contract.dropped(checkpoint.path, contract.unexpected(model, unknown))
-    return Blueprint(checkpoint, model, resolved, found, ties, warnings)
-
-
-def _locations(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
-    """Map names in the model to names on disk, further names of tied tensors to those, strange names to new ones."""
-    renamings = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
-    state = model.state_dict()
-    found: dict[str, str] = {}
-    unknown: dict[str, str] = {}
-    # In the order in which transformers goes through them: some rules take effect from the first match on.
-    for stored in sorted(checkpoint.files, key=dot_natural_key):
-        name, _ = rename_source_key(stored, renamings, [], model.base_model_prefix, state)
-        if name not in state and stored in state:
-            name, _ = rename_source_key(stored, [], [], model.base_model_prefix, state)
-        if name not in state:
-            unknown[stored] = name
-        elif name in found:
-            raise CheckpointError(
-                f"{checkpoint.path} stores the tensor {name} twice, as {found[name]} and as {stored}. Which one counts "
-                "is not said: remove one."
-            )
-        else:
-            found[name] = stored
-    ties: dict[str, str] = {}
-    for name, source in model.all_tied_weights_keys.items():
-        if name in found and source in found:
-            ties[found.pop(name)] = found[source]
-        elif name in found:
-            found[source] = found.pop(name)
-    return found, ties, unknown
+    names = names_of(checkpoint.path, checkpoint.files, model)
+    contract.check(checkpoint.path, model, checkpoint.tensors, names.stored, names.ties)
+    warnings = contract.dropped(checkpoint.path, contract.unexpected(model, names.unknown))
+    return Blueprint(checkpoint, model, resolved, names.stored, names.ties, warnings)

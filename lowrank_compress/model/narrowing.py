@@ -121,7 +121,7 @@ def _reorder(model: nn.Module, targets: dict[Role, Target], resolved: Resolved) 
         weight = module.get_parameter("weight").clone()
         weights.place(weight, target, weights.read(weight, target)[rows])
         module.weight = nn.Parameter(weight, requires_grad=False)
-        if target.has_bias:
+        if target.bias is not None:
             bias = module.get_parameter("bias").clone()
             weights.place_bias(bias, target, weights.bias(bias, target)[rows])
             module.bias = nn.Parameter(bias, requires_grad=False)

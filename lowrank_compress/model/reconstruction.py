@@ -49,14 +49,14 @@ def _block(
     targets: Iterable[Target], state: Mapping[str, Tensor], narrow: bool
 ) -> Iterator[tuple[str, Iterable[Tensor]]]:
     targets = list(targets)
-    claimed = {f"{target.module}.{leaf}" for target in targets for leaf in ("weight", "bias")}
+    claimed = {name for target in targets for name in (target.parameter, target.bias)}
     yield from ((name, [tensor]) for name, tensor in state.items() if name not in claimed)
     for target in targets:
         joined = narrow and target.role in ("v", "o")
         if not joined:
-            yield target.name, [weights.read(state[f"{target.module}.weight"], target)]
-        if target.has_bias and not (joined and target.role == "v"):
-            yield f"{target.name}.bias", [weights.bias(state[f"{target.module}.bias"], target)]
+            yield target.name, [weights.read(state[target.parameter], target)]
+        if target.bias is not None and not (joined and target.role == "v"):
+            yield f"{target.name}.bias", [weights.bias(state[target.bias], target)]
     if narrow:
         value, output = (next(target for target in targets if target.role == role) for role in "vo")
         yield f"{value.name} · {output.name}", _products(value, output, state)
@@ -66,9 +66,9 @@ def _products(value: Target, output: Target, state: Mapping[str, Tensor]) -> Ite
     """Yield for each head its output times its values (and their bias): (hidden, hidden) or one column more."""
     assert value.heads is not None
     heads = value.heads
-    right = weights.read(state[f"{value.module}.weight"], value).double()
-    if value.has_bias:
-        right = torch.cat([right, weights.bias(state[f"{value.module}.bias"], value).double()[:, None]], 1)
-    left = weights.read(state[f"{output.module}.weight"], output).double()
+    right = weights.read(state[value.parameter], value).double()
+    if value.bias is not None:
+        right = torch.cat([right, weights.bias(state[value.bias], value).double()[:, None]], 1)
+    left = weights.read(state[output.parameter], output).double()
     for head, columns in enumerate(left.split(heads.size, 1)):
         yield columns @ right.split(heads.size)[head // (heads.query // heads.key)]

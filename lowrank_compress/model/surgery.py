@@ -35,7 +35,7 @@ def attention_entry(
         "query_key": query_key,
         "value": value,
         "rotary": rotary,
-        "interleaved": targets["q"].rows.groups > 1,
+        "interleaved": targets["q"].view.rows.groups > 1,
         "projections": {role: targets[role].module for role in ("q", "k", "v", "o")},
     }
     return entry | ({"traits": traits.entry()} if traits.entry() else {})

@@ -6,6 +6,8 @@ the meta device included, and keep the dtype of what they read.
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 
 from lowrank_compress.arch.resolve import Rows, Target
@@ -15,15 +17,15 @@ from lowrank_compress.errors import CheckpointError
 def read(weight: torch.Tensor, target: Target) -> torch.Tensor:
     """Return the matrix of `target`, shape ``target.shape`` = (out, in), from its module's stored weight.
 
-    The module computes ``x @ read(weight, target).T`` (plus bias) in the output columns ``target.rows``. The result may
-    share memory with `weight`.
+    The module computes ``x @ read(weight, target).T`` (plus bias) in the output columns ``target.view.rows``. The
+    result may share memory with `weight`.
 
     Raises
     ------
     CheckpointError
         `weight` does not have the shape of the target's module.
     """
-    return _part(_oriented(weight, target), target.rows).reshape(target.shape)
+    return _part(_oriented(weight, target), target.view.rows).reshape(target.shape)
 
 
 def place(weight: torch.Tensor, target: Target, new: torch.Tensor) -> torch.Tensor:
@@ -38,7 +40,7 @@ def place(weight: torch.Tensor, target: Target, new: torch.Tensor) -> torch.Tens
     """
     _expect(new, target.shape, target.name)
     with torch.no_grad():
-        part = _part(_oriented(weight, target), target.rows)
+        part = _part(_oriented(weight, target), target.view.rows)
         part.copy_(new.reshape(part.shape))
     return weight
 
@@ -51,8 +53,8 @@ def bias(stored: torch.Tensor, target: Target) -> torch.Tensor:
     CheckpointError
         `stored` does not have the shape of the module's bias.
     """
-    _expect(stored, (target.rows.total,), target.module)
-    return _part(stored, target.rows).reshape(target.rows.size)
+    _expect(stored, (target.view.rows.total,), target.bias or target.module)
+    return _part(stored, target.view.rows).reshape(target.view.rows.size)
 
 
 def place_bias(stored: torch.Tensor, target: Target, new: torch.Tensor) -> torch.Tensor:
@@ -63,19 +65,24 @@ def place_bias(stored: torch.Tensor, target: Target, new: torch.Tensor) -> torch
     CheckpointError
         `stored` does not have the shape of the module's bias, or `new` not that of the target's part.
     """
-    _expect(stored, (target.rows.total,), target.module)
-    _expect(new, (target.rows.size,), target.name)
+    _expect(stored, (target.view.rows.total,), target.bias or target.module)
+    _expect(new, (target.view.rows.size,), target.name)
     with torch.no_grad():
-        part = _part(stored, target.rows)
+        part = _part(stored, target.view.rows)
         part.copy_(new.reshape(part.shape))
     return stored
 
 
 def _oriented(weight: torch.Tensor, target: Target) -> torch.Tensor:
-    """Return a view of the whole stored weight as (out, in)."""
-    whole = (target.rows.total, target.shape[1])
-    _expect(weight, whole[::-1] if target.conv1d else whole, target.module)
-    return weight.T if target.conv1d else weight
+    """Return a view of all rows of the stored weight, or of those of the target's expert, as (out, in)."""
+    view = target.view
+    if view.expert is not None:
+        if weight.ndim != 3 or view.expert >= len(weight):
+            _refuse(weight, f"(more than {view.expert} experts, …)", target.parameter)
+        weight = weight[view.expert]
+    whole = (view.rows.total, target.shape[1])
+    _expect(weight, whole[::-1] if view.transposed else whole, target.parameter)
+    return weight.T if view.transposed else weight
 
 
 def _part(tensor: torch.Tensor, rows: Rows) -> torch.Tensor:
@@ -85,7 +92,11 @@ def _part(tensor: torch.Tensor, rows: Rows) -> torch.Tensor:
 
 def _expect(tensor: torch.Tensor, shape: tuple[int, ...], name: str) -> None:
     if tuple(tensor.shape) != shape:
-        raise CheckpointError(
-            f"A tensor for {name} has shape {tuple(tensor.shape)}; expected {shape}. "
-            "The weights do not belong to the model that was resolved."
-        )
+        _refuse(tensor, str(shape), name)
+
+
+def _refuse(tensor: torch.Tensor, expected: str, name: str) -> NoReturn:
+    raise CheckpointError(
+        f"A tensor for {name} has shape {tuple(tensor.shape)}; expected {expected}. "
+        "The weights do not belong to the model that was resolved."
+    )

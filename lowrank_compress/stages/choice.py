@@ -179,13 +179,13 @@ def _in_place_of(skeleton: Skeleton, replacements: Iterable[Replacement]) -> Ite
         if name not in kept:
             kept[name] = parameter.data
             parameter.data = parameter.data.clone()
-        stored = parameter.data.T if target.conv1d and parameter.ndim == 2 else parameter.data
-        stored[target.rows.index().to(stored.device)] = values.to(stored)
+        stored = parameter.data.T if target.view.transposed and parameter.ndim == 2 else parameter.data
+        stored[target.view.rows.index().to(stored.device)] = values.to(stored)
 
     for found in replacements:
-        put(f"{found.target.module}.weight", found.weight, found.target)
-        if found.bias is not None:
-            put(f"{found.target.module}.bias", found.bias, found.target)
+        put(found.target.parameter, found.weight, found.target)
+        if found.bias is not None and found.target.bias is not None:
+            put(found.target.bias, found.bias, found.target)
     try:
         yield
     finally:

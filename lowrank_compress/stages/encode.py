@@ -115,26 +115,27 @@ class Encoder:
             if first.block != block or not any(target.name in encoded for target in targets):
                 continue
             parts = [encoded.get(target.name) or self._dense(target) for target in targets]
-            stem = plan.name_on_disk(f"{path}.weight").removesuffix("weight")
+            on_disk = plan.name_on_disk(first.parameter)
+            stem = on_disk.removesuffix(first.parameter.removeprefix(f"{path}."))
             if all(part.format == "dense" for part in parts):
                 weight = joined(targets, [part.inner for part in parts])
                 # A fused gate and up lose rows of both.
                 halves = [len(parts)] if first.role == "gate" and len(parts) > 1 else []
                 made.dense_shapes[path] = [*weight.shape, *halves]
-                made.tensors[f"{stem}weight"] = weight.T if first.conv1d else weight
+                made.tensors[on_disk] = weight.T if first.view.transposed else weight
             else:
                 made.modules[path] = module_entry(targets, parts)
-                if parts[0].shape[1] != first.shape[1] or made.modules[path]["out_features"] != first.rows.total:
+                if parts[0].shape[1] != first.shape[1] or made.modules[path]["out_features"] != first.view.rows.total:
                     made.dense_shapes[path] = [made.modules[path]["out_features"], parts[0].shape[1]]
                 named = module_tensors(targets, parts, self.dtype)
                 made.tensors |= {stem + leaf: tensor for leaf, tensor in named.items()}
-            replaced.add(f"{path}.weight")
-            if first.has_bias:
+            replaced.add(first.parameter)
+            if first.bias is not None:
                 biases = [changed.get(target.name, plan.bias(target).double()) for target in targets]
-                made.tensors[plan.name_on_disk(f"{path}.bias")] = cast(
+                made.tensors[plan.name_on_disk(first.bias)] = cast(
                     joined(targets, biases), self.dtype, f"The bias of {path}"
                 )
-                replaced.add(f"{path}.bias")
+                replaced.add(first.bias)
         return replaced
 
     def _dense(self, target: Target) -> Encoded:
@@ -155,6 +156,6 @@ class Encoder:
             targets, heads, *widths, rotary=index is not None, traits=resolved.architecture.traits
         )
         if index is not None:
-            below = targets["q"].module.removeprefix(path) + ".weight"
-            on_disk = self.plan.name_on_disk(f"{targets['q'].module}.weight").removesuffix(below)
+            query = targets["q"].parameter
+            on_disk = self.plan.name_on_disk(query).removesuffix(query.removeprefix(path))
             made.tensors[f"{on_disk}.{ROTARY}"] = index.to(INDEX_DTYPE)

@@ -37,12 +37,12 @@ def test_claims_every_matrix_of_the_blocks(name: str) -> None:
 def test_parts_partition_the_rows_of_their_module(name: str) -> None:
     model = build(name)
     for path, targets in resolve(model).modules().items():
-        rows = torch.cat([target.rows.index() for target in targets])
+        rows = torch.cat([target.view.rows.index() for target in targets])
         bias = model.get_submodule(path).bias
         outputs = model.get_submodule(path)(torch.zeros(1, targets[0].shape[1])).shape[-1]
         assert sorted(rows.tolist()) == list(range(outputs))
-        assert {target.rows.total for target in targets} == {outputs}
-        assert {target.has_bias for target in targets} == {bias is not None}
+        assert {target.view.rows.total for target in targets} == {outputs}
+        assert {target.bias is not None for target in targets} == {bias is not None}
 
 
 @pytest.mark.parametrize(("model_type", "task"), CASES)
@@ -51,7 +51,7 @@ def test_meta_model_resolves_alike(model_type: str, task: Any) -> None:
     with torch.device("meta"):
         model = auto.from_config(tiny_config(model_type, task))
         resolved = resolve(model)
-        assert resolved.targets[0].rows.index().device.type == "cpu"
+        assert resolved.targets[0].view.rows.index().device.type == "cpu"
     assert resolved == resolve(tiny_model(model_type, task))
 
 
@@ -102,8 +102,8 @@ def test_names_of_fused_and_plain_targets() -> None:
 
 def test_interleaved_rows() -> None:
     q, k, v = resolve(tiny_model("gpt_neox")).targets[:3]
-    assert (q.rows, k.rows, v.rows) == (Rows(4, 24, 0, 8), Rows(4, 24, 8, 8), Rows(4, 24, 16, 8))
-    assert k.rows.index().tolist()[6:10] == [14, 15, 32, 33]
+    assert (q.view.rows, k.view.rows, v.view.rows) == (Rows(4, 24, 0, 8), Rows(4, 24, 8, 8), Rows(4, 24, 16, 8))
+    assert k.view.rows.index().tolist()[6:10] == [14, 15, 32, 33]
 
 
 def test_base_model_has_no_prefix() -> None:

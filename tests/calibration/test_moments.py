@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lowrank_compress.arch.resolve import Heads, Rows, Target
+from lowrank_compress.arch.resolve import Heads, Rows, Target, View
 from lowrank_compress.arch.spec import Role
 from lowrank_compress.calibration.moments import (
     PANEL,
@@ -27,13 +27,13 @@ def target_of(role: Role) -> Target:
     return Target(
         name=f"m.{role}",
         block=0,
-        module=f"m.{role}",
+        parameter=f"m.{role}.weight",
+        view=View(Rows(1, rows, 0, rows)),
+        bias=None,
         role=role,
+        group="qk",
         shape=(rows, 10),
-        rows=Rows(1, rows, 0, rows),
         reads="attn",
-        has_bias=False,
-        conv1d=False,
         heads=HEADS if role in ("q", "k", "v", "o") else None,
     )
 
@@ -70,14 +70,14 @@ def test_every_statistic_has_a_sum() -> None:
     assert all(STATISTICS[name].name == name for name in STATISTICS)
     # The input alone decides what may be shared, so nothing with gradients is.
     assert not any(statistic.shared and statistic.gradient for statistic in STATISTICS.values())
-    assert all(statistic.roles for statistic in STATISTICS.values())
+    assert all(statistic.roles is None or statistic.roles for statistic in STATISTICS.values())
 
 
 @pytest.mark.parametrize("role", ["q", "k", "v", "o", "up"])
 def test_shapes_are_said_beforehand(role: Role) -> None:
     target = target_of(role)
     for name, statistic in STATISTICS.items():
-        if role in statistic.roles:
+        if statistic.fits(role):
             moments = Moments((target,), {target.name: frozenset({name})})
             moments.add(target, seen_of(target), gradient=statistic.gradient)
             (value,) = moments.means(tokens=10, losses=8).values()
@@ -114,7 +114,7 @@ def test_what_a_target_has_not(statistic: str, role: Role) -> None:
         Moments((target,), {target.name: frozenset({statistic})})
 
 
-@pytest.mark.parametrize("statistic", [name for name, found in STATISTICS.items() if "q" in found.roles])
+@pytest.mark.parametrize("statistic", [name for name, found in STATISTICS.items() if found.fits("q")])
 def test_what_is_not_finite_is_an_error(statistic: str) -> None:
     target = target_of("q")
     seen = seen_of(target)

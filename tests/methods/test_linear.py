@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowrank_compress.arch.resolve import Rows, Target, resolve
+from lowrank_compress.arch.resolve import Rows, Target, View, resolve
 from lowrank_compress.calibration.statistics import STATISTICS, statistic_key
 from lowrank_compress.linalg.weighted import factors
 from lowrank_compress.methods.linear import Damping, LinearMethod, decompose_target, sensitivities
@@ -52,7 +52,7 @@ class Sample:
             "row_fisher": lambda: np.diag(self.mean("row_fisher")),
             "out_fisher": lambda: self.mean("out_fisher"),
         }[left]()
-        centre = self.mean("in_mean") * self.target.has_bias
+        centre = self.mean("in_mean") * (self.target.bias is not None)
         inputs = {
             "nothing": lambda: np.eye(columns),
             "in_abs": lambda: np.diag(self.mean("in_abs") ** (2 * DAMPING.power)),
@@ -105,7 +105,7 @@ SAMPLES = {f"many-{name}": sample for name, sample in MANY.items()} | {f"few-{na
 def test_the_samples_are_of_every_kind() -> None:
     shapes = {sample.target.shape for sample in MANY.values()}
     assert {(32, 32), (16, 32), (72, 32), (32, 72)} <= shapes
-    assert {sample.target.has_bias for sample in MANY.values()} == {True, False}
+    assert {sample.target.bias is not None for sample in MANY.values()} == {True, False}
     assert METRICS.keys() == METHODS.keys()
     for name, sample in SAMPLES.items():
         assert np.linalg.matrix_rank(sample.mean("in_gram")) == min(
@@ -261,11 +261,12 @@ def test_afm_restores_no_mean_without_a_bias() -> None:
 @pytest.mark.parametrize("shape", [(6, 9), (9, 6)])
 def test_a_matrix_that_saw_nothing(method: str, shape: tuple[int, int]) -> None:
     """No gradient and no activation in the sample: the result is finite, and exact at full rank."""
-    target = Target("m", 0, "m", "up", shape, Rows(1, shape[0], 0, shape[0]), "mlp", True, False, None)
+    view = View(Rows(1, shape[0], 0, shape[0]))
+    target = Target("m", 0, "m.weight", view, "m.bias", "up", "mlp", shape, "mlp", None)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     means = {}
     for name, entry in STATISTICS.items():
-        if target.role in entry.roles:
+        if entry.fits(target.role):
             means[statistic_key(target, name)] = torch.zeros(entry.shape(target), dtype=torch.float64)
     projector = decompose_target(METHODS[method], target, weight, means, Damping())
     left, right = factors(weight, projector, 6)

@@ -48,9 +48,9 @@ def test_of_a_dense_checkpoint_are_its_tensors(model_type: str, tmp_path: Path):
     found = taken(model)
     for target in plan.resolved.targets:
         assert torch.equal(found[target.name][0], plan.weight(target).double())
-        if target.has_bias:
+        if target.bias:
             assert torch.equal(found[f"{target.name}.bias"][0], plan.bias(target).double())
-    fused = {f"{target.module}.{leaf}" for target in plan.resolved.targets for leaf in ("weight", "bias")}
+    fused = {name for target in plan.resolved.targets for name in (target.parameter, target.bias)}
     names = [name for name in plan.model.state_dict() if name not in (*fused, *plan.model.all_tied_weights_keys)]
     assert set(names) == set(found) - {f"{t.name}{end}" for t in plan.resolved.targets for end in ("", ".bias")}
 
@@ -82,7 +82,7 @@ def test_narrower_values_and_output_come_as_their_product(model_type: str, tiny:
             kept = slice(head * heads.size, (head + 1) * heads.size)
             group = head // (heads.query // heads.key)
             right = plan.weight(value)[group * heads.size : (group + 1) * heads.size].double()
-            if value.has_bias:
+            if value.bias:
                 column = plan.bias(value)[group * heads.size : (group + 1) * heads.size].double()
                 right = torch.cat([right, column[:, None]], 1)
             assert torch.allclose(products[head], plan.weight(output)[:, kept].double() @ right, atol=1e-6)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lowrank_compress.arch.resolve import Rows, Target, resolve
+from lowrank_compress.arch.resolve import Rows, Target, View, resolve
 from lowrank_compress.errors import CheckpointError
 from lowrank_compress.model.weights import bias, place, place_bias, read
 from tests.tiny import MODELS, tiny_model
@@ -27,9 +27,9 @@ def test_part_computes_its_columns_of_the_module(name: str) -> None:
         module: Any = model.get_submodule(target.module)
         x = torch.randn(5, target.shape[1], dtype=torch.float64)
         y = x @ read(module.weight, target).T
-        if target.has_bias:
+        if target.bias:
             y = y + bias(module.bias, target)
-        torch.testing.assert_close(module(x)[:, target.rows.index()], y, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(module(x)[:, target.view.rows.index()], y, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -41,7 +41,7 @@ def test_place_is_the_inverse_of_read(name: str) -> None:
         for target in targets:
             assert place(weight, target, read(module.weight, target)) is weight
         assert weight.equal(module.weight)
-        if targets[0].has_bias:
+        if targets[0].bias:
             vector = torch.full_like(module.bias, torch.nan)
             for target in targets:
                 assert place_bias(vector, target, bias(module.bias, target)) is vector
@@ -86,7 +86,7 @@ def test_parts_are_what_attention_receives(name: str, monkeypatch: pytest.Monkey
         target = targets[role]
         module: Any = model.get_submodule(target.module)
         with torch.no_grad():
-            expected = inputs[0] @ read(module.weight, target).T + (bias(module.bias, target) if target.has_bias else 0)
+            expected = inputs[0] @ read(module.weight, target).T + (bias(module.bias, target) if target.bias else 0)
         heads = tensor[0, :, 0]
         if role != "v" and resolved.architecture.head_norms:
             continue
@@ -111,7 +111,8 @@ def test_gate_is_what_the_activation_sees() -> None:
 @given(st.integers(1, 4), st.integers(0, 3), st.integers(1, 4), st.integers(0, 3), st.integers(1, 4), st.booleans())
 def test_read_is_row_selection(groups: int, offset: int, length: int, after: int, inner: int, conv1d: bool) -> None:
     rows = Rows(groups, offset + length + after, offset, length)
-    target = Target("m:q", 0, "m", "q", (rows.size, inner), rows, "attn", True, conv1d, None)
+    view = View(rows, transposed=conv1d)
+    target = Target("m:q", 0, "m.weight", view, "m.bias", "q", "qk", (rows.size, inner), "attn", None)
     whole = torch.arange(rows.total * inner, dtype=torch.float64).reshape(rows.total, inner)
     stored = whole.T.contiguous() if conv1d else whole
     assert read(stored, target).equal(whole[rows.index()])
@@ -135,13 +136,32 @@ def test_meta_weights_and_dtypes(model_type: str) -> None:
 
 def test_wrong_shapes_are_named() -> None:
     target = resolve(tiny_model("gpt2")).targets[0]
-    with pytest.raises(CheckpointError, match=r"c_attn has shape \(96, 32\); expected \(32, 96\)"):
+    with pytest.raises(CheckpointError, match=r"c_attn\.weight has shape \(96, 32\); expected \(32, 96\)"):
         read(torch.zeros(96, 32), target)
     with pytest.raises(CheckpointError, match=r"c_attn:q has shape \(32, 31\); expected \(32, 32\)"):
         place(torch.zeros(32, 96), target, torch.zeros(32, 31))
-    with pytest.raises(CheckpointError, match=r"c_attn has shape \(95,\); expected \(96,\)"):
+    with pytest.raises(CheckpointError, match=r"c_attn\.bias has shape \(95,\); expected \(96,\)"):
         bias(torch.zeros(95), target)
     with pytest.raises(CheckpointError, match=r"c_attn:q has shape \(96,\); expected \(32,\)"):
         place_bias(torch.zeros(96), target, torch.zeros(96))
-    with pytest.raises(CheckpointError, match=r"c_attn has shape \(32,\); expected \(96,\)"):
+    with pytest.raises(CheckpointError, match=r"c_attn\.bias has shape \(32,\); expected \(96,\)"):
         place_bias(torch.zeros(32), target, torch.zeros(32))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_one_expert_of_a_parameter_that_holds_several(transposed: bool) -> None:
+    """Gate rows first, then up rows, for each of three experts."""
+    stored = torch.arange(3 * 8 * 5, dtype=torch.float64).view(3, 8, 5)
+    weight = stored.mT.contiguous() if transposed else stored.clone()
+    for expert in range(3):
+        for offset, role in ((0, "gate"), (4, "up")):
+            view = View(Rows(1, 8, offset, 4), transposed, expert)
+            target = Target(f"e.{expert}.{role}", 0, "e.gate_up", view, None, role, "experts", (4, 5), "mlp", None)
+            assert read(weight, target).equal(stored[expert, offset : offset + 4])
+            place(weight, target, -read(weight, target))
+    assert weight.equal(-(stored.mT if transposed else stored))
+    beyond = Target(
+        "e.3", 0, "e.gate_up", View(Rows(1, 8, 0, 4), transposed, 3), None, "up", "experts", (4, 5), "", None
+    )
+    with pytest.raises(CheckpointError, match="more than 3 experts"):
+        read(weight, beyond)

@@ -139,7 +139,7 @@ def narrowed(
             "query_key": wide,
             "value": narrow,
             "rotary": rotary,
-            "interleaved": targets["q"].rows.groups > 1,
+            "interleaved": targets["q"].view.rows.groups > 1,
             "projections": {role: targets[role].module for role in ("q", "k", "v", "o")},
         }
         if said := resolved.architecture.traits.entry() if traits is None else traits:
@@ -150,11 +150,11 @@ def narrowed(
         for role in ("q", "k", "v", "o"):
             by_module.setdefault(targets[role].module, []).append(role)
         for path, roles in by_module.items():
-            groups = targets[roles[0]].rows.groups
+            groups = targets[roles[0]].view.rows.groups
             whole = torch.cat([small[role][0].unflatten(0, (groups, -1)) for role in roles], 1).flatten(0, 1)
             biases = [small[role][1] for role in roles]
             rows, columns = whole.shape
-            if (rows, columns) != (targets[roles[0]].rows.total, targets[roles[0]].shape[1]):
+            if (rows, columns) != (targets[roles[0]].view.rows.total, targets[roles[0]].shape[1]):
                 config["dense_shapes"][path] = [rows, columns]
             if set(roles) & set(factorized):
                 forms = ["pair" if role in factorized else "dense" for role in roles]
@@ -178,7 +178,7 @@ def narrowed(
                 tensors[f"{path}.lr_in.weight"] = torch.cat(inner)
                 tensors[f"{path}.weight"] = torch.empty(0, dtype=torch.float64)
             else:
-                tensors[f"{path}.weight"] = whole.T if targets[roles[0]].conv1d else whole
+                tensors[f"{path}.weight"] = whole.T if targets[roles[0]].view.transposed else whole
             if biases[0] is not None:
                 joined = [bias.unflatten(0, (groups, -1)) for bias in biases if bias is not None]
                 tensors[f"{path}.bias"] = torch.cat(joined, 1).flatten()

@@ -102,7 +102,7 @@ def test_the_file_shipped_in_checkpoints_needs_only_torch_and_transformers(tmp_p
     assert roots - set(sys.stdlib_module_names) == {"torch", "transformers"}
 
 
-@pytest.mark.parametrize("module", [PACKAGE, f"{PACKAGE}.cli.main", f"{PACKAGE}.config"])
+@pytest.mark.parametrize("module", [PACKAGE, f"{PACKAGE}.cli.main", f"{PACKAGE}.config", f"{PACKAGE}.arch.table"])
 def test_nothing_slow_is_imported_at_start(module: str):
     slow = ("torch", "transformers", "numpy", "scipy", "datasets", "safetensors", "lm_eval", "accelerate")
     code = f"import sys, {module}; print([name for name in {slow} if name in sys.modules])"

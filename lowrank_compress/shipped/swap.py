@@ -13,8 +13,9 @@ from .config import LowRankConfig
 from .family import family
 from .formats.base import INDEX_DTYPE, require_distinct
 from .linear import CompressedLinear, Stock
+from .lookup import lacking, looked_up
 from .modules import dense_module, find, put, shape_of, stock_of
-from .traits import Traits, looked_up
+from .traits import Traits
 
 
 def swap_modules(model: nn.Module, config: LowRankConfig) -> None:
@@ -107,7 +108,7 @@ def _problem(module: Any, heads: Heads) -> str:
         return "queries and keys with norms of their own must keep their heads as they are"
     if rotates and heads.query_key < heads.size and not heads.rotary:
         return "queries and keys that are rotated and smaller need rotary indices"
-    return traits.lacking(module)
+    return lacking(traits, module)
 
 
 def check_indices(model: nn.Module) -> None:

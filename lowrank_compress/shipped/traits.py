@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from torch import nn
-
 
 class Traits(NamedTuple):
     """What the attention of a family does beyond projections, rotation, softmax and output.
@@ -48,17 +46,6 @@ class Traits(NamedTuple):
         """Return what is not as usual: so much of it stands in a checkpoint's config."""
         return {name: value for name, value in self._asdict().items() if value != self._field_defaults[name]}
 
-    def lacking(self, attention: nn.Module) -> str:
-        """Say which attribute that they name an attention does not have, or nothing."""
-        for field in ("query_norm", "key_norm", "output_dropout"):
-            if (name := getattr(self, field)) and not isinstance(getattr(attention, name, None), nn.Module):
-                return f"a {type(attention).__name__} has no module {name}, which is to be its {field}"
-        for field in ("rotates", "window", "soft_cap", "dropout", "reordered"):
-            owner, _, leaf = (name := getattr(self, field)).rpartition(".")
-            if name and not hasattr(getattr(attention, owner, None) if owner else attention, leaf):
-                return f"a {type(attention).__name__} has no {name}, which is to be its {field}"
-        return ""
-
 
 def traits_problem(entry: Any) -> str:
     """Say why a config's entry is not one of traits, or nothing."""
@@ -70,26 +57,3 @@ def traits_problem(entry: Any) -> str:
     wrong = [name for name, value in entry.items() if type(value) is not type(usual[name])]
     wrong += [name for name in ("query_norm", "key_norm") if bool(entry.get(name)) != bool(entry.get("query_norm"))]
     return f"its trait {wrong[0]} cannot be {entry.get(wrong[0])!r}" if wrong else ""
-
-
-def looked_up(attention: nn.Module) -> Traits:
-    """Tell an attention's traits by its attributes, for entries that do not say any.
-
-    Such are those of attentions that are as usual, and all that were written before version 3.
-    """
-    normed = isinstance(getattr(attention, "q_norm", None), nn.Module)
-    window = "sliding_window" if hasattr(attention, "sliding_window") else ""
-    # Mistral and Phi-3 ask their config; other families' configs may have come by a window that they ignore.
-    if not window and hasattr(type(attention.config), "sliding_window"):
-        window = "config.sliding_window"
-    dropouts = ("attention_dropout", "attn_dropout", "dropout")
-    return Traits(
-        query_norm="q_norm" if normed else "",
-        key_norm="k_norm" if normed else "",
-        window=window,
-        # Gemma 3 has the attribute, but does not use it.
-        soft_cap="" if normed or not hasattr(attention, "attn_logit_softcapping") else "attn_logit_softcapping",
-        dropout=next((name for name in dropouts if getattr(attention, name, None) is not None), ""),
-        output_dropout="resid_dropout" if isinstance(getattr(attention, "resid_dropout", None), nn.Module) else "",
-        reordered="reorder_and_upcast_attn" if hasattr(attention, "reorder_and_upcast_attn") else "",
-    )

@@ -10,7 +10,7 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
 from typing_extensions import Self
 
 from lowrank_compress.errors import InputError
@@ -33,7 +33,8 @@ class Strict(BaseModel):
     @model_validator(mode="after")
     def _texts(self) -> Self:
         for name, value in self:
-            for text in value if isinstance(value, tuple) else (value,):
+            texts = (*value.keys(), *value.values()) if isinstance(value, dict) else value
+            for text in texts if isinstance(texts, tuple) else (texts,):
                 if isinstance(text, str) and (not text.strip() or "\0" in text or not text.isprintable()):
                     raise ValueError(f"{name} is {text!r}; expected printable text, or nothing at all")
         return self
@@ -81,15 +82,30 @@ def explain(problem: ValidationError, kind: type[Strict]) -> str:
 
 
 class Scheme(Strict):
-    """The method for each part of a block: queries and keys, values and output, MLP; and the metric of module methods.
+    """The method for each part of a block, and the metric of module methods.
 
-    A part that stays as it is has the method "dense".
+    In files both are keys of one mapping.
+
+    Attributes
+    ----------
+    methods
+        Group -> method, alternatives with a bar between them, or "dense" for what stays as it is; and where matrices
+        have a method of their own, role or shell pattern over their names -> method.
     """
 
-    qk: str
-    vo: str
-    mlp: str
+    methods: dict[str, str]
     metric: ModuleMetric
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nested(cls, found: Any) -> Any:
+        if isinstance(found, dict) and "methods" not in found:
+            return {"methods": {name: found[name] for name in found if name != "metric"}, "metric": found.get("metric")}
+        return found
+
+    @model_serializer
+    def _flat(self) -> dict[str, str]:
+        return {**self.methods, "metric": self.metric}
 
 
 class CalibrateConfig(Strict):

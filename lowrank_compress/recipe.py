@@ -23,12 +23,21 @@ WHAT = "What to compress, and how"
 DATA = "Calibration data"
 TUNING = "Fine tuning"
 WHERE = "Where and how to run"
+# Options that are short for an entry of `methods`.
+PART_OPTIONS = ("attention", "qk", "vo", "mlp")
 
 Command = Literal["calibrate", "score", "factorize"]
 
 
 def setting(
-    default: Any, help: str, panel: str, *commands: Command, hint: str | None = None, many: bool = False, **bounds: Any
+    default: Any,
+    help: str,
+    panel: str,
+    *commands: Command,
+    hint: str | None = None,
+    many: bool = False,
+    flag: str | None = None,
+    **bounds: Any,
 ) -> Any:
     """Describe a field as an option of the command line.
 
@@ -46,10 +55,12 @@ def setting(
         What is said of the default, ``{}`` being its value; None for the value alone, if there is one.
     many
         The option may be given several times; the values stand with commas between them.
+    flag
+        Name of the option, where it is not the field's.
     bounds
         Range of the value, as of a pydantic field.
     """
-    extra = {"panel": panel, "commands": list(commands), "hint": hint, "many": many}
+    extra = {"panel": panel, "commands": list(commands), "hint": hint, "many": many, "flag": flag}
     return Field(default=default, description=help, json_schema_extra=extra, **bounds)
 
 
@@ -79,6 +90,14 @@ class Recipe(Strict):
         None, "Method for values and output alone (vo-svd, a linear one, or dense)", WHAT, "calibrate"
     )
     mlp: str | None = setting(None, "Method for the MLP (nystrom, a linear one, or dense)", WHAT, "calibrate")
+    methods: dict[str, str] = setting(
+        {},
+        "Method for a part alone, such as mlp=nystrom, down=dense or '*.0.*=svd': a group, a role, or a shell pattern "
+        "over names of matrices; may be repeated.",
+        WHAT,
+        "calibrate",
+        flag="for",
+    )
     metric: ModuleMetric | None = setting(
         None,
         "Of module methods: gram (least output error) or kfac (least loss increase)",
@@ -150,11 +169,12 @@ class Recipe(Strict):
         return yaml.safe_dump(self.settings(), sort_keys=False, allow_unicode=True)
 
     def settings(self) -> dict[str, Any]:
-        """Everything that may stand in a file."""
-        return self.model_dump(mode="json", exclude={"trust_remote_code"})
+        """Everything that may stand in a file; mappings only where they hold something."""
+        found = self.model_dump(mode="json", exclude={"trust_remote_code"})
+        return {name: value for name, value in found.items() if value != {}}
 
 
-def load_recipe(path: Path | None, options: dict[str, Any]) -> Recipe:
+def load_recipe(path: Path | None, options: Mapping[str, Any]) -> Recipe:
     """Combine a recipe file and command-line options; an option that was given wins.
 
     Parameters
@@ -177,7 +197,9 @@ def load_recipe(path: Path | None, options: dict[str, Any]) -> Recipe:
             f"The recipe {path} says trust_remote_code, which would run the checkpoint's own code. Only the command "
             "line may say so, each time: pass --trust-remote-code if you trust the checkpoint, or remove the line."
         )
-    fields |= given
+    for name, value in given.items():
+        mappings = isinstance(value, dict) and isinstance(fields.get(name), dict)
+        fields[name] = {**fields[name], **value} if mappings else value
     where = f"The recipe {path}" if path is not None else COMMAND_LINE
     if "model" not in fields:
         raise InputError(f"{where} names no model. Pass a checkpoint directory or a hub name.")

@@ -127,7 +127,7 @@ def takes_recipe(command: str) -> Callable[[Callable[..., None]], Callable[..., 
         parameters += [each.replace(kind=keyword, annotation=hints[each.name]) for each in own]
 
         def run(**values: Any) -> None:
-            body({name: joined(values.pop(name)) for name in names}, **values)
+            body({name: _given(name, values.pop(name)) for name in names}, **values)
 
         run.__name__, run.__doc__ = body.__name__, body.__doc__
         run.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
@@ -142,7 +142,7 @@ def of_recipe(name: str) -> Any:
     field = Recipe.model_fields[name]
     if field.is_required():
         return typer.Argument(help=field.description, show_default=False)
-    words = name.replace("_", "-")
+    words = _extra(field)["flag"] or name.replace("_", "-")
     flags = [f"--{words}", *([f"no-{words}"] if _type_of(field) is bool else [])]
     return typer.Option(
         "/--".join(flags), help=_help(field), rich_help_panel=_extra(field)["panel"], show_default=False
@@ -152,6 +152,18 @@ def of_recipe(name: str) -> Any:
 def joined(value: Any) -> Any:
     """Put the values of an option that may be given several times together as a recipe has them."""
     return (",".join(value) or None) if isinstance(value, list) else value
+
+
+def _given(name: str, value: Any) -> Any:
+    """What was given for a field, as the recipe has it."""
+    if not isinstance(value, list) or get_origin(Recipe.model_fields[name].annotation) is not dict:
+        return joined(value)
+    found: dict[str, str] = {}
+    for each in value:
+        part, equals, rest = (piece.strip() for piece in each.partition("="))
+        if not (part and equals and rest) or found.setdefault(part, rest) != rest:
+            raise typer.BadParameter(f"expected NAME=VALUE, each name once, got {each!r}")
+    return found or None
 
 
 def _annotation(name: str) -> Any:
@@ -169,11 +181,15 @@ def _type_of(field: FieldInfo) -> Any:
     kinds = [each for each in get_args(field.annotation) if each is not type(None)]
     optional = type(None) in get_args(field.annotation)
     kind = kinds[0] if optional else field.annotation
+    if get_origin(kind) is dict:
+        return list[str]
     return str if get_origin(kind) is Literal else kind
 
 
 def _help(field: FieldInfo) -> str:
-    hint = _extra(field)["hint"] or ("" if field.default is None or isinstance(field.default, bool) else "{}")
+    hint = _extra(field)["hint"] or (
+        "{}" if isinstance(field.default, str | int | float) and field.default is not False else ""
+    )
     said = _number(field.default) if isinstance(field.default, float) else str(field.default)
     return f"{field.description} (default: {hint.format(said)})" if hint else str(field.description)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lowrank_compress.config import ModuleMetric
@@ -13,9 +14,9 @@ class Mixture:
 
     Attributes
     ----------
-    qk, vo, mlp
-        Names of the methods of queries and keys, of values and output, and of the MLP; or of alternatives, a linear
-        and a module method with a bar between them.
+    methods
+        Group of matrices -> name of its method; or of alternatives, a linear and a module method with a bar between
+        them. Other groups stay dense.
     allocate, storage
         What it uses where nothing else is asked for.
     metric
@@ -29,9 +30,7 @@ class Mixture:
     """
 
     name: str
-    qk: str
-    vo: str
-    mlp: str
+    methods: Mapping[str, str]
     paper: str
     help: str
     allocate: str = "uniform"
@@ -44,4 +43,4 @@ class Mixture:
     @property
     def metrics(self) -> str:
         """Its parts, for `lrc list methods`."""
-        return f"q, k: {self.qk} · v, o: {self.vo} · MLP: {self.mlp}"
+        return " · ".join(f"{group}: {method}" for group, method in self.methods.items())

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from lowrank_compress.arch.resolve import Resolved
-from lowrank_compress.arch.spec import BLOCK_GROUPS, Architecture, Group
+from lowrank_compress.arch.resolve import Resolved, Target
+from lowrank_compress.arch.spec import QUERY_KEY, Group
 from lowrank_compress.config import ModuleMetric, Scheme
 from lowrank_compress.errors import InputError
 from lowrank_compress.methods.cr import unit_members
 from lowrank_compress.methods.linear import LinearMethod
 from lowrank_compress.methods.mixture import Mixture
 from lowrank_compress.methods.module import ModuleMethod
+from lowrank_compress.methods.parts import deciding, flag_of, groups_of, own_methods, require_known
 from lowrank_compress.methods.table import METHODS
 from lowrank_compress.recipe import Recipe
 from lowrank_compress.registry import unknown
@@ -20,13 +21,35 @@ from lowrank_compress.registry import unknown
 DENSE = "dense"
 OR = "|"  # between alternatives: the one that loses less is taken, block by block
 
+Method = LinearMethod | ModuleMethod
 
-def scheme_of(recipe: Recipe, architecture: Architecture) -> tuple[Scheme, tuple[str, ...]]:
-    """Decide the method of each part of a block: its own option, else that of the attention, else `method`.
+
+@dataclass(frozen=True)
+class Part:
+    """Matrices of a block that have one method.
+
+    Attributes
+    ----------
+    group
+        The group that they are of; all of it where they have a module method.
+    targets
+        The matrices.
+    methods
+        Alternatives for them; none where they stay dense.
+    """
+
+    group: Group
+    targets: tuple[Target, ...]
+    methods: tuple[Method, ...]
+
+
+def scheme_of(recipe: Recipe, resolved: Resolved) -> tuple[Scheme, tuple[str, ...]]:
+    """Decide the method of each part of a block: its own, else that of the attention, else `method`.
 
     A module method stands for the parts it is for, a mixture for all of its parts; what neither covers stays dense.
     Alternatives (a linear and a module method) stand with a bar between them. Where an architecture forbids to make
     queries and keys narrower, a mixture uses its other alternative, or the linear method that it names for that case.
+    The method of a role, or of a pattern over names, is one method, and wins over that of the group.
 
     Returns
     -------
@@ -36,38 +59,45 @@ def scheme_of(recipe: Recipe, architecture: Architecture) -> tuple[Scheme, tuple
     Raises
     ------
     InputError
-        A method is unknown or not for that part, or a metric is given where there is no module method.
+        A part or a method is unknown, a method is not for its part, or a metric is given where there is no module
+        method.
     """
-    asked = {
-        "qk": recipe.qk or recipe.attention or recipe.method,
-        "vo": recipe.vo or recipe.attention or recipe.method,
-        "mlp": recipe.mlp or recipe.method,
-    }
-    names = {group.name: _part(asked[group.name], group) for group in BLOCK_GROUPS}
-    covered: dict[str, tuple[str, ...]] = {"attention": ("qk", "vo"), "qk": ("qk",), "vo": ("vo",), "mlp": ("mlp",)}
-    for option, groups in covered.items():
-        given = getattr(recipe, option)
-        if given not in (None, DENSE) and all(names[group] == DENSE for group in groups):
+    own = own_methods(recipe)
+    require_known(own, resolved)
+    architecture = resolved.architecture
+    covered = {name: groups_of(name, architecture) for name in own}
+    asked = {group.name: recipe.method for group in architecture.groups}
+    for name in sorted(own, key=lambda name: -len(covered[name])):  # what is said of one group is said last
+        asked |= dict.fromkeys(covered[name], own[name])
+    methods = {group.name: _part(asked[group.name], group) for group in architecture.groups}
+    for name, method in own.items():
+        if covered[name] and method != DENSE and all(methods[group] == DENSE for group in covered[name]):
             raise InputError(
-                f"The method {given!r} is not for --{option}: see `lrc list methods` for what it makes smaller."
+                f"The method {method!r} is not for {flag_of(name)}: see `lrc list methods` for what it makes smaller."
             )
     notes = []
-    if architecture.head_norms and asked["qk"] in METHODS and isinstance(mixture := METHODS[asked["qk"]], Mixture):
-        parts = names["qk"].split(OR)
+    wanted = asked.get(QUERY_KEY.name, DENSE)
+    if architecture.head_norms and wanted in METHODS and isinstance(mixture := METHODS[wanted], Mixture):
+        parts = methods["qk"].split(OR)
         linear = [name for name in parts if name == DENSE or not isinstance(METHODS[name], ModuleMethod)]
         if not linear:
             notes.append(
-                f"{names['qk']} cannot make queries and keys of {architecture.name!r} narrower (they are normalised "
+                f"{methods['qk']} cannot make queries and keys of {architecture.name!r} narrower (they are normalised "
                 f"head by head); {mixture.name} compresses them by {mixture.instead_of_qk} here. Choose with --qk."
             )
-        names["qk"] = OR.join(linear) or mixture.instead_of_qk
-    chosen = [METHODS[name] for part in names.values() for name in part.split(OR) if name != DENSE]
+        methods["qk"] = OR.join(linear) or mixture.instead_of_qk
+    methods |= {name: own[name] for name in own if not covered[name]}
+    chosen = [method for name in methods.values() for method in _alternatives(name)]
     if not any(isinstance(method, ModuleMethod) for method in chosen) and recipe.metric is not None:
         raise InputError(
             f"--metric {recipe.metric} concerns module methods ({', '.join(_module_methods())}); no part of the blocks "
             "has one. Choose the metric of a linear method by its name."
         )
-    return Scheme(**names, metric=recipe.metric or _metric(recipe, chosen)), tuple(notes)
+    scheme = Scheme(methods=methods, metric=recipe.metric or _metric(recipe, chosen))
+    for block in range(len(resolved.blocks)):
+        for _ in parts_of(scheme, resolved, block):
+            pass  # complains of what cannot be
+    return scheme, tuple(notes)
 
 
 def rival_of(recipe: Recipe, resolved: Resolved) -> Scheme | None:
@@ -78,13 +108,57 @@ def rival_of(recipe: Recipe, resolved: Resolved) -> Scheme | None:
     method = METHODS[recipe.method]
     if not isinstance(method, Mixture) or method.rival is None or resolved.architecture.head_norms:
         return None
-    if recipe.attention or recipe.qk or recipe.vo or recipe.mlp or recipe.metric not in (None, method.metric):
+    if own_methods(recipe) or recipe.metric not in (None, method.metric):
         return None
     try:
         unit_members(resolved.heads)
     except InputError:
         return None
-    return scheme_of(recipe.model_copy(update={"method": method.rival, "metric": None}), resolved.architecture)[0]
+    return scheme_of(recipe.model_copy(update={"method": method.rival, "metric": None}), resolved)[0]
+
+
+def parts_of(scheme: Scheme, resolved: Resolved, block: int) -> Iterator[Part]:
+    """Divide the matrices of a block by method: group by group, in the order of computation.
+
+    Raises
+    ------
+    InputError
+        A name is unknown, or that of a mixture; a module method is for some matrices of a group only, or for another
+        group's.
+    """
+    for group in resolved.architecture.groups:
+        members = [target for target in resolved.of_block(block) if target.group == group.name]
+        names = [scheme.methods[key] if (key := deciding(each, scheme.methods)) else DENSE for each in members]
+        for name in dict.fromkeys(names):
+            own = tuple(target for target, each in zip(members, names, strict=True) if each == name)
+            methods = tuple(_single(method, scheme.metric) for method in _alternatives(name))
+            for method in methods:
+                if isinstance(method, ModuleMethod) and (method.group != group or len(own) < len(members)):
+                    raise InputError(
+                        f"The method {method.name!r} makes {method.group.title} narrower, as a whole; it is not for "
+                        f"{' and '.join(target.name for target in own)} alone. Choose a linear method there, or dense."
+                    )
+            yield Part(group, own, methods)
+
+
+def methods_of(scheme: Scheme) -> Mapping[str, tuple[Method, ...]]:
+    """Look up the methods of a scheme, module methods in its metric: the alternatives of each entry, none if dense.
+
+    Raises
+    ------
+    InputError
+        A name is unknown, or is that of a mixture.
+    """
+    return {
+        key: tuple(_single(method, scheme.metric) for method in _alternatives(name))
+        for key, name in scheme.methods.items()
+    }
+
+
+def label(recipe: Recipe) -> str:
+    """Name what a recipe does, for reports: the method, and the parts that have their own."""
+    parts = [f"{name}: {method}" for name, method in own_methods(recipe).items()]
+    return f"{recipe.method} ({', '.join(parts)})" if parts else recipe.method
 
 
 def _part(asked: str, group: Group) -> str:
@@ -103,11 +177,17 @@ def _part(asked: str, group: Group) -> str:
         raise InputError(unknown("method", asked, [*METHODS, DENSE]))
     method = METHODS[asked]
     if isinstance(method, Mixture):
-        return getattr(method, group.name)
+        return method.methods.get(group.name, DENSE)
     return asked if isinstance(method, LinearMethod) or method.group == group else DENSE
 
 
-def _metric(recipe: Recipe, chosen: list[LinearMethod | ModuleMethod | Mixture]) -> ModuleMetric:
+def _alternatives(name: str) -> list[LinearMethod | ModuleMethod | Mixture]:
+    if unheard := [each for each in name.split(OR) if each != DENSE and each not in METHODS]:
+        raise InputError(unknown("method", unheard[0], [*METHODS, DENSE]))
+    return [METHODS[each] for each in name.split(OR) if each != DENSE]
+
+
+def _metric(recipe: Recipe, chosen: Sequence[LinearMethod | ModuleMethod | Mixture]) -> ModuleMetric:
     """The mixture's metric; else the one that has the linear methods' unit, so that losses compare."""
     method = METHODS[recipe.method]
     if isinstance(method, Mixture):
@@ -120,29 +200,10 @@ def _module_methods() -> list[str]:
     return [name for name, method in METHODS.items() if isinstance(method, ModuleMethod)]
 
 
-def methods_of(scheme: Scheme) -> Mapping[str, tuple[LinearMethod | ModuleMethod, ...]]:
-    """Look up the methods of a scheme, module methods in its metric: the alternatives of each part, none if dense.
-
-    Raises
-    ------
-    InputError
-        A name is unknown, or is that of a mixture.
-    """
-    found: dict[str, tuple[LinearMethod | ModuleMethod, ...]] = {}
-    for group in BLOCK_GROUPS:
-        names = [name for name in getattr(scheme, group.name).split(OR) if name != DENSE]
-        found[group.name] = tuple(_single(METHODS[name], scheme.metric) for name in names)
-    return found
-
-
-def _single(method: LinearMethod | ModuleMethod | Mixture, metric: ModuleMetric) -> LinearMethod | ModuleMethod:
+def _single(method: LinearMethod | ModuleMethod | Mixture, metric: ModuleMetric) -> Method:
     if isinstance(method, Mixture):
-        raise InputError(f"{method.name} is a mixture; a scheme names single methods for each part of a block.")
+        raise InputError(
+            f"{method.name} is a mixture: methods for the parts of a block. Single matrices, and alternatives, have "
+            "single methods; see `lrc list methods`."
+        )
     return replace(method, fisher=metric == "kfac") if isinstance(method, ModuleMethod) else method
-
-
-def label(recipe: Recipe) -> str:
-    """Name what a recipe does, for reports: the method, and the parts that have their own."""
-    parts = [f"{option}: {getattr(recipe, option)}" for option in ("attention", "qk", "vo", "mlp")]
-    own = [part for part in parts if not part.endswith(": None")]
-    return f"{recipe.method} ({', '.join(own)})" if own else recipe.method

@@ -13,7 +13,7 @@ from lowrank_compress.methods.linear import LinearMethod
 from lowrank_compress.methods.matrix_unit import MatrixUnit
 from lowrank_compress.methods.module import ModuleMethod
 from lowrank_compress.methods.module_unit import ModuleUnit
-from lowrank_compress.methods.scheme import DENSE, methods_of
+from lowrank_compress.methods.scheme import DENSE, parts_of
 from lowrank_compress.methods.units import Unit, dense_elements
 
 
@@ -45,15 +45,12 @@ def sites_of(resolved: Resolved, scheme: Scheme) -> tuple[Site, ...]:
     InputError
         A method is unknown.
     """
-    methods = methods_of(scheme)
     sites: list[Site] = []
     for block, path in enumerate(resolved.blocks):
-        for group in resolved.architecture.groups:
-            ways = methods.get(group.name, ())
-            targets = tuple(target for target in resolved.of_block(block) if target.group == group.name)
-            if ways and targets:
-                name = f"{path}:{group.label}"
-                sites.append(Site(tuple(_units(way, name, targets, resolved) for way in ways)))
+        for part in parts_of(scheme, resolved, block):
+            if part.methods:
+                name = f"{path}:{part.group.label}"
+                sites.append(Site(tuple(_units(method, name, part.targets, resolved) for method in part.methods)))
     return tuple(sites)
 
 

@@ -96,9 +96,7 @@ _MODULES = (
 _MIXTURES = (
     Mixture(
         name="auto",
-        qk="kfac",
-        vo="kfac",
-        mlp="kfac|nystrom",
+        methods={"qk": "kfac", "vo": "kfac", "mlp": "kfac|nystrom"},
         paper="this toolkit",
         help="the recommendation: kfac, or nystrom in MLPs where that loses less; ranks by predicted loss",
         allocate="loss",
@@ -109,9 +107,7 @@ _MIXTURES = (
     ),
     Mixture(
         name="modegpt",
-        qk="cr",
-        vo="vo-svd",
-        mlp="nystrom",
+        methods={"qk": "cr", "vo": "vo-svd", "mlp": "nystrom"},
         paper="MoDeGPT, ICLR 2025",
         help="narrower modules: nystrom, cr and vo-svd together; also shrinks the key-value cache",
         allocate="block-influence",

@@ -174,7 +174,7 @@ class Bases:
     @property
     def at_once(self) -> int:
         """How many blocks to decompose together; it changes no result."""
-        return self.resources.blocks_at_once(statistics_bytes(self.of_block(0)))
+        return self.resources.blocks_at_once(statistics_bytes(self.of_block(self.units[0].block)))
 
     def take(self, blocks: Mapping[int, MutableMapping[str, Tensor]]) -> None:
         """Decompose blocks from their complete statistics, which are let go when they have served.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from lowrank_compress.artifacts.files import sweep, write_text
 from lowrank_compress.artifacts.manifest import Manifest, difference
 from lowrank_compress.config import EvaluateConfig
 from lowrank_compress.errors import ArtifactError, InputError
+from lowrank_compress.methods.parts import own_methods
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.locate import locate
 from lowrank_compress.recipe import Recipe
@@ -30,9 +32,9 @@ from lowrank_compress.stages.table import STAGES, directories
 
 def default_run(recipe: Recipe) -> Path:
     """Where a run goes without ``--out``: runs/<model>-<method>-<ratio>, and the parts that have their own method."""
-    own = {name: getattr(recipe, name) for name in ("attention", "qk", "vo", "mlp")}
-    parts = [recipe.method, *(f"{name}-{method.replace('|', '+')}" for name, method in own.items() if method)]
-    return Path("runs") / f"{display_name(recipe.model).replace('/', '--')}-{'-'.join(parts)}-{recipe.ratio:g}"
+    parts = [recipe.method, *(f"{name}-{method}" for name, method in own_methods(recipe).items())]
+    named = "-".join(re.sub(r"[^\w.-]+", "+", part) for part in parts)
+    return Path("runs") / f"{display_name(recipe.model).replace('/', '--')}-{named}-{recipe.ratio:g}"
 
 
 def claim(run: Run, plan: Plan, *, overwrite: bool) -> None:

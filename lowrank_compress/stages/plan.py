@@ -123,7 +123,7 @@ def make_plan(recipe: Recipe, *, reads_text: bool = True) -> Plan:
         )
     design = blueprint(checkpoint)
     design.check_ties()
-    scheme, notes = scheme_of(recipe, design.resolved.architecture)
+    scheme, notes = scheme_of(recipe, design.resolved)
     rival = rival_of(recipe, design.resolved) if design.task == "lm" else None
     subject = subject_of(design, scheme, rival)
     units = subject.units

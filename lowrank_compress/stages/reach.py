@@ -13,6 +13,7 @@ from lowrank_compress.allocation.curve import Curve, make_curve
 from lowrank_compress.allocation.table import ALLOCATORS
 from lowrank_compress.allocation.uniform import allocate
 from lowrank_compress.config import ScoreConfig
+from lowrank_compress.methods.parts import flag_of
 from lowrank_compress.methods.scheme import DENSE as LEFT_DENSE
 from lowrank_compress.methods.sites import Site
 from lowrank_compress.methods.units import Unit, dense_elements, ranking
@@ -60,7 +61,7 @@ def require_reachable(config: ScoreConfig, budget: Budget, sites: Sequence[Site]
                 f"{option} {getattr(config, name):g} is in the way, with {option} {loosest:g} it is "
                 f"{budget.largest(without)}"
             )
-    left = [f"--{part}" for part in ("qk", "vo", "mlp") if getattr(config.scheme, part) == LEFT_DENSE]
+    left = [flag_of(part) for part, method in config.scheme.methods.items() if method == LEFT_DENSE]
     if left:
         advice.append(f"parts of the blocks are left dense, give them a method by {' and '.join(left)}")
     if config.ratio_of == "model":

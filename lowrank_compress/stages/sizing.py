@@ -107,7 +107,7 @@ def _resident(plan: Plan, units: Sequence[Unit], resources: Resources) -> tuple[
     copies = boundaries(len(resolved.blocks), wanted)
     states = {"hidden states": tokens * model.config.hidden_size * SINGLE * copies}
     spills = states["hidden states"] > resources.for_states
-    first = [unit for unit in units if unit.block == 0]
+    first = [unit for unit in units if unit.block == units[0].block]  # others may be dense
     beside = [unit.working_bytes() for unit in first if unit.parallel]
     few = plan.score.held_out and tokens < enough_tokens(
         max(max(target.shape) for unit in first for target in unit.targets)

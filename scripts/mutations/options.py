@@ -34,6 +34,7 @@ LIKELY: dict[str, tuple[str, ...]] = {
     "qk": ("svd", "dense", "cr", "vo-svd", "kfac|cr"),
     "vo": ("svd", "dense", "vo-svd", "cr", "kfac|vo-svd"),
     "mlp": ("svd", "dense", "nystrom", "kfac|nystrom"),
+    "methods": ("mlp=svd", "down=dense", "*.0.*=dense", "qk=cr", "*.mlp.*=nystrom", "up=nystrom", "head=svd"),
     "metric": ("gram", "kfac"),
     "allocate": ("uniform", "loss", "welore", "block-influence"),
     "storage": ("pair", "pivot", "auto"),
@@ -107,7 +108,7 @@ def written_down(run: Path, given: dict[str, Any]) -> Check:
                     return f"{name} was {value!r}, the recipe says {kept!r}"
             elif name == "device" and value == "auto":
                 continue
-            elif kept != value:
+            elif (kept if not isinstance(kept, dict) else "".join(f"{n}={m}" for n, m in kept.items())) != value:
                 return f"{name} was {value!r}, the recipe says {kept!r}"
         return None
 

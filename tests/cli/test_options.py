@@ -27,7 +27,7 @@ def test_every_field_is_an_option_of_compress(name: str) -> None:
     assert option.default is None
     assert option.help.startswith(field.description)
     if not field.is_required():
-        assert f"--{name.replace('_', '-')}" in option.opts
+        assert ("--for" if name == "methods" else f"--{name.replace('_', '-')}") in option.opts
     if isinstance(field.default, str | int | float) and not isinstance(field.default, bool):
         said = option.help.removeprefix(field.description).removeprefix(" (default: ").removesuffix(")").split(",")[0]
         assert type(field.default)(said) == field.default
@@ -71,3 +71,22 @@ def test_a_command_gets_what_was_given_and_its_own() -> None:
     assert heard == {"model": "m", "ratio": 0.5, "text_column": "a,b", "trust_remote_code": False, "twice": 3}
     assert inspect.signature(command).parameters["twice"].default == 2
     assert command.__doc__ == "Say nothing."
+
+
+def test_values_of_parts_are_a_mapping() -> None:
+    heard: list[Any] = []
+    small = typer.Typer()
+
+    @small.command()
+    @takes_recipe("calibrate")
+    def command(given: dict[str, Any]) -> None:
+        heard.append(given["methods"])
+
+    run = CliRunner().invoke
+    assert run(small, ["--for", "mlp=kfac|nystrom", "--for", "*.0.* = dense"]).exit_code == 0
+    assert run(small, []).exit_code == 0
+    assert heard == [{"mlp": "kfac|nystrom", "*.0.*": "dense"}, None]
+    for words in (["--for", "mlp"], ["--for", "=svd"], ["--for", "mlp=svd", "--for", "mlp=kfac"]):
+        found = run(small, words)
+        assert found.exit_code == 2
+        assert "expected NAME=VALUE, each name once" in found.output

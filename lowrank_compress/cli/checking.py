@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lowrank_compress.artifacts.files import read_bytes, write_text
 from lowrank_compress.cli.comparing import as_lines, as_markdown, headline
-from lowrank_compress.cli.terminal import IS_FIRST, TerminalReporter, console, messages, print_json
+from lowrank_compress.cli.terminal import TerminalReporter, console, is_first, messages, print_json
 from lowrank_compress.errors import ArtifactError, InputError
 from lowrank_compress.recipe import Recipe
 from lowrank_compress.resources.workers import started
@@ -142,7 +142,7 @@ def _refuse_foreign(report: Path) -> None:
 def _place(out: Path | None, reporter: TerminalReporter) -> Iterator[Path]:
     """Yield a directory in which nothing is yet, so that all is made again."""
     together = started() > 1
-    if out is not None and ((together and not IS_FIRST) or not Run(out).exists()):
+    if out is not None and ((together and not is_first()) or not Run(out).exists()):
         yield out
         return
     if together:

@@ -13,7 +13,7 @@ from lowrank_compress import api
 from lowrank_compress.artifacts.directories import refuse_unsafe
 from lowrank_compress.artifacts.documents import read_json
 from lowrank_compress.artifacts.lock import locked
-from lowrank_compress.cli.terminal import IS_FIRST, TerminalReporter, console
+from lowrank_compress.cli.terminal import TerminalReporter, console, is_first
 from lowrank_compress.config import COMMAND_LINE, EvaluateConfig, stage_config
 from lowrank_compress.demo import text as demo_text
 from lowrank_compress.errors import ArtifactError, InputError
@@ -67,7 +67,7 @@ def compress(
 
 def _the_first_speaks() -> None:
     """Of several processes that torchrun started, let all but the first end."""
-    if started() > 1 and not IS_FIRST:
+    if started() > 1 and not is_first():
         raise typer.Exit
 
 

@@ -31,9 +31,12 @@ from lowrank_compress.errors import LrcError
 
 # Errors, warnings and progress go to stderr: stdout is for results, and for nothing but the object under --json.
 messages = Console(stderr=True, highlight=False)
-# Of several processes that torchrun started, one speaks; the others only of errors.
-IS_FIRST = os.environ.get("RANK", "0") == "0"
 BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+def is_first() -> bool:
+    """Whether this process speaks: of several that torchrun started the first; the others only of errors."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 class TerminalReporter:
@@ -47,7 +50,7 @@ class TerminalReporter:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=messages,
-            disable=not (messages.is_terminal and IS_FIRST),
+            disable=not (messages.is_terminal and is_first()),
         )
         self._tasks: dict[str, TaskID] = {}
         self._warned: set[str] = set()
@@ -57,12 +60,12 @@ class TerminalReporter:
         if step not in self._tasks:
             self._tasks[step] = self._progress.add_task(step, total=total)
         self._progress.update(self._tasks[step], completed=done, total=total)
-        if done == total and IS_FIRST and not messages.is_terminal:
+        if done == total and is_first() and not messages.is_terminal:
             messages.print(f"{step}: done ({total})")
 
     def warn(self, text: str) -> None:
         """Print a warning once."""
-        if IS_FIRST and text not in self._warned:
+        if is_first() and text not in self._warned:
             self._warned.add(text)
             messages.print(f"[yellow]Warning:[/] {_escape(text)}", soft_wrap=True)
 

@@ -17,7 +17,6 @@ from lowrank_compress.methods.module_unit import ModuleUnit
 from lowrank_compress.methods.units import cheaper, needed
 from lowrank_compress.model.blueprint import Blueprint
 from lowrank_compress.resources.memory import free_memory
-from lowrank_compress.stages.bases import Bases
 from lowrank_compress.stages.plan import Plan
 from lowrank_compress.stages.ranks import RANKS, read_ranks
 from lowrank_compress.stages.run import Run
@@ -40,16 +39,16 @@ class Floor:
 
     Parameters
     ----------
-    plan, bases
-        The recipe, and its units and largest ranks.
+    plan
+        The recipe, with its units and largest ranks.
     tokens
         Of the calibration set; 0 for methods without data.
     """
 
-    def __init__(self, plan: Plan, bases: Bases, tokens: int) -> None:
-        self.plan, self.bases, self.tokens = plan, bases, tokens
-        self.blueprint: Blueprint = bases.blueprint
-        self.wanted = needed(bases.units)
+    def __init__(self, plan: Plan, tokens: int) -> None:
+        self.plan, self.chooser, self.tokens = plan, plan.chooser, tokens
+        self.blueprint: Blueprint = plan.subject.model
+        self.wanted = needed(self.chooser.units)
         self.gradient = needs_gradient(self.wanted)
         self.amounts: dict[Work, float] = {}
         self.eighs: set[tuple[int, int]] = set()
@@ -98,15 +97,15 @@ class Floor:
 
     def decompose(self) -> None:
         """Bases of all units, in float64."""
-        for unit in self.bases.units:
+        for unit in self.chooser.units:
             if isinstance(unit, MatrixUnit):
-                self._decompose_matrix(unit, self.bases.keep[unit.name])
+                self._decompose_matrix(unit, self.chooser.keep[unit.name])
             elif isinstance(unit, ModuleUnit) and unit.method.group.name == "mlp":
                 self._decompose_mlp(unit)
             elif isinstance(unit, ModuleUnit) and unit.method.group.name == "vo":
                 self._decompose_values(unit)
-        if self.bases.allocator.needs_spectrum:
-            for unit in self.bases.units:
+        if self.chooser.allocator.needs_spectrum:
+            for unit in self.chooser.units:
                 k, far = min(unit.shape), max(unit.shape)
                 self.add("score", "products with the metrics", "float64", far * k**2)
                 self.eigh("score", k, k)
@@ -146,7 +145,7 @@ class Floor:
 
     def factorize(self, choices: Mapping[str, Choice]) -> None:
         """Factors at the chosen ranks."""
-        for unit in self.bases.units:
+        for unit in self.chooser.units:
             choice = choices.get(unit.name)
             if choice is None or choice.is_dense:
                 continue
@@ -198,10 +197,9 @@ class Floor:
 def work_of(plan: Plan, run: Run) -> Floor:
     """Count the work of a finished run."""
     calibrated = read_manifest(run.statistics)
-    bases = Bases(plan.score, plan.subject, "", run.scores)
-    floor = Floor(plan, bases, calibrated.report["tokens"] if calibrated else 0)
+    floor = Floor(plan, calibrated.report["tokens"] if calibrated else 0)
     floor.calibrate()
     floor.decompose()
-    floor.factorize(read_ranks(run.scores / RANKS, bases.sites))
+    floor.factorize(read_ranks(run.scores / RANKS, plan.subject.sites))
     floor.transfer(run)
     return floor

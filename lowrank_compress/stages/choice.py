@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,8 @@ from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.model.walk.head import lm_chunks
 from lowrank_compress.model.walk.walk import Walk
-from lowrank_compress.stages.bases import MUCH, Bases
+from lowrank_compress.stages.choose import MUCH
+from lowrank_compress.stages.decompose import Bases
 
 # Weight of the divergence on tokens drawn at random, beside that on text.
 FAR = 0.5
@@ -65,26 +67,27 @@ def plans_of(bases: Bases) -> list[Plan]:
     One way is enough where enough text was there to fit on and little is removed, and where nothing was asked of other
     text at all.
     """
-    curves = bases.curves()
-    plans = [_plan("held-out losses", bases, curves, bases.choose(curves), bases.allocate)]
-    if not bases.config.held_out or not bases.allocator.needs_loss:
+    chooser, curves = bases.chooser, bases.curves()
+    plans = [_plan("held-out losses", bases, curves, chooser.choose(curves), chooser.allocate)]
+    if not chooser.config.held_out or not chooser.allocator.needs_loss:
         return plans
     halved = bases.halved()
-    if not halved and bases.config.ratio < MUCH:
+    if not halved and chooser.config.ratio < MUCH:
         return plans
     if halved:
         sample = bases.curves(on_sample=True)
-        plans.append(_plan("losses on the sample", bases, sample, bases.choose(sample), bases.allocate))
+        plans.append(_plan("losses on the sample", bases, sample, chooser.choose(sample), chooser.allocate))
     for name, position in (("linear only", 0), ("modules", -1)):
-        units = tuple(unit for site in bases.sites for unit in site.alternatives[position])
-        for how, allocate in (("", bases.allocate), (", uniform", lambda found: uniform(found, bases.budget.limit))):
+        units = tuple(unit for site in chooser.subject.sites for unit in site.alternatives[position])
+        evenly = partial(uniform, limit=chooser.budget.limit)
+        for how, allocate in (("", chooser.allocate), (", uniform", evenly)):
             with contextlib.suppress(InputError):  # out of reach
                 plans.append(_plan(f"{name}{how}", bases, curves, units, allocate))
-    if bases.rival is not None and bases.config.ratio >= MUCH:
+    if bases.rival is not None and chooser.config.ratio >= MUCH:
         with contextlib.suppress(InputError):
             found = bases.rival.curves()
-            units = bases.rival.choose(found)
-            plans.append(_plan("narrower modules", bases.rival, found, units, bases.rival.allocate))
+            units = bases.rival.chooser.choose(found)
+            plans.append(_plan("narrower modules", bases.rival, found, units, bases.rival.chooser.allocate))
     return [plan for number, plan in enumerate(plans) if all(plan.choices != other.choices for other in plans[:number])]
 
 
@@ -96,7 +99,7 @@ def _plan(
     allocate: Callable[[Sequence[Curve]], np.ndarray],
 ) -> Plan:
     own = [curves[unit.name] for unit in units]
-    bases.budget.check(own)
+    bases.chooser.budget.check(own)
     chosen = allocate(own)
     choices = {curve.name: curve.choice(point) for curve, point in zip(own, chosen, strict=True)}
     predicted = float(sum(curve.loss[point] for curve, point in zip(own, chosen, strict=True)))
@@ -105,7 +108,7 @@ def _plan(
 
 def best(bases: Bases, batches: Sequence[Batch], plans: Sequence[Plan]) -> tuple[Plan, list[dict[str, Any]]]:
     """Try plans, and return the best one and what each came to, for the report."""
-    skeleton = Skeleton(bases.blueprint.checkpoint, bases.device, torch.float32)
+    skeleton = Skeleton(bases.chooser.subject.checkpoint, bases.device, torch.float32)
     if any(plan.bases is not bases for plan in plans):
         try:
             check_narrowing(skeleton, batches[0])
@@ -195,7 +198,7 @@ def _in_place_of(skeleton: Skeleton, replacements: Iterable[Replacement]) -> Ite
 
 def replacements(plan: Plan, block: int, device: torch.device) -> list[Replacement]:
     """What a plan makes of a block, in the dense model's shapes."""
-    tensors, read = plan.bases.files.read(block), plan.bases.blueprint
+    tensors, read = plan.bases.files.read(block), plan.bases.chooser.subject.model
     source = Source(read.weight, read.bias, device, torch.float32)
     found = []
     for unit in plan.units:

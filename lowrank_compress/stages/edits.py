@@ -12,7 +12,7 @@ from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.locate import locate
 from lowrank_compress.recipe import load_recipe
-from lowrank_compress.stages.bases import bases_of
+from lowrank_compress.stages.decompose import bases_of
 from lowrank_compress.stages.ranks import read_ranks, require_kept
 from lowrank_compress.stages.run import Run
 

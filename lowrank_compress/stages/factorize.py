@@ -32,7 +32,7 @@ from lowrank_compress.model.casting import cast
 from lowrank_compress.model.export import ShardWriter, config_json, write_companions
 from lowrank_compress.resources.resources import Resources
 from lowrank_compress.shipped.saving import remote_code_entries, write_remote_code
-from lowrank_compress.stages.bases import bases_of
+from lowrank_compress.stages.decompose import bases_of
 from lowrank_compress.stages.encode import Encoder
 from lowrank_compress.stages.environment import environment
 from lowrank_compress.stages.identity import checkpoint_id

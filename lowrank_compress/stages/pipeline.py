@@ -18,8 +18,8 @@ from lowrank_compress.recipe import Recipe
 from lowrank_compress.recipefile import read_recipe_file
 from lowrank_compress.resources.resources import Resources
 from lowrank_compress.stages import calibrate, score
-from lowrank_compress.stages.bases import Bases
 from lowrank_compress.stages.chain import record
+from lowrank_compress.stages.decompose import Bases
 from lowrank_compress.stages.identity import checkpoint_id, display_name
 from lowrank_compress.stages.index import Index, Link, read_index
 from lowrank_compress.stages.inputs import inputs_of_score
@@ -130,7 +130,7 @@ def compress(
         )
     if found is None:
         keep_statistics = keep_statistics or workers.once(lambda: calibrate.kept(run.statistics, inputs.calibration))
-        bases = Bases(plan.score, plan.subject, inputs.calibration.id, run.scores, resources=resources)
+        bases = Bases(plan.chooser, inputs.calibration.id, run.scores, resources=resources)
         step(
             STAGES["calibrate"],
             plan,
@@ -140,7 +140,7 @@ def compress(
             resources=resources,
             overwrite=overwrite,
         )
-        step(STAGES["score"], plan, run, reporter, resources=resources, overwrite=overwrite)
+        step(STAGES["score"], plan, run, reporter, bases=bases, resources=resources, overwrite=overwrite)
     return finish(plan, run, reporter, resources=resources, overwrite=overwrite)
 
 

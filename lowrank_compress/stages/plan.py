@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.locate import directory_of, locate
 from lowrank_compress.recipe import Recipe
+from lowrank_compress.stages.choose import Chooser
 from lowrank_compress.stages.environment import compute_device
 from lowrank_compress.stages.identity import source_id
 from lowrank_compress.stages.score import check_options
@@ -64,6 +66,17 @@ class Plan:
     def device(self) -> str:
         """Where all stages compute."""
         return self.score.device
+
+    @cached_property
+    def chooser(self) -> Chooser:
+        """What may be chosen, and what chooses.
+
+        Raises
+        ------
+        InputError
+            The ratio is out of reach.
+        """
+        return Chooser(self.score, self.subject)
 
     @property
     def _has_modules(self) -> bool:

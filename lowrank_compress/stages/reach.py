@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from lowrank_compress.allocation.budget import Budget
 from lowrank_compress.allocation.choice import Choice
-from lowrank_compress.allocation.curve import Curve, make_curve
+from lowrank_compress.allocation.curve import Curve
 from lowrank_compress.allocation.table import ALLOCATORS
 from lowrank_compress.allocation.uniform import allocate
 from lowrank_compress.config import ScoreConfig
 from lowrank_compress.methods.parts import flag_of
 from lowrank_compress.methods.scheme import DENSE as LEFT_DENSE
 from lowrank_compress.methods.sites import Site
-from lowrank_compress.methods.units import Unit, dense_elements, ranking
+from lowrank_compress.stages.curves import lossless_curve
 from lowrank_compress.stages.subject import Subject
 
 # Options that can keep a ratio out of reach, and the value at which each does not.
@@ -79,16 +77,11 @@ def _least(config: ScoreConfig, sites: Sequence[Site]) -> int:
 def _ways(config: ScoreConfig, site: Site) -> list[list[Curve]]:
     """Curves of the alternatives that the allocator can choose among, without losses."""
     ways = site.alternatives if ALLOCATORS[config.allocate].needs_loss else site.alternatives[:1]
-    return [[_curve(unit, config) for unit in way] for way in ways]
+    return [[lossless_curve(unit, config) for unit in way] for way in ways]
 
 
 def _smallest(ways: list[list[Curve]]) -> list[Curve]:
     return min(ways, key=lambda way: sum(int(curve.stored[0]) for curve in way))
-
-
-def _curve(unit: Unit, config: ScoreConfig) -> Curve:
-    choices = unit.choices(ranking(unit, config.storage), config.round_to)
-    return make_curve(unit.name, dense_elements(unit), choices, np.zeros(len(choices)), block=unit.block)
 
 
 def uniform_choices(config: ScoreConfig, budget: Budget, sites: Sequence[Site]) -> dict[str, Choice]:

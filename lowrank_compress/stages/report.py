@@ -16,7 +16,7 @@ from lowrank_compress.evaluation.size import measure_size, weight_bytes
 from lowrank_compress.methods.sites import all_units, sites_of
 from lowrank_compress.methods.units import Unit, dense_elements, price_of
 from lowrank_compress.model.blueprint import Blueprint
-from lowrank_compress.stages.bases import predicted_losses
+from lowrank_compress.stages.curves import predicted_losses
 from lowrank_compress.stages.ranks import choice_of, entry_of
 
 REPORT = "lowrank.json"

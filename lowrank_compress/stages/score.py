@@ -23,8 +23,9 @@ from lowrank_compress.methods.units import dense_elements, needs_data, price_of
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.registry import unknown
 from lowrank_compress.resources.resources import Resources
-from lowrank_compress.stages.bases import VERSION, Bases
 from lowrank_compress.stages.choice import best, plans_of
+from lowrank_compress.stages.choose import Chooser
+from lowrank_compress.stages.decompose import VERSION, Bases
 from lowrank_compress.stages.environment import environment
 from lowrank_compress.stages.ranks import RANKS, write_ranks
 from lowrank_compress.stages.reporting import Reporter, Silent, in_parts
@@ -95,6 +96,7 @@ def run(
     out_dir: Path,
     reporter: Reporter | None = None,
     *,
+    bases: Bases | None = None,
     resources: Resources = Resources(),
     overwrite: bool = False,
 ) -> Manifest:
@@ -108,6 +110,8 @@ def run(
         Directory for bases, ranks.json and the manifest.
     reporter
         Told about progress.
+    bases
+        Those of this very config and inputs in `out_dir`, where statistics have gone to them; None to make them.
     resources
         What this process may use, and those that do this together with it, all called with the same.
     overwrite
@@ -120,20 +124,19 @@ def run(
     """
     reporter, workers = reporter or Silent(), resources.workers
     identity = key(config, inputs)
-    bases = Bases(config, inputs.subject, inputs.calibration.id, out_dir, resources=resources)
     check_options(config.allocate, config.storage, inputs.subject.sites)
-    blocks = range(len(bases.resolved.blocks))
+    if bases is None:
+        bases = Bases(Chooser(config, inputs.subject), inputs.calibration.id, out_dir, resources=resources)
+    own = workers.share(range(len(inputs.subject.resolved.blocks)))
     found = workers.once(lambda: committed_scores(out_dir, identity, overwrite=overwrite, keep_edit=not overwrite))
     if found is not None:
         return found
     statistics = BlockFiles(inputs.statistics, inputs.calibration.id)
-    own = workers.share(blocks)
-    needs = needs_data(bases.units)
+    needs = needs_data(bases.chooser.units)
     for done, part in in_parts(own, bases.at_once):
         if todo := [block for block in part if not bases.finished(block)]:
             bases.take({block: _means(statistics, block) if needs else {} for block in todo})
-        if bases.allocator.needs_spectrum:
-            bases.take_spectra([block for block in part if not bases.spectra.finished(block)])
+        bases.take_spectra(part)
         reporter.advance("score", done, len(own))
     bases.settle()
     return workers.once(
@@ -153,7 +156,7 @@ def _choose(
     config: ScoreConfig, inputs: Inputs, bases: Bases, identity: Key, out_dir: Path, reporter: Reporter
 ) -> Manifest:
     """Choose ranks from finished bases, and commit: bases and ranks of another result stand until then, together."""
-    blocks = range(len(bases.resolved.blocks))
+    budget, resolved = bases.chooser.budget, inputs.subject.resolved
     plans = plans_of(bases)
     plan, tried = plans[0], []
     if len(plans) > 1 and inputs.held_out is not None and (batches := inputs.held_out()):
@@ -161,28 +164,24 @@ def _choose(
         reporter.advance("choose", len(plans), len(plans))
     units, choices = plan.units, plan.choices
     stored = sum(price_of(unit, choices[unit.name]).elements for unit in units)
-    claimed = sum(target.elements for target in bases.resolved.targets)
+    claimed = sum(target.elements for target in resolved.targets)
     report = {
         "asked_ratio": config.ratio,
-        "reached_ratio": bases.budget.reached(stored),
+        "reached_ratio": budget.reached(stored),
         "ratio_of": config.ratio_of,
-        "denominator": bases.budget.denominator,
+        "denominator": budget.denominator,
         "claimed_elements": claimed,
         "stored_elements": claimed - sum(dense_elements(unit) for unit in units) + stored,
         "predicted_loss": plan.predicted,
         "plan": plan.name,
         "plans": tried,
-        "unit": "nats" if plan.bases.nats else "relative",
-        "scheme": plan.bases.config.scheme.model_dump(mode="json"),
+        "unit": "nats" if plan.bases.chooser.nats else "relative",
+        "scheme": plan.bases.chooser.config.scheme.model_dump(mode="json"),
         "bases": plan.bases.files.id,
         "bases_prefix": plan.bases.files.prefix,
-        "spectra": bases.spectra.id if bases.allocator.needs_spectrum else None,
+        "spectra": None if bases.spectra is None else bases.spectra.id,
     }
-    files = [bases.files.name(block) for block in blocks]
-    if bases.rival is not None:
-        files += [bases.rival.files.name(block) for block in blocks]
-    if bases.allocator.needs_spectrum:
-        files += [bases.spectra.name(block) for block in blocks]
+    files = bases.names(range(len(resolved.blocks)))
     with replacing(out_dir, listed) as draft:
         for name in files:
             link(out_dir / name, draft / name)

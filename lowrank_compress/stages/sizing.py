@@ -14,7 +14,6 @@ from lowrank_compress.calibration.statistics import enough_tokens
 from lowrank_compress.evaluation.size import weight_bytes
 from lowrank_compress.methods.units import Unit, needed, needs_data, price_of, statistics_bytes
 from lowrank_compress.resources.resources import Resources
-from lowrank_compress.stages.bases import Bases
 from lowrank_compress.stages.plan import Plan
 from lowrank_compress.stages.reach import uniform_choices
 from lowrank_compress.stages.run import Run
@@ -46,22 +45,20 @@ def dry_run(plan: Plan, run: Run, resources: Resources = Resources()) -> dict[st
     InputError
         The ratio is out of reach.
     """
-    # Nothing is read or written there: which calibration the bases belong to does not matter, and no text is touched.
-    bases = Bases(plan.score, plan.subject, "", run.scores)
-    targets = bases.resolved.targets
-    need = estimate(plan, bases, resources)
-    choices = uniform_choices(plan.score, bases.budget, bases.sites)
+    targets, budget = plan.subject.resolved.targets, plan.chooser.budget
+    need = estimate(plan, resources)
+    choices = uniform_choices(plan.score, budget, plan.subject.sites)
     return {
         "recipe": plan.resolved().model_dump(mode="json"),
         "run": str(run.path),
         "budget": {
             "ratio": plan.score.ratio,
             "ratio_of": plan.score.ratio_of,
-            "denominator": bases.budget.denominator,
+            "denominator": budget.denominator,
             "claimed_elements": sum(target.elements for target in targets),
-            "largest_stored": bases.budget.limit,
-            "claimed_bytes": sum(weight_bytes(bases.blueprint, target) for target in targets),
-            "uniform_bytes": _uniform_bytes(plan, bases, choices),
+            "largest_stored": budget.limit,
+            "claimed_bytes": sum(weight_bytes(plan.subject.model, target) for target in targets),
+            "uniform_bytes": _uniform_bytes(plan, choices),
         },
         "uniform_ranks": {name: None if c.is_dense else c.parameters[0] for name, c in choices.items()},
         "ranks_need_data": plan.score.allocate != "uniform",
@@ -70,22 +67,24 @@ def dry_run(plan: Plan, run: Run, resources: Resources = Resources()) -> dict[st
     }
 
 
-def _uniform_bytes(plan: Plan, bases: Bases, choices: Mapping[str, Choice]) -> int:
+def _uniform_bytes(plan: Plan, choices: Mapping[str, Choice]) -> int:
     """Bytes that are stored for the claimed weights at uniform ranks; with "auto" storage, the most that it may be."""
     itemsize = getattr(torch, plan.factorize.dtype).itemsize
-    kept = sum(target.elements for target in bases.resolved.targets) - sum(site.dense for site in bases.sites)
+    claimed = sum(target.elements for target in plan.subject.resolved.targets)
+    kept = claimed - sum(site.dense for site in plan.subject.sites)
     return kept * itemsize + sum(
-        price_of(unit, choices[unit.name]).bytes(itemsize) for unit in bases.units if unit.name in choices
+        price_of(unit, choices[unit.name]).bytes(itemsize) for unit in plan.chooser.units if unit.name in choices
     )
 
 
-def estimate(plan: Plan, bases: Bases, resources: Resources) -> Need:
+def estimate(plan: Plan, resources: Resources) -> Need:
     """Estimate memory and disk from shapes."""
-    made = [bases, *([] if bases.rival is None else [bases.rival])]
+    chooser, subject = plan.chooser, plan.subject
+    made = [chooser, *([] if chooser.rival is None else [chooser.rival])]
     basis = sum(unit.basis_elements(found.keep[unit.name]) for found in made for unit in found.units)
-    resident, spilled = _resident(plan, bases.units, resources)
-    stays = sum(p.numel() for p in bases.blueprint.model.parameters()) - sum(site.dense for site in bases.sites)
-    written = (stays + bases.budget.limit) * getattr(torch, plan.factorize.dtype).itemsize
+    resident, spilled = _resident(plan, chooser.units, resources)
+    stays = sum(p.numel() for p in subject.model.model.parameters()) - sum(site.dense for site in subject.sites)
+    written = (stays + chooser.budget.limit) * getattr(torch, plan.factorize.dtype).itemsize
     # Finished blocks, and then the checkpoint that is put together from them.
     disk = {"bases": basis * SINGLE, "compressed checkpoint": 2 * written}
     return Need(resident, disk | spilled)

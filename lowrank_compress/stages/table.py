@@ -7,7 +7,7 @@ from typing import get_args
 
 from lowrank_compress.config import CalibrateConfig, EvaluateConfig, FactorizeConfig, ScoreConfig
 from lowrank_compress.registry import Registry
-from lowrank_compress.stages import bases, calibrate, cast, evaluate, factorize, score
+from lowrank_compress.stages import calibrate, cast, evaluate, factorize, score
 from lowrank_compress.stages.edits import ranks_fit
 from lowrank_compress.stages.inputs import inputs_of_calibrate, inputs_of_factorize, inputs_of_score
 from lowrank_compress.stages.ranks import RANKS
@@ -29,7 +29,7 @@ _OWN = (
     ),
     Stage(
         name="score",
-        version=bases.VERSION,
+        version=score.VERSION,
         config=ScoreConfig,
         inputs=inputs_of_score,
         run=score.run,

@@ -14,7 +14,7 @@ from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.recipe import Recipe
 from lowrank_compress.stages import choice, pipeline
-from lowrank_compress.stages.bases import Bases
+from lowrank_compress.stages.decompose import Bases
 from lowrank_compress.stages.plan import make_plan
 from lowrank_compress.stages.run import Run
 from tests.runs import Tiny, done
@@ -32,7 +32,7 @@ def test_replaced_matrices_compute_what_the_compressed_model_does(halved: Path, 
     plan = make_plan(Recipe(**json.loads(json.dumps(dict(model=str(tiny.model), calibration=str(tiny.text), samples=8,
                                                          seq_len=32, ratio=0.5)))))  # fmt: skip
     run = Run(halved)
-    bases = Bases(plan.score, plan.subject, pipeline.inputs_of_score(plan, run).calibration.id, run.scores)
+    bases = Bases(plan.chooser, pipeline.inputs_of_score(plan, run).calibration.id, run.scores)
     report = read_manifest(run.scores).report  # pyright: ignore[reportOptionalMemberAccess]
     taken = next(found for found in choice.plans_of(bases) if found.name == report["plan"])
     ids = torch.randint(3, 60, (2, 20), generator=torch.Generator().manual_seed(0))

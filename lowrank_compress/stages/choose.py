@@ -1,0 +1,106 @@
+"""The choice among the candidates of each part of a model, under the budget; nothing is read or computed of weights."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+import numpy as np
+
+from lowrank_compress.allocation.alternatives import choose
+from lowrank_compress.allocation.curve import Curve
+from lowrank_compress.allocation.table import ALLOCATORS
+from lowrank_compress.calibration.statistics import SMALL
+from lowrank_compress.config import ScoreConfig
+from lowrank_compress.errors import InputError
+from lowrank_compress.methods.sites import Site, first_units
+from lowrank_compress.methods.units import Unit, largest_kept, ranking
+from lowrank_compress.stages.curves import lossless_curve
+from lowrank_compress.stages.reach import budget_of, require_reachable
+from lowrank_compress.stages.subject import Subject
+
+# From this ratio on predicted losses, which are of second order, decide little.
+MUCH = 0.4
+
+
+class Chooser:
+    """Knows what may be chosen in a model, and chooses by curves.
+
+    Parameters
+    ----------
+    config
+        The ratio, the allocator, and what decides which ranks can be asked for.
+    subject
+        The dense model, and what of it is compressed.
+
+    Attributes
+    ----------
+    units
+        What is chosen among: of all candidates, or of the first where losses, which alone compare them, are not known.
+    budget
+        What may be stored.
+    keep
+        Unit -> the largest rank that can be asked for.
+    nats
+        Whether losses are in nats a token; else each is a share of its unit's own total.
+
+    Raises
+    ------
+    InputError
+        The ratio is out of reach.
+    """
+
+    def __init__(self, config: ScoreConfig, subject: Subject) -> None:
+        self.config, self.subject = config, subject
+        self.allocator = ALLOCATORS[config.allocate]
+        self.units = subject.units if self.allocator.needs_loss else first_units(subject.sites)
+        self.nats = all(unit.nats for unit in self.units)
+        self.budget = budget_of(config, subject)
+        require_reachable(config, self.budget, subject.sites)
+        self.keep = self._largest_ranks()
+
+    @cached_property
+    def rival(self) -> Chooser | None:
+        """Chooses what plans are held against, by settings of its own; None where little is removed.
+
+        In small models it is there always, so that another ratio can be asked for when the statistics are gone.
+        """
+        config, subject = self.config, self.subject
+        small = max(max(target.shape) for target in subject.resolved.targets) <= SMALL
+        if config.rival is None or not (small or config.ratio >= MUCH) or not self.allocator.needs_loss:
+            return None
+        own = {"scheme": config.rival, "allocate": "block-influence", "storage": "pair", "rival": None}
+        with contextlib.suppress(InputError):  # the ratio is out of its reach
+            return Chooser(config.model_copy(update=own | {"held_out": False}), Subject(subject.model, subject.rival))
+        return None
+
+    def of_block(self, block: int) -> tuple[Unit, ...]:
+        """Return the units of one block."""
+        return tuple(unit for unit in self.units if unit.block == block)
+
+    def _largest_ranks(self) -> dict[str, int]:
+        """The largest rank of each unit that can pay; under an allocator that looks at nothing, the one it chooses."""
+        if self.allocator.needs_loss or self.allocator.needs_spectrum or self.allocator.needs_influence:
+            return {unit.name: largest_kept(unit, ranking(unit, self.config.storage)) for unit in self.units}
+        curves = [lossless_curve(unit, self.config) for unit in self.units]
+        chosen = [curve.choice(point) for curve, point in zip(curves, self.allocate(curves), strict=True)]
+        return {
+            unit.name: 0 if choice.is_dense else unit.keep(choice)
+            for unit, choice in zip(self.units, chosen, strict=True)
+        }
+
+    def allocate(self, curves: Sequence[Curve]) -> np.ndarray:
+        """Choose a point of each curve under the budget, (curves,) int64; the curves are those of one candidate."""
+        options = {name: getattr(self.config, name) for name in self.allocator.options}
+        return self.allocator.allocate(curves, self.budget.limit, **options)
+
+    def choose(self, curves: Mapping[str, Curve]) -> tuple[Unit, ...]:
+        """Return the units of the better candidate of each part."""
+        sites = self.subject.sites
+        ways = [[[curves[unit.name] for unit in way] for way in self._ways(site)] for site in sites]
+        picked = choose(ways, self.budget.limit)
+        return tuple(unit for site, number in zip(sites, picked, strict=True) for unit in self._ways(site)[number])
+
+    def _ways(self, site: Site) -> tuple[tuple[Unit, ...], ...]:
+        return site.alternatives if self.allocator.needs_loss else site.alternatives[:1]

@@ -1,0 +1,193 @@
+"""The decomposition of every unit in the method's metric, kept block by block up to the largest rank that can pay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lowrank_compress.allocation.curve import Curve
+from lowrank_compress.arch.resolve import Target
+from lowrank_compress.artifacts.documents import canonical_hash
+from lowrank_compress.artifacts.manifest import Manifest
+from lowrank_compress.artifacts.tensors import BlockFiles
+from lowrank_compress.calibration.statistics import INFLUENCE, first_half
+from lowrank_compress.linalg.eigen import eigh
+from lowrank_compress.linalg.metric import Identity
+from lowrank_compress.linalg.weighted import smaller_side
+from lowrank_compress.methods.linear import Damping
+from lowrank_compress.methods.units import Unit, statistics_bytes, uses
+from lowrank_compress.resources.behind import Behind
+from lowrank_compress.resources.resources import Resources
+from lowrank_compress.stages.choose import Chooser
+from lowrank_compress.stages.curves import read_curves
+
+VERSION = 6
+
+
+class Bases:
+    """The decompositions of a run, block by block, with those of what its plans are held against.
+
+    As a `sinks.Sink` it makes them from blocks' statistics as soon as these are complete.
+
+    Parameters
+    ----------
+    chooser
+        Which units there are, and up to which rank each is kept.
+    calibration
+        Id of the calibrate stage's result, which the statistics belong to.
+    directory
+        Where the files lie.
+    resources
+        What decompositions may use.
+    prefix
+        First part of the files' names.
+
+    Attributes
+    ----------
+    files
+        The bases.
+    spectra
+        Singular values of the weights themselves; None where the allocator does not look at them.
+    rival
+        The decompositions of `Chooser.rival`.
+    """
+
+    step = "decompose"
+
+    def __init__(
+        self,
+        chooser: Chooser,
+        calibration: str,
+        directory: Path,
+        *,
+        resources: Resources = Resources(),
+        prefix: str = "basis",
+    ) -> None:
+        config = chooser.config
+        self.chooser = chooser
+        self.device = torch.device(config.device)
+        self._resources = resources.on(config.device)
+        self._damping = Damping(config.damping_fisher, config.damping_gram, config.alpha)
+        self._behind = Behind()
+        identity = {
+            "calibration": calibration,
+            "version": VERSION,
+            "units": sorted({unit.identity for unit in chooser.units}),
+            "damping": [self._damping.fisher, self._damping.gram, self._damping.power],
+            "device": config.device,
+            "keep": [chooser.keep[unit.name] for unit in chooser.units],
+        }
+        self.files = BlockFiles(directory, canonical_hash(identity), prefix)
+        self.spectra = None
+        if chooser.allocator.needs_spectrum:
+            self.spectra = BlockFiles(directory, canonical_hash(identity | {"spectra": True}), "spectrum")
+        self.rival = None
+        if chooser.rival is not None:
+            self.rival = Bases(chooser.rival, calibration, directory, resources=resources, prefix="rival")
+
+    def finished(self, block: int) -> bool:
+        """Whether the block is decomposed."""
+        return self.files.finished(block) and (self.rival is None or self.rival.finished(block))
+
+    @property
+    def at_once(self) -> int:
+        """How many blocks to decompose together; it changes no result."""
+        units = self.chooser.units
+        return self._resources.blocks_at_once(statistics_bytes(self.chooser.of_block(units[0].block)))
+
+    def take(self, blocks: Mapping[int, MutableMapping[str, Tensor]]) -> None:
+        """Decompose blocks from their complete statistics, which are let go when they have served.
+
+        The bases are written while the caller goes on, where they take little of the memory.
+        """
+        self.settle()
+        if self.rival is not None:
+            self.rival.take({block: dict(means) for block, means in blocks.items()})
+        tensors: dict[int, dict[str, Tensor]] = {block: {} for block in blocks}
+        units = [unit for block in blocks for unit in self.chooser.of_block(block)]
+        alone = [unit for unit in units if not unit.parallel]
+        # After those that go in threads, and the largest last, when there is most memory.
+        alone.sort(key=lambda unit: max(uses(unit).values(), default=0))
+        groups = [[unit for unit in units if unit.parallel], *([unit] for unit in alone)]
+
+        def decompose(unit: Unit) -> dict[str, Tensor]:
+            return unit.decompose(self._weight, blocks[unit.block], self._damping, self.chooser.keep[unit.name])
+
+        for number, group in enumerate(groups):
+            for unit, found in self._each(decompose, group):
+                tensors[unit.block] |= found
+            later = {(unit.block, key) for rest in groups[number + 1 :] for unit in rest for key in uses(unit)}
+            for block, key in {(unit.block, key) for unit in group for key in uses(unit)} - later:
+                del blocks[block][key]
+                blocks[block].pop(first_half(key), None)
+        for block, found in tensors.items():
+            if INFLUENCE in blocks[block]:
+                found[INFLUENCE] = blocks[block][INFLUENCE]
+            here = {name: tensor.detach().cpu() for name, tensor in found.items()}
+            self._behind.do(partial(self.files.write, block, here))
+        if not self._resources.may_wait(sum(tensor.nbytes for found in tensors.values() for tensor in found.values())):
+            self.settle()
+
+    def settle(self) -> None:
+        """Return when all blocks that were taken are on disk.
+
+        Raises
+        ------
+        ArtifactError
+            The disk is full.
+        """
+        self._behind.settle()
+        if self.rival is not None:
+            self.rival.settle()
+
+    def _each(
+        self, work: Callable[[Unit], dict[str, Tensor]], units: Sequence[Unit]
+    ) -> list[tuple[Unit, dict[str, Tensor]]]:
+        """Work on units, beside one another if all can be; pairs of a unit and what was found, in any order."""
+        if not all(unit.parallel for unit in units):
+            return [(unit, work(unit)) for unit in units]
+        return self._resources.each(work, units, lambda unit: unit.working_bytes())
+
+    def _weight(self, target: Target) -> Tensor:
+        return self.chooser.subject.model.weight(target).to(self.device)
+
+    def take_spectra(self, blocks: Sequence[int]) -> None:
+        """Keep the singular values of blocks' weights themselves, where the allocator looks at them."""
+        if self.spectra is None:
+            return
+        missing = [block for block in blocks if not self.spectra.finished(block)]
+        units = [unit for block in missing for unit in self.chooser.of_block(block)]
+
+        def singular_values(unit: Unit) -> dict[str, Tensor]:
+            (target,) = unit.targets
+            weight = self._weight(target)
+            small = Identity().form(weight if smaller_side(target.shape) == "out" else weight.T)
+            return {f"{unit.name}/singular_values": eigh(small)[0].sqrt()}
+
+        tensors: dict[int, dict[str, Tensor]] = {block: {} for block in missing}
+        for unit, found in self._each(singular_values, units):
+            tensors[unit.block] |= found
+        for block, found in tensors.items():
+            self.spectra.write(block, found)
+
+    def names(self, blocks: Sequence[int]) -> list[str]:
+        """Name all files of some blocks: bases, those of the rival, and spectra."""
+        kept = [self.files, None if self.rival is None else self.rival.files, self.spectra]
+        return [files.name(block) for files in kept if files is not None for block in blocks]
+
+    def halved(self) -> bool:
+        """Whether any loss was taken on text that its fit was not made on."""
+        return any(name.endswith("/held_out") for name in self.files.shapes(self.chooser.units[0].block))
+
+    def curves(self, *, on_sample: bool = False) -> dict[str, Curve]:
+        """Make the curves of all units, by name; see :func:`read_curves`."""
+        return read_curves(self.chooser.config, self.chooser.units, self.files, self.spectra, on_sample=on_sample)
+
+
+def bases_of(directory: Path, scores: Manifest) -> BlockFiles:
+    """Find the bases that the ranks of a score stage are of."""
+    return BlockFiles(directory, scores.report["bases"], scores.report["bases_prefix"])

@@ -1,0 +1,76 @@
+"""What may be chosen follows from shapes and options; what is chosen, from curves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lowrank_compress.allocation.curve import Curve, make_curve
+from lowrank_compress.errors import InputError
+from lowrank_compress.recipe import Recipe
+from lowrank_compress.stages.choose import MUCH, Chooser
+from lowrank_compress.stages.curves import lossless_curve
+from lowrank_compress.stages.plan import make_plan
+from tests.runs import Tiny
+
+
+def chooser_of(tiny: Tiny, **options: object) -> Chooser:
+    recipe = {"model": str(tiny.model), "calibration": str(tiny.text), "samples": 8, "seq_len": 32} | options
+    return make_plan(Recipe(**recipe)).chooser  # pyright: ignore[reportArgumentType]
+
+
+def test_an_allocator_that_looks_at_nothing_keeps_what_it_chooses(tiny: Tiny) -> None:
+    chooser = chooser_of(tiny, method="svd", ratio=0.5)
+    curves = [lossless_curve(unit, chooser.config) for unit in chooser.units]
+    points = chooser.allocate(curves)
+    chosen = {curve.name: curve.choice(point) for curve, point in zip(curves, points, strict=True)}
+    assert chooser.keep == {name: choice.parameters[0] for name, choice in chosen.items()}
+    assert sum(int(curve.stored[point]) for curve, point in zip(curves, points, strict=True)) <= chooser.budget.limit
+
+
+def test_an_allocator_that_looks_at_losses_keeps_all_that_pays(tiny: Tiny) -> None:
+    few, all_of_it = (chooser_of(tiny, method="svd", allocate=name) for name in ("uniform", "loss"))
+    assert all(few.keep[unit.name] < all_of_it.keep[unit.name] for unit in few.units)
+
+
+def test_a_ratio_out_of_reach_is_refused(tiny: Tiny) -> None:
+    with pytest.raises(InputError, match=r"0\.999"):
+        chooser_of(tiny, method="svd", ratio=0.999)
+
+
+def test_only_losses_compare_candidates(tiny: Tiny) -> None:
+    compared = chooser_of(tiny, method="auto")
+    assert len(compared.units) > len(chooser_of(tiny, method="auto", allocate="uniform").units)
+    sites = compared.subject.sites
+    for position in (0, -1):
+        better = {unit.name for site in sites for unit in site.alternatives[position]}
+        curves = {
+            unit.name: _losing(unit.name, compared, 1.0 if unit.name in better else 2.0) for unit in compared.units
+        }
+        assert {unit.name for unit in compared.choose(curves)} == better
+
+
+def _losing(name: str, chooser: Chooser, loss: float) -> Curve:
+    unit = next(unit for unit in chooser.units if unit.name == name)
+    curve = lossless_curve(unit, chooser.config)
+    size = sum(target.elements for target in unit.targets)
+    # At half of its elements, and at all of them.
+    half = int(np.searchsorted(curve.stored, size // 2))
+    losses = np.where(np.arange(len(curve.choices)) >= half, loss, 1e9) * size
+    return make_curve(name, size, curve.choices, losses, block=unit.block)
+
+
+def test_plans_are_held_against_a_rival_of_its_own_settings(tiny: Tiny) -> None:
+    rival = chooser_of(tiny, method="auto", ratio=MUCH).rival
+    assert rival is not None
+    assert (rival.config.allocate, rival.config.storage, rival.config.held_out) == ("block-influence", "pair", False)
+    assert rival.rival is None
+    assert rival.subject.sites != rival.subject.rival == ()
+    assert chooser_of(tiny, method="kfac", ratio=MUCH).rival is None
+
+
+def test_a_chooser_is_made_once(tiny: Tiny, tmp_path: Path) -> None:
+    plan = make_plan(Recipe(model=str(tiny.model), method="svd"))
+    assert plan.chooser is plan.chooser

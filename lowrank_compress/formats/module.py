@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lowrank_compress.arch.resolve import Target
 from lowrank_compress.formats.spec import Encoded
-from lowrank_compress.formats.table import FORMATS
 from lowrank_compress.shipped.formats.base import INDEX_DTYPE
+from lowrank_compress.shipped.formats.table import FORMATS as PARTS
 
 
 def module_entry(targets: Sequence[Target], parts: Sequence[Encoded]) -> dict[str, Any]:
@@ -21,15 +21,8 @@ def module_entry(targets: Sequence[Target], parts: Sequence[Encoded]) -> dict[st
         "out_features": sum(part.shape[0] for part in parts),
         "bias": targets[0].bias is not None,
         "heads": targets[0].view.rows.groups,
-        "parts": [{"rows": part.shape[0], "format": part.format, **_named(part)} for part in parts],
+        "parts": [PARTS[part.format].describe(*part.shape, *part.parameters) for part in parts],
     }
-
-
-def _named(part: Encoded) -> dict[str, int]:
-    """Parameters by name; what is dense has all its rows for a rank."""
-    if part.format == "dense":
-        return {"rank": part.shape[0]}
-    return dict(zip(FORMATS[part.format].parameters, part.parameters, strict=True))
 
 
 def joined(targets: Sequence[Target], parts: Sequence[Tensor]) -> Tensor:

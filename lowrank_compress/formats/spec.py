@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lowrank_compress.linalg.pivot import pivot
 from lowrank_compress.linalg.weighted import Projector, factors
 from lowrank_compress.model.casting import cast
 
@@ -67,6 +68,8 @@ class Product:
         In which tensors will be stored.
     multiple
         What parameters that a format chooses by itself are multiples of.
+    found
+        Factors of a rank that is not exceeded, on the CPU, if they were computed already.
     """
 
     name: str
@@ -75,6 +78,7 @@ class Product:
     sensitivities: tuple[Tensor, Tensor]
     dtype: torch.dtype
     multiple: int = 1
+    found: tuple[Tensor, Tensor] | None = None
 
     @property
     def shape(self) -> Shape:
@@ -91,10 +95,25 @@ class Product:
         """In which products are computed."""
         return self.projector.expand.dtype
 
+    def exact(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Return A_r, (out, r), and B_r, (r, in), where they are computed."""
+        return factors(self.weight, self.projector, rank)
+
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
         """Return A_r, (out, r), and B_r, (r, in), on the CPU."""
-        left, right = factors(self.weight, self.projector, rank)
+        if self.found is not None:
+            return self.found[0][:, :rank], self.found[1][:rank]
+        left, right = self.exact(rank)
         return left.cpu(), right.cpu()
+
+    def interpolated(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return indices, ascending, of r rows of Ŵ_r, these rows, and the coefficients of the others in them."""
+        found = pivot(*self.factors(rank))
+        return found.index, found.pivots, found.coefficients
+
+    def up_to(self, rank: int) -> Product:
+        """Compute factors once, for ranks up to this one."""
+        return replace(self, found=self.factors(rank))
 
     def rounding_loss(self, error: Tensor) -> float:
         """Squared metric loss of an error (out, in) with independent elements, as rounding makes it."""

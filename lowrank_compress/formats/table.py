@@ -1,4 +1,4 @@
-"""All storage formats of matrices by name."""
+"""All storage formats of matrices by name: those that layers compute with, and the best of some of them."""
 
 from __future__ import annotations
 
@@ -7,22 +7,20 @@ import torch
 from torch import Tensor
 
 from lowrank_compress.allocation.choice import Choices
-from lowrank_compress.formats import dense
 from lowrank_compress.formats.best import Best
-from lowrank_compress.formats.pair import Pair
-from lowrank_compress.formats.pivot import Pivot
 from lowrank_compress.formats.spec import Encoded, Format, Shape
+from lowrank_compress.formats.stored import Stored
 from lowrank_compress.registry import Registry
+from lowrank_compress.shipped.formats.table import FORMATS as PARTS
 
-_PAIR, _PIVOT = Pair(), Pivot()
-_OWN: tuple[Format, ...] = (
-    _PAIR,
-    _PIVOT,
-    Best("auto", "for each matrix the one of pair and pivot that loses less at the same cost", _PIVOT, _PAIR),
-)
+_STORED: dict[str, Format] = {name: Stored(part) for name, part in PARTS.items()}
+_AUTO = Best("auto", "of pair and pivot the one that loses less at the same cost", _STORED["pivot"], _STORED["pair"])
 
 FORMATS: Registry[Format] = Registry(
-    "storage", "lowrank_compress.formats", {format.name: format for format in _OWN}, Format
+    "storage",
+    "lowrank_compress.formats",
+    {name: format for name, format in _STORED.items() if name != "dense"} | {_AUTO.name: _AUTO},
+    Format,
 )
 
 
@@ -43,4 +41,4 @@ def cost_of(format: Format, shape: Shape, parameters: tuple[int, ...]) -> tuple[
 
 def rebuild(part: Encoded, dtype: torch.dtype = torch.float64) -> Tensor:
     """Return the matrix (out, in) that an encoded one stands for, computed in a dtype."""
-    return dense.rebuild(part, dtype) if part.format == "dense" else FORMATS[part.format].rebuild(part, dtype)
+    return (_STORED.get(part.format) or FORMATS[part.format]).rebuild(part, dtype)

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from lowrank_compress.shipped.formats.base import INDEX_DTYPE, Part
 
 
-class Core(Part):
+class Middle(Part):
     """Emits A·S·h; B (rank, in) is in ``lr_in``, S (middle, rank) is ``lr_core``, A (rows, middle) is ``lr_out``."""
 
-    format = "svd-core"
+    format = "svd-middle"
     keys = ("rank", "middle")
     since = 3
 

@@ -22,7 +22,7 @@ from lowrank_compress.shipped.linear import CompressedLinear
 from lowrank_compress.shipped.saving import remote_code_entries, write_remote_code
 from lowrank_compress.shipped.swap import swap_modules
 from tests.shipped import more_formats
-from tests.shipped.more_formats import Core, Dictionary
+from tests.shipped.more_formats import Dictionary, Middle
 from tests.shipped.test_loading import python
 from tests.tiny import tiny_model
 
@@ -30,16 +30,16 @@ torch.set_num_threads(1)
 pytestmark = pytest.mark.versions
 
 IDS = torch.tensor([[5, 9, 2, 30, 41, 7, 3], [11, 4, 8, 8, 60, 23, 90]])
-NEW: list[type[Part]] = [Core, Dictionary]
+NEW: list[type[Part]] = [Middle, Dictionary]
 PARTS: dict[str, dict[str, Any]] = {
-    "svd-core": {"rows": 12, "format": "svd-core", "rank": 5, "middle": 4},
+    "svd-middle": {"rows": 12, "format": "svd-middle", "rank": 5, "middle": 4},
     "dictionary": {"rows": 12, "format": "dictionary", "atoms": 6, "used": 2, "columns": 10},
 }
 PIVOT = {"rows": 6, "format": "pivot", "rank": 3}
 LAYOUTS = {
-    "svd-core": [PARTS["svd-core"]],
+    "svd-middle": [PARTS["svd-middle"]],
     "dictionary": [PARTS["dictionary"]],
-    "fused": [PIVOT, PARTS["dictionary"], PARTS["svd-core"]],
+    "fused": [PIVOT, PARTS["dictionary"], PARTS["svd-middle"]],
 }
 
 
@@ -78,7 +78,7 @@ def by_loops(module: CompressedLinear) -> Tensor:
         b = state["lr_in.weight"][start : start + part.width]
         start += part.width
         out = state[f"lr_out{part.suffix}.weight"]
-        if isinstance(part, Core):
+        if isinstance(part, Middle):
             rows += [row @ state[f"lr_core{part.suffix}.weight"] @ b for row in out]
         elif isinstance(part, Dictionary):
             columns = []
@@ -110,8 +110,8 @@ def test_a_new_format_computes_what_its_definition_says(layout: str) -> None:
 @pytest.mark.parametrize(
     ("part", "message"),
     [
-        ({"rows": 12, "format": "svd-core", "rank": 5}, "to have the keys rows, format, rank and middle, got"),
-        (PARTS["svd-core"] | {"rank": 13}, "the rank of a svd-core part of 12 rows is from 1 to 12"),
+        ({"rows": 12, "format": "svd-middle", "rank": 5}, "to have the keys rows, format, rank and middle, got"),
+        (PARTS["svd-middle"] | {"rank": 13}, "the rank of a svd-middle part of 12 rows is from 1 to 12"),
         (PARTS["dictionary"] | {"used": 7}, "6 atoms cannot have 7 used in a column"),
     ],
 )
@@ -123,7 +123,7 @@ def test_a_new_format_checks_its_entry(part: dict[str, Any], message: str) -> No
 def compressed() -> tuple[PreTrainedModel, LowRankConfig]:
     """A llama whose matrices are in the new formats."""
     model = tiny_model("llama")
-    core = {"rows": 72, "format": "svd-core", "rank": 9, "middle": 8}
+    core = {"rows": 72, "format": "svd-middle", "rank": 9, "middle": 8}
     dictionary = {"rows": 32, "format": "dictionary", "atoms": 20, "used": 3, "columns": 72}
     modules = {}
     for i in range(2):
@@ -178,7 +178,9 @@ def test_code_without_the_format_refuses_by_its_name(tmp_path: Path) -> None:
         for form in NEW:
             patch.setitem(FORMATS, form.format, form)
         save(compressed()[0], tmp_path / "one")
-    with pytest.raises(ValueError, match=r"unknown format '(svd-core|dictionary)', expected one of pair, pivot, dense"):
+    with pytest.raises(
+        ValueError, match=r"unknown format '(svd-middle|dictionary)', expected one of pair, pivot, svd-core, dense"
+    ):
         AutoModelForCausalLM.from_pretrained(tmp_path / "one")
 
 
@@ -203,8 +205,8 @@ def test_a_new_file_and_entry_are_shipped_without_further_ado(tmp_path: Path) ->
     text = text.replace("from lowrank_compress.shipped.formats.base import", "from .base import")
     (folder / "formats" / "more.py").write_text(text, encoding="utf-8")
     table = (folder / "formats" / "table.py").read_text(encoding="utf-8")
-    table = table.replace("from .pair", "from .more import Core, Dictionary\nfrom .pair")
-    table = table.replace("Pivot, Dense)", "Pivot, Dense, Core, Dictionary)")
+    table = table.replace("from .pair", "from .more import Middle, Dictionary\nfrom .pair")
+    table = table.replace("Core, Dense)", "Core, Dense, Middle, Dictionary)")
     (folder / "formats" / "table.py").write_text(table, encoding="utf-8")
     model, _ = compressed()
     directory = save(model, tmp_path / "one")

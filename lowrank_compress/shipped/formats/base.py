@@ -1,4 +1,4 @@
-"""What a storage format is to a compressed linear layer."""
+"""What a storage format is: what it costs, how a matrix is put into it, and how a layer computes with it."""
 
 from __future__ import annotations
 
@@ -29,6 +29,10 @@ class Part:
     ----------
     format : str
         Its name in the config.
+    help : str
+        One line for people.
+    parameters : tuple of str
+        What it leaves open, as ranks.json spells it.
     keys : tuple of str
         What its entry has beside ``rows`` and ``format``.
     since : int
@@ -44,6 +48,8 @@ class Part:
     """
 
     format: ClassVar[str]
+    help: ClassVar[str]
+    parameters: ClassVar[tuple[str, ...]] = ("rank",)
     keys: ClassVar[tuple[str, ...]] = ("rank",)
     since: ClassVar[int] = 1
     reorders: ClassVar[bool] = False
@@ -70,6 +76,47 @@ class Part:
         if 1 <= rank <= most:
             return ""
         return f"the rank of a {cls.format} part of {entry['rows']} rows is from 1 to {most}, got {dict(entry)}"
+
+    # What follows plans and encodes; a layer has no use for it.
+
+    @classmethod
+    def elements(cls, m: int, n: int, *parameters: Any) -> Any:
+        """Count what a matrix (m, n) stores, indices included; parameters are integers, or integer arrays."""
+        raise NotImplementedError
+
+    @classmethod
+    def indices(cls, m: int, n: int, *parameters: Any) -> Any:
+        """Count the indices among what it stores."""
+        return 0 * parameters[0]
+
+    @classmethod
+    def grid(cls, m: int, n: int, multiple: int) -> list[tuple[int, ...]]:
+        """List what the parameters may be, by rising cost; ranks are multiples of `multiple`."""
+        return [(rank,) for rank in range(multiple, min(m, n), multiple)]
+
+    @classmethod
+    def basis_rank(cls, *parameters: int) -> int:
+        """Return the largest rank that a basis must have for it."""
+        return parameters[0]
+
+    @classmethod
+    def losses(cls, tail: Any, *parameters: Any) -> Any:
+        """Return squared losses at arrays of parameters; `tail[r]` is that of the best approximation of rank r."""
+        return tail[parameters[0]]
+
+    @classmethod
+    def encode(cls, product: Any, *parameters: int) -> dict[str, Tensor]:
+        """Put a matrix into the format: its rows of ``lr_in.weight`` and its other tensors, as if it were alone.
+
+        `product.factors(r)` are A (m, r) and B (r, n) of the best approximation; `product.interpolated(r)` are indices,
+        ascending, of r rows of it that span the others, these rows, and the coefficients of the others in them.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def describe(cls, m: int, n: int, *parameters: int) -> dict[str, Any]:
+        """Make the entry of a matrix (m, n)."""
+        return {"rows": m, "format": cls.format, **dict(zip(cls.parameters, parameters, strict=True))}
 
     def factors(self) -> dict[str, tuple[int, int]]:
         """Name its linear layers beside ``lr_in``, none with a bias, and the shape (out, in) of each."""

@@ -14,7 +14,19 @@ class Dense(Part):
     """Emits h: the whole matrix (rows, in) is in ``lr_in``."""
 
     format = "dense"
+    help = "as it is"
+    parameters = ()
     plain = True
+
+    @classmethod
+    def elements(cls, m: int, n: int, *parameters: Any) -> Any:
+        """All."""
+        return m * n
+
+    @classmethod
+    def describe(cls, m: int, n: int, *parameters: int) -> dict[str, Any]:
+        """Its rank is spelled as its rows."""
+        return {"rows": m, "format": cls.format, "rank": m}
 
     @classmethod
     def inner_rows(cls, entry: Mapping[str, Any]) -> int:

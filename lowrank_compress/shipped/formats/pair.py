@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from .base import Part
@@ -11,6 +13,18 @@ class Pair(Part):
     """Emits A·h; B (rank, in) is in ``lr_in``, A (rows, rank) is ``lr_out``."""
 
     format = "pair"
+    help = "two factors: r(m + n) elements"
+
+    @classmethod
+    def elements(cls, m: int, n: int, *parameters: Any) -> Any:
+        """r(m + n)."""
+        return parameters[0] * (m + n)
+
+    @classmethod
+    def encode(cls, product: Any, *parameters: int) -> dict[str, Tensor]:
+        """Take the factors as they are."""
+        left, right = product.factors(*parameters)
+        return {"lr_in.weight": right, "lr_out.weight": left}
 
     def factors(self) -> dict[str, tuple[int, int]]:
         """A."""

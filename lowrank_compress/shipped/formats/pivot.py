@@ -19,12 +19,29 @@ class Pivot(Part):
     """
 
     format = "pivot"
+    help = "rows of the product itself and coefficients of the others in them: r(m + n - r) + r elements"
     reorders = True
 
     @classmethod
     def most(cls, entry: Mapping[str, Any]) -> int:
         """One row at least is a combination."""
         return int(entry["rows"]) - 1
+
+    @classmethod
+    def elements(cls, m: int, n: int, *parameters: Any) -> Any:
+        """R rows, the coefficients of the other m − r, and r indices (PIFA, ICML 2025)."""
+        return parameters[0] * (m + n - parameters[0]) + parameters[0]
+
+    @classmethod
+    def indices(cls, m: int, n: int, *parameters: Any) -> Any:
+        """One for each pivot row."""
+        return 1 * parameters[0]
+
+    @classmethod
+    def encode(cls, product: Any, *parameters: int) -> dict[str, Tensor]:
+        """Choose the pivot rows."""
+        index, rows, coefficients = product.interpolated(*parameters)
+        return {"lr_in.weight": rows, "lr_out.weight": coefficients, "lr_index": index}
 
     def factors(self) -> dict[str, tuple[int, int]]:
         """C."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from .base import Part
-from .core import Core
 from .dense import Dense
 from .pair import Pair
 from .pivot import Pivot
+from .svd_core import Core
 
 FORMATS: dict[str, type[Part]] = {part.format: part for part in (Pair, Pivot, Core, Dense)}

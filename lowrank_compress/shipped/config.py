@@ -13,7 +13,8 @@ from .traits import traits_problem
 
 QUANT_METHOD = "lowrank"
 # Of what a checkpoint holds; raised when code that knows only earlier ones could not load it. 2: indices are int32.
-# 3: attentions may say their traits. A checkpoint bears the first version that has all that is in it.
+# 3: attentions may say their traits, and parts be svd-core. A checkpoint bears the first version that has all that is
+# in it.
 VERSION = 3
 REMOTE_FILE = "modeling_lowrank.py"
 IN_PACKAGE = __name__.startswith("lowrank_compress.")

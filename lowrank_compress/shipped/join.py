@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import sys
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,8 +55,12 @@ def joined(folder: Path = HERE) -> str:
         for name in source.names:
             if owners.setdefault(name, source.name) != source.name:
                 raise ValueError(f"{source.name} and {owners[name]} both define {name}; expected names of their own")
-    parts = [f"# {source.name}: {source.summary}\n\n\n{source.body}" for source in sources]
+    parts = [f"{_comment(f'{source.name}: {source.summary}')}\n\n\n{source.body}" for source in sources]
     return f"{HEADER}\n{_import_lines(sources)}\n" + "\n\n".join(parts)
+
+
+def _comment(text: str) -> str:
+    return textwrap.fill(text, WIDTH, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
 
 
 def _in_order(folder: Path, name: str, seen: dict[str, bool]) -> Iterator[_Source]:

@@ -34,7 +34,7 @@ def test_every_shipped_file_is_in_it_whole() -> None:
         last = (HERE / file).read_text(encoding="utf-8").partition("from __future__ import annotations\n")[2]
         statements = [line for line in last.splitlines() if line and not line.startswith(("from ", "import "))]
         assert "\n".join(statements) in "\n".join(line for line in joined().splitlines() if line), file
-        assert f"# {file}: " in joined()
+        assert f"\n# {file}: " in joined()
 
 
 def test_it_is_formatted_and_linted_like_the_rest(tmp_path: Path) -> None:
@@ -102,3 +102,11 @@ def test_imports_are_merged_sorted_and_wrapped(tmp_path: Path) -> None:
         f"{join.HEADER}\nfrom __future__ import annotations\n\nimport os\nfrom os import sep\n\nimport torch.nn\n"
         f"from torch import (\n{wrapped})\n\n# sub/a.py: First.\n\n\nA = 1\n\n\n# remote.py: Last.\n\n\nB = A\n"
     )
+
+
+def test_long_summaries_are_wrapped(tmp_path: Path) -> None:
+    (tmp_path / "remote.py").write_text(f'"""{"Some words " * 15}end."""\n\nA = 1\n')
+    comment = [line for line in joined(tmp_path).splitlines() if line.startswith("# ")]
+    assert len(comment) == 2
+    assert max(map(len, comment)) <= 120
+    assert " ".join(line.removeprefix("# ") for line in comment) == f"remote.py: {'Some words ' * 15}end."

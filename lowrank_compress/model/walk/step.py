@@ -107,7 +107,7 @@ class Step:
             if part is not None:  # of an expert that no token went to, there is none
                 parameter.grad = part if parameter.grad is None else parameter.grad + part
         self.keep(number, found, model)
-        return entering, leaving
+        return entering.detach(), leaving.detach()  # the graph holds all that hooks have seen
 
     def advance(self, model: int = 0) -> None:
         """Run a block on all batches that are not forward yet, where anything would be put forward."""

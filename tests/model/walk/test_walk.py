@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -281,6 +282,24 @@ def test_the_loss_is_summed_over_sequences(saved: Saved) -> None:
             expected = model.get_parameter(name).grad
             assert expected is not None
             assert_close(gradient, expected)
+
+
+def test_what_a_batch_was_differentiated_through_is_gone_when_the_next_one_runs(saved: Saved) -> None:
+    """Else the activations of two batches, and all that hooks keep of them, would be in memory at once."""
+    walk = Walk([skeleton_of(saved("llama-lm"))], batches_of("llama-lm"))
+    seen: list[weakref.ref[Tensor]] = []
+    for step in walk.backwards():
+        handle = (
+            step.blocks[0]
+            .get_submodule("mlp")
+            .register_forward_hook(lambda module, args, out: seen.append(weakref.ref(out)))
+        )
+        for number in range(2):
+            entering, leaving = step.run(number)
+            assert entering.shape == leaving.shape
+            assert seen[-1]() is None
+        handle.remove()
+    assert len(seen) == 4
 
 
 @pytest.mark.parametrize("learn", [False, True])

@@ -14,7 +14,8 @@ from lowrank_compress.cli.terminal import TerminalReporter, console, is_first, m
 from lowrank_compress.errors import ArtifactError, InputError
 from lowrank_compress.recipe import Recipe
 from lowrank_compress.resources.workers import started
-from lowrank_compress.stages.comparison import Comparison, compare, environment_changes, require_recipe
+from lowrank_compress.stages.changes import environment_changes, require_recipe
+from lowrank_compress.stages.comparison import Comparison, compare
 from lowrank_compress.stages.description import expect
 from lowrank_compress.stages.differences import Reference
 from lowrank_compress.stages.environment import environment

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from lowrank_compress.stages.comparison import Change, Comparison
+from lowrank_compress.stages.changes import Change
+from lowrank_compress.stages.comparison import Comparison
 from lowrank_compress.stages.differences import TensorDifference, WeightDifference
 
 # More than so many of a kind are counted, not listed; --json and a .json report hold all.

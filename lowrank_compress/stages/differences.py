@@ -1,4 +1,4 @@
-"""How far tensors are from what was expected: by elements where the expected ones are at hand, else by sketch."""
+"""How far files and tensors are from what was expected: by elements where these are at hand, else by sketch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -17,8 +18,26 @@ from lowrank_compress.linalg.sketch import relative, sketch
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.reconstruction import reconstruction
 from lowrank_compress.stages.description import full_name
-from lowrank_compress.stages.expectation import Expectation, StageEntry, TensorEntry, WeightEntry
+from lowrank_compress.stages.expectation import Expectation, FileEntry, StageEntry, TensorEntry, WeightEntry
 from lowrank_compress.stages.run import Run
+
+# A predicted loss is the small square of what is left of a weight: it moves by more than the weight does.
+LOSS_MOVES = 100.0
+
+
+@dataclass(frozen=True)
+class FileDifference:
+    """A file of a run that is not as expected.
+
+    Attributes
+    ----------
+    state
+        "missing", "not expected", "other bytes", or, within a tolerance, "other fractions" (in a JSON file, near
+        enough) and "judged by weights" (tensors).
+    """
+
+    file: str
+    state: str
 
 
 @dataclass(frozen=True)
@@ -108,6 +127,37 @@ def _holds(directory: Path, expected: StageEntry) -> bool:
         return False
     hashes = file_hashes({name: directory / name for name in names})
     return all(hashes[name] == expected.files[name].sha256 for name in names)
+
+
+def unlike(expected: Mapping[str, str], found: Mapping[str, str]) -> dict[str, tuple[str | None, str | None]]:
+    """Return the names under which two tables do not say the same, with what each says; None for nothing."""
+    pairs = {name: (expected.get(name), found.get(name)) for name in [*expected, *found]}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def file_differences(
+    stage: str, expected: Mapping[str, FileEntry], found: Mapping[str, FileEntry], tolerance: float | None
+) -> list[FileDifference]:
+    """Name the files of a stage that are not as expected; within a tolerance, say which may differ."""
+    differences = []
+    hashes = ({name: entry.sha256 for name, entry in entries.items()} for entries in (expected, found))
+    for name in unlike(*hashes):
+        one, two = expected.get(name), found.get(name)
+        state = "missing" if two is None else "not expected" if one is None else "other bytes"
+        if tolerance is not None and name.endswith(".safetensors"):
+            state = "judged by weights"
+        elif tolerance is not None and one is not None and two is not None and _near(one, two, tolerance):
+            state = "other fractions"
+        differences.append(FileDifference(f"{stage}/{name}", state))
+    return differences
+
+
+def _near(one: FileEntry, two: FileEntry, tolerance: float) -> bool:
+    """Whether two JSON files differ in fractions alone, and in these by little."""
+    if one.frame is None or one.frame != two.frame:
+        return False
+    left, right = one.numbers(), two.numbers()
+    return left.shape == right.shape and np.allclose(right, left, rtol=LOSS_MOVES * tolerance, atol=tolerance**2)
 
 
 def tensor_differences(

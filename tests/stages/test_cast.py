@@ -20,6 +20,7 @@ from lowrank_compress.evaluation.size import measure_size
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.stages.index import read_index
 from tests.runs import Tiny, contents, done, forked, lrc, refused, results, times
+from tests.stages.test_workers import ended, start
 
 Finished = Callable[[str], Path]
 
@@ -303,3 +304,13 @@ def test_what_cannot_be_cast_is_refused(tiny: Tiny, finished: Finished, tmp_path
     assert "'int8'" in refused("cast", run, "--dtype", "int8")
     (run / "run.json").unlink()
     assert "has no run.json" in refused("cast", run, "--dtype", "bfloat16")
+
+
+def test_several_processes_cast_as_one(finished: Finished, tmp_path: Path):
+    run, alone = finished("svd"), tmp_path / "alone"
+    shutil.copytree(run, alone)
+    assert ended(start(2, "cast", run, "--dtype", "bfloat16", "--json")) == [0, 0]
+    cast(alone)
+    files = contents(run / "cast")
+    assert chain(run) == ["factorize", "cast"]
+    assert {name for name, digest in contents(alone / "cast").items() if files[name] != digest} <= {"manifest.json"}

@@ -10,9 +10,14 @@ import torch
 from safetensors.torch import save_file
 
 from lowrank_compress.artifacts.contents import tensor_hash
-from lowrank_compress.stages.comparison import environment_changes, file_differences
 from lowrank_compress.stages.description import fractions
-from lowrank_compress.stages.differences import Elements, Reference, compare_elements, tensor_differences
+from lowrank_compress.stages.differences import (
+    Elements,
+    Reference,
+    compare_elements,
+    file_differences,
+    tensor_differences,
+)
 from lowrank_compress.stages.expectation import FileEntry, StageEntry, TensorEntry
 
 
@@ -87,15 +92,3 @@ def test_reports_may_differ_infractions_alone(tmp_path: Path, value: object, sta
     assert [each.state for each in file_differences("model", expected, found, None)] == (
         ["other bytes"] if state else []
     )
-
-
-def test_environments_are_compared_key_by_key():
-    changes = environment_changes(
-        {"torch": "2.13", "threads": 1, "settings": {}},
-        {"torch": "2.14", "threads": 1, "settings": {"A": "b"}, "new": 2},
-    )
-    assert [(each.what, each.expected, each.found) for each in changes] == [
-        ("torch", "2.13", "2.14"),
-        ("settings", "none", "A=b"),
-        ("new", "none", "2"),
-    ]

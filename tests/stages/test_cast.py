@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from lowrank_compress.artifacts import files
 from lowrank_compress.artifacts.manifest import read_manifest
 from lowrank_compress.evaluation.size import measure_size
+from lowrank_compress.formats.table import FORMATS
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.stages.index import read_index
 from tests.runs import Tiny, contents, done, forked, lrc, refused, results, times
@@ -59,8 +60,15 @@ def test_every_tensor_is_rounded_and_nothing_else_changes(finished: Finished, me
     assert torch.isfinite(loaded(torch.arange(4, 12)[None]).logits).all()
 
 
-@pytest.mark.parametrize("options", [[], ["--ratio-of", "model", "--ratio", 0.2]], ids=["blocks", "model"])
-@pytest.mark.parametrize("method", ["svd", "modegpt"])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        *(("svd", ["--storage", storage]) for storage in FORMATS if storage != "auto"),
+        ("modegpt", []),
+        *((method, ["--ratio-of", "model", "--ratio", 0.2]) for method in ("svd", "modegpt")),
+    ],
+    ids=str,
+)
 def test_the_report_is_that_of_a_run_with_this_dtype(tiny: Tiny, tmp_path: Path, method: str, options: list[object]):
     run, direct = tmp_path / "run", tmp_path / "direct"
     done("compress", *tiny.options(run, method), *options)

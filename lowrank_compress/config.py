@@ -135,10 +135,7 @@ class ScoreConfig(Strict):
     ratio_of: RatioOf
     damping_fisher: float
     damping_gram: float
-    alpha: float
-    floor: float
-    temperature: float | None
-    cap: float
+    options: dict[str, Any]
     round_to: int
     device: str
     held_out: bool = False

@@ -30,6 +30,8 @@ class Option:
         What the entry decides where the default is None.
     least, above, most
         Range of a number: least ≤ number, above < number, number ≤ most.
+    loosest
+        The value at which it keeps no ratio out of reach, where others may.
     """
 
     name: str
@@ -40,6 +42,13 @@ class Option:
     least: float | None = None
     above: float | None = None
     most: float | None = None
+    loosest: Value | None = None
+
+    @property
+    def described(self) -> str:
+        """What `lrc list` says of it."""
+        default = self.decided if self.default is None else self.default
+        return f"{self.name}: {self.help}" + ("" if default is None else f" (default: {default})")
 
     def read(self, value: Any) -> Value:
         """Check a value, or read it from a text.
@@ -104,6 +113,11 @@ def settle(declared: Sequence[Option], given: Mapping[str, Any], owner: str) -> 
     }
 
 
+def only(declared: Sequence[Option], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Of all options those that are declared, by name."""
+    return {option.name: options[option.name] for option in declared}
+
+
 FLOOR = Option("floor", float, 0.0, "Share of its uniform budget that `loss` leaves every matrix", least=0, most=1)
 TEMPERATURE = Option(
     "temperature",
@@ -113,5 +127,7 @@ TEMPERATURE = Option(
     decided="the mean influence",
     above=0,
 )
-CAP = Option("cap", float, 0.8, "The largest share that `block-influence` takes from a block", above=0, most=1)
+CAP = Option(
+    "cap", float, 0.8, "The largest share that `block-influence` takes from a block", above=0, most=1, loosest=1.0
+)
 ALPHA = Option("alpha", float, 0.5, "Exponent of asvd", above=0)

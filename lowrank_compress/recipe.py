@@ -145,6 +145,13 @@ class Recipe(Strict):
     floor: float = declared(FLOOR, "score")
     temperature: float | None = declared(TEMPERATURE, "score")
     cap: float = declared(CAP, "score")
+    options: dict[str, bool | int | float | str] = setting(
+        {},
+        "NAME=VALUE, of an allocator or a method of another package; may be repeated. `lrc list` names them.",
+        TUNING,
+        "score",
+        flag="option",
+    )
     round_to: int | None = setting(
         None, "Ranks and widths are multiples of this", TUNING, "score", hint="8 on a GPU, else 1", ge=1, le=MANY
     )

@@ -9,6 +9,7 @@ import numpy as np
 
 from lowrank_compress.allocation import block_influence, loss, uniform, welore
 from lowrank_compress.allocation.curve import least_stored
+from lowrank_compress.options import CAP, FLOOR, TEMPERATURE, Option
 from lowrank_compress.registry import Registry
 
 
@@ -30,7 +31,7 @@ class Allocator:
     needs_influence
         Whether curves must carry the influence of their block, which takes calibration data.
     options
-        Names of the keyword options of ``allocate``; all have defaults.
+        The keyword options of ``allocate``, where all have defaults; users give them by ``--option NAME=VALUE``.
     help
         One line for ``lrc list``.
     least
@@ -43,7 +44,7 @@ class Allocator:
     needs_spectrum: bool
     needs_loss: bool
     needs_influence: bool
-    options: tuple[str, ...]
+    options: tuple[Option, ...]
     help: str
     least: Callable[..., int] = least_stored
 
@@ -64,7 +65,7 @@ _OWN = (
         needs_spectrum=False,
         needs_loss=True,
         needs_influence=False,
-        options=("floor",),
+        options=(FLOOR,),
         help="the least predicted loss under the budget, over all matrices",
     ),
     Allocator(
@@ -82,7 +83,7 @@ _OWN = (
         needs_spectrum=False,
         needs_loss=False,
         needs_influence=True,
-        options=("temperature", "cap"),
+        options=(TEMPERATURE, CAP),
         help="more from the blocks that change their input less (MoDeGPT)",
         least=block_influence.least,
     ),

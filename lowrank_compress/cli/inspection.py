@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from rich import filesize
 
 from lowrank_compress.cli.terminal import became, console, number, print_json, share_of, sparkline, table
 from lowrank_compress.errors import ArtifactError, InputError
+from lowrank_compress.options import Option
 from lowrank_compress.registry import unknown
 
 KINDS = {"dense": "N-LRC", "width": "narrow"}
@@ -21,13 +23,16 @@ def list_entries(what: str, as_json: bool) -> None:
     if what == "methods":
         from lowrank_compress.methods.table import METHODS
 
-        columns = ["method", "what counts", "ranks", "storage", "what it does", "paper"]
-        rows = [[name, m.metrics, m.allocate, m.storage, m.help, m.paper] for name, m in METHODS.items()]
+        columns = ["method", "what counts", "ranks", "storage", "what it does", "paper", "options"]
+        rows = [
+            [name, m.metrics, m.allocate, m.storage, m.help, m.paper, _described(getattr(m, "options", ()))]
+            for name, m in METHODS.items()
+        ]
     elif what == "allocators":
         from lowrank_compress.allocation.table import ALLOCATORS
 
-        columns = ["allocator", "how ranks are chosen"]
-        rows = [[name, allocator.help] for name, allocator in ALLOCATORS.items()]
+        columns = ["allocator", "how ranks are chosen", "options"]
+        rows = [[name, each.help, _described(each.options)] for name, each in ALLOCATORS.items()]
     elif what == "architectures":
         from lowrank_compress.arch.table import ARCHITECTURES
 
@@ -52,6 +57,10 @@ def list_entries(what: str, as_json: bool) -> None:
         print_json({what: [dict(zip(columns, row, strict=True)) for row in rows]})
     else:
         console().print(table(what.capitalize(), columns, rows, left=len(columns)))
+
+
+def _described(options: Iterable[Option]) -> str:
+    return "; ".join(option.described for option in options)
 
 
 def show(target: str, as_json: bool) -> None:

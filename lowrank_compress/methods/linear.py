@@ -8,7 +8,8 @@ statistic and no decomposition is larger than min(out, in).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from lowrank_compress.linalg.heldout import falling, mixed, projector_losses, sc
 from lowrank_compress.linalg.metric import Diagonal, Full, Identity, Metric
 from lowrank_compress.linalg.weighted import Projector, decompose, smaller_side
 from lowrank_compress.methods.halves import Halves
+from lowrank_compress.options import ALPHA, Option
 
 # What is tried beside the shrinkage asked for; 1 leaves nothing of a moment but its mean, and is svd-llm or svd.
 SHRINKAGES = (1e-2, 1e-1, 1.0)
@@ -78,6 +80,8 @@ class LinearMethod:
         "relative": a tail means something only as a share of the matrix's own total.
     paper
         Source.
+    options
+        What it can be told: `Damping.options` has their values.
     """
 
     name: str
@@ -88,6 +92,7 @@ class LinearMethod:
     allocate: str = "uniform"
     storage: str = "pair"
     unit: str = "relative"
+    options: tuple[Option, ...] = ()
 
     @property
     def metrics(self) -> str:
@@ -117,13 +122,18 @@ class Damping:
     ----------
     fisher, gram
         Relative shrinkage (1−α)M + α·mean(diag M)·I of the Fisher or Gram matrix that is inverted.
-    power
-        Exponent α of `asvd`.
+    options
+        Values of the options that the methods declare, by name.
     """
 
     fisher: float = 1e-4
     gram: float = 1e-6
-    power: float = 0.5
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def power(self) -> float:
+        """Exponent α of absolute activations."""
+        return self.options.get(ALPHA.name, ALPHA.default)
 
 
 def decompose_target(

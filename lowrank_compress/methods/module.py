@@ -11,6 +11,7 @@ from torch import Tensor
 from lowrank_compress.arch.resolve import Heads
 from lowrank_compress.arch.spec import Group, Role
 from lowrank_compress.methods.linear import Damping
+from lowrank_compress.options import Option
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +119,8 @@ class ModuleMethod:
         Weighted by the Fisher information, so that losses are in nats per token.
     allocate, storage
         What the method uses where nothing else is asked for.
+    options
+        What it can be told: `Damping.options` has their values.
     """
 
     name: str
@@ -130,6 +133,7 @@ class ModuleMethod:
     fisher: bool = False
     allocate: str = "block-influence"
     storage: str = "pair"
+    options: tuple[Option, ...] = ()
 
     @property
     def metrics(self) -> str:

@@ -15,6 +15,7 @@ from lowrank_compress.methods.linear import (
 )
 from lowrank_compress.methods.mixture import Mixture
 from lowrank_compress.methods.module import ModuleMethod
+from lowrank_compress.options import ALPHA
 from lowrank_compress.registry import Registry
 
 _OWN = (
@@ -38,6 +39,7 @@ _OWN = (
         right=ABSOLUTE,
         paper="ASVD, 2023",
         help="columns weighted by the mean absolute activation",
+        options=(ALPHA,),
     ),
     LinearMethod(
         name="afm",

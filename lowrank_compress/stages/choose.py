@@ -16,6 +16,7 @@ from lowrank_compress.config import ScoreConfig
 from lowrank_compress.errors import InputError
 from lowrank_compress.methods.sites import Site, first_units
 from lowrank_compress.methods.units import Unit, largest_kept, ranking
+from lowrank_compress.options import only
 from lowrank_compress.stages.curves import lossless_curve
 from lowrank_compress.stages.reach import budget_of, require_reachable
 from lowrank_compress.stages.subject import Subject
@@ -92,8 +93,7 @@ class Chooser:
 
     def allocate(self, curves: Sequence[Curve]) -> np.ndarray:
         """Choose a point of each curve under the budget, (curves,) int64; the curves are those of one candidate."""
-        options = {name: getattr(self.config, name) for name in self.allocator.options}
-        return self.allocator.allocate(curves, self.budget.limit, **options)
+        return self.allocator.allocate(curves, self.budget.limit, **only(self.allocator.options, self.config.options))
 
     def choose(self, curves: Mapping[str, Curve]) -> tuple[Unit, ...]:
         """Return the units of the better candidate of each part."""

@@ -18,8 +18,10 @@ from lowrank_compress.calibration.statistics import INFLUENCE, first_half
 from lowrank_compress.linalg.eigen import eigh
 from lowrank_compress.linalg.metric import Identity
 from lowrank_compress.linalg.weighted import smaller_side
+from lowrank_compress.methods.declared import options_of
 from lowrank_compress.methods.linear import Damping
 from lowrank_compress.methods.units import Unit, statistics_bytes, uses
+from lowrank_compress.options import only
 from lowrank_compress.resources.behind import Behind
 from lowrank_compress.resources.resources import Resources
 from lowrank_compress.stages.choose import Chooser
@@ -71,13 +73,14 @@ class Bases:
         self.chooser = chooser
         self.device = torch.device(config.device)
         self._resources = resources.on(config.device)
-        self._damping = Damping(config.damping_fisher, config.damping_gram, config.alpha)
+        told = only(options_of(config.scheme), config.options)
+        self._damping = Damping(config.damping_fisher, config.damping_gram, told)
         self._behind = Behind()
         identity = {
             "calibration": calibration,
             "version": VERSION,
             "units": sorted({unit.identity for unit in chooser.units}),
-            "damping": [self._damping.fisher, self._damping.gram, self._damping.power],
+            "damping": [self._damping.fisher, self._damping.gram, self._damping.options],
             "device": config.device,
             "keep": [chooser.keep[unit.name] for unit in chooser.units],
         }

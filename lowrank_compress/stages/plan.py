@@ -13,6 +13,7 @@ from lowrank_compress.calibration.sources import PAPERS_DATA, Source
 from lowrank_compress.calibration.tokens import load_tokenizer
 from lowrank_compress.config import DTYPES, CalibrateConfig, FactorizeConfig, ScoreConfig
 from lowrank_compress.errors import InputError, UnsupportedError
+from lowrank_compress.methods.declared import options_used
 from lowrank_compress.methods.mixture import Mixture
 from lowrank_compress.methods.module import ModuleMethod
 from lowrank_compress.methods.scheme import label, methods_of, rival_of, scheme_of
@@ -101,6 +102,11 @@ class Plan:
                 "allocate": self.score.allocate,
                 "storage": self.score.storage,
                 "metric": self.score.scheme.metric if self._has_modules else None,
+                "options": {
+                    name: value
+                    for name, value in self.score.options.items()
+                    if name not in Recipe.model_fields and value is not None
+                },
                 "round_to": self.score.round_to,
                 "seq_len": self.calibrate.seq_len,
                 "micro_batch": self.calibrate.micro_batch,
@@ -191,10 +197,7 @@ def make_plan(recipe: Recipe, *, reads_text: bool = True) -> Plan:
         ratio_of=recipe.ratio_of,
         damping_fisher=recipe.damping_fisher,
         damping_gram=recipe.damping_gram,
-        alpha=recipe.alpha,
-        floor=recipe.floor,
-        temperature=recipe.temperature,
-        cap=recipe.cap,
+        options=options_used(recipe, recipe.allocate or method.allocate, scheme, rival),
         round_to=round_to,
         device=device,
         held_out=held_out,

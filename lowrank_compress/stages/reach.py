@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lowrank_compress.allocation.budget import Budget
@@ -11,14 +11,13 @@ from lowrank_compress.allocation.curve import Curve
 from lowrank_compress.allocation.table import ALLOCATORS
 from lowrank_compress.allocation.uniform import allocate
 from lowrank_compress.config import ScoreConfig
+from lowrank_compress.methods.declared import flag
 from lowrank_compress.methods.parts import flag_of
 from lowrank_compress.methods.scheme import DENSE as LEFT_DENSE
 from lowrank_compress.methods.sites import Site
+from lowrank_compress.options import only
 from lowrank_compress.stages.curves import lossless_curve
 from lowrank_compress.stages.subject import Subject
-
-# Options that can keep a ratio out of reach, and the value at which each does not.
-LOOSEST: dict[str, Any] = {"round_to": 1, "cap": 1.0}
 
 
 def budget_of(config: ScoreConfig, subject: Subject) -> Budget:
@@ -52,13 +51,9 @@ def require_reachable(config: ScoreConfig, budget: Budget, sites: Sequence[Site]
     if least <= budget.limit:
         return
     advice = ["Ask for no more" if budget.largest(least) > 0 else "Change the options"]
-    for name, loosest in LOOSEST.items():
-        if (without := _least(config.model_copy(update={name: loosest}), sites)) < least:
-            option = f"--{name.replace('_', '-')}"
-            advice.append(
-                f"{option} {getattr(config, name):g} is in the way, with {option} {loosest:g} it is "
-                f"{budget.largest(without)}"
-            )
+    for option, value, loosest, looser in _looser(config):
+        if (without := _least(looser, sites)) < least:
+            advice.append(f"{option}{value:g} is in the way, with {option}{loosest:g} it is {budget.largest(without)}")
     left = [flag_of(part) for part, method in config.scheme.methods.items() if method == LEFT_DENSE]
     if left:
         advice.append(f"parts of the blocks are left dense, give them a method by {' and '.join(left)}")
@@ -67,11 +62,25 @@ def require_reachable(config: ScoreConfig, budget: Budget, sites: Sequence[Site]
     budget.require(least, "; or: ".join(advice) + ".")
 
 
+def _looser(config: ScoreConfig) -> Iterator[tuple[str, Any, Any, ScoreConfig]]:
+    """Options that can keep a ratio out of reach: what they are now, where they do not, and the config with that."""
+    yield "--round-to ", config.round_to, 1, config.model_copy(update={"round_to": 1})
+    for option in ALLOCATORS[config.allocate].options:
+        if option.loosest is not None:
+            options = config.options | {option.name: option.loosest}
+            yield (
+                flag(option),
+                config.options[option.name],
+                option.loosest,
+                config.model_copy(update={"options": options}),
+            )
+
+
 def _least(config: ScoreConfig, sites: Sequence[Site]) -> int:
     """The fewest elements that all sites together can be stored in."""
     allocator = ALLOCATORS[config.allocate]
     curves = [curve for site in sites for curve in _smallest(_ways(config, site))]
-    return allocator.least(curves, **{name: getattr(config, name) for name in allocator.options})
+    return allocator.least(curves, **only(allocator.options, config.options))
 
 
 def _ways(config: ScoreConfig, site: Site) -> list[list[Curve]]:

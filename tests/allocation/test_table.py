@@ -71,8 +71,11 @@ def test_declared_needs_are_the_real_ones(name: str) -> None:
 def test_declared_options_are_the_real_ones(name: str) -> None:
     parameters = inspect.signature(ALLOCATORS[name].allocate).parameters.values()
     options = [parameter for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
-    assert tuple(option.name for option in options) == ALLOCATORS[name].options
+    declared = ALLOCATORS[name].options
+    assert [option.name for option in options] == [option.name for option in declared]
     assert all(option.default is not option.empty for option in options)
+    for option in declared:
+        assert option.default is None or option.read(option.default) == option.default
 
 
 def test_unknown_allocator() -> None:

@@ -27,7 +27,7 @@ def test_every_field_is_an_option_of_compress(name: str) -> None:
     assert option.default is None
     assert option.help.startswith(field.description)
     if not field.is_required():
-        assert ("--for" if name == "methods" else f"--{name.replace('_', '-')}") in option.opts
+        assert {"methods": "--for", "options": "--option"}.get(name, f"--{name.replace('_', '-')}") in option.opts
     if isinstance(field.default, str | int | float) and not isinstance(field.default, bool):
         said = option.help.removeprefix(field.description).removeprefix(" (default: ").removesuffix(")").split(",")[0]
         assert type(field.default)(said) == field.default

@@ -128,8 +128,9 @@ def test_stages_print_one_json_object(tiny: Tiny, tmp_path: Path, command: str):
 def test_the_recipe_says_everything(pristine: Finished):
     recipe = yaml.safe_load((pristine("auto") / "recipe.yaml").read_text())
     # Whether to run a checkpoint's code is for the command line alone to say, each time.
-    # Methods of parts stand there where there are any.
-    assert list(recipe) == [name for name in Recipe.model_fields if name not in ("trust_remote_code", "methods")]
+    # Mappings stand there where there is something in them.
+    without = ("trust_remote_code", "methods", "options")
+    assert list(recipe) == [name for name in Recipe.model_fields if name not in without]
     parts = {"attention", "qk", "vo", "mlp", "metric"}
     decided = set(recipe) - {"revision", "text_column", "label_column", "clip", "temperature"} - parts
     assert all(recipe[name] is not None for name in decided)

@@ -29,7 +29,7 @@ METRICS = {
     "kfac": ("out_fisher", "in_gram"),
 }
 # Neither equal to each other nor at their defaults.
-DAMPING = Damping(fisher=3e-3, gram=2e-4, power=0.7)
+DAMPING = Damping(fisher=3e-3, gram=2e-4, options={"alpha": 0.7})
 
 
 @dataclass(frozen=True)

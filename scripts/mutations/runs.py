@@ -99,6 +99,12 @@ def same_export(place: Place, name: str) -> Check:
     return check
 
 
+def is_cast(said: Said) -> str | None:
+    """Make sure that the final checkpoint of a run is the one that was cast last."""
+    dtype = json_of(said)["dtype"]
+    return None if dtype == "bfloat16" else f"the final checkpoint is {dtype}"
+
+
 def again(place: Place, name: str, *more: str) -> tuple[str, ...]:
     """The command that made the run."""
     return place.compress("model", RUNS[name][1], "run", *more)
@@ -136,6 +142,10 @@ def steps(place: Place, name: str, *, ranks: bool = False, base: bool = False) -
         [Step(("score", "run", "--overwrite")), Step(("factorize", "run", "--overwrite")), Step(("verify", "run"))],
         [Step(("calibrate", "model", "--method", RUNS[name][1], "--calibration", TEXT, "--samples", "4", "--seq-len",
         "16", "--device", "cpu", "--out", "run"))],
+        [Step(("cast", "run", "--dtype", "bfloat16"), None if base or ranks else whole), Step(("show", "run", "--json"),
+        is_cast), Step(("factorize", "run", "--overwrite")), Step(("cast", "run", "--dtype", "bfloat16")),
+        Step(("show", "run", "--json"), is_cast)],
+        [Step(("cast", "run/model", "--dtype", "float64", "--out", "cast")), Step(place.eval("cast"))],
     ]  # fmt: skip
     return [rng.choice(looks)] if rng.random() < 0.5 else rng.choice(works)
 

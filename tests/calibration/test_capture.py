@@ -49,7 +49,7 @@ def skeleton_of(saved: Saved, case: str, dtype: torch.dtype = torch.float64) -> 
 def everything(skeleton: Skeleton, names: frozenset[str] = frozenset(STATISTICS)) -> dict[str, frozenset[str]]:
     """Those of some statistics that each target can have."""
     return {
-        target.name: frozenset(name for name in names if target.role in STATISTICS[name].roles)
+        target.name: frozenset(name for name in names if STATISTICS[name].fits(target.role))
         for target in skeleton.resolved.targets
     }
 

@@ -288,12 +288,14 @@ def test_what_a_batch_was_differentiated_through_is_gone_when_the_next_one_runs(
     """Else the activations of two batches, and all that hooks keep of them, would be in memory at once."""
     walk = Walk([skeleton_of(saved("llama-lm"))], batches_of("llama-lm"))
     seen: list[weakref.ref[Tensor]] = []
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        kept = out.detach().clone()
+        seen.append(weakref.ref(kept))
+        out.register_hook(lambda gradient: gradient + 0 * kept)
+
     for step in walk.backwards():
-        handle = (
-            step.blocks[0]
-            .get_submodule("mlp")
-            .register_forward_hook(lambda module, args, out: seen.append(weakref.ref(out)))
-        )
+        handle = step.blocks[0].get_submodule("mlp").register_forward_hook(hook)
         for number in range(2):
             entering, leaving = step.run(number)
             assert entering.shape == leaving.shape

@@ -11,7 +11,7 @@ import torch
 from lowrank_compress.errors import NumericsError
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.model.walk.batch import Batch
-from lowrank_compress.model.walk.head import lm_chunks, token_loss
+from lowrank_compress.model.walk.head import HEAD_TOKENS, lm_chunks, token_loss
 from lowrank_compress.model.walk.walk import Walk
 
 # Hidden states of this many bytes are carried from block to block at once; longer texts take several passes.
@@ -54,7 +54,12 @@ class Accuracy:
 
 
 def perplexity(
-    skeleton: Skeleton, batches: Sequence[Batch], advance: Callable[[int, int], None] = lambda done, total: None
+    skeleton: Skeleton,
+    batches: Sequence[Batch],
+    advance: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    carried: int = CARRIED_BYTES,
+    head_tokens: int = HEAD_TOKENS,
 ) -> Perplexity:
     """Measure perplexity on windows of text.
 
@@ -66,6 +71,8 @@ def perplexity(
         Windows, each scoring all its tokens but the first.
     advance
         Called with (blocks done, blocks in all).
+    carried, head_tokens
+        Bytes of hidden states, and tokens with logits, to have in memory at once.
 
     Raises
     ------
@@ -73,10 +80,10 @@ def perplexity(
         A logit is NaN or infinite.
     """
     nats, tokens = 0.0, 0
-    for walk in walked(skeleton, batches, advance):
+    for walk in walked(skeleton, batches, advance, carried):
         for number, batch in enumerate(walk.batches):
             hidden = walk.leaving(number)
-            for start, stop in lm_chunks(batch):
+            for start, stop in lm_chunks(batch, head_tokens):
                 with torch.no_grad():
                     logits = walk.head(number, hidden, start, stop)
                 loss = token_loss(logits, batch.ids[:, start + 1 : stop + 1], "the evaluation text")
@@ -111,19 +118,22 @@ def accuracy(
 
 
 def walked(
-    skeleton: Skeleton, batches: Sequence[Batch], advance: Callable[[int, int], None] = lambda done, total: None
+    skeleton: Skeleton,
+    batches: Sequence[Batch],
+    advance: Callable[[int, int], None] = lambda done, total: None,
+    carried: int = CARRIED_BYTES,
 ) -> Iterator[Walk]:
-    """Yield walks at the end of their way, one for each group of batches whose hidden states fit in memory."""
+    """Yield walks at the end of their way, one for each group of batches whose hidden states have no more bytes."""
     width = skeleton.model.config.hidden_size
     groups: list[list[Batch]] = [[]]
-    carried = 0
+    bytes_of_group = 0
     for batch in batches:
         size = batch.ids.numel() * width * 4
-        if groups[-1] and carried + size > CARRIED_BYTES:
+        if groups[-1] and bytes_of_group + size > carried:
             groups.append([])
-            carried = 0
+            bytes_of_group = 0
         groups[-1].append(batch)
-        carried += size
+        bytes_of_group += size
     for number, group in enumerate(groups):
         walk = Walk([skeleton], group)
         for step in walk.forwards():

@@ -14,10 +14,8 @@ from lowrank_compress.calibration.statistics import STATISTICS, statistic_key
 from lowrank_compress.errors import NumericsError
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.skeleton import Skeleton
-from lowrank_compress.model.walk import head
 from lowrank_compress.model.walk.batch import Batch
 from tests.ordinary import (
-    LM,
     Saved,
     head_statistics,
     influences,
@@ -219,15 +217,6 @@ def test_shared_inputs_are_summed_once(saved: Saved, monkeypatch: pytest.MonkeyP
     batches = batches_of("phi3-lm")
     measured(skeleton, batches, everything(skeleton, frozenset({"in_gram"})))
     assert len(calls) == 4 * len(skeleton.blocks) * len(batches)
-
-
-@pytest.mark.parametrize("case", LM)
-def test_the_head_may_work_in_chunks(case: str, saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
-    skeleton = skeleton_of(saved, case)
-    wanted = everything(skeleton, frozenset({"out_fisher"}))
-    whole = measured(skeleton, batches_of(case), wanted)
-    monkeypatch.setattr(head, "HEAD_TOKENS", 5)
-    assert_same(measured(skeleton, batches_of(case), wanted), whole)
 
 
 def test_clipping_is_from_above_only() -> None:

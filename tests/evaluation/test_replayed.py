@@ -9,11 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from lowrank_compress.calibration.tokens import evaluation_windows, window_batches
 from lowrank_compress.errors import NumericsError
-from lowrank_compress.evaluation import replayed
 from lowrank_compress.evaluation.replayed import Accuracy, Perplexity, accuracy, perplexity
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.skeleton import Skeleton
-from lowrank_compress.model.walk import head
 from lowrank_compress.model.walk.batch import Batch
 from tests.ordinary import CLASSIFIERS, LM, Saved, load, padded, summed_loss, tokens
 
@@ -56,22 +54,20 @@ def test_perplexity_equals_the_whole_model(case: str, bos: int | None, saved: Sa
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 40])
-def test_chunks_of_the_head_do_not_matter(chunk: int, saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_of_the_head_do_not_matter(chunk: int, saved: Saved) -> None:
     skeleton = skeleton_of(saved, "gemma2-lm")
     batches = window_batches(evaluation_windows(TEXT, 20, 1), 3)
     whole = perplexity(skeleton, batches)
-    monkeypatch.setattr(head, "HEAD_TOKENS", chunk)
-    found = perplexity(skeleton, batches)
+    found = perplexity(skeleton, batches, head_tokens=chunk)
     assert found.tokens == whole.tokens
     assert found.nats == pytest.approx(whole.nats, rel=1e-12)
 
 
-def test_several_passes_do_not_matter(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_passes_do_not_matter(saved: Saved) -> None:
     skeleton = skeleton_of(saved, "llama-lm")
     batches = window_batches(evaluation_windows(TEXT, 20, 1), 1)
     whole, said = perplexity(skeleton, batches), []
-    monkeypatch.setattr(replayed, "CARRIED_BYTES", 2 * 20 * 32 * 4)
-    found = perplexity(skeleton, batches, lambda done, total: said.append((done, total)))
+    found = perplexity(skeleton, batches, lambda done, total: said.append((done, total)), carried=2 * 20 * 32 * 4)
     assert (found.nats, found.tokens) == (pytest.approx(whole.nats, rel=1e-13), whole.tokens)
     # Five windows, two at a time, through two blocks.
     assert said == [(done, 6) for done in range(1, 7)]

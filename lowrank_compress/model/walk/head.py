@@ -14,12 +14,12 @@ from lowrank_compress.model.walk.replay import Replay
 HEAD_TOKENS = 512  # logits of this many tokens at a time stand in memory
 
 
-def lm_chunks(batch: Batch) -> Iterator[tuple[int, int]]:
+def lm_chunks(batch: Batch, tokens: int = HEAD_TOKENS) -> Iterator[tuple[int, int]]:
     """Ranges of positions whose next token is scored, small enough for the logits of a large vocabulary."""
     if batch.mask is not None:
         raise NumericsError("A padded batch of a language model would have its padding scored; expected whole windows.")
     sequences, length = batch.ids.shape
-    width = max(1, HEAD_TOKENS // sequences)
+    width = max(1, tokens // sequences)
     for start in range(0, length - 1, width):
         yield start, min(start + width, length - 1)
 
@@ -42,10 +42,10 @@ def token_loss(logits: Tensor, targets: Tensor, what: str) -> Tensor:
     return nn.functional.cross_entropy(logits, targets.flatten().to(logits.device), reduction="sum")
 
 
-def head_gradient(replay: Replay, batch: Batch, hidden: Tensor) -> Tensor:
+def head_gradient(replay: Replay, batch: Batch, hidden: Tensor, tokens: int = HEAD_TOKENS) -> Tensor:
     """Gradient of the summed loss in the hidden states that leave the last block, (sequences, length, width).
 
-    The logits of a language model are made for a chunk of positions at a time.
+    The logits of a language model are made for so many tokens at a time.
 
     Raises
     ------
@@ -58,7 +58,7 @@ def head_gradient(replay: Replay, batch: Batch, hidden: Tensor) -> Tensor:
             loss = token_loss(replay.head(batch, leaf), batch.labels, "the calibration set")
         return torch.autograd.grad(loss, leaf)[0]
     gradient = torch.zeros_like(hidden)
-    for start, stop in lm_chunks(batch):
+    for start, stop in lm_chunks(batch, tokens):
         leaf = hidden[:, start:stop].detach().requires_grad_()
         padded = Batch(batch.ids[:, start:stop])
         with torch.enable_grad():

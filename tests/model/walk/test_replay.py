@@ -10,7 +10,7 @@ from lowrank_compress.errors import NumericsError
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.model.walk.batch import Batch
-from lowrank_compress.model.walk.head import HEAD_TOKENS, lm_chunks, token_loss
+from lowrank_compress.model.walk.head import HEAD_TOKENS, head_gradient, lm_chunks, token_loss
 from lowrank_compress.model.walk.replay import Replay
 from lowrank_compress.model.walk.walk import Walk
 from tests.ordinary import LM, Saved, load, padded, task, tokens
@@ -124,14 +124,25 @@ def test_logits_of_some_positions(case: str, saved: Saved) -> None:
     assert (part - whole[:, 4:9]).abs().max() <= 1e-13 * whole.abs().max()
 
 
+@pytest.mark.parametrize("case", LM)
+def test_the_gradient_at_the_head_may_be_taken_in_chunks(case: str, saved: Saved) -> None:
+    walk = Walk([Skeleton(Checkpoint(saved(case)), CPU, torch.float64)], [Batch(torch.stack(tokens(13, 13)))])
+    replayed(walk)
+    whole = head_gradient(walk.replay(), walk.batches[0], walk.leaving(0))
+    found = head_gradient(walk.replay(), walk.batches[0], walk.leaving(0), tokens=10)
+    assert len(list(lm_chunks(walk.batches[0], 10))) == 3
+    assert (found - whole).abs().max() <= 1e-12 * whole.abs().max()
+
+
 @pytest.mark.parametrize("sequences", [1, 3, 700])
 @pytest.mark.parametrize("length", [2, 3, 600])
-def test_chunks_cover_what_is_scored(sequences: int, length: int) -> None:
+@pytest.mark.parametrize("most", [5, HEAD_TOKENS])
+def test_chunks_cover_what_is_scored(sequences: int, length: int, most: int) -> None:
     batch = Batch(torch.zeros(sequences, length, dtype=torch.long))
-    chunks = list(lm_chunks(batch))
+    chunks = list(lm_chunks(batch, most))
     covered: Sequence[int] = [position for start, stop in chunks for position in range(start, stop)]
     assert covered == list(range(length - 1))
-    assert all(0 < (stop - start) * sequences <= max(HEAD_TOKENS, sequences) for start, stop in chunks)
+    assert all(0 < (stop - start) * sequences <= max(most, sequences) for start, stop in chunks)
 
 
 def test_loss_is_a_sum_in_nats() -> None:

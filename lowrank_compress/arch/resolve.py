@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lowrank_compress.arch.spec import Architecture, Projection, Reads, Role
+from lowrank_compress.arch.spec import HEAD, Architecture, Projection, Reads, Role
 from lowrank_compress.arch.table import architecture_of
 from lowrank_compress.errors import UnsupportedError
 
@@ -150,26 +151,38 @@ class Resolved:
     blocks
         Paths of the transformer blocks in the model.
     targets
-        All claimed matrices.
+        All claimed matrices of the blocks.
     heads
         What all attention modules have in common.
+    outside
+        Matrices outside the blocks that may be compressed where that is asked for; as their block they have the number
+        behind the last one's. A head that shares its weight with the embedding is none.
     """
 
     architecture: Architecture
     blocks: tuple[str, ...]
     targets: tuple[Target, ...]
     heads: Heads
+    outside: tuple[Target, ...] = ()
 
     def of_block(self, block: int) -> tuple[Target, ...]:
-        """Return the targets of one block."""
-        return tuple(target for target in self.targets if target.block == block)
+        """Return the targets of one block, or those outside of all of them."""
+        return tuple(target for target in (*self.targets, *self.outside) if target.block == block)
 
     def modules(self) -> dict[str, tuple[Target, ...]]:
-        """Return, for the path of each claimed module, its targets in the order of the fused parts."""
-        found: dict[str, tuple[Target, ...]] = {}
-        for target in self.targets:
-            found[target.module] = (*found.get(target.module, ()), target)
-        return found
+        """Return, for the path of each claimed module of the blocks, its targets in the order of the fused parts."""
+        return _by_module(self.targets)
+
+    def modules_of(self, block: int) -> dict[str, tuple[Target, ...]]:
+        """Return the same for one block, or for what may be compressed outside of all of them."""
+        return _by_module(self.of_block(block))
+
+
+def _by_module(targets: Iterable[Target]) -> dict[str, tuple[Target, ...]]:
+    found: dict[str, tuple[Target, ...]] = {}
+    for target in targets:
+        found[target.module] = (*found.get(target.module, ()), target)
+    return found
 
 
 def resolve(model: PreTrainedModel) -> Resolved:
@@ -198,7 +211,7 @@ def resolve(model: PreTrainedModel) -> Resolved:
         found = _block_targets(model, architecture, heads, index, path)
         _check_complete(model.get_submodule(path), path, architecture, {target.parameter for target in found})
         targets += found
-    return Resolved(architecture, blocks, tuple(targets), heads)
+    return Resolved(architecture, blocks, tuple(targets), heads, _outside(model, architecture, len(blocks)))
 
 
 def block_paths(model: PreTrainedModel) -> tuple[str, ...]:
@@ -267,6 +280,20 @@ def _block_targets(
                 )
             )
     return targets
+
+
+def _outside(model: PreTrainedModel, architecture: Architecture, number: int) -> tuple[Target, ...]:
+    """The head, if the model has one with a weight of its own."""
+    path = architecture.head
+    head = None if path is None else _find(model, path)
+    name = f"{path}.weight"
+    tied = name in model.all_tied_weights_keys or name in model.all_tied_weights_keys.values()
+    if path is None or not isinstance(head, nn.Linear) or tied:
+        return ()
+    rows, columns = head.weight.shape
+    view = View(Rows(1, rows, 0, rows))
+    bias = None if head.bias is None else f"{path}.bias"
+    return (Target(path, number, name, view, bias, "head", HEAD.name, (rows, columns), "final", None),)
 
 
 def _shape(model: PreTrainedModel, block: str, projection: Projection) -> tuple[int, int]:

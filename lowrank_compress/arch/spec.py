@@ -39,6 +39,8 @@ VALUE_OUTPUT = Group("vo", ("v", "o"), "value-output", "values and output")
 MLP = Group("mlp", ("gate", "up", "down"), "mlp", "MLP")
 BLOCK_GROUPS = (QUERY_KEY, VALUE_OUTPUT, MLP)
 """The groups of a block with attention and one MLP, in the order of computation."""
+HEAD = Group("head", ("head",), "head", "the head")
+"""What turns the last hidden states to logits; it has a method only where one is given to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,9 @@ class Architecture:
         What its attention does beyond the usual. Where queries and keys are normalised, a checkpoint that says so
         keeps all dimensions of their heads.
     groups
-        What has a method of its own, in the order of computation; every role is in one.
+        What of a block has a method of its own, in the order of computation; every role is in one.
+    head
+        Path of a language model's head; None where a family has none.
     """
 
     name: str
@@ -101,6 +105,7 @@ class Architecture:
     ignored: tuple[str, ...] = ()
     traits: Traits = Traits()  # noqa: RUF009  (nothing can change it)
     groups: tuple[Group, ...] = BLOCK_GROUPS
+    head: str | None = "lm_head"
 
     @property
     def head_norms(self) -> bool:

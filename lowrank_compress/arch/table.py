@@ -78,9 +78,17 @@ _ENTRIES = (
     Architecture("gpt2", ("gpt2",), "h", "attn", _GPT2, traits=traits.GPT2),
     Architecture("gpt_neox", ("gpt_neox",), "layers", "attention", _GPT_NEOX),
     Architecture("opt", ("opt",), "decoder.layers", "self_attn", _OPT, traits=traits.DROPPING),
-    Architecture("bert", ("bert",), "encoder.layer", "attention.self", _BERT, traits=traits.DROPPING),
-    Architecture("roberta", ("roberta",), "encoder.layer", "attention.self", _BERT, traits=traits.DROPPING),
-    Architecture("distilbert", ("distilbert",), "transformer.layer", "attention", _DISTILBERT, traits=traits.DROPPING),
+    Architecture("bert", ("bert",), "encoder.layer", "attention.self", _BERT, traits=traits.DROPPING, head=None),
+    Architecture("roberta", ("roberta",), "encoder.layer", "attention.self", _BERT, traits=traits.DROPPING, head=None),
+    Architecture(
+        "distilbert",
+        ("distilbert",),
+        "transformer.layer",
+        "attention",
+        _DISTILBERT,
+        traits=traits.DROPPING,
+        head=None,
+    ),
 )
 
 ARCHITECTURES: Registry[Architecture] = Registry(

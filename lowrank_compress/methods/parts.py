@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
 from lowrank_compress.arch.resolve import Resolved, Target
-from lowrank_compress.arch.spec import Architecture
-from lowrank_compress.errors import InputError
+from lowrank_compress.arch.spec import HEAD, Architecture
+from lowrank_compress.errors import InputError, UnsupportedError
 from lowrank_compress.recipe import PART_OPTIONS, Recipe
 from lowrank_compress.registry import unknown
 
@@ -33,7 +33,7 @@ def own_methods(recipe: Recipe) -> dict[str, str]:
 def groups_of(name: str, architecture: Architecture) -> tuple[str, ...]:
     """Groups of an architecture that a name stands for; none if it is a role or a pattern."""
     wanted = TOGETHER.get(name, (name,))
-    return tuple(group.name for group in architecture.groups if group.name in wanted)
+    return tuple(group.name for group in (*architecture.groups, HEAD) if group.name in wanted)
 
 
 def flag_of(name: str) -> str:
@@ -49,14 +49,19 @@ def require_known(names: Iterable[str], resolved: Resolved) -> None:
     InputError
         It is no group, and neither role of a matrix nor pattern over names that any matrix of the model has.
     """
-    architecture, targets = resolved.architecture, resolved.targets
+    architecture, targets = resolved.architecture, (*resolved.targets, *resolved.outside)
     groups, roles = (group.name for group in architecture.groups), dict.fromkeys(target.role for target in targets)
     known = [*(name for name in TOGETHER if groups_of(name, architecture)), *groups, *roles]
     for name in names:
+        if name == HEAD.name and not resolved.outside:
+            raise UnsupportedError(
+                "This model has no head of its own to compress: it is no language model, or its head shares its weight "
+                "with the embedding, which stays as it is."
+            )
         if name not in known and not any(fnmatchcase(target.name, name) for target in targets):
             raise InputError(
                 f"{unknown('part of a block', name, known)} A shell pattern names matrices, such as "
-                f"{targets[-1].name!r}; {name!r} is that of none in this model."
+                f"{resolved.targets[-1].name!r}; {name!r} is that of none in this model."
             )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lowrank_compress.arch.resolve import Resolved, Target
-from lowrank_compress.arch.spec import QUERY_KEY, Group
+from lowrank_compress.arch.spec import HEAD, QUERY_KEY, Group
 from lowrank_compress.config import ModuleMetric, Scheme
 from lowrank_compress.errors import InputError
 from lowrank_compress.methods.cr import unit_members
@@ -69,7 +69,10 @@ def scheme_of(recipe: Recipe, resolved: Resolved) -> tuple[Scheme, tuple[str, ..
     asked = {group.name: recipe.method for group in architecture.groups}
     for name in sorted(own, key=lambda name: -len(covered[name])):  # what is said of one group is said last
         asked |= dict.fromkeys(covered[name], own[name])
-    methods = {group.name: _part(asked[group.name], group) for group in architecture.groups}
+    asked.setdefault(HEAD.name, DENSE)
+    methods = {group.name: _part(asked[group.name], group) for group in (*architecture.groups, HEAD)}
+    if methods[HEAD.name] == DENSE and HEAD.name not in own:
+        del methods[HEAD.name]
     for name, method in own.items():
         if covered[name] and method != DENSE and all(methods[group] == DENSE for group in covered[name]):
             raise InputError(
@@ -94,7 +97,7 @@ def scheme_of(recipe: Recipe, resolved: Resolved) -> tuple[Scheme, tuple[str, ..
             "has one. Choose the metric of a linear method by its name."
         )
     scheme = Scheme(methods=methods, metric=recipe.metric or _metric(recipe, chosen))
-    for block in range(len(resolved.blocks)):
+    for block in range(len(resolved.blocks) + 1):
         for _ in parts_of(scheme, resolved, block):
             pass  # complains of what cannot be
     return scheme, tuple(notes)
@@ -126,7 +129,7 @@ def parts_of(scheme: Scheme, resolved: Resolved, block: int) -> Iterator[Part]:
         A name is unknown, or that of a mixture; a module method is for some matrices of a group only, or for another
         group's.
     """
-    for group in resolved.architecture.groups:
+    for group in (*resolved.architecture.groups, HEAD):
         members = [target for target in resolved.of_block(block) if target.group == group.name]
         names = [scheme.methods[key] if (key := deciding(each, scheme.methods)) else DENSE for each in members]
         for name in dict.fromkeys(names):

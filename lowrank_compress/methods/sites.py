@@ -13,7 +13,7 @@ from lowrank_compress.methods.linear import LinearMethod
 from lowrank_compress.methods.matrix_unit import MatrixUnit
 from lowrank_compress.methods.module import ModuleMethod
 from lowrank_compress.methods.module_unit import ModuleUnit
-from lowrank_compress.methods.scheme import DENSE, parts_of
+from lowrank_compress.methods.scheme import DENSE, Part, parts_of
 from lowrank_compress.methods.units import Unit, dense_elements
 
 
@@ -46,12 +46,24 @@ def sites_of(resolved: Resolved, scheme: Scheme) -> tuple[Site, ...]:
         A method is unknown.
     """
     sites: list[Site] = []
-    for block, path in enumerate(resolved.blocks):
+    for block, path in enumerate((*resolved.blocks, "")):
         for part in parts_of(scheme, resolved, block):
             if part.methods:
                 name = f"{path}:{part.group.label}"
+                if block == len(resolved.blocks):
+                    _require_no_data(part)
                 sites.append(Site(tuple(_units(method, name, part.targets, resolved) for method in part.methods)))
     return tuple(sites)
+
+
+def _require_no_data(part: Part) -> None:
+    """Refuse methods outside the blocks that take statistics, which are taken inside of them."""
+    for method in part.methods:
+        if not isinstance(method, LinearMethod) or any(method.statistics(target) for target in part.targets):
+            raise UnsupportedError(
+                f"The method {method.name} needs statistics, which are taken inside the blocks only; it is not for "
+                f"{part.group.title}. Give it a method without, for instance --for {part.group.name}=svd."
+            )
 
 
 def _units(

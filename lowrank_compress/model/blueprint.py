@@ -151,7 +151,9 @@ class Blueprint:
         ]
 
     def inside(self, block: int) -> list[str]:
-        """Names of the tensors of a block, in the model's order."""
+        """Names of the tensors of a block, in the model's order; behind the last block, of those outside of all."""
+        if block == len(self.resolved.blocks):
+            return self.outside()
         prefix = f"{self.resolved.blocks[block]}."
         return [name for name in self.model.state_dict() if name.startswith(prefix)]
 

@@ -86,8 +86,13 @@ def _write(checkpoint: Checkpoint, out: Path, advance: Callable[[int, int], None
     skeleton = Skeleton(checkpoint, torch.device("cpu"), checkpoint.dtype)
     plan = skeleton.blueprint
     writer = ShardWriter(out, SHARD_BYTES)
+    restored = skeleton.restored_outside()
+    factored = {name.rpartition(".")[0] for name in restored}
     for name in plan.outside():
-        writer.add(plan.name_on_disk(name), plan.read(name))
+        if not name.startswith(tuple(f"{path}." for path in factored)):
+            writer.add(plan.name_on_disk(name), plan.read(name))
+    for name, tensor in restored.items():
+        writer.add(name, tensor)
     for step in Walk([skeleton]).forwards():
         (block,), prefix = step.blocks, plan.resolved.blocks[step.index]
         made = {f"{prefix}.{path}" for path in restore_modules(block)}

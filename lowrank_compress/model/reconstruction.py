@@ -32,8 +32,10 @@ def reconstruction(checkpoint: Checkpoint) -> Iterator[tuple[str, Iterable[Tenso
     """
     skeleton = Skeleton(checkpoint, torch.device("cpu"), torch.promote_types(checkpoint.dtype, torch.float32))
     plan = skeleton.blueprint
-    for name in plan.outside():
-        yield name, [plan.read(name)]
+    restored = skeleton.restored_outside()
+    factored = tuple(f"{name.rpartition('.')[0]}." for name in restored)
+    yield from ((name, [plan.read(name)]) for name in plan.outside() if not name.startswith(factored))
+    yield from ((name, [tensor]) for name, tensor in restored.items())
     for step in Walk([skeleton]).forwards():
         (block,), prefix = step.blocks, plan.resolved.blocks[step.index]
         narrow = any(

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from lowrank_compress.errors import CheckpointError
 from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
+from lowrank_compress.shipped.linear import CompressedLinear
+from lowrank_compress.shipped.restore import restore_modules
 from lowrank_compress.shipped.swap import check_indices
 
 
@@ -66,6 +68,17 @@ class Skeleton:
                 self._restore_buffers(module)
         model.requires_grad_(False)
         self._outside = True
+
+    def restored_outside(self) -> dict[str, Tensor]:
+        """Multiply out what is compressed outside the blocks: tensors of the dense model, in the factors' dtype."""
+        self.load_outside()
+        inside, found = tuple(f"{name}." for name in self.resolved.blocks), {}
+        for path, module in self.model.named_modules():
+            if isinstance(module, CompressedLinear) and not path.startswith(inside):
+                alone = nn.ModuleDict({"module": module})
+                restore_modules(alone)
+                found |= {f"{path}.{leaf}": tensor for leaf, tensor in alone["module"].state_dict().items()}
+        return found
 
     def drop_outside(self) -> None:
         """Free the parameters outside the blocks, until they are loaded again."""

@@ -96,7 +96,7 @@ def run(
     units, task = subject.units, subject.model.task
     files = BlockFiles(out_dir, identity.id)
     receiver = sink or FileSink(files)
-    blocks = range(len(subject.resolved.blocks))
+    blocks = subject.scopes
     missing = workers.once(lambda: [block for block in blocks if not receiver.finished(block)])
     complete = not missing
     if found is not None and complete and (found.report["kept"] or not kept):
@@ -159,6 +159,8 @@ def run(
             for statistics in part:
                 statistics.means.clear()  # they are large, and the next block's are under way
             reporter.advance(receiver.step, done, own)
+        if outside := [block for block in missing if block >= len(subject.resolved.blocks)]:
+            receiver.take({block: {} for block in workers.share(outside)})
         receiver.settle()
     return workers.once(lambda: commit(out_dir, identity, outputs, report, environment(config.device)))
 

@@ -110,9 +110,9 @@ class Encoder:
         encoded = {name: part for edit in edits for name, part in edit.parts.items()}
         changed = {name: bias for edit in edits for name, bias in edit.biases.items()}
         replaced: set[str] = set()
-        for path, targets in plan.resolved.modules().items():
+        for path, targets in plan.resolved.modules_of(block).items():
             first = targets[0]
-            if first.block != block or not any(target.name in encoded for target in targets):
+            if not any(target.name in encoded for target in targets):
                 continue
             parts = [encoded.get(target.name) or self._dense(target) for target in targets]
             on_disk = plan.name_on_disk(first.parameter)

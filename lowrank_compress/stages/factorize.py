@@ -40,6 +40,7 @@ from lowrank_compress.stages.ranks import RANKS, in_storage, read_ranks, require
 from lowrank_compress.stages.report import REPORT, block_losses, facts, model_card, summary
 from lowrank_compress.stages.reporting import Reporter, Silent
 from lowrank_compress.stages.run import require_alone
+from lowrank_compress.stages.subject import scopes_of
 
 VERSION = 5
 
@@ -131,7 +132,7 @@ def run(
         return found
     work = BlockFiles(out_dir.parent / "work", identity.id, "factors")
     encoder = Encoder(plan, units, config)
-    blocks = range(len(plan.resolved.blocks))
+    blocks = scopes_of(plan.resolved, units)
     for number, block in enumerate(own := workers.share(blocks), 1):
         if not work.finished(block):
             encoded = encoder.block(block, choices, bases.read(block))
@@ -160,9 +161,9 @@ def _write(
 ) -> Manifest:
     """Put the encoded blocks together to a checkpoint, and commit it."""
     dtype: torch.dtype = getattr(torch, config.dtype)
-    blocks = range(len(plan.resolved.blocks))
+    blocks = scopes_of(plan.resolved, units)
     writer = ShardWriter(out_dir, config.shard_bytes)
-    for name in plan.outside():
+    for name in plan.outside() if len(blocks) == len(plan.resolved.blocks) else ():
         writer.add(plan.name_on_disk(name), cast(plan.read(name), dtype, f"The tensor {name}"))
     layout: dict[str, dict[str, Any]] = {"modules": {}, "dense_shapes": {}, "attention": {}}
     stored: dict[str, Choice] = {}

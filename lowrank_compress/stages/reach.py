@@ -11,6 +11,7 @@ from lowrank_compress.allocation.curve import Curve
 from lowrank_compress.allocation.table import ALLOCATORS
 from lowrank_compress.allocation.uniform import allocate
 from lowrank_compress.config import ScoreConfig
+from lowrank_compress.errors import InputError
 from lowrank_compress.methods.declared import flag
 from lowrank_compress.methods.parts import flag_of
 from lowrank_compress.methods.scheme import DENSE as LEFT_DENSE
@@ -29,6 +30,11 @@ def budget_of(config: ScoreConfig, subject: Subject) -> Budget:
         The ratio is not between 0 and 1.
     """
     claimed = sum(target.elements for target in subject.resolved.targets)
+    if config.ratio_of == "blocks" and len(subject.claimed) > len(subject.resolved.targets):
+        raise InputError(
+            f"The ratio is a share of the blocks, and {subject.claimed[-1].name} is outside of them. Pass --ratio-of "
+            "model, which counts everything."
+        )
     whole = sum(parameter.numel() for parameter in subject.model.model.parameters())
     denominator = claimed if config.ratio_of == "blocks" else whole
     return Budget(config.ratio, denominator, denominator - sum(site.dense for site in subject.sites))

@@ -18,6 +18,7 @@ from lowrank_compress.methods.units import Unit, dense_elements, price_of
 from lowrank_compress.model.blueprint import Blueprint
 from lowrank_compress.stages.curves import predicted_losses
 from lowrank_compress.stages.ranks import choice_of, entry_of
+from lowrank_compress.stages.subject import claimed_of
 
 REPORT = "lowrank.json"
 _FACTS = (
@@ -74,7 +75,8 @@ def summary(
     planned = scores.report
     removed = sum(matrix["dense"] - matrix["stored"] for matrix in matrices.values())
     kept = planned["claimed_elements"] - sum(matrix["dense"] for matrix in matrices.values())
-    before = sum(weight_bytes(plan, target) for target in plan.resolved.targets)
+    compressed = {target.name for unit in units for target in unit.targets}
+    before = sum(weight_bytes(plan, target) for target in claimed_of(plan.resolved, compressed))
     after = kept * itemsize + sum(matrix["stored_bytes"] for matrix in matrices.values())
     others = planned["denominator"] - planned["claimed_elements"]
     whole = before if planned["ratio_of"] == "blocks" else measure_size(plan.checkpoint).bytes

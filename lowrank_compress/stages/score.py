@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lowrank_compress.allocation.table import ALLOCATORS
+from lowrank_compress.arch.spec import HEAD
 from lowrank_compress.artifacts.directories import link, recover, replacing
 from lowrank_compress.artifacts.manifest import Key, Manifest, altered, commit, committed, listed, read_manifest
 from lowrank_compress.artifacts.tensors import BlockFiles
@@ -82,6 +83,14 @@ def check_options(allocate: str, storage: str, sites: Sequence[Site]) -> None:
             f"The allocator {allocate!r} needs calibration data, which none of the methods takes. Use --allocate "
             "uniform or loss, or another --method."
         )
+    outside = next(
+        (target for unit in first_units(sites) for target in unit.targets if target.group == HEAD.name), None
+    )
+    if allocator.needs_influence and outside is not None:
+        raise InputError(
+            f"The allocator {allocate!r} looks at what blocks do; {outside.name} is outside of them. Use --allocate "
+            "uniform or loss, or leave it as it is."
+        )
     alternatives = any(len(site.alternatives) > 1 for site in sites)
     if allocator.needs_loss and alternatives and not all(unit.nats for unit in all_units(sites)):
         raise InputError(
@@ -127,7 +136,7 @@ def run(
     check_options(config.allocate, config.storage, inputs.subject.sites)
     if bases is None:
         bases = Bases(Chooser(config, inputs.subject), inputs.calibration.id, out_dir, resources=resources)
-    own = workers.share(range(len(inputs.subject.resolved.blocks)))
+    own = workers.share(inputs.subject.scopes)
     found = workers.once(lambda: committed_scores(out_dir, identity, overwrite=overwrite, keep_edit=not overwrite))
     if found is not None:
         return found
@@ -156,7 +165,7 @@ def _choose(
     config: ScoreConfig, inputs: Inputs, bases: Bases, identity: Key, out_dir: Path, reporter: Reporter
 ) -> Manifest:
     """Choose ranks from finished bases, and commit: bases and ranks of another result stand until then, together."""
-    budget, resolved = bases.chooser.budget, inputs.subject.resolved
+    budget, subject = bases.chooser.budget, inputs.subject
     plans = plans_of(bases)
     plan, tried = plans[0], []
     if len(plans) > 1 and inputs.held_out is not None and (batches := inputs.held_out()):
@@ -164,7 +173,7 @@ def _choose(
         reporter.advance("choose", len(plans), len(plans))
     units, choices = plan.units, plan.choices
     stored = sum(price_of(unit, choices[unit.name]).elements for unit in units)
-    claimed = sum(target.elements for target in resolved.targets)
+    claimed = sum(target.elements for target in subject.claimed)
     report = {
         "asked_ratio": config.ratio,
         "reached_ratio": budget.reached(stored),
@@ -181,7 +190,7 @@ def _choose(
         "bases_prefix": plan.bases.files.prefix,
         "spectra": None if bases.spectra is None else bases.spectra.id,
     }
-    files = bases.names(range(len(resolved.blocks)))
+    files = bases.names(subject.scopes)
     with replacing(out_dir, listed) as draft:
         for name in files:
             link(out_dir / name, draft / name)

@@ -121,7 +121,7 @@ def test_ranks_that_nobody_edited_leave_no_copy(tiny: Tiny, finished: Finished):
         (lambda m: m.update({NAME: 5}), "does not have the form"),
         (lambda m: m[NAME].update(shape=[16, 32]), "has shape [16, 32]; it is [32, 32] in the model"),
         (lambda m: m[NAME].update(rnak=3), "does not have the form"),
-        (lambda m: m[NAME].update(format="width", rank=3), "expected one of pair, pivot, auto with a rank"),
+        (lambda m: m[NAME].update(format="width", rank=3), "expected one of pair, pivot, svd-core, auto with a rank"),
         (
             lambda m: m[NAME].update(format="pair", rank=14),
             f"{NAME} asks for rank 14 (pair), but its basis was kept up",

@@ -1,0 +1,79 @@
+"""What is outside the blocks: the head of a language model, compressed where that is asked for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from lowrank_compress.formats.table import FORMATS
+from tests.runs import Tiny, done, refused
+from tests.tiny import save_tiny, tiny_text
+
+HEAD = ("--method", "svd", "--for", "head=svd", "--ratio-of", "model", "--ratio", 0.3, "--samples", 4, "--seq-len", 16)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "heldout.txt"
+    path.write_text(tiny_text(2000, seed=1))
+    return path
+
+
+@pytest.mark.parametrize("storage", sorted(FORMATS))
+@pytest.mark.parametrize("model_type", ["llama", "gpt_neox"])
+def test_a_compressed_head_computes_what_it_stands_for(
+    model_type: str, storage: str, text: Path, tmp_path: Path
+) -> None:
+    model, run = save_tiny(model_type, tmp_path / "model"), tmp_path / "run"
+    said = done("compress", model, *HEAD, "--storage", storage, "--out", run, "--json").json
+    report = json.loads((run / "model" / "lowrank.json").read_text())
+    assert report["matrices"]["lm_head"]["stored"] < report["matrices"]["lm_head"]["dense"]
+    on_disk = {"llama": "lm_head", "gpt_neox": "embed_out"}[model_type]
+    assert f"{on_disk}.lr_in.weight" in load_file(run / "model" / "model.safetensors")
+    assert said["reached_ratio"] >= 0.3
+
+    done("export", run, "--dense", tmp_path / "dense")
+    ids = torch.arange(12)[None]
+    compressed = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float64)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(compressed(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-5)
+    whole = sum(tensor.numel() for tensor in compressed.state_dict().values())
+    parameters = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(model).parameters())
+    assert whole <= 0.7 * parameters
+
+    (found,) = (
+        done("eval", run, "--perplexity", text, "--seq-len", 16, "--limit", 8, "--json").json["perplexity"].values()
+    )
+    (exported,) = (
+        done("eval", tmp_path / "dense", "--perplexity", text, "--seq-len", 16, "--limit", 8, "--json")
+        .json["perplexity"]
+        .values()
+    )
+    assert found["compressed"] == pytest.approx(exported["dense"], rel=1e-4)
+    assert all(entry["state"] in ("intact", "dropped") for entry in done("verify", run, "--json").json["files"])
+
+
+def test_without_being_asked_the_head_stays(tiny: Tiny, tmp_path: Path) -> None:
+    done("compress", *tiny.options(tmp_path / "run", "svd"))
+    names = load_file(tmp_path / "run" / "model" / "model.safetensors").keys()
+    assert "lm_head.weight" in names
+
+
+def test_what_cannot_be_is_said(tiny: Tiny, tmp_path: Path) -> None:
+    model, out = tiny.model, ("--out", tmp_path / "run")
+    assert "Pass --ratio-of model" in refused("compress", model, "--method", "svd", "--for", "head=svd", *out)
+    said = refused(
+        "compress", model, "--method", "svd", "--for", "head=svd-llm", "--ratio-of", "model",
+        "--calibration", tiny.text, *out,
+    )  # fmt: skip
+    assert "svd-llm needs statistics" in said
+    assert "--for head=svd" in said
+    tied = save_tiny("llama", tmp_path / "tied", tie_word_embeddings=True)
+    assert "shares its weight with the embedding" in refused("compress", tied, *HEAD, *out)
+    assert not (tmp_path / "run").exists()

@@ -36,6 +36,11 @@ class Registry(Mapping[str, T], Generic[T]):
         self._type = entry_type
         self._all: dict[str, T] | None = None
 
+    @property
+    def own(self) -> Mapping[str, T]:
+        """The entries of this package, whatever others are installed."""
+        return self._own
+
     def _entries(self) -> dict[str, T]:
         if self._all is None:
             found: dict[str, Any] = {}

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import yaml
 
 from lowrank_compress.errors import InputError
 from lowrank_compress.options import CAP, FLOOR, TEMPERATURE, Option, only, settle
+from tests.plugins import installed
 from tests.runs import Tiny, done, refused
 
 WIDTH = Option("width", int, 3, "how wide", least=1, most=8)
@@ -132,30 +131,10 @@ METHOD = LinearMethod(
 """
 
 
-@pytest.fixture
-def plugged(tmp_path: Path) -> dict[str, str]:
-    """The environment of a process that has a package with plug-ins."""
-    place = tmp_path / "site"
-    info = place / "my_package-1.0.dist-info"
-    info.mkdir(parents=True)
-    (place / "my_package.py").write_text(PLUG_IN)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(
-        textwrap.dedent(
-            """
-            [lowrank_compress.allocators]
-            modest = my_package:ALLOCATOR
+def test_a_plug_in_has_options_of_its_own(tiny: Tiny, tmp_path: Path) -> None:
+    points = {"allocators": {"modest": "my_package:ALLOCATOR"}, "methods": {"gram-only": "my_package:METHOD"}}
+    plugged = installed(tmp_path / "site", PLUG_IN, {f"lowrank_compress.{group}": points[group] for group in points})
 
-            [lowrank_compress.methods]
-            gram-only = my_package:METHOD
-            """
-        )
-    )
-    root = str(Path(__file__).parents[1])
-    return os.environ | {"PYTHONPATH": os.pathsep.join([str(place), root])}
-
-
-def test_a_plug_in_has_options_of_its_own(tiny: Tiny, plugged: dict[str, str], tmp_path: Path) -> None:
     def lrc(*words: object) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "lowrank_compress", *map(str, words)]
         return subprocess.run(command, env=plugged, text=True, capture_output=True, check=False)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from lowrank_compress.cli.main import app
 from lowrank_compress.formats.table import FORMATS
 from lowrank_compress.methods.linear import LinearMethod
 from lowrank_compress.methods.table import METHODS
+from tests.plugins import installed
 from tests.runs import Tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,7 +94,7 @@ def test_every_recipe_is_named() -> None:
 
 
 def test_every_method_and_allocator_is_explained() -> None:
-    own = {name for table in (METHODS, ALLOCATORS) for name in table} | set(FORMATS)
+    own = {name for table in (METHODS, ALLOCATORS) for name in table.own} | set(FORMATS)
     assert own <= set(INLINE)
 
 
@@ -132,3 +135,15 @@ def test_plug_ins_are_what_the_tables_take() -> None:
     for group, name in re.findall(r'\[project\.entry-points\."([\w.]+)"\]\n[\w-]+ = "my_package:(\w+)"', toml):
         assert group in {"lowrank_compress.methods", "lowrank_compress.allocators", "lowrank_compress.architectures"}
         assert name in made
+
+
+def test_the_tests_of_the_tables_take_plug_ins_up_and_they_pass(tmp_path: Path) -> None:
+    (code,) = (block for kind, block in BLOCKS if kind == "python" and "METHOD" in block)
+    (toml,) = (block for kind, block in BLOCKS if kind == "toml")
+    found = re.findall(r'\[project\.entry-points\."([\w.]+)"\]\n([\w-]+) = "([\w:]+)"', toml)
+    plugged = installed(tmp_path / "site", code, {group: {name: value} for group, name, value in found})
+    tables = [str(ROOT / "tests" / path) for path in ("allocation/test_table.py", "methods/test_linear.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-k", "first-come or fisher-only or names", *tables]
+    said = subprocess.run(command, env=plugged, cwd=tmp_path, text=True, capture_output=True, check=False)
+    assert said.returncode == 0, said.stdout
+    assert int(re.findall(r"(\d+) passed", said.stdout)[0]) > 50

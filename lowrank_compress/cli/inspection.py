@@ -60,7 +60,7 @@ def list_entries(what: str, as_json: bool) -> None:
 
 
 def _described(options: Iterable[Option]) -> str:
-    return "; ".join(option.described for option in options)
+    return "; ".join(option.described for option in options) or "–"
 
 
 def show(target: str, as_json: bool) -> None:

@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from lowrank_compress.calibration.tokens import batches_hash
+from lowrank_compress.calibration.windows import batches_hash
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.recipe import Recipe
 from lowrank_compress.stages.plan import make_plan

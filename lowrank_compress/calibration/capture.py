@@ -19,7 +19,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lowrank_compress.arch.resolve import Target
+from lowrank_compress.arch.targets import Target
 from lowrank_compress.calibration.hooks import hooked
 from lowrank_compress.calibration.moments import ROWS, Moments
 from lowrank_compress.calibration.statistics import STATISTICS, enough_tokens, statistic_key

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lowrank_compress.arch.resolve import Target
+from lowrank_compress.arch.targets import Target
 from lowrank_compress.calibration.moments import Moments, Seen
 from lowrank_compress.errors import NumericsError
 from lowrank_compress.model import weights

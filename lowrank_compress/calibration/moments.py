@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowrank_compress.arch.resolve import Heads, Target
+from lowrank_compress.arch.targets import Heads, Target
 from lowrank_compress.calibration.statistics import HALVES, INFLUENCE, STATISTICS, first_half, statistic_key
 from lowrank_compress.errors import InputError, NumericsError
 from lowrank_compress.resources.workers import Workers

@@ -12,8 +12,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lowrank_compress.arch.resolve import Target
 from lowrank_compress.arch.spec import Role
+from lowrank_compress.arch.targets import Target
 
 INFLUENCE = "influence"
 """Key of a block's influence among its means: it belongs to no target."""

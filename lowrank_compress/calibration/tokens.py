@@ -1,12 +1,8 @@
-"""Text to windows of tokens: deterministic, hashed, every token scored exactly once.
-
-Text is tokenised without special tokens. A window is [bos, if the tokenizer adds one] + tokens, `seq_len` in all.
-"""
+"""Text to tokens, without special ones: deterministic, in parts, within the vocabulary."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +12,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lowrank_compress.calibration.cells import Chat, Render
-from lowrank_compress.calibration.sources import Examples
-from lowrank_compress.errors import CalibrationError, InputError
+from lowrank_compress.errors import InputError
 from lowrank_compress.model.checkpoint import Checkpoint, in_a_line
 from lowrank_compress.model.shards import COMPANIONS, require_small
-from lowrank_compress.model.walk.batch import Batch
 
 
 def load_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -190,128 +184,3 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[np.ndarray, 
     found = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
     spans = np.array(found["offset_mapping"], np.int64).reshape(-1, 2)
     return _narrow(found["input_ids"]), np.maximum.accumulate(spans[:, 0])
-
-
-def calibration_windows(ids: Tensor, seq_len: int, samples: int, seed: int, bos: int | None) -> Tensor:
-    """Cut a calibration set: the first `samples` full windows after a seeded shuffle, (windows, seq_len) int64.
-
-    A text with fewer full windows gives all it has.
-
-    Raises
-    ------
-    CalibrationError
-        The text is shorter than one window.
-    """
-    body = seq_len - (bos is not None)
-    count = len(ids) // body
-    if count == 0:
-        raise CalibrationError(
-            f"The calibration text has {len(ids)} tokens; one window of --seq-len {seq_len} needs {body}. Pass more "
-            "text or a smaller --seq-len."
-        )
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:samples]
-    windows = ids[: count * body].view(count, body)[order].long()
-    return windows if bos is None else torch.cat([torch.full((len(windows), 1), bos), windows], dim=1)
-
-
-def evaluation_windows(ids: Tensor, seq_len: int, bos: int | None) -> list[Tensor]:
-    """Cut a text so that every token is scored once: windows (length,) int64, at most `seq_len` long.
-
-    With a bos each window is [bos] + tokens and all its tokens are scored. Without one, consecutive windows overlap
-    by one token of context, so that all tokens but the very first of the text are scored. In both cases a window
-    scores all its positions but the first.
-    """
-    if bos is not None:
-        return [torch.cat([torch.tensor([bos]), part.long()]) for part in ids.split(seq_len - 1)]
-    return [ids[start : start + seq_len].long() for start in range(0, len(ids) - 1, seq_len - 1)]
-
-
-def window_batches(windows: Sequence[Tensor], size: int) -> list[Batch]:
-    """Group windows of equal length into batches of at most `size`, in order."""
-    batches: list[Batch] = []
-    pending: list[Tensor] = []
-    for window in windows:
-        if pending and (len(pending) == size or len(window) != len(pending[0])):
-            batches.append(Batch(torch.stack(pending)))
-            pending = []
-        pending.append(window)
-    return [*batches, Batch(torch.stack(pending))] if pending else batches
-
-
-def example_batches(
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Examples,
-    label_ids: Mapping[str, int],
-    seq_len: int,
-    size: int,
-    vocabulary: int | None = None,
-) -> list[Batch]:
-    """Tokenise labelled texts as the model expects them, special tokens included.
-
-    Examples of one length make a batch, in their order: nothing is padded, so that no result depends on the company
-    that an example is in, on which side the tokenizer pads, or on what the model takes for padding.
-
-    Raises
-    ------
-    InputError
-        A label is not one of the model's classes, or a token id is beyond the `vocabulary`.
-    CalibrationError
-        An example has no tokens.
-    """
-    known = _by_class_names(label_ids, examples.class_names)
-    labels = None if examples.labels is None else [_label(label, known) for label in examples.labels]
-    by_length: dict[int, list[tuple[int, list[int], list[int] | None]]] = {}
-    for number, text in enumerate(examples.texts):
-        pair = {} if examples.seconds is None else {"text_pair": examples.seconds[number]}
-        found = tokenizer(text, **pair, truncation=True, max_length=seq_len, padding=False, verbose=False)
-        ids, kinds = found["input_ids"], found.get("token_type_ids") if pair else None
-        if not ids:
-            raise CalibrationError(
-                f"Example {number + 1} has no tokens: its text is {text!r}. Remove it, or fill it in."
-            )
-        by_length.setdefault(len(ids), []).append((number, ids, kinds))  # pyright: ignore[reportArgumentType]
-    batches = []
-    for group in by_length.values():
-        for start in range(0, len(group), size):
-            part = group[start : start + size]
-            kinds = None if part[0][2] is None else torch.tensor([kinds for _, _, kinds in part])
-            chosen = None if labels is None else torch.tensor([labels[number] for number, _, _ in part])
-            ids = torch.tensor([ids for _, ids, _ in part])
-            require_known(tokenizer, ids, vocabulary)
-            batches.append(Batch(ids, None, chosen, kinds))
-    return batches
-
-
-def _by_class_names(label_ids: Mapping[str, int], names: Sequence[str] | None) -> Mapping[str, int]:
-    """Let a data set's numbers of classes mean the model's classes of the same names, where the names are the same."""
-    model = {label.casefold(): number for label, number in label_ids.items()}
-    same = [name.casefold() in model for name in names or ()]
-    if not any(same):
-        return label_ids
-    if names is None or not all(same):
-        raise InputError(
-            f"The data set's classes are {', '.join(names or ())}, and the model's {', '.join(label_ids)}: some names "
-            "are the same, but not all. Use a table with the model's names as labels."
-        )
-    return {**label_ids, **{str(number): model[name.casefold()] for number, name in enumerate(names)}}
-
-
-def _label(label: str, label_ids: Mapping[str, int]) -> int:
-    if label in label_ids:
-        return label_ids[label]
-    numbers = {str(number): number for number in label_ids.values()}
-    if label in numbers:
-        return numbers[label]
-    known = ", ".join(f"{name} ({number})" for name, number in label_ids.items())
-    raise InputError(f"The label {label!r} is none of the model's classes: {known}. Check --label-column.")
-
-
-def batches_hash(batches: Sequence[Batch]) -> str:
-    """SHA-256 over all token ids, masks and labels."""
-    digest = hashlib.sha256()
-    for batch in batches:
-        for part in (batch.ids, batch.mask, batch.labels, batch.kinds):
-            if part is not None:
-                digest.update(f"{tuple(part.shape)}".encode())
-                digest.update(part.to(torch.int64).contiguous().numpy().tobytes())
-    return digest.hexdigest()

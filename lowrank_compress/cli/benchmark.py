@@ -11,7 +11,8 @@ from rich.progress import filesize
 from lowrank_compress.cli.terminal import TerminalReporter, console, number, print_json, table
 from lowrank_compress.config import DTYPES
 from lowrank_compress.errors import InputError
-from lowrank_compress.evaluation.speed import PHASES, Settings, benchmark
+from lowrank_compress.evaluation.contestant import PHASES, Settings
+from lowrank_compress.evaluation.speed import benchmark
 from lowrank_compress.model.blueprint import blueprint, task_of
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.locate import locate

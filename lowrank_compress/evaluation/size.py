@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from lowrank_compress.arch.resolve import Target
+from lowrank_compress.arch.targets import Target
 from lowrank_compress.model.blueprint import Blueprint, blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.surgery import ROTARY

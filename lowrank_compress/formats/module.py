@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_compress.arch.resolve import Target
+from lowrank_compress.arch.targets import Target
 from lowrank_compress.formats.spec import Encoded
 from lowrank_compress.shipped.formats.base import INDEX_DTYPE
 from lowrank_compress.shipped.formats.table import FORMATS as PARTS

@@ -21,8 +21,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lowrank_compress.arch.resolve import Heads
 from lowrank_compress.arch.spec import Role
+from lowrank_compress.arch.targets import Heads
 from lowrank_compress.errors import InputError
 from lowrank_compress.linalg.columns import elimination_order
 from lowrank_compress.methods.linear import Damping

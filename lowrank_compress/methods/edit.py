@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowrank_compress.allocation.choice import Choice
-from lowrank_compress.arch.resolve import Target
+from lowrank_compress.arch.targets import Target
 from lowrank_compress.formats.spec import Encoded
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_compress.arch.resolve import Target
+from lowrank_compress.arch.targets import Target
 from lowrank_compress.calibration.statistics import SMALL, statistic_key
 from lowrank_compress.linalg.heldout import falling, mixed, projector_losses, score
 from lowrank_compress.linalg.metric import Diagonal, Full, Identity, Metric

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowrank_compress.allocation.choice import Choice, Choices
-from lowrank_compress.arch.resolve import Target
+from lowrank_compress.arch.targets import Target
 from lowrank_compress.calibration.statistics import statistic_key
 from lowrank_compress.errors import InputError
 from lowrank_compress.formats.spec import Product

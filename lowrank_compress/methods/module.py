@@ -8,8 +8,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from lowrank_compress.arch.resolve import Heads
 from lowrank_compress.arch.spec import Group, Role
+from lowrank_compress.arch.targets import Heads
 from lowrank_compress.methods.linear import Damping
 from lowrank_compress.options import Option
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lowrank_compress.allocation.choice import Choice, Choices, of_ranks
-from lowrank_compress.arch.resolve import Target
 from lowrank_compress.arch.spec import QUERY_KEY, Role
+from lowrank_compress.arch.targets import Target
 from lowrank_compress.calibration.statistics import statistic_key
 from lowrank_compress.formats.dense import dense
 from lowrank_compress.methods.edit import Edit, Narrower, Replacement, Source

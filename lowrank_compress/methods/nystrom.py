@@ -20,8 +20,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lowrank_compress.arch.resolve import Heads
 from lowrank_compress.arch.spec import Role
+from lowrank_compress.arch.targets import Heads
 from lowrank_compress.calibration.statistics import SMALL
 from lowrank_compress.errors import InputError
 from lowrank_compress.linalg.columns import compensated_order

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
-from lowrank_compress.arch.resolve import Resolved, Target
 from lowrank_compress.arch.spec import HEAD, Architecture
+from lowrank_compress.arch.targets import Resolved, Target
 from lowrank_compress.errors import InputError, UnsupportedError
 from lowrank_compress.recipe import PART_OPTIONS, Recipe
 from lowrank_compress.registry import unknown

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from lowrank_compress.arch.resolve import Resolved, Target
 from lowrank_compress.arch.spec import HEAD, QUERY_KEY, Group
+from lowrank_compress.arch.targets import Resolved, Target
 from lowrank_compress.config import ModuleMetric, Scheme
 from lowrank_compress.errors import InputError
 from lowrank_compress.methods.cr import unit_members

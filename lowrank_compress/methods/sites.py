@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lowrank_compress.arch.resolve import Resolved, Target
 from lowrank_compress.arch.spec import QUERY_KEY
+from lowrank_compress.arch.targets import Resolved, Target
 from lowrank_compress.config import Scheme
 from lowrank_compress.errors import UnsupportedError
 from lowrank_compress.methods.linear import LinearMethod

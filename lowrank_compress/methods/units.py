@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lowrank_compress.allocation.choice import Choice, Choices
-from lowrank_compress.arch.resolve import Target
+from lowrank_compress.arch.targets import Target
 from lowrank_compress.calibration.statistics import STATISTICS, statistic_key
 from lowrank_compress.methods.edit import Edit, Replacement, Source
 from lowrank_compress.methods.linear import Damping

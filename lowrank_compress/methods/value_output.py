@@ -17,8 +17,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lowrank_compress.arch.resolve import Heads
 from lowrank_compress.arch.spec import Role
+from lowrank_compress.arch.targets import Heads
 from lowrank_compress.errors import InputError
 from lowrank_compress.linalg.metric import Full
 from lowrank_compress.linalg.weighted import decompose as project

@@ -20,8 +20,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from lowrank_compress.arch.resolve import Resolved, Target, resolve
+from lowrank_compress.arch.resolve import resolve
 from lowrank_compress.arch.table import architecture_of
+from lowrank_compress.arch.targets import Resolved, Target
 from lowrank_compress.errors import CheckpointError, LrcError, UnsupportedError
 from lowrank_compress.model import contract, weights
 from lowrank_compress.model.casting import cast

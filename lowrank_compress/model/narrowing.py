@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lowrank_compress.arch.resolve import Heads, Resolved, Target
 from lowrank_compress.arch.spec import Role
+from lowrank_compress.arch.targets import Heads, Resolved, Target
 from lowrank_compress.errors import UnsupportedError, first_line
 from lowrank_compress.model import weights
 from lowrank_compress.model.skeleton import Skeleton

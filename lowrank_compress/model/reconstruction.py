@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from lowrank_compress.arch.resolve import Target
+from lowrank_compress.arch.targets import Target
 from lowrank_compress.model import weights
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.skeleton import Skeleton

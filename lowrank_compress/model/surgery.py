@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lowrank_compress.arch.resolve import Heads, Target
 from lowrank_compress.arch.spec import Role
+from lowrank_compress.arch.targets import Heads, Target
 from lowrank_compress.shipped.traits import Traits
 
 ROTARY = "lr_rotary"  # the buffer of `CompressedAttention`

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import torch
 
-from lowrank_compress.arch.resolve import Rows, Target
+from lowrank_compress.arch.targets import Rows, Target
 from lowrank_compress.errors import CheckpointError
 
 

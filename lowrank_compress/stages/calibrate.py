@@ -13,7 +13,7 @@ import torch
 from lowrank_compress.artifacts.manifest import Key, Manifest, commit, committed, read_manifest
 from lowrank_compress.artifacts.tensors import BlockFiles
 from lowrank_compress.calibration.capture import capture, needs_gradient
-from lowrank_compress.calibration.tokens import batches_hash
+from lowrank_compress.calibration.windows import batches_hash
 from lowrank_compress.config import CalibrateConfig
 from lowrank_compress.errors import ArtifactError, InputError
 from lowrank_compress.methods.matrix_unit import MatrixUnit

@@ -22,7 +22,7 @@ from torch import Tensor
 from lowrank_compress.allocation.choice import Choice
 from lowrank_compress.allocation.curve import Curve
 from lowrank_compress.allocation.uniform import allocate as uniform
-from lowrank_compress.arch.resolve import Target
+from lowrank_compress.arch.targets import Target
 from lowrank_compress.errors import InputError, UnsupportedError
 from lowrank_compress.methods.edit import Replacement, Source
 from lowrank_compress.methods.units import Unit

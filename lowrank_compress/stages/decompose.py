@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowrank_compress.allocation.curve import Curve
-from lowrank_compress.arch.resolve import Target
+from lowrank_compress.arch.targets import Target
 from lowrank_compress.artifacts.documents import canonical_hash
 from lowrank_compress.artifacts.manifest import Manifest
 from lowrank_compress.artifacts.tensors import BlockFiles

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lowrank_compress.allocation.choice import Choice
-from lowrank_compress.arch.resolve import Target
 from lowrank_compress.arch.spec import Role
+from lowrank_compress.arch.targets import Target
 from lowrank_compress.config import FactorizeConfig
 from lowrank_compress.formats.dense import dense
 from lowrank_compress.formats.module import joined, module_entry, module_tensors

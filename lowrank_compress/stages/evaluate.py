@@ -15,18 +15,10 @@ from lowrank_compress.artifacts.directories import keep_aside, refuse_link
 from lowrank_compress.artifacts.documents import canonical_hash, read_json, write_json
 from lowrank_compress.artifacts.files import sha256
 from lowrank_compress.artifacts.manifest import Key, Manifest, altered, commit, committed, read_manifest
+from lowrank_compress.calibration.examples import example_batches
 from lowrank_compress.calibration.sources import Source, pieces, read_examples
-from lowrank_compress.calibration.tokens import (
-    bos_of,
-    encode,
-    evaluation_windows,
-    example_batches,
-    load_tokenizer,
-    renderer,
-    require_known,
-    vocabulary_of,
-    window_batches,
-)
+from lowrank_compress.calibration.tokens import bos_of, encode, load_tokenizer, renderer, require_known, vocabulary_of
+from lowrank_compress.calibration.windows import evaluation_windows, window_batches
 from lowrank_compress.config import EvaluateConfig
 from lowrank_compress.errors import ArtifactError, CalibrationError, InputError
 from lowrank_compress.evaluation.harness import harness_version, run_tasks, task_files

@@ -5,18 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lowrank_compress.calibration.capture import loss_terms
+from lowrank_compress.calibration.examples import example_batches
 from lowrank_compress.calibration.sources import Source, pieces, read_examples, shuffled
 from lowrank_compress.calibration.statistics import ENOUGH
-from lowrank_compress.calibration.tokens import (
-    bos_of,
-    calibration_windows,
-    encode,
-    example_batches,
-    load_tokenizer,
-    renderer,
-    vocabulary_of,
-    window_batches,
-)
+from lowrank_compress.calibration.tokens import bos_of, encode, load_tokenizer, renderer, vocabulary_of
+from lowrank_compress.calibration.windows import calibration_windows, window_batches
 from lowrank_compress.config import CalibrateConfig
 from lowrank_compress.errors import InputError
 from lowrank_compress.methods.units import Unit

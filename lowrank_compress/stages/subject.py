@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from lowrank_compress.arch.resolve import Resolved, Target
+from lowrank_compress.arch.targets import Resolved, Target
 from lowrank_compress.config import Scheme
 from lowrank_compress.methods.sites import Site, all_units, sites_of
 from lowrank_compress.methods.units import Unit

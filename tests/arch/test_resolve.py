@@ -11,8 +11,9 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from lowrank_compress.arch import resolve as module
-from lowrank_compress.arch.resolve import Resolved, Rows, block_paths, resolve
+from lowrank_compress.arch.resolve import block_paths, resolve
 from lowrank_compress.arch.table import ARCHITECTURES
+from lowrank_compress.arch.targets import Resolved, Rows
 from lowrank_compress.errors import UnsupportedError
 from tests.tiny import CASES, MODELS, tiny_config, tiny_model
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lowrank_compress.arch.resolve import Heads, Rows, Target, View
 from lowrank_compress.arch.spec import Role
+from lowrank_compress.arch.targets import Heads, Rows, Target, View
 from lowrank_compress.calibration.moments import (
     PANEL,
     ROWS,

@@ -14,17 +14,10 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lowrank_compress.calibration import tokens
+from lowrank_compress.calibration.examples import example_batches
 from lowrank_compress.calibration.sources import Examples, Source, read_examples, read_text, shuffled
-from lowrank_compress.calibration.tokens import (
-    batches_hash,
-    bos_of,
-    calibration_windows,
-    encode,
-    evaluation_windows,
-    example_batches,
-    load_tokenizer,
-    window_batches,
-)
+from lowrank_compress.calibration.tokens import bos_of, encode, load_tokenizer
+from lowrank_compress.calibration.windows import batches_hash, calibration_windows, evaluation_windows, window_batches
 from lowrank_compress.errors import CalibrationError, InputError
 from lowrank_compress.model.walk.batch import Batch
 from tests.tiny import BOS, tiny_text, tiny_tokenizer

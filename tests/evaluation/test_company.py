@@ -9,8 +9,8 @@ import torch
 from tokenizers import processors
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from lowrank_compress.calibration.examples import example_batches
 from lowrank_compress.calibration.sources import Examples
-from lowrank_compress.calibration.tokens import example_batches
 from lowrank_compress.evaluation.replayed import walked
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.skeleton import Skeleton

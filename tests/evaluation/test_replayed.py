@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lowrank_compress.calibration.tokens import evaluation_windows, window_batches
+from lowrank_compress.calibration.windows import evaluation_windows, window_batches
 from lowrank_compress.errors import NumericsError
 from lowrank_compress.evaluation.replayed import Accuracy, Perplexity, accuracy, perplexity
 from lowrank_compress.model.checkpoint import Checkpoint

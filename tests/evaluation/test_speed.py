@@ -11,9 +11,10 @@ import torch
 
 from lowrank_compress.errors import InputError
 from lowrank_compress.evaluation import speed
+from lowrank_compress.evaluation.contestant import Settings, random_prompts
 from lowrank_compress.evaluation.rounds import alternate, compare, orders
 from lowrank_compress.evaluation.size import measure_size
-from lowrank_compress.evaluation.speed import Settings, benchmark, random_prompts
+from lowrank_compress.evaluation.speed import benchmark
 from lowrank_compress.model.checkpoint import Checkpoint
 from tests.tiny import MODELS, save_tiny
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowrank_compress.arch.resolve import Heads
 from lowrank_compress.arch.spec import Role
+from lowrank_compress.arch.targets import Heads
 from lowrank_compress.errors import InputError
 from lowrank_compress.methods.cr import decompose, reduce, statistics
 from lowrank_compress.methods.linear import Damping

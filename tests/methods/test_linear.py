@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lowrank_compress.allocation.table import ALLOCATORS
-from lowrank_compress.arch.resolve import Rows, Target, View, resolve
+from lowrank_compress.arch.resolve import resolve
+from lowrank_compress.arch.targets import Rows, Target, View
 from lowrank_compress.calibration.statistics import STATISTICS, statistic_key
 from lowrank_compress.linalg.weighted import factors
 from lowrank_compress.methods.linear import (

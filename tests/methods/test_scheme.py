@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lowrank_compress.arch.resolve import Resolved
+from lowrank_compress.arch.targets import Resolved
 from lowrank_compress.config import Scheme
 from lowrank_compress.errors import InputError
 from lowrank_compress.methods.scheme import label, parts_of, rival_of, scheme_of

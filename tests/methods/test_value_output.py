@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lowrank_compress.arch.resolve import Heads
 from lowrank_compress.arch.spec import Role
+from lowrank_compress.arch.targets import Heads
 from lowrank_compress.errors import InputError
 from lowrank_compress.methods.linear import Damping
 from lowrank_compress.methods.module import Reduced

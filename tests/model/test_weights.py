@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lowrank_compress.arch.resolve import Rows, Target, View, resolve
+from lowrank_compress.arch.resolve import resolve
+from lowrank_compress.arch.targets import Rows, Target, View
 from lowrank_compress.errors import CheckpointError
 from lowrank_compress.model.weights import bias, place, place_bias, read
 from tests.tiny import MODELS, tiny_model

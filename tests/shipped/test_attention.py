@@ -22,7 +22,8 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from lowrank_compress.arch.resolve import Resolved, Target, resolve
+from lowrank_compress.arch.resolve import resolve
+from lowrank_compress.arch.targets import Resolved, Target
 from lowrank_compress.model import weights
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.dense import write_dense

@@ -1,0 +1,24 @@
+"""The program `lrc`, to which commands are added."""
+
+from __future__ import annotations
+
+import typer
+
+app = typer.Typer(
+    name="lrc",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="""Compress Hugging Face transformer checkpoints by low-rank factorization.
+
+    The pipeline is calibrate → score → factorize → evaluate. [bold]lrc compress[/] runs the first three; each also
+    runs alone on the same run directory. After any interruption the same command continues where it stopped.
+
+    [dim]lrc compress meta-llama/Llama-3.2-1B --ratio 0.3            the recommendation, calibrated on WikiText-2[/]
+
+    [dim]lrc compress ./model --method fwsvd --calibration my.txt    a paper's method, on your own text[/]
+
+    [dim]lrc eval runs/Llama-3.2-1B-auto-0.3 --perplexity my-test.txt[/]
+    """,
+)

@@ -21,7 +21,7 @@ from lowrank_compress.linalg.weighted import smaller_side
 from lowrank_compress.methods.declared import options_of
 from lowrank_compress.methods.linear import Damping
 from lowrank_compress.methods.units import Unit, statistics_bytes, uses
-from lowrank_compress.options import only
+from lowrank_compress.options import ALPHA, only
 from lowrank_compress.resources.behind import Behind
 from lowrank_compress.resources.resources import Resources
 from lowrank_compress.stages.choose import Chooser
@@ -80,10 +80,13 @@ class Bases:
             "calibration": calibration,
             "version": VERSION,
             "units": sorted({unit.identity for unit in chooser.units}),
-            "damping": [self._damping.fisher, self._damping.gram, self._damping.options],
+            "damping": [self._damping.fisher, self._damping.gram, self._damping.power],
             "device": config.device,
             "keep": [chooser.keep[unit.name] for unit in chooser.units],
         }
+        # The power stands above, whether a method declares it or not, so that files keep the names they have.
+        if others := {name: value for name, value in told.items() if name != ALPHA.name}:
+            identity["options"] = others
         self.files = BlockFiles(directory, canonical_hash(identity), prefix)
         self.spectra = None
         if chooser.allocator.needs_spectrum:

@@ -12,9 +12,9 @@ from lowrank_compress.allocation.choice import Choice
 from lowrank_compress.artifacts.manifest import read_manifest
 from lowrank_compress.calibration.capture import needs_gradient
 from lowrank_compress.calibration.statistics import STATISTICS, statistic_key
-from lowrank_compress.methods.matrix_unit import MatrixUnit
-from lowrank_compress.methods.module_unit import ModuleUnit
-from lowrank_compress.methods.units import cheaper, needed
+from lowrank_compress.methods.groups import cheaper, needed
+from lowrank_compress.methods.matrix_group import MatrixGroup
+from lowrank_compress.methods.module_group import ModuleGroup
 from lowrank_compress.model.blueprint import Blueprint
 from lowrank_compress.resources.memory import free_memory
 from lowrank_compress.stages.plan import Plan
@@ -40,7 +40,7 @@ class Floor:
     Parameters
     ----------
     plan
-        The recipe, with its units and largest ranks.
+        The recipe, with its groups and largest ranks.
     tokens
         Of the calibration set; 0 for methods without data.
     """
@@ -48,7 +48,7 @@ class Floor:
     def __init__(self, plan: Plan, tokens: int) -> None:
         self.plan, self.chooser, self.tokens = plan, plan.chooser, tokens
         self.blueprint: Blueprint = plan.subject.model
-        self.wanted = needed(self.chooser.units)
+        self.wanted = needed(self.chooser.groups)
         self.gradient = needs_gradient(self.wanted)
         self.amounts: dict[Work, float] = {}
         self.eighs: set[tuple[int, int]] = set()
@@ -62,8 +62,8 @@ class Floor:
     def eigh(self, step: str, size: int, keep: int, count: int = 1) -> None:
         """Add eigendecompositions."""
         self.eighs.add((size, keep))
-        unit = eigh_unit(size, keep)
-        self.add(step, unit.replace("eigh", "eigendecompositions of size"), unit, count)
+        group = eigh_unit(size, keep)
+        self.add(step, group.replace("eigh", "eigendecompositions of size"), group, count)
 
     def calibrate(self) -> None:
         """Sweeps over the blocks, the head's loss, and statistics, all in float32."""
@@ -96,23 +96,23 @@ class Floor:
                     self.add("backward" if self.gradient else "forward", "statistics", "float32", amount)
 
     def decompose(self) -> None:
-        """Bases of all units, in float64."""
-        for unit in self.chooser.units:
-            if isinstance(unit, MatrixUnit):
-                self._decompose_matrix(unit, self.chooser.keep[unit.name])
-            elif isinstance(unit, ModuleUnit) and unit.method.group.name == "mlp":
-                self._decompose_mlp(unit)
-            elif isinstance(unit, ModuleUnit) and unit.method.group.name == "vo":
-                self._decompose_values(unit)
+        """Bases of all groups, in float64."""
+        for group in self.chooser.groups:
+            if isinstance(group, MatrixGroup):
+                self._decompose_matrix(group, self.chooser.keep[group.name])
+            elif isinstance(group, ModuleGroup) and group.method.group.name == "mlp":
+                self._decompose_mlp(group)
+            elif isinstance(group, ModuleGroup) and group.method.group.name == "vo":
+                self._decompose_values(group)
         if self.chooser.allocator.needs_spectrum:
-            for unit in self.chooser.units:
-                k, far = min(unit.shape), max(unit.shape)
+            for group in self.chooser.groups:
+                k, far = min(group.shape), max(group.shape)
                 self.add("score", "products with the metrics", "float64", far * k**2)
                 self.eigh("score", k, k)
 
-    def _decompose_matrix(self, unit: MatrixUnit, keep: int) -> None:
-        k, far_size = min(unit.shape), max(unit.shape)
-        near, far = unit.method.sides(unit.target)
+    def _decompose_matrix(self, group: MatrixGroup, keep: int) -> None:
+        k, far_size = min(group.shape), max(group.shape)
+        near, far = group.method.sides(group.target)
         if not far.far or far.diagonal:
             self.add("decompose", "products with the metrics", "float64", far_size * k**2)
         self.eigh("decompose", k, keep)
@@ -121,55 +121,55 @@ class Floor:
             self.add("decompose", "products with the metrics", "float64", 2 * k**3)
             self.add("decompose", "projectors", "float64", 2 * k**2 * keep)
 
-    def _decompose_mlp(self, unit: ModuleUnit) -> None:
-        """Two Cholesky factors, an inverse and the images under the root; the order of the units by elimination."""
-        m, n = unit.roles["down"].shape
+    def _decompose_mlp(self, group: ModuleGroup) -> None:
+        """Two Cholesky factors, an inverse and the images under the root; the order of the groups by elimination."""
+        m, n = group.roles["down"].shape
         self.add("decompose", "Cholesky factors", "float64", 2 * n**3 / 3)
         self.add("decompose", "inverses", "float64", 2 * n**3 / 3)
         self.add("decompose", "losses of narrower MLPs", "float64", m * n**2)
-        if unit.method.fisher:
+        if group.method.fisher:
             self.add("decompose", "losses of narrower MLPs", "float64", 2 * m**2 * n)
-            # Each unit that goes changes the weights, their measured images and the inverse, over those that are left.
+            # Each group that goes changes the weights, their measured images and the inverse, over those that are left.
             self.add("decompose", "elimination of hidden units", "float64", 2 * m * n**2 + 2 * n**3 / 3)
             self.add("decompose", "elimination of hidden units", "float64", 2 * m**2 * n)
 
-    def _decompose_values(self, unit: ModuleUnit) -> None:
+    def _decompose_values(self, group: ModuleGroup) -> None:
         heads = self.blueprint.resolved.heads
-        outputs = unit.roles["o"].elements
-        if not unit.method.fisher:
+        outputs = group.roles["o"].elements
+        if not group.method.fisher:
             self.add("decompose", "products with the metrics", "float64", outputs * heads.size)
         self.add("decompose", "products with the metrics", "float64", 2 * heads.key * heads.size**3)
-        scaling = 2 * heads.size * (outputs + unit.roles["v"].elements)
+        scaling = 2 * heads.size * (outputs + group.roles["v"].elements)
         self.add("decompose", "projectors", "float64", 2 * heads.key * heads.size**3 + scaling)
         self.eigh("decompose", heads.size, heads.size, heads.key)
 
     def factorize(self, choices: Mapping[str, Choice]) -> None:
         """Factors at the chosen ranks."""
-        for unit in self.chooser.units:
-            choice = choices.get(unit.name)
+        for group in self.chooser.groups:
+            choice = choices.get(group.name)
             if choice is None or choice.is_dense:
                 continue
-            if isinstance(unit, MatrixUnit):
-                self._factorize_matrix(unit, choice)
-            elif isinstance(unit, ModuleUnit) and unit.method.group.name == "mlp":
-                (m, n), width = unit.roles["down"].shape, choice.parameters[0]
+            if isinstance(group, MatrixGroup):
+                self._factorize_matrix(group, choice)
+            elif isinstance(group, ModuleGroup) and group.method.group.name == "mlp":
+                (m, n), width = group.roles["down"].shape, choice.parameters[0]
                 down = 2 * m * (n - width) * width + m * width**2
                 self.add("factorize", "weights of narrower modules", "float64", down)
-            elif isinstance(unit, ModuleUnit) and unit.method.group.name == "vo":
-                both = sum(target.elements for target in unit.targets)
+            elif isinstance(group, ModuleGroup) and group.method.group.name == "vo":
+                both = sum(target.elements for target in group.targets)
                 self.add("factorize", "weights of narrower modules", "float64", 2 * choice.parameters[0] * both)
 
-    def _factorize_matrix(self, unit: MatrixUnit, choice: Choice) -> None:
+    def _factorize_matrix(self, group: MatrixGroup, choice: Choice) -> None:
         """The factors; pivot rows of them; where both formats are tried, what rounding does to each.
 
         Products that are rounded to 16 bits are in float32.
         """
         precision = "float32" if getattr(torch, self.plan.factorize.dtype).itemsize == 2 else "float64"
-        m, n = unit.shape
-        stored = unit.price(choice).elements
+        m, n = group.shape
+        stored = group.price(choice).elements
         formats = ("pair", "pivot") if choice.format == "auto" else (choice.format,)
-        found = {form: cheaper(unit, form, stored) for form in formats}
-        ranks = {form: unit.keep(best) for form, best in found.items() if best is not None}
+        found = {form: cheaper(group, form, stored) for form in formats}
+        ranks = {form: group.keep(best) for form, best in found.items() if best is not None}
         self.add("factorize", "factors", precision, 2 * max(ranks.values()) * m * n)
         if "pivot" in ranks:
             r = ranks["pivot"]
@@ -200,6 +200,6 @@ def work_of(plan: Plan, run: Run) -> Floor:
     floor = Floor(plan, calibrated.report["tokens"] if calibrated else 0)
     floor.calibrate()
     floor.decompose()
-    floor.factorize(read_ranks(run.scores / RANKS, plan.subject.sites))
+    floor.factorize(read_ranks(run.scores / RANKS, plan.subject.candidates))
     floor.transfer(run)
     return floor

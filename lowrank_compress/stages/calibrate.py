@@ -16,8 +16,8 @@ from lowrank_compress.calibration.capture import capture, needs_gradient
 from lowrank_compress.calibration.windows import batches_hash
 from lowrank_compress.config import CalibrateConfig
 from lowrank_compress.errors import ArtifactError, InputError
-from lowrank_compress.methods.matrix_unit import MatrixUnit
-from lowrank_compress.methods.units import needed, needs_data
+from lowrank_compress.methods.groups import needed, needs_data
+from lowrank_compress.methods.matrix_group import MatrixGroup
 from lowrank_compress.model.narrowing import check_narrowing
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.resources.resources import Resources
@@ -43,12 +43,12 @@ def key(config: CalibrateConfig, inputs: Inputs, text: str | None = None) -> Key
 
     `text` is the identity of that content where the text itself need not be there; None to look.
     """
-    units = inputs.subject.measured
+    groups = inputs.subject.measured
     found = {"checkpoint": checkpoint_id(inputs.subject.checkpoint)}
-    if needs_data(units):
+    if needs_data(groups):
         found["text"] = text or source_id(source_of(config))
     settings = config.model_dump(mode="json", exclude={"source", "scheme", "rival"})
-    wanted = needed(units)
+    wanted = needed(groups)
     by_role: dict[str, set[str]] = {}
     for target in inputs.subject.resolved.targets:
         by_role.setdefault(target.role, set()).update(wanted.get(target.name, ()))
@@ -93,7 +93,7 @@ def run(
     found = workers.once(lambda: committed(out_dir, identity, overwrite=overwrite))
     kept = sink is None
     subject = inputs.subject
-    units, task = subject.units, subject.model.task
+    groups, task = subject.groups, subject.model.task
     files = BlockFiles(out_dir, identity.id)
     receiver = sink or FileSink(files)
     blocks = subject.scopes
@@ -104,7 +104,7 @@ def run(
     wanted = needed(subject.measured)
     report: dict[str, object] = {"kept": kept, "tokens": 0, "windows": 0, "tokens_sha256": None}
     outputs = [files.name(block) for block in blocks] if kept else []
-    if not needs_data(units):
+    if not needs_data(groups):
         own = workers.share(missing)
         for done, part in in_parts(own, receiver.at_once):
             receiver.take({block: {} for block in part})
@@ -130,16 +130,16 @@ def run(
             f"The calibration text has {count} {what}, fewer than the {config.samples} asked for; all are taken. Pass "
             "more text, a smaller --seq-len, or a smaller --samples."
         )
-    if few := too_few(units, batches, needs_gradient(wanted)):
+    if few := too_few(groups, batches, needs_gradient(wanted)):
         reporter.warn(few)
-    if any(unit.loses_mean for unit in units if isinstance(unit, MatrixUnit)):
+    if any(group.loses_mean for group in groups if isinstance(group, MatrixGroup)):
         reporter.warn(
             "afm restores the mean through biases, and some layers of this model have none: there it uses the "
             "uncentred Gram matrix and restores no mean."
         )
     if not complete:
         skeleton = Skeleton(subject.checkpoint, torch.device(config.device), torch.float32)
-        if any(target.heads is not None for unit in units if len(unit.targets) > 1 for target in unit.targets):
+        if any(target.heads is not None for group in groups if len(group.targets) > 1 for target in group.targets):
             check_narrowing(skeleton, batches[0])
         out_dir.mkdir(parents=True, exist_ok=True)
         own = len(workers.share(missing))

@@ -1,6 +1,6 @@
 """Which of several whole plans to take: that which changes the model's predictions least on text kept out of the fits.
 
-Predicted losses are of second order and of one unit at a time: right in order at small ratios, too low at large ones.
+Predicted losses are of second order and of one group at a time: right in order at small ratios, too low at large ones.
 So where much is removed, or little text was there to fit on, whole plans are tried, each as the dense model with its
 matrices replaced by what they would become, one block in memory at a time, and the least Kullback-Leibler divergence to
 the dense model wins. It is taken on windows of the text that come after the calibration set, and, with less weight, on
@@ -25,7 +25,7 @@ from lowrank_compress.allocation.uniform import allocate as uniform
 from lowrank_compress.arch.targets import Target
 from lowrank_compress.errors import InputError, UnsupportedError
 from lowrank_compress.methods.edit import Replacement, Source
-from lowrank_compress.methods.units import Unit
+from lowrank_compress.methods.groups import TargetGroup
 from lowrank_compress.model.narrowing import check_narrowing
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.model.walk.batch import Batch
@@ -48,15 +48,15 @@ class Plan:
         For reports.
     bases
         The decompositions that it is made of.
-    units, choices
-        Which units, and the choice of each by its name.
+    groups, choices
+        Which groups, and the choice of each by its name.
     predicted
         Σ of the predicted losses.
     """
 
     name: str
     bases: Bases
-    units: tuple[Unit, ...]
+    groups: tuple[TargetGroup, ...]
     choices: Mapping[str, Choice]
     predicted: float
 
@@ -78,16 +78,16 @@ def plans_of(bases: Bases) -> list[Plan]:
         sample = bases.curves(on_sample=True)
         plans.append(_plan("losses on the sample", bases, sample, chooser.choose(sample), chooser.allocate))
     for name, position in (("linear only", 0), ("modules", -1)):
-        units = tuple(unit for site in chooser.subject.sites for unit in site.alternatives[position])
+        groups = tuple(group for part in chooser.subject.candidates for group in part.each[position])
         evenly = partial(uniform, limit=chooser.budget.limit)
         for how, allocate in (("", chooser.allocate), (", uniform", evenly)):
             with contextlib.suppress(InputError):  # out of reach
-                plans.append(_plan(f"{name}{how}", bases, curves, units, allocate))
+                plans.append(_plan(f"{name}{how}", bases, curves, groups, allocate))
     if bases.rival is not None and chooser.config.ratio >= MUCH:
         with contextlib.suppress(InputError):
             found = bases.rival.curves()
-            units = bases.rival.chooser.choose(found)
-            plans.append(_plan("narrower modules", bases.rival, found, units, bases.rival.chooser.allocate))
+            groups = bases.rival.chooser.choose(found)
+            plans.append(_plan("narrower modules", bases.rival, found, groups, bases.rival.chooser.allocate))
     return [plan for number, plan in enumerate(plans) if all(plan.choices != other.choices for other in plans[:number])]
 
 
@@ -95,15 +95,15 @@ def _plan(
     name: str,
     bases: Bases,
     curves: Mapping[str, Curve],
-    units: tuple[Unit, ...],
+    groups: tuple[TargetGroup, ...],
     allocate: Callable[[Sequence[Curve]], np.ndarray],
 ) -> Plan:
-    own = [curves[unit.name] for unit in units]
+    own = [curves[group.name] for group in groups]
     bases.chooser.budget.check(own)
     chosen = allocate(own)
     choices = {curve.name: curve.choice(point) for curve, point in zip(own, chosen, strict=True)}
     predicted = float(sum(curve.loss[point] for curve, point in zip(own, chosen, strict=True)))
-    return Plan(name, bases, units, choices, predicted)
+    return Plan(name, bases, groups, choices, predicted)
 
 
 def best(bases: Bases, batches: Sequence[Batch], plans: Sequence[Plan]) -> tuple[Plan, list[dict[str, Any]]]:
@@ -201,8 +201,8 @@ def replacements(plan: Plan, block: int, device: torch.device) -> list[Replaceme
     tensors, read = plan.bases.files.read(block), plan.bases.chooser.subject.model
     source = Source(read.weight, read.bias, device, torch.float32)
     found = []
-    for unit in plan.units:
-        choice = plan.choices[unit.name]
-        if unit.block == block and not choice.is_dense:
-            found += unit.replace(source, choice, tensors)
+    for group in plan.groups:
+        choice = plan.choices[group.name]
+        if group.block == block and not choice.is_dense:
+            found += group.replace(source, choice, tensors)
     return found

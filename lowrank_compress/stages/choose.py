@@ -14,8 +14,8 @@ from lowrank_compress.allocation.table import ALLOCATORS
 from lowrank_compress.calibration.statistics import SMALL
 from lowrank_compress.config import ScoreConfig
 from lowrank_compress.errors import InputError
-from lowrank_compress.methods.sites import Site, first_units
-from lowrank_compress.methods.units import Unit, largest_kept, ranking
+from lowrank_compress.methods.candidates import Candidates, first_groups
+from lowrank_compress.methods.groups import TargetGroup, largest_kept, ranking
 from lowrank_compress.options import only
 from lowrank_compress.stages.curves import lossless_curve
 from lowrank_compress.stages.reach import budget_of, require_reachable
@@ -37,14 +37,14 @@ class Chooser:
 
     Attributes
     ----------
-    units
+    groups
         What is chosen among: of all candidates, or of the first where losses, which alone compare them, are not known.
     budget
         What may be stored.
     keep
-        Unit -> the largest rank that can be asked for.
+        TargetGroup -> the largest rank that can be asked for.
     nats
-        Whether losses are in nats a token; else each is a share of its unit's own total.
+        Whether losses are in nats a token; else each is a share of its group's own total.
 
     Raises
     ------
@@ -55,10 +55,10 @@ class Chooser:
     def __init__(self, config: ScoreConfig, subject: Subject) -> None:
         self.config, self.subject = config, subject
         self.allocator = ALLOCATORS[config.allocate]
-        self.units = subject.units if self.allocator.needs_loss else first_units(subject.sites)
-        self.nats = all(unit.nats for unit in self.units)
+        self.groups = subject.groups if self.allocator.needs_loss else first_groups(subject.candidates)
+        self.nats = all(group.nats for group in self.groups)
         self.budget = budget_of(config, subject)
-        require_reachable(config, self.budget, subject.sites)
+        require_reachable(config, self.budget, subject.candidates)
         self.keep = self._largest_ranks()
 
     @cached_property
@@ -76,31 +76,32 @@ class Chooser:
             return Chooser(config.model_copy(update=own | {"held_out": False}), Subject(subject.model, subject.rival))
         return None
 
-    def of_block(self, block: int) -> tuple[Unit, ...]:
-        """Return the units of one block."""
-        return tuple(unit for unit in self.units if unit.block == block)
+    def of_block(self, block: int) -> tuple[TargetGroup, ...]:
+        """Return the groups of one block."""
+        return tuple(group for group in self.groups if group.block == block)
 
     def _largest_ranks(self) -> dict[str, int]:
-        """The largest rank of each unit that can pay; under an allocator that looks at nothing, the one it chooses."""
+        """The largest rank of each group that can pay; under an allocator that looks at nothing, the one it chooses."""
         if self.allocator.needs_loss or self.allocator.needs_spectrum or self.allocator.needs_influence:
-            return {unit.name: largest_kept(unit, ranking(unit, self.config.storage)) for unit in self.units}
-        curves = [lossless_curve(unit, self.config) for unit in self.units]
+            return {group.name: largest_kept(group, ranking(group, self.config.storage)) for group in self.groups}
+        curves = [lossless_curve(group, self.config) for group in self.groups]
         chosen = [curve.choice(point) for curve, point in zip(curves, self.allocate(curves), strict=True)]
         return {
-            unit.name: 0 if choice.is_dense else unit.keep(choice)
-            for unit, choice in zip(self.units, chosen, strict=True)
+            group.name: 0 if choice.is_dense else group.keep(choice)
+            for group, choice in zip(self.groups, chosen, strict=True)
         }
 
     def allocate(self, curves: Sequence[Curve]) -> np.ndarray:
         """Choose a point of each curve under the budget, (curves,) int64; the curves are those of one candidate."""
         return self.allocator.allocate(curves, self.budget.limit, **only(self.allocator.options, self.config.options))
 
-    def choose(self, curves: Mapping[str, Curve]) -> tuple[Unit, ...]:
-        """Return the units of the better candidate of each part."""
-        sites = self.subject.sites
-        ways = [[[curves[unit.name] for unit in way] for way in self._ways(site)] for site in sites]
-        picked = choose(ways, self.budget.limit)
-        return tuple(unit for site, number in zip(sites, picked, strict=True) for unit in self._ways(site)[number])
+    def choose(self, curves: Mapping[str, Curve]) -> tuple[TargetGroup, ...]:
+        """Return the groups of the better candidate of each part."""
+        candidates = self.subject.candidates
+        each = [[[curves[group.name] for group in one] for one in self._usable(part)] for part in candidates]
+        picked = choose(each, self.budget.limit)
+        best = [self._usable(part)[number] for part, number in zip(candidates, picked, strict=True)]
+        return tuple(group for candidate in best for group in candidate)
 
-    def _ways(self, site: Site) -> tuple[tuple[Unit, ...], ...]:
-        return site.alternatives if self.allocator.needs_loss else site.alternatives[:1]
+    def _usable(self, part: Candidates) -> tuple[tuple[TargetGroup, ...], ...]:
+        return part.each if self.allocator.needs_loss else part.each[:1]

@@ -1,4 +1,4 @@
-"""The decomposition of every unit in the method's metric, kept block by block up to the largest rank that can pay."""
+"""The decomposition of every group in the method's metric, kept block by block up to the largest rank that can pay."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from lowrank_compress.linalg.eigen import eigh
 from lowrank_compress.linalg.metric import Identity
 from lowrank_compress.linalg.weighted import smaller_side
 from lowrank_compress.methods.declared import options_of
+from lowrank_compress.methods.groups import TargetGroup, statistics_bytes, uses
 from lowrank_compress.methods.linear import Damping
-from lowrank_compress.methods.units import Unit, statistics_bytes, uses
 from lowrank_compress.options import ALPHA, only
 from lowrank_compress.resources.behind import Behind
 from lowrank_compress.resources.resources import Resources
@@ -38,7 +38,7 @@ class Bases:
     Parameters
     ----------
     chooser
-        Which units there are, and up to which rank each is kept.
+        Which groups there are, and up to which rank each is kept.
     calibration
         Id of the calibrate stage's result, which the statistics belong to.
     directory
@@ -79,10 +79,10 @@ class Bases:
         identity = {
             "calibration": calibration,
             "version": VERSION,
-            "units": sorted({unit.identity for unit in chooser.units}),
+            "units": sorted({group.identity for group in chooser.groups}),
             "damping": [self._damping.fisher, self._damping.gram, self._damping.power],
             "device": config.device,
-            "keep": [chooser.keep[unit.name] for unit in chooser.units],
+            "keep": [chooser.keep[group.name] for group in chooser.groups],
         }
         # The power stands above, whether a method declares it or not, so that files keep the names they have.
         if others := {name: value for name, value in told.items() if name != ALPHA.name}:
@@ -102,8 +102,8 @@ class Bases:
     @property
     def at_once(self) -> int:
         """How many blocks to decompose together; it changes no result."""
-        units = self.chooser.units
-        return self._resources.blocks_at_once(statistics_bytes(self.chooser.of_block(units[0].block)))
+        groups = self.chooser.groups
+        return self._resources.blocks_at_once(statistics_bytes(self.chooser.of_block(groups[0].block)))
 
     def take(self, blocks: Mapping[int, MutableMapping[str, Tensor]]) -> None:
         """Decompose blocks from their complete statistics, which are let go when they have served.
@@ -114,20 +114,20 @@ class Bases:
         if self.rival is not None:
             self.rival.take({block: dict(means) for block, means in blocks.items()})
         tensors: dict[int, dict[str, Tensor]] = {block: {} for block in blocks}
-        units = [unit for block in blocks for unit in self.chooser.of_block(block)]
-        alone = [unit for unit in units if not unit.parallel]
+        groups = [group for block in blocks for group in self.chooser.of_block(block)]
+        alone = [group for group in groups if not group.parallel]
         # After those that go in threads, and the largest last, when there is most memory.
-        alone.sort(key=lambda unit: max(uses(unit).values(), default=0))
-        groups = [[unit for unit in units if unit.parallel], *([unit] for unit in alone)]
+        alone.sort(key=lambda group: max(uses(group).values(), default=0))
+        turns = [[group for group in groups if group.parallel], *([group] for group in alone)]
 
-        def decompose(unit: Unit) -> dict[str, Tensor]:
-            return unit.decompose(self._weight, blocks[unit.block], self._damping, self.chooser.keep[unit.name])
+        def decompose(group: TargetGroup) -> dict[str, Tensor]:
+            return group.decompose(self._weight, blocks[group.block], self._damping, self.chooser.keep[group.name])
 
-        for number, group in enumerate(groups):
-            for unit, found in self._each(decompose, group):
-                tensors[unit.block] |= found
-            later = {(unit.block, key) for rest in groups[number + 1 :] for unit in rest for key in uses(unit)}
-            for block, key in {(unit.block, key) for unit in group for key in uses(unit)} - later:
+        for number, turn in enumerate(turns):
+            for group, found in self._each(decompose, turn):
+                tensors[group.block] |= found
+            later = {(group.block, key) for rest in turns[number + 1 :] for group in rest for key in uses(group)}
+            for block, key in {(group.block, key) for group in turn for key in uses(group)} - later:
                 del blocks[block][key]
                 blocks[block].pop(first_half(key), None)
         for block, found in tensors.items():
@@ -151,12 +151,12 @@ class Bases:
             self.rival.settle()
 
     def _each(
-        self, work: Callable[[Unit], dict[str, Tensor]], units: Sequence[Unit]
-    ) -> list[tuple[Unit, dict[str, Tensor]]]:
-        """Work on units, beside one another if all can be; pairs of a unit and what was found, in any order."""
-        if not all(unit.parallel for unit in units):
-            return [(unit, work(unit)) for unit in units]
-        return self._resources.each(work, units, lambda unit: unit.working_bytes())
+        self, work: Callable[[TargetGroup], dict[str, Tensor]], groups: Sequence[TargetGroup]
+    ) -> list[tuple[TargetGroup, dict[str, Tensor]]]:
+        """Work on groups, beside one another if all can be; pairs of a group and what was found, in any order."""
+        if not all(group.parallel for group in groups):
+            return [(group, work(group)) for group in groups]
+        return self._resources.each(work, groups, lambda group: group.working_bytes())
 
     def _weight(self, target: Target) -> Tensor:
         return self.chooser.subject.model.weight(target).to(self.device)
@@ -166,17 +166,17 @@ class Bases:
         if self.spectra is None:
             return
         missing = [block for block in blocks if not self.spectra.finished(block)]
-        units = [unit for block in missing for unit in self.chooser.of_block(block)]
+        groups = [group for block in missing for group in self.chooser.of_block(block)]
 
-        def singular_values(unit: Unit) -> dict[str, Tensor]:
-            (target,) = unit.targets
+        def singular_values(group: TargetGroup) -> dict[str, Tensor]:
+            (target,) = group.targets
             weight = self._weight(target)
             small = Identity().form(weight if smaller_side(target.shape) == "out" else weight.T)
-            return {f"{unit.name}/singular_values": eigh(small)[0].sqrt()}
+            return {f"{group.name}/singular_values": eigh(small)[0].sqrt()}
 
         tensors: dict[int, dict[str, Tensor]] = {block: {} for block in missing}
-        for unit, found in self._each(singular_values, units):
-            tensors[unit.block] |= found
+        for group, found in self._each(singular_values, groups):
+            tensors[group.block] |= found
         for block, found in tensors.items():
             self.spectra.write(block, found)
 
@@ -187,11 +187,11 @@ class Bases:
 
     def halved(self) -> bool:
         """Whether any loss was taken on text that its fit was not made on."""
-        return any(name.endswith("/held_out") for name in self.files.shapes(self.chooser.units[0].block))
+        return any(name.endswith("/held_out") for name in self.files.shapes(self.chooser.groups[0].block))
 
     def curves(self, *, on_sample: bool = False) -> dict[str, Curve]:
-        """Make the curves of all units, by name; see :func:`read_curves`."""
-        return read_curves(self.chooser.config, self.chooser.units, self.files, self.spectra, on_sample=on_sample)
+        """Make the curves of all groups, by name; see :func:`read_curves`."""
+        return read_curves(self.chooser.config, self.chooser.groups, self.files, self.spectra, on_sample=on_sample)
 
 
 def bases_of(directory: Path, scores: Manifest) -> BlockFiles:

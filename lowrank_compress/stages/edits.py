@@ -7,7 +7,7 @@ from pathlib import Path
 from lowrank_compress.artifacts.manifest import Manifest
 from lowrank_compress.config import Scheme
 from lowrank_compress.errors import LrcError
-from lowrank_compress.methods.sites import all_units, sites_of
+from lowrank_compress.methods.candidates import all_groups, candidates_of
 from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.locate import locate
@@ -22,10 +22,10 @@ def ranks_fit(run: Run, ranks: Path, scores: Manifest) -> bool:
     try:
         recipe = load_recipe(run.recipe, {})
         resolved = blueprint(Checkpoint(locate(recipe.model, recipe.revision))).resolved
-        sites = sites_of(resolved, Scheme(**scores.report["scheme"]))
-        choices = read_ranks(ranks, sites)
-        units = [unit for unit in all_units(sites) if unit.name in choices]
-        require_kept(ranks, units, choices, bases_of(ranks.parent, scores))
+        candidates = candidates_of(resolved, Scheme(**scores.report["scheme"]))
+        choices = read_ranks(ranks, candidates)
+        groups = [group for group in all_groups(candidates) if group.name in choices]
+        require_kept(ranks, groups, choices, bases_of(ranks.parent, scores))
     except LrcError:
         return False
     return True

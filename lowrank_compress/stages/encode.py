@@ -17,7 +17,7 @@ from lowrank_compress.formats.dense import dense
 from lowrank_compress.formats.module import joined, module_entry, module_tensors
 from lowrank_compress.formats.spec import Encoded
 from lowrank_compress.methods.edit import Edit, Source
-from lowrank_compress.methods.units import Unit
+from lowrank_compress.methods.groups import TargetGroup
 from lowrank_compress.model.blueprint import Blueprint
 from lowrank_compress.model.casting import cast
 from lowrank_compress.model.surgery import ROTARY, attention_entry
@@ -35,7 +35,7 @@ class EncodedBlock:
     modules, dense_shapes, attention
         The block's entries of `LowRankConfig`.
     choices
-        How each unit is stored.
+        How each group is stored.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -61,24 +61,24 @@ class Encoder:
     ----------
     plan
         The dense checkpoint.
-    units
+    groups
         What may be compressed.
     config
         Storage, output dtype and device.
     """
 
-    def __init__(self, plan: Blueprint, units: Sequence[Unit], config: FactorizeConfig) -> None:
-        self.plan, self.units = plan, units
+    def __init__(self, plan: Blueprint, groups: Sequence[TargetGroup], config: FactorizeConfig) -> None:
+        self.plan, self.groups = plan, groups
         self.dtype: torch.dtype = getattr(torch, config.dtype)
         self.source = Source(plan.weight, plan.bias, torch.device(config.device), self.dtype, config.round_to)
 
     def block(self, block: int, choices: Mapping[str, Choice], bases: Mapping[str, Tensor]) -> EncodedBlock:
-        """Encode all units of a block and take its other tensors along.
+        """Encode all groups of a block and take its other tensors along.
 
         Parameters
         ----------
         choices
-            Of each unit (see `ranks.in_storage`).
+            Of each group (see `ranks.in_storage`).
         bases
             The block's basis file.
 
@@ -88,13 +88,15 @@ class Encoder:
             A choice needs more than what the score stage kept.
         """
         made, edits = EncodedBlock(), list[Edit]()
-        for unit in self.units:
-            if unit.block == block:
+        for group in self.groups:
+            if group.block == block:
                 edit = (
-                    Edit(choice) if (choice := choices[unit.name]).is_dense else unit.encode(self.source, choice, bases)
+                    Edit(choice)
+                    if (choice := choices[group.name]).is_dense
+                    else group.encode(self.source, choice, bases)
                 )
                 edits.append(edit)
-                made.choices[unit.name] = edit.choice
+                made.choices[group.name] = edit.choice
         replaced = self._modules(block, edits, made)
         self._attention(block, edits, made)
         for name in self.plan.inside(block):
@@ -150,7 +152,7 @@ class Encoder:
             return
         path = f"{resolved.blocks[block]}.{resolved.architecture.attention}"
         targets: dict[Role, Target] = {target.role: target for target in resolved.of_block(block)}
-        widths = [narrower[group].width if group in narrower else heads.size for group in ("qk", "vo")]
+        widths = [narrower[name].width if name in narrower else heads.size for name in ("qk", "vo")]
         index = next((edit.index for edit in narrower.values() if edit.index is not None), None)
         made.attention[path] = attention_entry(
             targets, heads, *widths, rotary=index is not None, traits=resolved.architecture.traits

@@ -25,8 +25,8 @@ from lowrank_compress.artifacts.manifest import (
 from lowrank_compress.artifacts.tensors import BlockFiles
 from lowrank_compress.config import FactorizeConfig, Scheme
 from lowrank_compress.errors import ArtifactError
-from lowrank_compress.methods.sites import all_units, sites_of
-from lowrank_compress.methods.units import Unit
+from lowrank_compress.methods.candidates import all_groups, candidates_of
+from lowrank_compress.methods.groups import TargetGroup
 from lowrank_compress.model.blueprint import Blueprint
 from lowrank_compress.model.casting import cast
 from lowrank_compress.model.export import ShardWriter, config_json, write_companions
@@ -115,13 +115,13 @@ def run(
     reporter, workers = reporter or Silent(), resources.workers
     plan = inputs.model
     scores = scores_manifest(inputs.scores)
-    sites = sites_of(plan.resolved, scheme_of_scores(scores))
-    choices = read_ranks(inputs.scores / RANKS, sites)  # before anything is removed
-    units = [unit for unit in all_units(sites) if unit.name in choices]
+    candidates = candidates_of(plan.resolved, scheme_of_scores(scores))
+    choices = read_ranks(inputs.scores / RANKS, candidates)  # before anything is removed
+    groups = [group for group in all_groups(candidates) if group.name in choices]
     if config.storage != scores.key.config["storage"]:  # asked for since; else what ranks.json says is followed
-        choices = in_storage(units, choices, config.storage, config.round_to)
+        choices = in_storage(groups, choices, config.storage, config.round_to)
     bases = bases_of(inputs.scores, scores)
-    require_kept(inputs.scores / RANKS, units, choices, bases)
+    require_kept(inputs.scores / RANKS, groups, choices, bases)
     identity = key(config, inputs)
     workers.once(lambda: recover(out_dir, listed))
     if not overwrite:
@@ -131,8 +131,8 @@ def run(
         require_alone(out_dir, found)
         return found
     work = BlockFiles(out_dir.parent / "work", identity.id, "factors")
-    encoder = Encoder(plan, units, config)
-    blocks = scopes_of(plan.resolved, units)
+    encoder = Encoder(plan, groups, config)
+    blocks = scopes_of(plan.resolved, groups)
     for number, block in enumerate(own := workers.share(blocks), 1):
         if not work.finished(block):
             encoded = encoder.block(block, choices, bases.read(block))
@@ -141,7 +141,7 @@ def run(
 
     def write() -> Manifest:
         with replacing(out_dir, listed) as draft:
-            result = _write(config, plan, scores, draft, reporter, identity, units, bases, work)
+            result = _write(config, plan, scores, draft, reporter, identity, groups, bases, work)
         work.remove(blocks)
         return result
 
@@ -155,13 +155,13 @@ def _write(
     out_dir: Path,
     reporter: Reporter,
     identity: Key,
-    units: Sequence[Unit],
+    groups: Sequence[TargetGroup],
     bases: BlockFiles,
     work: BlockFiles,
 ) -> Manifest:
     """Put the encoded blocks together to a checkpoint, and commit it."""
     dtype: torch.dtype = getattr(torch, config.dtype)
-    blocks = scopes_of(plan.resolved, units)
+    blocks = scopes_of(plan.resolved, groups)
     writer = ShardWriter(out_dir, config.shard_bytes)
     for name in plan.outside() if len(blocks) == len(plan.resolved.blocks) else ():
         writer.add(plan.name_on_disk(name), cast(plan.read(name), dtype, f"The tensor {name}"))
@@ -175,7 +175,7 @@ def _write(
         for kind, entries in layout.items():
             entries |= notes[kind]
         made = {name: Choice(form, tuple(parameters)) for name, (form, *parameters) in notes["choices"].items()}
-        losses |= block_losses(units, bases.read(block), made, scores.report["unit"])
+        losses |= block_losses(groups, bases.read(block), made, scores.report["unit"])
         stored |= made
         reporter.advance("write", block + 1, len(blocks))
     shards = writer.close()
@@ -183,7 +183,7 @@ def _write(
     write_json(out_dir / "config.json", settings)
     write_remote_code(out_dir)
     write_companions(plan.checkpoint, out_dir)
-    report = summary(plan, units, stored, losses, scores, config)
+    report = summary(plan, groups, stored, losses, scores, config)
     write_json(out_dir / REPORT, report)
     write_text(out_dir / "README.md", model_card(report))
     outputs = sorted(path.name for path in out_dir.iterdir())

@@ -14,11 +14,11 @@ from lowrank_compress.calibration.tokens import load_tokenizer
 from lowrank_compress.config import DTYPES, CalibrateConfig, FactorizeConfig, ScoreConfig
 from lowrank_compress.errors import InputError, UnsupportedError
 from lowrank_compress.methods.declared import options_used
+from lowrank_compress.methods.groups import needed, needs_data
 from lowrank_compress.methods.mixture import Mixture
 from lowrank_compress.methods.module import ModuleMethod
 from lowrank_compress.methods.scheme import label, methods_of, rival_of, scheme_of
 from lowrank_compress.methods.table import METHODS
-from lowrank_compress.methods.units import needed, needs_data
 from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.locate import directory_of, locate
@@ -145,12 +145,12 @@ def make_plan(recipe: Recipe, *, reads_text: bool = True) -> Plan:
     scheme, notes = scheme_of(recipe, design.resolved)
     rival = rival_of(recipe, design.resolved) if design.task == "lm" else None
     subject = subject_of(design, scheme, rival)
-    units = subject.units
-    if not units:
+    groups = subject.groups
+    if not groups:
         raise InputError("No part of the blocks has a method: all are left dense. Choose one with --method.")
-    check_options(recipe.allocate or method.allocate, recipe.storage or method.storage, subject.sites)
-    if needs_data(units) and recipe.calibration is None:
-        if design.task == "classification" and needs_gradient(needed(units)):
+    check_options(recipe.allocate or method.allocate, recipe.storage or method.storage, subject.candidates)
+    if needs_data(groups) and recipe.calibration is None:
+        if design.task == "classification" and needs_gradient(needed(groups)):
             raise InputError(
                 f"The method {recipe.method} needs labelled examples of a classifier: pass --calibration FILE.tsv with "
                 "--text-column and --label-column."
@@ -162,7 +162,7 @@ def make_plan(recipe: Recipe, *, reads_text: bool = True) -> Plan:
         raise InputError(
             f"--seq-len {seq_len} is more than the {longest} positions of the model. Use at most {longest}."
         )
-    if needs_data(units) and reads_text:
+    if needs_data(groups) and reads_text:
         load_tokenizer(checkpoint.path, recipe.trust_remote_code)
         source = Source(recipe.calibration or PAPERS_DATA, recipe.text_column, recipe.label_column)
         if not source.is_hub:

@@ -14,39 +14,39 @@ from lowrank_compress.artifacts.documents import read_json
 from lowrank_compress.artifacts.files import write_text
 from lowrank_compress.artifacts.tensors import BlockFiles
 from lowrank_compress.errors import ArtifactError
-from lowrank_compress.methods.sites import Site
-from lowrank_compress.methods.units import Unit, cheaper
+from lowrank_compress.methods.candidates import Candidates
+from lowrank_compress.methods.groups import TargetGroup, cheaper
 
 RANKS = "ranks.json"
 SCHEMA = 1
 
 
-def write_ranks(path: Path, units: Sequence[Unit], choices: Mapping[str, Choice]) -> None:
+def write_ranks(path: Path, groups: Sequence[TargetGroup], choices: Mapping[str, Choice]) -> None:
     """Write ranks.json: one matrix or module a line, for people to read and edit."""
     lines = [
-        f"    {json.dumps(unit.name)}: " + json.dumps({"shape": list(unit.shape), **entry_of(unit, choice)})
-        for unit in units
-        for choice in [choices[unit.name]]
+        f"    {json.dumps(group.name)}: " + json.dumps({"shape": list(group.shape), **entry_of(group, choice)})
+        for group in groups
+        for choice in [choices[group.name]]
     ]
     write_text(path, f'{{\n  "schema": {SCHEMA},\n  "matrices": {{\n' + ",\n".join(lines) + "\n  }\n}\n")
 
 
-def entry_of(unit: Unit, choice: Choice) -> dict[str, Any]:
+def entry_of(group: TargetGroup, choice: Choice) -> dict[str, Any]:
     """Spell a choice: its format and its parameters by name, of which dense has none."""
     if choice.is_dense:
         return {"format": "dense", "rank": None}
-    named = zip(unit.parameters(choice.format), choice.parameters, strict=True)
+    named = zip(group.parameters(choice.format), choice.parameters, strict=True)
     return {"format": choice.format, **dict(named)}
 
 
-def choice_of(unit: Unit, entry: Mapping[str, Any]) -> Choice:
+def choice_of(group: TargetGroup, entry: Mapping[str, Any]) -> Choice:
     """Read what `entry_of` spelled."""
     form = entry["format"]
-    return DENSE if form == "dense" else Choice(form, tuple(entry[name] for name in unit.parameters(form)))
+    return DENSE if form == "dense" else Choice(form, tuple(entry[name] for name in group.parameters(form)))
 
 
-def read_ranks(path: Path, sites: Sequence[Site]) -> dict[str, Choice]:
-    """Read ranks.json and check that it fits a model: of each part of a block it has the units of one alternative.
+def read_ranks(path: Path, candidates: Sequence[Candidates]) -> dict[str, Choice]:
+    """Read ranks.json and check that it fits a model: of each part of a block it has the groups of one alternative.
 
     Raises
     ------
@@ -60,16 +60,16 @@ def read_ranks(path: Path, sites: Sequence[Site]) -> dict[str, Choice]:
             f'{path} does not have the form {{"schema": {SCHEMA}, "matrices": {{NAME: {{"shape": …, "format": …, '
             '"rank": …}}}.'
         )
-    units = [unit for site in sites for unit in _present(site, matrices)]
-    missing = [unit.name for unit in units if unit.name not in matrices]
-    extra = sorted(set(matrices) - {unit.name for unit in units})
+    groups = [group for part in candidates for group in _present(part, matrices)]
+    missing = [group.name for group in groups if group.name not in matrices]
+    extra = sorted(set(matrices) - {group.name for group in groups})
     if missing or extra:
         raise ArtifactError(
             f"{path} does not fit the model: "
             + (f"it lacks {missing[0]}" if missing else f"it names {extra[0]}, which the model does not have")
             + ". Correct it, or repeat `lrc score` with --overwrite."
         )
-    return {unit.name: _choice(path, unit, matrices[unit.name]) for unit in units}
+    return {group.name: _choice(path, group, matrices[group.name]) for group in groups}
 
 
 def _is_table(matrices: object) -> bool:
@@ -78,30 +78,30 @@ def _is_table(matrices: object) -> bool:
     )
 
 
-def _choice(path: Path, unit: Unit, entry: Mapping[str, Any]) -> Choice:
+def _choice(path: Path, group: TargetGroup, entry: Mapping[str, Any]) -> Choice:
     """Read one line; refuse, besides what is none, a choice that stores no less than dense."""
-    if entry.get("shape", list(unit.shape)) != list(unit.shape):
+    if entry.get("shape", list(group.shape)) != list(group.shape):
         raise ArtifactError(
-            f"{path}: {unit.name} has shape {entry['shape']!r}; it is {list(unit.shape)} in the model, and cannot be "
+            f"{path}: {group.name} has shape {entry['shape']!r}; it is {list(group.shape)} in the model, and cannot be "
             "changed here."
         )
     form = entry.get("format")
     given = {name: value for name, value in entry.items() if name not in ("shape", "format")}
     if form == "dense" and all(value is None for value in given.values()):
         return DENSE
-    if form not in unit.formats:
+    if form not in group.formats:
         raise ArtifactError(
-            f"{path}: {unit.name} has format {form!r} and {_spelled(given)}; expected one of {', '.join(unit.formats)} "
-            'with a rank, or "dense" with rank null.'
+            f"{path}: {group.name} has format {form!r} and {_spelled(given)}; expected one of "
+            f'{", ".join(group.formats)} with a rank, or "dense" with rank null.'
         )
-    names, choices = unit.parameters(form), unit.choices(form)
+    names, choices = group.parameters(form), group.choices(form)
     values = tuple(given.get(name) for name in names)
     if given.keys() <= set(names) and all(type(value) is int for value in values):
         found = np.flatnonzero((choices.parameters == np.array(values, dtype=object)).all(axis=1))
         if len(found):
             return choices[int(found[0])]
     raise ArtifactError(
-        f"{path}: {unit.name} has format {form!r} and {_spelled(given)}; expected {_possible(names, choices)}, or "
+        f"{path}: {group.name} has format {form!r} and {_spelled(given)}; expected {_possible(names, choices)}, or "
         '"dense" with rank null.'
     )
 
@@ -121,8 +121,10 @@ def _possible(names: Sequence[str], choices: Choices) -> str:
     return f"{' and '.join(said)} (more stores no less than dense)"
 
 
-def in_storage(units: Sequence[Unit], choices: Mapping[str, Choice], storage: str, multiple: int) -> dict[str, Choice]:
-    """Choices in another storage: of each unit that has it, the largest one at its stored count.
+def in_storage(
+    groups: Sequence[TargetGroup], choices: Mapping[str, Choice], storage: str, multiple: int
+) -> dict[str, Choice]:
+    """Choices in another storage: of each group that has it, the largest one at its stored count.
 
     Parameters
     ----------
@@ -132,18 +134,18 @@ def in_storage(units: Sequence[Unit], choices: Mapping[str, Choice], storage: st
         Ranks are multiples of it where it leaves one.
     """
     found = dict(choices)
-    for unit in units:
-        choice = choices[unit.name]
-        if choice.is_dense or storage not in unit.formats or choice.format == storage:
+    for group in groups:
+        choice = choices[group.name]
+        if choice.is_dense or storage not in group.formats or choice.format == storage:
             continue
-        stored = unit.price(choice).elements
-        found[unit.name] = (
-            cheaper(unit, storage, stored, multiple) or cheaper(unit, storage, stored) or unit.choices(storage)[0]
+        stored = group.price(choice).elements
+        found[group.name] = (
+            cheaper(group, storage, stored, multiple) or cheaper(group, storage, stored) or group.choices(storage)[0]
         )
     return found
 
 
-def require_kept(path: Path, units: Sequence[Unit], choices: Mapping[str, Choice], bases: BlockFiles) -> None:
+def require_kept(path: Path, groups: Sequence[TargetGroup], choices: Mapping[str, Choice], bases: BlockFiles) -> None:
     """Make sure that the decompositions were kept up to the ranks that are asked for.
 
     Raises
@@ -155,24 +157,24 @@ def require_kept(path: Path, units: Sequence[Unit], choices: Mapping[str, Choice
         "or have all ranks kept that can pay: `lrc compress` with the run's options, --allocate loss and --overwrite "
         f"(what {path.name} says now becomes {path.name}.bak)."
     )
-    shapes = {block: bases.shapes(block) for block in sorted({unit.block for unit in units})}
-    for unit in units:
-        choice, shape = choices[unit.name], shapes[unit.block]
+    shapes = {block: bases.shapes(block) for block in sorted({group.block for group in groups})}
+    for group in groups:
+        choice, shape = choices[group.name], shapes[group.block]
         if choice.is_dense:
             continue
-        if not any(name.startswith(f"{unit.name}/") for name in shape):
+        if not any(name.startswith(f"{group.name}/") for name in shape):
             raise ArtifactError(
-                f"{path}: {unit.name} was not decomposed, because another way to store that part was taken. Leave it "
+                f"{path}: {group.name} was not decomposed, because another way to store that part was taken. Leave it "
                 f"as it was, {advice}"
             )
-        if (kept := unit.kept(shape)) is not None and (rank := unit.keep(choice)) > kept:
+        if (kept := group.kept(shape)) is not None and (rank := group.keep(choice)) > kept:
             raise ArtifactError(
-                f"{path}: {unit.name} asks for rank {rank} ({choice.format}), but its basis was kept up to rank "
+                f"{path}: {group.name} asks for rank {rank} ({choice.format}), but its basis was kept up to rank "
                 f"{kept}. Ask for no more, {advice}"
             )
 
 
-def _present(site: Site, matrices: Mapping[str, Any]) -> tuple[Unit, ...]:
-    """Return the alternative whose units are there, or the first."""
-    whole = (way for way in site.alternatives if all(unit.name in matrices for unit in way))
-    return next(whole, site.alternatives[0])
+def _present(part: Candidates, matrices: Mapping[str, Any]) -> tuple[TargetGroup, ...]:
+    """Return the alternative whose groups are there, or the first."""
+    whole = (groups for groups in part.each if all(group.name in matrices for group in groups))
+    return next(whole, part.each[0])

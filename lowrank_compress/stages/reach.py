@@ -12,10 +12,10 @@ from lowrank_compress.allocation.table import ALLOCATORS
 from lowrank_compress.allocation.uniform import allocate
 from lowrank_compress.config import ScoreConfig
 from lowrank_compress.errors import InputError
+from lowrank_compress.methods.candidates import Candidates
 from lowrank_compress.methods.declared import flag
 from lowrank_compress.methods.parts import flag_of
 from lowrank_compress.methods.scheme import DENSE as LEFT_DENSE
-from lowrank_compress.methods.sites import Site
 from lowrank_compress.options import only
 from lowrank_compress.stages.curves import lossless_curve
 from lowrank_compress.stages.subject import Subject
@@ -37,15 +37,15 @@ def budget_of(config: ScoreConfig, subject: Subject) -> Budget:
         )
     whole = sum(parameter.numel() for parameter in subject.model.model.parameters())
     denominator = claimed if config.ratio_of == "blocks" else whole
-    return Budget(config.ratio, denominator, denominator - sum(site.dense for site in subject.sites))
+    return Budget(config.ratio, denominator, denominator - sum(part.dense for part in subject.candidates))
 
 
 def check_ratio(config: ScoreConfig, subject: Subject) -> None:
     """Refuse a ratio that is out of reach, before any work (see :func:`require_reachable`)."""
-    require_reachable(config, budget_of(config, subject), subject.sites)
+    require_reachable(config, budget_of(config, subject), subject.candidates)
 
 
-def require_reachable(config: ScoreConfig, budget: Budget, sites: Sequence[Site]) -> None:
+def require_reachable(config: ScoreConfig, budget: Budget, candidates: Sequence[Candidates]) -> None:
     """Make sure that a ratio can be reached.
 
     Raises
@@ -53,12 +53,12 @@ def require_reachable(config: ScoreConfig, budget: Budget, sites: Sequence[Site]
     InputError
         It cannot; the message names the largest one that can, and the options that keep it from being larger.
     """
-    least = _least(config, sites)
+    least = _least(config, candidates)
     if least <= budget.limit:
         return
     advice = ["Ask for no more" if budget.largest(least) > 0 else "Change the options"]
     for option, value, loosest, looser in _looser(config):
-        if (without := _least(looser, sites)) < least:
+        if (without := _least(looser, candidates)) < least:
             advice.append(f"{option}{value:g} is in the way, with {option}{loosest:g} it is {budget.largest(without)}")
     left = [flag_of(part) for part, method in config.scheme.methods.items() if method == LEFT_DENSE]
     if left:
@@ -82,31 +82,31 @@ def _looser(config: ScoreConfig) -> Iterator[tuple[str, Any, Any, ScoreConfig]]:
             )
 
 
-def _least(config: ScoreConfig, sites: Sequence[Site]) -> int:
-    """The fewest elements that all sites together can be stored in."""
+def _least(config: ScoreConfig, candidates: Sequence[Candidates]) -> int:
+    """The fewest elements that all candidates together can be stored in."""
     allocator = ALLOCATORS[config.allocate]
-    curves = [curve for site in sites for curve in _smallest(_ways(config, site))]
+    curves = [curve for part in candidates for curve in _smallest(_usable(config, part))]
     return allocator.least(curves, **only(allocator.options, config.options))
 
 
-def _ways(config: ScoreConfig, site: Site) -> list[list[Curve]]:
+def _usable(config: ScoreConfig, part: Candidates) -> list[list[Curve]]:
     """Curves of the alternatives that the allocator can choose among, without losses."""
-    ways = site.alternatives if ALLOCATORS[config.allocate].needs_loss else site.alternatives[:1]
-    return [[lossless_curve(unit, config) for unit in way] for way in ways]
+    usable = part.each if ALLOCATORS[config.allocate].needs_loss else part.each[:1]
+    return [[lossless_curve(group, config) for group in candidate] for candidate in usable]
 
 
-def _smallest(ways: list[list[Curve]]) -> list[Curve]:
-    return min(ways, key=lambda way: sum(int(curve.stored[0]) for curve in way))
+def _smallest(each: list[list[Curve]]) -> list[Curve]:
+    return min(each, key=lambda curves: sum(int(curve.stored[0]) for curve in curves))
 
 
-def uniform_choices(config: ScoreConfig, budget: Budget, sites: Sequence[Site]) -> dict[str, Choice]:
-    """Choices that keep the same share of everything, by the unit's name.
+def uniform_choices(config: ScoreConfig, budget: Budget, candidates: Sequence[Candidates]) -> dict[str, Choice]:
+    """Choices that keep the same share of everything, by the group's name.
 
-    They are those of the first alternative of each site, or of the smallest where the first ones cannot be stored in so
+    They are those of the first alternative of each part, or of the smallest where the first ones cannot be stored in so
     little.
     """
-    curves = [curve for site in sites for curve in _ways(config, site)[0]]
+    curves = [curve for part in candidates for curve in _usable(config, part)[0]]
     if sum(int(curve.stored[0]) for curve in curves) > budget.limit:
-        curves = [curve for site in sites for curve in _smallest(_ways(config, site))]
+        curves = [curve for part in candidates for curve in _smallest(_usable(config, part))]
     chosen = allocate(curves, budget.limit)
     return {curve.name: curve.choice(point) for curve, point in zip(curves, chosen, strict=True)}

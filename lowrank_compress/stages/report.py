@@ -13,8 +13,8 @@ from lowrank_compress.allocation.choice import Choice, Choices
 from lowrank_compress.artifacts.manifest import Manifest
 from lowrank_compress.config import FactorizeConfig, Scheme
 from lowrank_compress.evaluation.size import measure_size, weight_bytes
-from lowrank_compress.methods.sites import all_units, sites_of
-from lowrank_compress.methods.units import Unit, dense_elements, price_of
+from lowrank_compress.methods.candidates import all_groups, candidates_of
+from lowrank_compress.methods.groups import TargetGroup, dense_elements, price_of
 from lowrank_compress.model.blueprint import Blueprint
 from lowrank_compress.stages.curves import predicted_losses
 from lowrank_compress.stages.ranks import choice_of, entry_of
@@ -33,26 +33,26 @@ def facts(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def block_losses(
-    units: Sequence[Unit], basis: Mapping[str, Tensor], choices: Mapping[str, Choice], unit_of_loss: str
+    groups: Sequence[TargetGroup], basis: Mapping[str, Tensor], choices: Mapping[str, Choice], unit_of_loss: str
 ) -> dict[str, float]:
-    """Predicted loss of the units that `choices` names, of one block, at the rank they are stored with."""
+    """Predicted loss of the groups that `choices` names, of one block, at the rank they are stored with."""
     return {
-        unit.name: 0.0
-        if choices[unit.name].is_dense
-        else _loss(unit, basis, choices[unit.name], unit_of_loss == "nats")
-        for unit in units
-        if unit.name in choices
+        group.name: 0.0
+        if choices[group.name].is_dense
+        else _loss(group, basis, choices[group.name], unit_of_loss == "nats")
+        for group in groups
+        if group.name in choices
     }
 
 
-def _loss(unit: Unit, basis: Mapping[str, Tensor], choice: Choice, nats: bool) -> float:
+def _loss(group: TargetGroup, basis: Mapping[str, Tensor], choice: Choice, nats: bool) -> float:
     alone = np.array([choice.parameters], dtype=np.int64)
-    return float(predicted_losses(unit, basis, Choices(choice.format, alone, alone[:, 0], alone[:, 0]), nats)[0])
+    return float(predicted_losses(group, basis, Choices(choice.format, alone, alone[:, 0], alone[:, 0]), nats)[0])
 
 
 def summary(
     plan: Blueprint,
-    units: Sequence[Unit],
+    groups: Sequence[TargetGroup],
     choices: Mapping[str, Choice],
     losses: Mapping[str, float],
     scores: Manifest,
@@ -61,21 +61,21 @@ def summary(
     """Make lowrank.json: what was asked, what was reached, and how each matrix or module is stored."""
     itemsize = getattr(torch, config.dtype).itemsize
     matrices = {
-        unit.name: {
-            "shape": list(unit.shape),
-            **entry_of(unit, choices[unit.name]),
-            "dense": dense_elements(unit),
-            "stored": price_of(unit, choices[unit.name]).elements,
-            "dense_bytes": sum(weight_bytes(plan, target) for target in unit.targets),
-            "stored_bytes": price_of(unit, choices[unit.name]).bytes(itemsize),
-            "predicted_loss": losses[unit.name],
+        group.name: {
+            "shape": list(group.shape),
+            **entry_of(group, choices[group.name]),
+            "dense": dense_elements(group),
+            "stored": price_of(group, choices[group.name]).elements,
+            "dense_bytes": sum(weight_bytes(plan, target) for target in group.targets),
+            "stored_bytes": price_of(group, choices[group.name]).bytes(itemsize),
+            "predicted_loss": losses[group.name],
         }
-        for unit in units
+        for group in groups
     }
     planned = scores.report
     removed = sum(matrix["dense"] - matrix["stored"] for matrix in matrices.values())
     kept = planned["claimed_elements"] - sum(matrix["dense"] for matrix in matrices.values())
-    compressed = {target.name for unit in units for target in unit.targets}
+    compressed = {target.name for group in groups for target in group.targets}
     before = sum(weight_bytes(plan, target) for target in claimed_of(plan.resolved, compressed))
     after = kept * itemsize + sum(matrix["stored_bytes"] for matrix in matrices.values())
     others = planned["denominator"] - planned["claimed_elements"]
@@ -115,9 +115,9 @@ def recast(report: Mapping[str, Any], plan: Blueprint, dtype: str) -> dict[str, 
     if "reached_ratio_bytes" not in report:  # an older version counted elements alone
         return {**report, "dtype": dtype}
     before, itemsize = (getattr(torch, name).itemsize for name in (report["dtype"], dtype))
-    units = {unit.name: unit for unit in all_units(sites_of(plan.resolved, Scheme(**report["scheme"])))}
+    groups = {group.name: group for group in all_groups(candidates_of(plan.resolved, Scheme(**report["scheme"])))}
     matrices = {
-        name: {**matrix, "stored_bytes": price_of(units[name], choice_of(units[name], matrix)).bytes(itemsize)}
+        name: {**matrix, "stored_bytes": price_of(groups[name], choice_of(groups[name], matrix)).bytes(itemsize)}
         for name, matrix in report["matrices"].items()
     }
     claimed, elements = report["claimed_elements"], report["stored_elements"]

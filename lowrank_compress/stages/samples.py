@@ -12,7 +12,7 @@ from lowrank_compress.calibration.tokens import bos_of, encode, load_tokenizer, 
 from lowrank_compress.calibration.windows import calibration_windows, window_batches
 from lowrank_compress.config import CalibrateConfig
 from lowrank_compress.errors import InputError
-from lowrank_compress.methods.units import Unit
+from lowrank_compress.methods.groups import TargetGroup
 from lowrank_compress.model.blueprint import Task
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.walk.batch import Batch
@@ -74,14 +74,14 @@ def calibration_batches(config: CalibrateConfig, checkpoint: Checkpoint, task: T
     return window_batches(list(windows), config.micro_batch)
 
 
-def too_few(units: Sequence[Unit], batches: Sequence[Batch], gradient: bool) -> str | None:
+def too_few(groups: Sequence[TargetGroup], batches: Sequence[Batch], gradient: bool) -> str | None:
     """Say what is under-determined by a calibration set, what that may cost, and what would be enough; None if nothing.
 
     What a classifier's gradients say is counted by examples, of which each has one loss.
     """
     examples = gradient and batches[0].labels is not None
     seen = sum(loss_terms(batch) if examples else batch.tokens for batch in batches)
-    widest = max(units, key=lambda unit: min(unit.shape))
+    widest = max(groups, key=lambda group: min(group.shape))
     largest = min(widest.shape)
     if seen >= largest:
         return None

@@ -19,8 +19,8 @@ from lowrank_compress.artifacts.tensors import BlockFiles
 from lowrank_compress.config import ScoreConfig
 from lowrank_compress.errors import ArtifactError, InputError
 from lowrank_compress.formats.table import FORMATS
-from lowrank_compress.methods.sites import Site, all_units, first_units
-from lowrank_compress.methods.units import dense_elements, needs_data, price_of
+from lowrank_compress.methods.candidates import Candidates, all_groups, first_groups
+from lowrank_compress.methods.groups import dense_elements, needs_data, price_of
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.registry import unknown
 from lowrank_compress.resources.resources import Resources
@@ -61,7 +61,7 @@ def key(config: ScoreConfig, inputs: Inputs) -> Key:
     return Key("score", VERSION, settings, {"calibration": inputs.calibration.id})
 
 
-def check_options(allocate: str, storage: str, sites: Sequence[Site]) -> None:
+def check_options(allocate: str, storage: str, candidates: Sequence[Candidates]) -> None:
     """Refuse, before any work, unknown names and an allocator that the methods do not serve.
 
     Raises
@@ -72,27 +72,27 @@ def check_options(allocate: str, storage: str, sites: Sequence[Site]) -> None:
     allocator = ALLOCATORS[allocate]
     if storage not in FORMATS:
         raise InputError(unknown("storage", storage, FORMATS))
-    wide = next((unit for unit in first_units(sites) if len(unit.targets) > 1), None)
+    wide = next((group for group in first_groups(candidates) if len(group.targets) > 1), None)
     if allocator.needs_spectrum and wide is not None:
         raise InputError(
             f"The allocator {allocate!r} looks at the singular values of single matrices; {wide.name} is compressed as "
             "a module. Use --allocate uniform, loss or block-influence."
         )
-    if allocator.needs_influence and not needs_data(first_units(sites)):
+    if allocator.needs_influence and not needs_data(first_groups(candidates)):
         raise InputError(
             f"The allocator {allocate!r} needs calibration data, which none of the methods takes. Use --allocate "
             "uniform or loss, or another --method."
         )
     outside = next(
-        (target for unit in first_units(sites) for target in unit.targets if target.group == HEAD.name), None
+        (target for group in first_groups(candidates) for target in group.targets if target.group == HEAD.name), None
     )
     if allocator.needs_influence and outside is not None:
         raise InputError(
             f"The allocator {allocate!r} looks at what blocks do; {outside.name} is outside of them. Use --allocate "
             "uniform or loss, or leave it as it is."
         )
-    alternatives = any(len(site.alternatives) > 1 for site in sites)
-    if allocator.needs_loss and alternatives and not all(unit.nats for unit in all_units(sites)):
+    alternatives = any(len(part.each) > 1 for part in candidates)
+    if allocator.needs_loss and alternatives and not all(group.nats for group in all_groups(candidates)):
         raise InputError(
             "Alternatives compare by predicted losses, which must all be in nats a token: use kfac for matrices and "
             "--metric kfac for modules, or name a single method for each part."
@@ -133,7 +133,7 @@ def run(
     """
     reporter, workers = reporter or Silent(), resources.workers
     identity = key(config, inputs)
-    check_options(config.allocate, config.storage, inputs.subject.sites)
+    check_options(config.allocate, config.storage, inputs.subject.candidates)
     if bases is None:
         bases = Bases(Chooser(config, inputs.subject), inputs.calibration.id, out_dir, resources=resources)
     own = workers.share(inputs.subject.scopes)
@@ -141,7 +141,7 @@ def run(
     if found is not None:
         return found
     statistics = BlockFiles(inputs.statistics, inputs.calibration.id)
-    needs = needs_data(bases.chooser.units)
+    needs = needs_data(bases.chooser.groups)
     for done, part in in_parts(own, bases.at_once):
         if todo := [block for block in part if not bases.finished(block)]:
             bases.take({block: _means(statistics, block) if needs else {} for block in todo})
@@ -171,8 +171,8 @@ def _choose(
     if len(plans) > 1 and inputs.held_out is not None and (batches := inputs.held_out()):
         plan, tried = best(bases, batches, plans)
         reporter.advance("choose", len(plans), len(plans))
-    units, choices = plan.units, plan.choices
-    stored = sum(price_of(unit, choices[unit.name]).elements for unit in units)
+    groups, choices = plan.groups, plan.choices
+    stored = sum(price_of(group, choices[group.name]).elements for group in groups)
     claimed = sum(target.elements for target in subject.claimed)
     report = {
         "asked_ratio": config.ratio,
@@ -180,7 +180,7 @@ def _choose(
         "ratio_of": config.ratio_of,
         "denominator": budget.denominator,
         "claimed_elements": claimed,
-        "stored_elements": claimed - sum(dense_elements(unit) for unit in units) + stored,
+        "stored_elements": claimed - sum(dense_elements(group) for group in groups) + stored,
         "predicted_loss": plan.predicted,
         "plan": plan.name,
         "plans": tried,
@@ -194,7 +194,7 @@ def _choose(
     with replacing(out_dir, listed) as draft:
         for name in files:
             link(out_dir / name, draft / name)
-        write_ranks(draft / RANKS, units, choices)
+        write_ranks(draft / RANKS, groups, choices)
         return commit(draft, identity, [RANKS, *files], report, environment(config.device))
 
 

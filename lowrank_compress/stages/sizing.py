@@ -12,7 +12,7 @@ from lowrank_compress.allocation.choice import Choice
 from lowrank_compress.calibration.capture import boundaries
 from lowrank_compress.calibration.statistics import enough_tokens
 from lowrank_compress.evaluation.size import weight_bytes
-from lowrank_compress.methods.units import Unit, needed, needs_data, price_of, statistics_bytes
+from lowrank_compress.methods.groups import TargetGroup, needed, needs_data, price_of, statistics_bytes
 from lowrank_compress.resources.resources import Resources
 from lowrank_compress.stages.plan import Plan
 from lowrank_compress.stages.reach import uniform_choices
@@ -47,7 +47,7 @@ def dry_run(plan: Plan, run: Run, resources: Resources = Resources()) -> dict[st
     """
     targets, budget = plan.subject.resolved.targets, plan.chooser.budget
     need = estimate(plan, resources)
-    choices = uniform_choices(plan.score, budget, plan.subject.sites)
+    choices = uniform_choices(plan.score, budget, plan.subject.candidates)
     return {
         "recipe": plan.resolved().model_dump(mode="json"),
         "run": str(run.path),
@@ -71,9 +71,9 @@ def _uniform_bytes(plan: Plan, choices: Mapping[str, Choice]) -> int:
     """Bytes that are stored for the claimed weights at uniform ranks; with "auto" storage, the most that it may be."""
     itemsize = getattr(torch, plan.factorize.dtype).itemsize
     claimed = sum(target.elements for target in plan.subject.resolved.targets)
-    kept = claimed - sum(site.dense for site in plan.subject.sites)
+    kept = claimed - sum(part.dense for part in plan.subject.candidates)
     return kept * itemsize + sum(
-        price_of(unit, choices[unit.name]).bytes(itemsize) for unit in plan.chooser.units if unit.name in choices
+        price_of(group, choices[group.name]).bytes(itemsize) for group in plan.chooser.groups if group.name in choices
     )
 
 
@@ -81,9 +81,9 @@ def estimate(plan: Plan, resources: Resources) -> Need:
     """Estimate memory and disk from shapes."""
     chooser, subject = plan.chooser, plan.subject
     made = [chooser, *([] if chooser.rival is None else [chooser.rival])]
-    basis = sum(unit.basis_elements(found.keep[unit.name]) for found in made for unit in found.units)
-    resident, spilled = _resident(plan, chooser.units, resources)
-    stays = sum(p.numel() for p in subject.model.model.parameters()) - sum(site.dense for site in subject.sites)
+    basis = sum(group.basis_elements(found.keep[group.name]) for found in made for group in found.groups)
+    resident, spilled = _resident(plan, chooser.groups, resources)
+    stays = sum(p.numel() for p in subject.model.model.parameters()) - sum(part.dense for part in subject.candidates)
     written = (stays + chooser.budget.limit) * getattr(torch, plan.factorize.dtype).itemsize
     # Finished blocks, and then the checkpoint that is put together from them.
     disk = {"bases": basis * SINGLE, "compressed checkpoint": 2 * written}
@@ -92,24 +92,24 @@ def estimate(plan: Plan, resources: Resources) -> Need:
 
 def roomy(plan: Plan, resources: Resources) -> bool:
     """Whether a run needs so much less memory than there is that what is freed may be kept."""
-    resident, spilled = _resident(plan, plan.subject.units, resources)
+    resident, spilled = _resident(plan, plan.subject.groups, resources)
     return not spilled and resources.may_keep_freed(sum(resident.values()))
 
 
-def _resident(plan: Plan, units: Sequence[Unit], resources: Resources) -> tuple[dict[str, int], dict[str, int]]:
+def _resident(plan: Plan, groups: Sequence[TargetGroup], resources: Resources) -> tuple[dict[str, int], dict[str, int]]:
     """What a run has in memory at once, name -> bytes, and what of it goes to disk instead."""
     model, resolved = plan.subject.model.model, plan.subject.resolved
-    wanted, resources = needed(units), resources.on(plan.device)
+    wanted, resources = needed(groups), resources.on(plan.device)
     block = sum(p.numel() for p in model.get_submodule(resolved.blocks[0]).parameters())
     outside = sum(p.numel() for p in model.parameters()) - block * len(resolved.blocks)
-    tokens = plan.recipe.samples * plan.calibrate.seq_len if needs_data(units) else 0
+    tokens = plan.recipe.samples * plan.calibrate.seq_len if needs_data(groups) else 0
     copies = boundaries(len(resolved.blocks), wanted)
     states = {"hidden states": tokens * model.config.hidden_size * SINGLE * copies}
     spills = states["hidden states"] > resources.for_states
-    first = [unit for unit in units if unit.block == units[0].block]  # others may be dense
-    beside = [unit.working_bytes() for unit in first if unit.parallel]
+    first = [group for group in groups if group.block == groups[0].block]  # others may be dense
+    beside = [group.working_bytes() for group in first if group.parallel]
     few = plan.score.held_out and tokens < enough_tokens(
-        max(max(target.shape) for unit in first for target in unit.targets)
+        max(max(target.shape) for group in first for target in group.targets)
     )
     halves = 2 if few else 1  # of the calibration set, each with sums of its own
     resident = {
@@ -118,7 +118,7 @@ def _resident(plan: Plan, units: Sequence[Unit], resources: Resources) -> tuple[
         "statistics": halves * resources.blocks_at_once(statistics_bytes(first)) * statistics_bytes(first),
         "decompositions": max(
             resources.items_at_once(beside) * max(beside, default=0),
-            *(unit.working_bytes() for unit in first),
+            *(group.working_bytes() for group in first),
         ),
     }
     return (resident, states) if spills else (resident | states, {})

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from lowrank_compress.arch.targets import Resolved, Target
 from lowrank_compress.config import Scheme
-from lowrank_compress.methods.sites import Site, all_units, sites_of
-from lowrank_compress.methods.units import Unit
+from lowrank_compress.methods.candidates import Candidates, all_groups, candidates_of
+from lowrank_compress.methods.groups import TargetGroup
 from lowrank_compress.model.blueprint import Blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 
@@ -21,15 +21,15 @@ class Subject:
     ----------
     model
         The dense model.
-    sites
-        Its parts, and for each the ways to compress it.
+    candidates
+        Its parts, and what each may be compressed as.
     rival
         The same by the scheme that plans are held against; empty where there is none.
     """
 
     model: Blueprint
-    sites: tuple[Site, ...]
-    rival: tuple[Site, ...] = ()
+    candidates: tuple[Candidates, ...]
+    rival: tuple[Candidates, ...] = ()
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -44,28 +44,28 @@ class Subject:
     @property
     def scopes(self) -> range:
         """Numbers of the blocks, and of what is outside of them if any of that is compressed."""
-        return scopes_of(self.resolved, self.units)
+        return scopes_of(self.resolved, self.groups)
 
     @property
     def claimed(self) -> tuple[Target, ...]:
         """Matrices that the ratio of the blocks counts, and those outside that are compressed."""
-        compressed = {target.name for site in self.sites for unit in site.alternatives[0] for target in unit.targets}
+        compressed = {target.name for part in self.candidates for group in part.each[0] for target in group.targets}
         return claimed_of(self.resolved, compressed)
 
     @property
-    def units(self) -> tuple[Unit, ...]:
-        """The units of all ways."""
-        return all_units(self.sites)
+    def groups(self) -> tuple[TargetGroup, ...]:
+        """The groups of all candidates."""
+        return all_groups(self.candidates)
 
     @property
-    def measured(self) -> tuple[Unit, ...]:
-        """The units that statistics are taken for: those of the rival, too."""
-        return all_units((*self.sites, *self.rival))
+    def measured(self) -> tuple[TargetGroup, ...]:
+        """The groups that statistics are taken for: those of the rival, too."""
+        return all_groups((*self.candidates, *self.rival))
 
 
-def scopes_of(resolved: Resolved, units: Iterable[Unit]) -> range:
-    """Numbers of the blocks, and of what is outside of them if a unit is."""
-    return range(max(len(resolved.blocks), *(unit.block + 1 for unit in units)))
+def scopes_of(resolved: Resolved, groups: Iterable[TargetGroup]) -> range:
+    """Numbers of the blocks, and of what is outside of them if a group is."""
+    return range(max(len(resolved.blocks), *(group.block + 1 for group in groups)))
 
 
 def claimed_of(resolved: Resolved, compressed: Collection[str]) -> tuple[Target, ...]:
@@ -79,6 +79,8 @@ def subject_of(model: Blueprint, scheme: Scheme, rival: Scheme | None = None) ->
     Raises
     ------
     LrcError
-        As `sites_of`.
+        As `candidates_of`.
     """
-    return Subject(model, sites_of(model.resolved, scheme), () if rival is None else sites_of(model.resolved, rival))
+    return Subject(
+        model, candidates_of(model.resolved, scheme), () if rival is None else candidates_of(model.resolved, rival)
+    )

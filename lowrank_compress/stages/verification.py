@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +15,10 @@ from lowrank_compress.stages.index import Link, read_index
 from lowrank_compress.stages.refresh import code_of
 from lowrank_compress.stages.run import Run, recipe_state, strangers
 from lowrank_compress.stages.stage import Stage
-from lowrank_compress.stages.table import in_order
+from lowrank_compress.stages.table import STAGES, in_order
+
+UPSTREAM = {"calibration": "calibrate", "scores": "score"}
+"""Inputs of results that are the id of another stage's in the same run: the input's name, and the stage."""
 
 
 def verify(path: Path) -> list[dict[str, str]]:
@@ -99,7 +103,7 @@ def _verify_result(run: Run, stage: Stage, directory: Path, chain: Sequence[Link
         return [finding(f"{where}/{MANIFEST}", "damaged manifest")]
     if manifest is None:
         return [finding(where, "not there yet")]
-    if not _belongs(stage, directory, manifest, chain):
+    if not _belongs(stage, directory, manifest, chain) or not _follows(run, manifest):
         return [finding(f"{where}/{MANIFEST}", "of another result")]
     wrong = set(altered(directory, manifest, remember=False))
     findings = []
@@ -115,6 +119,17 @@ def _verify_result(run: Run, stage: Stage, directory: Path, chain: Sequence[Link
     if manifest.report.get("kept") is False:
         findings.append(finding(where, "dropped"))
     return findings
+
+
+def _follows(run: Run, manifest: Manifest) -> bool:
+    """Whether a result was made from what the stages before it have in the run now, where that is there."""
+    for name, before in UPSTREAM.items():
+        made_from = manifest.key.inputs.get(name)
+        with contextlib.suppress(ArtifactError):  # of which there is a finding of its own
+            there = read_manifest(run.path / STAGES[before].directory)
+            if made_from is not None and there is not None and there.id != made_from:
+                return False
+    return True
 
 
 def _belongs(stage: Stage, directory: Path, manifest: Manifest, chain: Sequence[Link]) -> bool:

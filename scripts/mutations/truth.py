@@ -133,6 +133,7 @@ def logits(path: Path | str, kind: str = "lm") -> Tensor:
     embedding: Any = model.get_input_embeddings()
     vocabulary = len(embedding.weight)
     ids = torch.arange(12)[None] * 7 % vocabulary
+    model.config.return_dict = True  # its own form of results is no matter of what it computes
     return model(input_ids=ids).logits.double()
 
 

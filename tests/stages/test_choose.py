@@ -23,7 +23,7 @@ def chooser_of(tiny: Tiny, **options: object) -> Chooser:
 
 def test_an_allocator_that_looks_at_nothing_keeps_what_it_chooses(tiny: Tiny) -> None:
     chooser = chooser_of(tiny, method="svd", ratio=0.5)
-    curves = [lossless_curve(unit, chooser.config) for unit in chooser.units]
+    curves = [lossless_curve(group, chooser.config) for group in chooser.groups]
     points = chooser.allocate(curves)
     chosen = {curve.name: curve.choice(point) for curve, point in zip(curves, points, strict=True)}
     assert chooser.keep == {name: choice.parameters[0] for name, choice in chosen.items()}
@@ -32,7 +32,7 @@ def test_an_allocator_that_looks_at_nothing_keeps_what_it_chooses(tiny: Tiny) ->
 
 def test_an_allocator_that_looks_at_losses_keeps_all_that_pays(tiny: Tiny) -> None:
     few, all_of_it = (chooser_of(tiny, method="svd", allocate=name) for name in ("uniform", "loss"))
-    assert all(few.keep[unit.name] < all_of_it.keep[unit.name] for unit in few.units)
+    assert all(few.keep[group.name] < all_of_it.keep[group.name] for group in few.groups)
 
 
 def test_a_ratio_out_of_reach_is_refused(tiny: Tiny) -> None:
@@ -42,24 +42,24 @@ def test_a_ratio_out_of_reach_is_refused(tiny: Tiny) -> None:
 
 def test_only_losses_compare_candidates(tiny: Tiny) -> None:
     compared = chooser_of(tiny, method="auto")
-    assert len(compared.units) > len(chooser_of(tiny, method="auto", allocate="uniform").units)
-    sites = compared.subject.sites
+    assert len(compared.groups) > len(chooser_of(tiny, method="auto", allocate="uniform").groups)
+    candidates = compared.subject.candidates
     for position in (0, -1):
-        better = {unit.name for site in sites for unit in site.alternatives[position]}
+        better = {group.name for part in candidates for group in part.each[position]}
         curves = {
-            unit.name: _losing(unit.name, compared, 1.0 if unit.name in better else 2.0) for unit in compared.units
+            group.name: _losing(group.name, compared, 1.0 if group.name in better else 2.0) for group in compared.groups
         }
-        assert {unit.name for unit in compared.choose(curves)} == better
+        assert {group.name for group in compared.choose(curves)} == better
 
 
 def _losing(name: str, chooser: Chooser, loss: float) -> Curve:
-    unit = next(unit for unit in chooser.units if unit.name == name)
-    curve = lossless_curve(unit, chooser.config)
-    size = sum(target.elements for target in unit.targets)
+    group = next(group for group in chooser.groups if group.name == name)
+    curve = lossless_curve(group, chooser.config)
+    size = sum(target.elements for target in group.targets)
     # At half of its elements, and at all of them.
     half = int(np.searchsorted(curve.stored, size // 2))
     losses = np.where(np.arange(len(curve.choices)) >= half, loss, 1e9) * size
-    return make_curve(name, size, curve.choices, losses, block=unit.block)
+    return make_curve(name, size, curve.choices, losses, block=group.block)
 
 
 def test_plans_are_held_against_a_rival_of_its_own_settings(tiny: Tiny) -> None:
@@ -67,7 +67,7 @@ def test_plans_are_held_against_a_rival_of_its_own_settings(tiny: Tiny) -> None:
     assert rival is not None
     assert (rival.config.allocate, rival.config.storage, rival.config.held_out) == ("block-influence", "pair", False)
     assert rival.rival is None
-    assert rival.subject.sites != rival.subject.rival == ()
+    assert rival.subject.candidates != rival.subject.rival == ()
     assert chooser_of(tiny, method="kfac", ratio=MUCH).rival is None
 
 

@@ -40,7 +40,7 @@ def test_statistics_are_let_go_and_bases_are_found_again(tiny: Tiny, tmp_path: P
     again = bases_for(tiny, place, method="svd-llm")
     assert [again.finished(block) for block in (0, 1)] == [True, True]
     assert {path.name for path in place.iterdir()} == set(again.names([0, 1]))
-    assert again.curves().keys() == {unit.name for unit in again.chooser.units}
+    assert again.curves().keys() == {group.name for group in again.chooser.groups}
     assert not again.halved()
     assert not bases_for(tiny, place, "another", method="svd-llm").finished(0)
 
@@ -65,9 +65,9 @@ def test_singular_values_are_kept_where_the_allocator_looks_at_them(tiny: Tiny, 
     before = bases.spectra.path(0).stat().st_mtime_ns
     bases.take_spectra([0, 1])
     assert bases.spectra.path(0).stat().st_mtime_ns == before
-    unit = bases.chooser.of_block(1)[0]
-    weight = bases.chooser.subject.model.weight(unit.targets[0]).double()
-    found = bases.spectra.read(1)[f"{unit.name}/singular_values"]
+    group = bases.chooser.of_block(1)[0]
+    weight = bases.chooser.subject.model.weight(group.targets[0]).double()
+    found = bases.spectra.read(1)[f"{group.name}/singular_values"]
     torch.testing.assert_close(found, torch.linalg.svdvals(weight), rtol=0, atol=1e-6 * float(weight.norm()))
     without = bases_for(tiny, tmp_path / "other", method="svd")
     without.take_spectra([0])

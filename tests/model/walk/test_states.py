@@ -8,8 +8,8 @@ import torch
 
 from lowrank_compress.calibration.capture import boundaries, capture
 from lowrank_compress.config import Scheme
-from lowrank_compress.methods.sites import all_units, sites_of
-from lowrank_compress.methods.units import needed
+from lowrank_compress.methods.candidates import all_groups, candidates_of
+from lowrank_compress.methods.groups import needed
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.model.walk.batch import Batch
@@ -54,7 +54,7 @@ def test_where_states_lie_changes_no_bit(tmp_path: Path, method: str) -> None:
     skeleton = Skeleton(Checkpoint(save_tiny("llama", tmp_path / "model")), torch.device("cpu"), torch.float32)
     batches = [Batch(torch.randint(4, 96, (2, 16), generator=torch.Generator().manual_seed(i))) for i in range(3)]
     scheme = Scheme(qk=method, vo=method, mlp=method, metric="gram")
-    wanted = needed(all_units(sites_of(skeleton.resolved, scheme)))
+    wanted = needed(all_groups(candidates_of(skeleton.resolved, scheme)))
     place = tmp_path / "states"
     place.mkdir()
 

@@ -1,7 +1,7 @@
 """What is given one choice: a matrix, or the matrices of a module that shrink together.
 
-Calibration, allocation, encoding and reports know units only by this interface.
-`matrix_unit` and `module_unit` hold the two kinds.
+Calibration, allocation, encoding and reports know groups only by this interface.
+`matrix_group` and `module_group` hold the two kinds.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Price:
         return (self.elements - self.indices) * itemsize + self.indices * INDEX_DTYPE.itemsize
 
 
-class Unit(Protocol):
-    """One choice's worth of a block."""
+class TargetGroup(Protocol):
+    """Matrices that get one choice together."""
 
     @property
     def name(self) -> str:
@@ -51,7 +51,7 @@ class Unit(Protocol):
 
     @property
     def targets(self) -> tuple[Target, ...]:
-        """The matrices that the rank is for."""
+        """The matrices that the choice is for."""
         ...
 
     @property
@@ -112,7 +112,7 @@ class Unit(Protocol):
     def decompose(
         self, weights: Weights, means: Mapping[str, Tensor], damping: Damping, keep: int
     ) -> dict[str, Tensor]:
-        """Make its basis for ranks up to `keep`: tensors whose names begin with the unit's."""
+        """Make its basis for ranks up to `keep`: tensors whose names begin with the group's."""
         ...
 
     def basis_elements(self, keep: int) -> int:
@@ -149,59 +149,59 @@ class Unit(Protocol):
         ...
 
 
-def dense_elements(unit: Unit) -> int:
+def dense_elements(group: TargetGroup) -> int:
     """Elements of all its dense matrices."""
-    return sum(target.elements for target in unit.targets)
+    return sum(target.elements for target in group.targets)
 
 
-def price_of(unit: Unit, choice: Choice) -> Price:
+def price_of(group: TargetGroup, choice: Choice) -> Price:
     """What a choice stores, dense included."""
-    return Price(dense_elements(unit), 0) if choice.is_dense else unit.price(choice)
+    return Price(dense_elements(group), 0) if choice.is_dense else group.price(choice)
 
 
-def largest_kept(unit: Unit, format: str) -> int:
+def largest_kept(group: TargetGroup, format: str) -> int:
     """The largest rank that a basis must have for any choice in a format that stores less than dense."""
-    choices = unit.choices(format)
-    return unit.keep(choices[-1]) if len(choices) else 0
+    choices = group.choices(format)
+    return group.keep(choices[-1]) if len(choices) else 0
 
 
-def cheaper(unit: Unit, format: str, stored: int, multiple: int = 1) -> Choice | None:
+def cheaper(group: TargetGroup, format: str, stored: int, multiple: int = 1) -> Choice | None:
     """Return the largest choice in a format that stores at most so many elements; None if none does."""
-    choices = unit.choices(format, multiple)
+    choices = group.choices(format, multiple)
     count = int(np.searchsorted(choices.stored, stored, side="right"))
     return choices[count - 1] if count else None
 
 
-def needed(units: Sequence[Unit]) -> dict[str, frozenset[str]]:
+def needed(groups: Sequence[TargetGroup]) -> dict[str, frozenset[str]]:
     """Target name -> names of the statistics it needs."""
     wanted: dict[str, frozenset[str]] = {}
-    for unit in units:
-        for name, statistics in unit.statistics().items():
+    for group in groups:
+        for name, statistics in group.statistics().items():
             wanted[name] = wanted.get(name, frozenset()) | statistics
     return wanted
 
 
-def uses(unit: Unit) -> dict[str, int]:
-    """Statistics that a unit's basis is made of: key among those of its block -> elements."""
-    wanted = unit.statistics()
+def uses(group: TargetGroup) -> dict[str, int]:
+    """Statistics that a group's basis is made of: key among those of its block -> elements."""
+    wanted = group.statistics()
     return {
         statistic_key(target, name): STATISTICS[name].elements(target)
-        for target in unit.targets
+        for target in group.targets
         for name in wanted[target.name]
     }
 
 
-def statistics_bytes(units: Iterable[Unit]) -> int:
-    """Bytes of the float64 statistics that units of one block need, those that they share counted once."""
-    sizes = {key: elements for unit in units for key, elements in uses(unit).items()}
+def statistics_bytes(groups: Iterable[TargetGroup]) -> int:
+    """Bytes of the float64 statistics that groups of one block need, those that they share counted once."""
+    sizes = {key: elements for group in groups for key, elements in uses(group).items()}
     return torch.float64.itemsize * sum(sizes.values())
 
 
-def needs_data(units: Sequence[Unit]) -> bool:
+def needs_data(groups: Sequence[TargetGroup]) -> bool:
     """Whether any statistic is needed."""
-    return any(needed(units).values())
+    return any(needed(groups).values())
 
 
-def ranking(unit: Unit, storage: str) -> str:
-    """The format in which ranks of a unit are counted: the storage asked for, where it has any choice."""
-    return storage if storage in unit.formats else unit.formats[0]
+def ranking(group: TargetGroup, storage: str) -> str:
+    """The format in which ranks of a group are counted: the storage asked for, where it has any choice."""
+    return storage if storage in group.formats else group.formats[0]

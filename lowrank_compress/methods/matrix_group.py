@@ -1,4 +1,4 @@
-"""One matrix as a unit: it is given a choice of its own, and a linear method finds its factors."""
+"""One matrix as a group: it is given a choice of its own, and a linear method finds its factors."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from lowrank_compress.formats.spec import Product
 from lowrank_compress.formats.table import FORMATS, choices_of, cost_of, rebuild
 from lowrank_compress.linalg.weighted import Projector
 from lowrank_compress.methods.edit import Edit, Replacement, Source
+from lowrank_compress.methods.groups import Price, Weights, uses
 from lowrank_compress.methods.halves import halves_of
 from lowrank_compress.methods.linear import Damping, LinearMethod, decompose_target, fit_held_out, sensitivities
-from lowrank_compress.methods.units import Price, Weights, uses
 
 
 @dataclass(frozen=True)
-class MatrixUnit:
+class MatrixGroup:
     """One matrix, compressed by a linear method."""
 
     target: Target
@@ -61,7 +61,7 @@ class MatrixUnit:
 
     @property
     def nats(self) -> bool:
-        """Whether the method's unit is nats."""
+        """Whether the method's group is nats."""
         return self.method.unit == "nats"
 
     @property

@@ -1,4 +1,4 @@
-"""The matrices of a module as a unit: they shrink together, and the rank is the width that is kept."""
+"""The matrices of a module as a group: they shrink together, and the rank is the width that is kept."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from lowrank_compress.arch.targets import Target
 from lowrank_compress.calibration.statistics import statistic_key
 from lowrank_compress.formats.dense import dense
 from lowrank_compress.methods.edit import Edit, Narrower, Replacement, Source
+from lowrank_compress.methods.groups import Price, Weights, dense_elements, uses
 from lowrank_compress.methods.halves import halves_of
 from lowrank_compress.methods.linear import Damping
 from lowrank_compress.methods.module import ModuleMethod, Reduced
-from lowrank_compress.methods.units import Price, Weights, dense_elements, uses
 from lowrank_compress.model.casting import cast
 
 
 @dataclass(frozen=True)
-class ModuleUnit:
+class ModuleGroup:
     """The matrices of a module that shrink together; the rank is the width that is kept.
 
     For queries and keys, and for values and their outputs, that is the width of one head.

@@ -1,4 +1,4 @@
-"""The parts of a model's blocks that a scheme compresses, and for each the ways to do it."""
+"""The parts of a model that a scheme compresses, and for each the candidates: target groups that it may become."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from lowrank_compress.arch.spec import QUERY_KEY
 from lowrank_compress.arch.targets import Resolved, Target
 from lowrank_compress.config import Scheme
 from lowrank_compress.errors import UnsupportedError
+from lowrank_compress.methods.groups import TargetGroup, dense_elements
 from lowrank_compress.methods.linear import LinearMethod
-from lowrank_compress.methods.matrix_unit import MatrixUnit
+from lowrank_compress.methods.matrix_group import MatrixGroup
 from lowrank_compress.methods.module import ModuleMethod
-from lowrank_compress.methods.module_unit import ModuleUnit
+from lowrank_compress.methods.module_group import ModuleGroup
 from lowrank_compress.methods.scheme import DENSE, Part, parts_of
-from lowrank_compress.methods.units import Unit, dense_elements
 
 
 @dataclass(frozen=True)
-class Site:
-    """A part of a block, and the ways to compress it.
+class Candidates:
+    """What a part of a block may be compressed as.
 
     Attributes
     ----------
-    alternatives
-        The units of each way; each way has the same matrices.
+    each
+        The target groups of each candidate; all have the same matrices.
     """
 
-    alternatives: tuple[tuple[Unit, ...], ...]
+    each: tuple[tuple[TargetGroup, ...], ...]
 
     @property
     def dense(self) -> int:
         """Elements of all its dense matrices."""
-        return sum(dense_elements(unit) for unit in self.alternatives[0])
+        return sum(dense_elements(group) for group in self.each[0])
 
 
-def sites_of(resolved: Resolved, scheme: Scheme) -> tuple[Site, ...]:
+def candidates_of(resolved: Resolved, scheme: Scheme) -> tuple[Candidates, ...]:
     """List what a scheme compresses in a model, block by block in the order of computation.
 
     Raises
@@ -45,15 +45,15 @@ def sites_of(resolved: Resolved, scheme: Scheme) -> tuple[Site, ...]:
     InputError
         A method is unknown.
     """
-    sites: list[Site] = []
+    found: list[Candidates] = []
     for block, path in enumerate((*resolved.blocks, "")):
         for part in parts_of(scheme, resolved, block):
             if part.methods:
                 name = f"{path}:{part.group.label}"
                 if block == len(resolved.blocks):
                     _require_no_data(part)
-                sites.append(Site(tuple(_units(method, name, part.targets, resolved) for method in part.methods)))
-    return tuple(sites)
+                found.append(Candidates(tuple(_groups(each, name, part.targets, resolved) for each in part.methods)))
+    return tuple(found)
 
 
 def _require_no_data(part: Part) -> None:
@@ -66,25 +66,25 @@ def _require_no_data(part: Part) -> None:
             )
 
 
-def _units(
+def _groups(
     method: LinearMethod | ModuleMethod, name: str, targets: tuple[Target, ...], resolved: Resolved
-) -> tuple[Unit, ...]:
+) -> tuple[TargetGroup, ...]:
     if isinstance(method, LinearMethod):
-        return tuple(MatrixUnit(target, method) for target in targets)
+        return tuple(MatrixGroup(target, method) for target in targets)
     if method.group == QUERY_KEY and resolved.architecture.head_norms:
         raise UnsupportedError(
             f"{method.name} cannot make queries and keys of {resolved.architecture.name!r} narrower: they are "
             "normalised head by head, over all dimensions of a head. Give them a linear method, for instance --qk "
             f"kfac, or leave them with --qk {DENSE}."
         )
-    return (ModuleUnit(name, targets, method),)
+    return (ModuleGroup(name, targets, method),)
 
 
-def all_units(sites: Sequence[Site]) -> tuple[Unit, ...]:
-    """Return the units of all alternatives."""
-    return tuple(unit for site in sites for way in site.alternatives for unit in way)
+def all_groups(candidates: Sequence[Candidates]) -> tuple[TargetGroup, ...]:
+    """Return the groups of all candidates."""
+    return tuple(group for part in candidates for each in part.each for group in each)
 
 
-def first_units(sites: Sequence[Site]) -> tuple[Unit, ...]:
-    """Return the units of each site's first alternative."""
-    return tuple(unit for site in sites for unit in site.alternatives[0])
+def first_groups(candidates: Sequence[Candidates]) -> tuple[TargetGroup, ...]:
+    """Return the groups of each part's first candidate."""
+    return tuple(group for part in candidates for group in part.each[0])

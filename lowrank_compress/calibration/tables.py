@@ -56,42 +56,71 @@ def _json(name: str) -> Iterator[Row]:
         yield f"Row {number}", _object(f"Row {number}", value, name)
 
 
-_FILL = re.compile(r"[\s,]*")
+_SPACE = re.compile(r"\s*")
+
+
+class _Pieces:
+    """A text that comes in pieces, read value by value."""
+
+    def __init__(self, pieces: Iterator[str], name: str) -> None:
+        self._pieces, self._name = pieces, name
+        self._text, self._at, self._number = "", 0, 0
+        self._decoder = json.JSONDecoder()
+
+    def ahead(self) -> str:
+        """The next character that is no white space; nothing at the end."""
+        while True:
+            self._at = _SPACE.match(self._text, self._at).end()  # pyright: ignore[reportOptionalMemberAccess]
+            if self._at < len(self._text):
+                return self._text[self._at]
+            self._text, self._at = next(self._pieces, ""), 0
+            if not self._text:
+                return ""
+
+    def skip(self) -> None:
+        """Go past that character."""
+        self._at += 1
+
+    def value(self) -> Any:
+        """Read the next value, with as much text as it has."""
+        self._number += 1
+        while True:
+            try:
+                found, self._at = self._decoder.raw_decode(self._text, self._at)
+                return found
+            except RecursionError:
+                raise CalibrationError(f"Row {self._number} of {self._name} is nested too deep to be read.") from None
+            except ValueError as problem:
+                length = len(self._text) - self._at
+                more = _as_much_again(self._pieces, length)
+                if not more or length > ROW:
+                    raise CalibrationError(f"Row {self._number} of {self._name} is not JSON ({problem}).") from None
+                self._text, self._at = self._text[self._at :] + more, 0
 
 
 def _json_values(pieces: Iterator[str], name: str) -> Iterator[Any]:
-    decoder, number = json.JSONDecoder(), 0
-    text = next((piece.lstrip() for piece in pieces if piece.strip()), "")
-    array = text.startswith("[")
-    at = int(array)
-    while True:
-        while True:  # to the next value, past white space and, in an array, commas
-            at = (_FILL if array else _SPACE).match(text, at).end()  # pyright: ignore[reportOptionalMemberAccess]
-            if at < len(text):
-                break
-            text, at = next(pieces, ""), 0
-            if not text and array:
-                raise CalibrationError(f"{name} is a JSON array that does not end. Is the file whole?")
-            if not text:
-                return
-        if array and text[at] == "]":
-            return
-        number += 1
-        while True:  # as much text as the value has
-            try:
-                value, at = decoder.raw_decode(text, at)
-                break
-            except RecursionError:
-                raise CalibrationError(f"Row {number} of {name} is nested too deep to be read.") from None
-            except ValueError as problem:
-                more = _as_much_again(pieces, len(text) - at)
-                if not more or len(text) - at > ROW:
-                    raise CalibrationError(f"Row {number} of {name} is not JSON ({problem}).") from None
-                text, at = text[at:] + more, 0
-        yield value
-
-
-_SPACE = re.compile(r"\s*")
+    text = _Pieces(pieces, name)
+    if text.ahead() != "[":
+        while text.ahead():
+            yield text.value()
+        return
+    text.skip()
+    row = 0
+    while (following := text.ahead()) != "]" or row:
+        if not following:
+            raise CalibrationError(f"{name} is a JSON array that does not end. Is the file whole?")
+        row += 1
+        yield text.value()
+        following = text.ahead()
+        if following == "]":
+            break
+        if following == ",":
+            text.skip()
+        elif following:
+            raise CalibrationError(f"Row {row} of {name} is followed by {following!r}; expected a comma or ].")
+    text.skip()
+    if rest := text.ahead():
+        raise CalibrationError(f"{name} goes on behind its JSON array, with {rest!r}. Is it damaged?")
 
 
 def _as_much_again(pieces: Iterator[str], length: int) -> str:

@@ -440,7 +440,14 @@ def test_json_values_are_read_one_at_a_time(piece: int, tmp_path: Path, monkeypa
         '{"text": "a"} nonsense': "Row 2 of .* is not JSON",
         '{"text": {"0": "a", "1": "b"}}': "Row 1 of .* has a dict in the column 'text'",
         "[" * 200_000: "Row 1 of .* is nested too deep",
+        json.dumps(found) + "xx": "goes on behind its JSON array, with 'x'",
+        json.dumps(found) + '[{"text": "b"}]': r"goes on behind its JSON array, with '\['",
+        '[{"text": "a"} {"text": "b"}]': "Row 1 of .* is followed by '{'; expected a comma or ]",
+        '[{"text": "a"},, {"text": "b"}]': "Row 2 of .* is not JSON",
+        '[{"text": "a"},]': "Row 2 of .* is not JSON",
+        '[,{"text": "a"}]': "Row 1 of .* is not JSON",
         "[]": "has no rows",
+        "[ ] ]": "goes on behind its JSON array",
         "": "has no rows",
     }.items():
         if len(text) < 1000 or piece == 1000:

@@ -79,6 +79,11 @@ class TargetGroup(Protocol):
         """Whether it is decomposed beside others, in one thread; what is not is given all threads."""
         ...
 
+    @property
+    def loses_mean(self) -> bool:
+        """Whether its method would restore the mean input, but has no bias to do it with."""
+        ...
+
     def statistics(self) -> Mapping[str, frozenset[str]]:
         """Target name -> names of the statistics that its basis is made of."""
         ...

@@ -67,6 +67,11 @@ class ModuleGroup:
         return False
 
     @property
+    def loses_mean(self) -> bool:
+        """Module methods restore no mean."""
+        return False
+
+    @property
     def _rotated(self) -> bool:
         heads = self.targets[0].heads
         return self.method.group == QUERY_KEY and heads is not None and heads.rotary > 0

@@ -17,7 +17,6 @@ from lowrank_compress.calibration.windows import batches_hash
 from lowrank_compress.config import CalibrateConfig
 from lowrank_compress.errors import ArtifactError, InputError
 from lowrank_compress.methods.groups import needed, needs_data
-from lowrank_compress.methods.matrix_group import MatrixGroup
 from lowrank_compress.model.narrowing import check_narrowing
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.resources.resources import Resources
@@ -132,7 +131,7 @@ def run(
         )
     if few := too_few(groups, batches, needs_gradient(wanted)):
         reporter.warn(few)
-    if any(group.loses_mean for group in groups if isinstance(group, MatrixGroup)):
+    if any(group.loses_mean for group in groups):
         reporter.warn(
             "afm restores the mean through biases, and some layers of this model have none: there it uses the "
             "uncentred Gram matrix and restores no mean."

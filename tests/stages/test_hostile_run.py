@@ -33,9 +33,19 @@ def test_the_checkpoint_of_another_run_is_not_this_runs(tiny: Tiny, finished: Fi
     shutil.copytree(other / "model", run / "model")
     said = lrc("verify", run)
     assert said.code == 2
-    assert "run.json" in said.text
+    assert "model/manifest.json (of another result)" in said.text
     message = refused("eval", run, "--perplexity", tiny.heldout)
     assert "is not the checkpoint that run.json names" in message
+
+
+@pytest.mark.parametrize("part", ["scores", "model"])
+def test_a_whole_part_of_another_run_is_not_this_runs(part: str, finished: Finished):
+    run, other = finished("svd"), finished("svd-llm")
+    shutil.rmtree(run / part)
+    shutil.copytree(other / part, run / part)
+    states = {entry["file"]: entry["state"] for entry in lrc("verify", run, "--json").json["files"]}
+    assert "of another result" in states.values()
+    done("score" if part == "scores" else "factorize", run, "--overwrite")
 
 
 def test_an_edited_report_is_not_shown(finished: Finished):

@@ -45,7 +45,7 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """How an attention module divides queries, keys and values.
+    """How an attention module divides queries, keys and values; in grouped-query attention (GQA) several queries share.
 
     Parameters
     ----------

@@ -1,8 +1,9 @@
 """Queries and keys with fewer dimensions: which columns of W_q and W_k to keep (CR; MoDeGPT, ICLR 2025, algorithm 2).
 
 A score is qᵀk, a sum over the dimensions of a head, so dropping the dimensions D of query and key changes it by
-Σ_{i∈D} q_i k_i. Over all pairs of a query and a key the mean square of that is Σ_{i,j∈D} C_q,ij C_k,ij, with C_q =
-E[q qᵀ] and C_k = E[k kᵀ]. The query heads that share a key-value head keep the same dimensions; their costs add up.
+Σ_{i∈D} q_i k_i. Over all pairs of a query and a key the mean square of that is Σ_{i,j∈D} C_q,ij C_k,ij, with C_q = E[q
+qᵀ] and C_k = E[k kᵀ]. The query heads that share a key-value head (grouped-query attention, GQA) keep the same
+dimensions; their costs add up.
 
 In the Fisher metric the change of the scores counts by what it does to the loss: with g = ∂ℒ/∂q and t = Σ g∘q over the
 query heads of a group, dropping D changes the loss of a token by −Σ_{i∈D} t_i to first order, and costs

@@ -1,7 +1,7 @@
 """Values with fewer dimensions: the best product of W_o and W_v head by head (MoDeGPT, ICLR 2025, algorithm 3).
 
 Attention only averages the values v of a head before W_o reads them, so what counts of the two is their product. Per
-key-value head, with W_o its output slices for all query heads that share it, stacked,
+key-value head, with W_o its output slices for all query heads that share it (grouped-query attention, GQA), stacked,
 
     min over rank r of E‖W_o v − W_o Q_r v‖², v = W_v x + b_v,
 

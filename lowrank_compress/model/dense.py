@@ -92,7 +92,10 @@ def _write(checkpoint: Checkpoint, out: Path, advance: Callable[[int, int], None
         if not name.startswith(tuple(f"{path}." for path in factored)):
             writer.add(plan.name_on_disk(name), plan.read(name))
     for name, tensor in restored.items():
-        writer.add(name, tensor)
+        path, _, leaf = name.rpartition(".")
+        # Under the name that the dense checkpoint has: that of the factors, but for their leaves.
+        inner = f"{path}.lr_in.weight"
+        writer.add(f"{plan.name_on_disk(inner).removesuffix('lr_in.weight')}{leaf}", tensor)
     for step in Walk([skeleton]).forwards():
         (block,), prefix = step.blocks, plan.resolved.blocks[step.index]
         made = {f"{prefix}.{path}" for path in restore_modules(block)}

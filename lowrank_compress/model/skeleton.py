@@ -66,8 +66,20 @@ class Skeleton:
         for name, module in model.named_modules():
             if not f"{name}.".startswith(inside):
                 self._restore_buffers(module)
+        for name, module in model.named_modules():
+            if isinstance(module, CompressedLinear) and not name.startswith(inside):
+                self._check(module, name)
         model.requires_grad_(False)
         self._outside = True
+
+    def _check(self, module: nn.Module, path: str) -> None:
+        try:
+            check_indices(module)
+        except ValueError as problem:
+            what = f"{path}.{str(problem).lstrip('.')}"
+            raise CheckpointError(
+                f"{self.blueprint.checkpoint.path}: {what}. Compress the original checkpoint again."
+            ) from None
 
     def restored_outside(self) -> dict[str, Tensor]:
         """Multiply out what is compressed outside the blocks: tensors of the dense model, in the factors' dtype."""
@@ -128,12 +140,7 @@ class Skeleton:
         block.load_state_dict(state, assign=True)
         for module in block.modules():
             self._restore_buffers(module)
-        try:
-            check_indices(block)
-        except ValueError as problem:
-            raise CheckpointError(
-                f"{self.blueprint.checkpoint.path}: {prefix}.{problem}. Compress the original checkpoint again."
-            ) from None
+        self._check(block, prefix)
         block.requires_grad_(False)
         if then is not None and 0 <= then < len(self.resolved.blocks):
             stored = self.blueprint.stored

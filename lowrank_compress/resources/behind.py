@@ -14,10 +14,10 @@ class Behind:
         self._handed: list[Future[None]] = []
 
     def do(self, work: Callable[[], None]) -> None:
-        """Hand work over; what comes of it, `settle` tells. What it reads must not change until then."""
+        """Hand work over; what comes of it, `flush` tells. What it reads must not change until then."""
         self._handed.append(self._thread.submit(work))
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Return when all that was handed over is done; raise what the first that failed has raised, once."""
         handed, self._handed = self._handed, []
         for work in handed:

@@ -108,7 +108,7 @@ def run(
         for done, part in in_parts(own, receiver.at_once):
             receiver.take({block: {} for block in part})
             reporter.advance(receiver.step, done, len(own))
-        receiver.settle()
+        receiver.flush()
         return workers.once(lambda: commit(out_dir, identity, outputs, report, environment(config.device)))
     batches = calibration_batches(config, subject.checkpoint, task)
     if needs_gradient(wanted) and any(batch.labels is None for batch in batches) and task != "lm":
@@ -160,7 +160,7 @@ def run(
             reporter.advance(receiver.step, done, own)
         if outside := [block for block in missing if block >= len(subject.resolved.blocks)]:
             receiver.take({block: {} for block in workers.share(outside)})
-        receiver.settle()
+        receiver.flush()
     return workers.once(lambda: commit(out_dir, identity, outputs, report, environment(config.device)))
 
 

@@ -110,7 +110,7 @@ class Bases:
 
         The bases are written while the caller goes on, where they take little of the memory.
         """
-        self.settle()
+        self.flush()
         if self.rival is not None:
             self.rival.take({block: dict(means) for block, means in blocks.items()})
         tensors: dict[int, dict[str, Tensor]] = {block: {} for block in blocks}
@@ -136,9 +136,9 @@ class Bases:
             here = {name: tensor.detach().cpu() for name, tensor in found.items()}
             self._behind.do(partial(self.files.write, block, here))
         if not self._resources.may_wait(sum(tensor.nbytes for found in tensors.values() for tensor in found.values())):
-            self.settle()
+            self.flush()
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Return when all blocks that were taken are on disk.
 
         Raises
@@ -146,9 +146,9 @@ class Bases:
         ArtifactError
             The disk is full.
         """
-        self._behind.settle()
+        self._behind.flush()
         if self.rival is not None:
-            self.rival.settle()
+            self.rival.flush()
 
     def _each(
         self, work: Callable[[TargetGroup], dict[str, Tensor]], groups: Sequence[TargetGroup]

@@ -147,7 +147,7 @@ def run(
             bases.take({block: _means(statistics, block) if needs else {} for block in todo})
         bases.take_spectra(part)
         reporter.advance("score", done, len(own))
-    bases.settle()
+    bases.flush()
     return workers.once(
         lambda: _complete(out_dir, identity, overwrite) or _choose(config, inputs, bases, identity, out_dir, reporter)
     )

@@ -34,7 +34,7 @@ class Sink(Protocol):
         """Take the statistics of blocks; the mapping of each is the sink's to empty."""
         ...
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Return when all blocks that were taken are on disk."""
         ...
 
@@ -56,5 +56,5 @@ class FileSink:
         for block, means in blocks.items():
             self.files.write(block, means)
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Do nothing: they are."""

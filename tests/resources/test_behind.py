@@ -15,7 +15,7 @@ def test_work_is_done_in_order_while_the_caller_goes_on() -> None:
         behind.do(partial(done.append, number))
     assert done == []
     gate.set()
-    behind.settle()
+    behind.flush()
     assert done == [True, 0, 1, 2]
 
 
@@ -23,7 +23,7 @@ def test_a_failure_is_raised_when_it_settles_and_once() -> None:
     behind, done = Behind(), []
     behind.do(lambda: done.append(1 // 0))
     with pytest.raises(ZeroDivisionError):
-        behind.settle()
+        behind.flush()
     behind.do(lambda: done.append(1))
-    behind.settle()
+    behind.flush()
     assert done == [1]

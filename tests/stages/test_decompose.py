@@ -35,7 +35,7 @@ def test_statistics_are_let_go_and_bases_are_found_again(tiny: Tiny, tmp_path: P
     before = {block: set(found) for block, found in means.items()}
     bases = bases_for(tiny, place, method="svd-llm")
     bases.take(means)
-    bases.settle()
+    bases.flush()
     assert all(found.keys() == {INFLUENCE} < before[block] for block, found in means.items())
     again = bases_for(tiny, place, method="svd-llm")
     assert [again.finished(block) for block in (0, 1)] == [True, True]
@@ -50,7 +50,7 @@ def test_a_block_is_finished_with_the_rival_s(tiny: Tiny, tmp_path: Path) -> Non
     bases = bases_for(tiny, tmp_path / "bases", method="auto")
     assert bases.rival is not None
     bases.take({1: means[1]})
-    bases.settle()
+    bases.flush()
     assert bases.finished(1)
     assert not bases.finished(0)
     bases.rival.files.path(1).unlink()

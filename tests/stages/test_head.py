@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lowrank_compress.formats.table import FORMATS
@@ -38,6 +39,7 @@ def test_a_compressed_head_computes_what_it_stands_for(
     assert said["reached_ratio"] >= 0.3
 
     done("export", run, "--dense", tmp_path / "dense")
+    assert load_file(tmp_path / "dense" / "model.safetensors").keys() == load_file(model / "model.safetensors").keys()
     ids = torch.arange(12)[None]
     compressed = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float64)
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float64)
@@ -77,3 +79,20 @@ def test_what_cannot_be_is_said(tiny: Tiny, tmp_path: Path) -> None:
     tied = save_tiny("llama", tmp_path / "tied", tie_word_embeddings=True)
     assert "shares its weight with the embedding" in refused("compress", tied, *HEAD, *out)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_head_is_cast_and_its_indices_are_checked(tmp_path: Path) -> None:
+    model, run = save_tiny("llama", tmp_path / "model"), tmp_path / "run"
+    done("compress", model, *HEAD, "--storage", "pivot", "--out", run)
+    done("cast", run, "--dtype", "bfloat16")
+    file = run / "cast" / "model.safetensors"
+    tensors = load_file(file)
+    assert tensors["lm_head.lr_in.weight"].dtype == torch.bfloat16
+    assert tensors["lm_head.lr_index"].dtype == torch.int32
+
+    alone = tmp_path / "alone"
+    shutil.copytree(run / "model", alone)
+    tensors = load_file(alone / "model.safetensors")
+    tensors["lm_head.lr_index"][0] = 10_000
+    save_file(tensors, alone / "model.safetensors", metadata={"format": "pt"})
+    assert "lm_head.lr_index does not name distinct rows" in refused("export", alone, "--dense", tmp_path / "dense")

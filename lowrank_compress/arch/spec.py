@@ -112,6 +112,13 @@ class Architecture:
         """Whether queries and keys are normalised, which forbids removing single dimensions of a head."""
         return bool(self.traits.query_norm)
 
+    @property
+    def normalised(self) -> str:
+        """How queries and keys are normalised, for messages; empty where they are not."""
+        if not self.head_norms:
+            return ""
+        return "over all heads together" if self.traits.whole_norms else "head by head"
+
     def group_of(self, role: Role) -> Group:
         """Return the group that has a role."""
         return next(group for group in self.groups if role in group.roles)

@@ -41,7 +41,7 @@ def candidates_of(resolved: Resolved, scheme: Scheme) -> tuple[Candidates, ...]:
     Raises
     ------
     UnsupportedError
-        Queries and keys that are normalised head by head are to be made narrower.
+        Queries and keys that are normalised are to be made narrower.
     InputError
         A method is unknown.
     """
@@ -74,8 +74,8 @@ def _groups(
     if method.group == QUERY_KEY and resolved.architecture.head_norms:
         raise UnsupportedError(
             f"{method.name} cannot make queries and keys of {resolved.architecture.name!r} narrower: they are "
-            "normalised head by head, over all dimensions of a head. Give them a linear method, for instance --qk "
-            f"kfac, or leave them with --qk {DENSE}."
+            f"normalised {resolved.architecture.normalised}, over all their dimensions. Give them a linear method, for "
+            f"instance --qk kfac, or leave them with --qk {DENSE}."
         )
     return (ModuleGroup(name, targets, method),)
 

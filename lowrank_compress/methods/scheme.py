@@ -86,7 +86,8 @@ def scheme_of(recipe: Recipe, resolved: Resolved) -> tuple[Scheme, tuple[str, ..
         if not linear:
             notes.append(
                 f"{methods['qk']} cannot make queries and keys of {architecture.name!r} narrower (they are normalised "
-                f"head by head); {mixture.name} compresses them by {mixture.instead_of_qk} here. Choose with --qk."
+                f"{architecture.normalised}); {mixture.name} compresses them by {mixture.instead_of_qk} here. Choose "
+                "with --qk."
             )
         methods["qk"] = OR.join(linear) or mixture.instead_of_qk
     methods |= {name: own[name] for name in own if not covered[name]}

@@ -50,3 +50,10 @@ def test_a_group_that_there_is_not_is_named(divided: Path, tmp_path: Path) -> No
     said = refused("compress", divided, "--method", "svd", "--mlp", "svd", "--out", tmp_path / "run")
     assert "mlp" in said
     assert "reading" in said
+
+
+def test_how_queries_are_normalised_is_said_as_it_is(divided: Path, tiny: Tiny, tmp_path: Path) -> None:
+    few = ("--calibration", tiny.text, "--samples", 4, "--seq-len", 16, "--ratio", 0.2)
+    said = refused("compress", divided, "--method", "svd", "--qk", "cr", *few, "--out", tmp_path / "run")
+    assert "they are normalised over all heads together" in said
+    assert "--qk kfac" in said

@@ -108,17 +108,27 @@ class Scheme(Strict):
         return {**self.methods, "metric": self.metric}
 
 
-class CalibrateConfig(Strict):
+class CalibrationSet(Strict):
+    """Which text, and which windows or examples of it."""
+
+    source: str | None
+    text_column: str | None = None
+    label_column: str | None = None
+    samples: int = Field(ge=1, le=MANY)
+    seq_len: int = Field(ge=2, le=MANY)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    micro_batch: int = Field(ge=1, le=MANY)
+
+    @classmethod
+    def of(cls, config: CalibrationSet, **changes: Any) -> CalibrationSet:
+        """Take the set of a config that has one, with some of it changed."""
+        return CalibrationSet(**{name: getattr(config, name) for name in CalibrationSet.model_fields} | changes)
+
+
+class CalibrateConfig(CalibrationSet):
     """What the calibration's statistics depend on."""
 
     scheme: Scheme
-    source: str | None
-    text_column: str | None
-    label_column: str | None
-    samples: int
-    seq_len: int
-    seed: int
-    micro_batch: int
     clip: float | None
     device: str
     held_out: bool = False

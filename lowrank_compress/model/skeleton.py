@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -30,6 +30,9 @@ class Skeleton:
         Where to compute.
     dtype
         Floating-point type to compute in; stored weights are cast to it.
+    edit
+        Called with the number of a block and the block each time that it is in memory, before it is run; it may put
+        other weights into it, and so make another model of the same checkpoint. What it reads is not changed.
 
     Raises
     ------
@@ -37,11 +40,18 @@ class Skeleton:
         The checkpoint is not supported, or a tensor outside the blocks is missing or not finite.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        edit: Callable[[int, nn.Module], None] | None = None,
+    ) -> None:
         # The dtype matters: Gemma keeps the scale of its embeddings in it.
         self.blueprint = blueprint(checkpoint, dtype)
         self.device = device
         self.dtype = dtype
+        self._edit = edit
         self.task = self.blueprint.task
         self.model = self.blueprint.model
         self.resolved = self.blueprint.resolved
@@ -142,6 +152,8 @@ class Skeleton:
             self._restore_buffers(module)
         self._check(block, prefix)
         block.requires_grad_(False)
+        if self._edit is not None:
+            self._edit(index, block)
         if then is not None and 0 <= then < len(self.resolved.blocks):
             stored = self.blueprint.stored
             self.blueprint.checkpoint.read_ahead(stored[name] for name in self.blueprint.inside(then) if name in stored)

@@ -9,7 +9,9 @@ from lowrank_compress.artifacts.manifest import Manifest, listed, read_manifest
 from lowrank_compress.config import Strict
 from lowrank_compress.errors import ArtifactError, InputError
 from lowrank_compress.model.checkpoint import Checkpoint
+from lowrank_compress.model.locate import locate
 from lowrank_compress.resources.resources import Resources
+from lowrank_compress.stages.identity import checkpoint_id
 from lowrank_compress.stages.index import Index, Link, write_index
 from lowrank_compress.stages.reporting import Reporter, Silent
 from lowrank_compress.stages.run import Run
@@ -24,6 +26,7 @@ def extend(
     *,
     resources: Resources = Resources(),
     overwrite: bool = False,
+    trust_remote_code: bool = False,
 ) -> Manifest:
     """Let a stage make the next checkpoint of a run, which is the final one from then on.
 
@@ -41,15 +44,19 @@ def extend(
         What it may use; its processes are all called with the same.
     overwrite
         Replace another result of this stage.
+    trust_remote_code
+        Allow code shipped with the dense original to run.
 
     Raises
     ------
     LrcError
-        The run has no checkpoint yet, or a stage before it has another result now than its chain says.
+        The run has no checkpoint yet, a stage before it has another result now than its chain says, or the dense
+        original is needed and gone or changed.
     """
     reporter = reporter or Silent()
     before = run.finished(before=stage.name)
-    inputs = stage.inputs(Checkpoint(before.path), before.manifest.report)
+    dense = original_of(before.index, str(run.path), trust_remote_code) if stage.needs_dense else None
+    inputs = stage.inputs(Checkpoint(before.path), before.manifest.report, dense)
     manifest = stage.run(config, inputs, run.path / stage.directory, reporter, resources=resources, overwrite=overwrite)
     resources.workers.once(lambda: record(run, before.index, Link(stage.name, stage.directory, manifest.id), reporter))
     return manifest
@@ -67,6 +74,23 @@ def record(run: Run, index: Index, link: Link, reporter: Reporter) -> None:
             )
 
 
+def original_of(index: Index, target: str, trust_remote_code: bool = False) -> Checkpoint:
+    """Find the dense checkpoint that a run was made from.
+
+    Raises
+    ------
+    LrcError
+        It is gone, or was changed since.
+    """
+    dense = Checkpoint(locate(index.base, index.revision, trust_remote_code), trust_remote_code)
+    if checkpoint_id(dense) != index.base_id:
+        raise ArtifactError(
+            f"{index.base} is not the checkpoint that {target} was made from: its files have changed since. Restore "
+            "it, or work on the compressed checkpoint by itself."
+        )
+    return dense
+
+
 def beside(
     checkpoint: Path,
     stage: Stage,
@@ -74,6 +98,7 @@ def beside(
     out: Path,
     reporter: Reporter | None = None,
     *,
+    dense: Checkpoint | None = None,
     resources: Resources = Resources(),
     overwrite: bool = False,
 ) -> Manifest:
@@ -85,6 +110,8 @@ def beside(
         What it starts from.
     out
         The directory of the new one.
+    dense
+        The dense original, for a stage that looks at it.
     stage, config, reporter, resources, overwrite
         As for `extend`.
 
@@ -95,7 +122,7 @@ def beside(
     """
     resources.workers.once(lambda: _refuse_foreign(out, stage))
     manifest = read_manifest(checkpoint)
-    inputs = stage.inputs(Checkpoint(checkpoint), None if manifest is None else manifest.report)
+    inputs = stage.inputs(Checkpoint(checkpoint), None if manifest is None else manifest.report, dense)
     return stage.run(config, inputs, out, reporter, resources=resources, overwrite=overwrite)
 
 

@@ -18,7 +18,7 @@ from lowrank_compress.recipe import Recipe
 from lowrank_compress.recipefile import read_recipe_file
 from lowrank_compress.resources.resources import Resources
 from lowrank_compress.stages import calibrate, score
-from lowrank_compress.stages.chain import record
+from lowrank_compress.stages.chain import original_of, record
 from lowrank_compress.stages.decompose import Bases
 from lowrank_compress.stages.identity import checkpoint_id, display_name
 from lowrank_compress.stages.index import Index, Link, read_index
@@ -200,13 +200,7 @@ def evaluation_inputs(target: str, trust_remote_code: bool) -> tuple[Given, Path
     if not run.exists():
         return Given(Checkpoint(locate(target, None, trust_remote_code), trust_remote_code)), None
     final = run.finished()
-    base = final.index.base
-    dense = Checkpoint(locate(base, final.index.revision, trust_remote_code), trust_remote_code)
-    if checkpoint_id(dense) != final.index.base_id:
-        raise ArtifactError(
-            f"{base} is not the checkpoint that {target} was made from: its files have changed since. Restore "
-            f"it, or evaluate {final.path} by itself."
-        )
+    dense = original_of(final.index, target, trust_remote_code)
     return Given(Checkpoint(final.path), final.manifest.report, dense), run.evaluations
 
 

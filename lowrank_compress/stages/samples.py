@@ -10,7 +10,7 @@ from lowrank_compress.calibration.sources import Source, pieces, read_examples, 
 from lowrank_compress.calibration.statistics import ENOUGH
 from lowrank_compress.calibration.tokens import bos_of, encode, load_tokenizer, renderer, vocabulary_of
 from lowrank_compress.calibration.windows import calibration_windows, window_batches
-from lowrank_compress.config import CalibrateConfig
+from lowrank_compress.config import CalibrationSet
 from lowrank_compress.errors import InputError
 from lowrank_compress.methods.groups import TargetGroup
 from lowrank_compress.model.blueprint import Task
@@ -18,7 +18,7 @@ from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.walk.batch import Batch
 
 
-def source_of(config: CalibrateConfig) -> Source:
+def source_of(config: CalibrationSet) -> Source:
     """Name the text of a config.
 
     Raises
@@ -35,17 +35,17 @@ def source_of(config: CalibrateConfig) -> Source:
 TRIED_WINDOWS, TRIED_TOKENS = 16, 8192
 
 
-def held_out_batches(config: CalibrateConfig, checkpoint: Checkpoint, task: Task) -> list[Batch]:
+def held_out_batches(config: CalibrationSet, checkpoint: Checkpoint, task: Task) -> list[Batch]:
     """Make a set like the calibration set of what follows it after the shuffle: some windows, or examples.
 
     A text that is spent by the calibration set has none left; then it is the first of that set.
     """
     count = max(1, min(TRIED_WINDOWS, TRIED_TOKENS // config.seq_len))
-    few = config.model_copy(update={"samples": count})
+    few = CalibrationSet.of(config, samples=count)
     return calibration_batches(few, checkpoint, task, skip=config.samples) or calibration_batches(few, checkpoint, task)
 
 
-def calibration_batches(config: CalibrateConfig, checkpoint: Checkpoint, task: Task, *, skip: int = 0) -> list[Batch]:
+def calibration_batches(config: CalibrationSet, checkpoint: Checkpoint, task: Task, *, skip: int = 0) -> list[Batch]:
     """Make the calibration set of a config: windows of text, or examples for a classifier.
 
     Of the shuffled ones the first `skip` are left out; there may be none after them.

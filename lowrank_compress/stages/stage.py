@@ -27,7 +27,7 @@ class Given:
     report
         What the stages before have reported of it: asked and reached ratio, sizes. None where nothing is known.
     dense
-        The dense original, for a stage that measures both.
+        The dense original, for a stage that looks at both.
     """
 
     checkpoint: Checkpoint
@@ -63,6 +63,8 @@ class Stage:
         The command of `lrc` that runs it.
     help
         One line for ``lrc list``.
+    needs_dense
+        Whether one that makes a checkpoint from a checkpoint looks at the dense original, too.
     editable
         Files that people may edit -> whether an edited one fits the rest of the result.
     """
@@ -77,6 +79,7 @@ class Stage:
     directory: str
     command: str
     help: str
+    needs_dense: bool = False
     editable: Mapping[str, Callable[[Run, Path, Manifest], bool]] = field(default_factory=dict)
 
     @property

@@ -1,0 +1,52 @@
+"""How far the predictions of models are from those of another: the Kullback-Leibler divergence, one block in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lowrank_compress.model.skeleton import Skeleton
+from lowrank_compress.model.walk.batch import Batch
+from lowrank_compress.model.walk.head import lm_chunks
+from lowrank_compress.model.walk.walk import Walk
+
+
+def divergences(models: Sequence[Skeleton], batches: Sequence[Batch]) -> list[float]:
+    """Mean divergence KL(p₀ ‖ p) of each further model's predictions p from the first one's p₀, in nats.
+
+    The mean is over all positions whose next token is known, or over examples for a classifier; it is taken in float64,
+    and infinite where it is not finite, so that a broken model never wins.
+
+    Parameters
+    ----------
+    models
+        Of equally many blocks, one block of each in memory at a time; the first is what the others are held against.
+    batches
+        Windows of text, or examples for a classifier.
+
+    Returns
+    -------
+    list of float
+        One less than there are models.
+    """
+    walk = Walk(models, batches)
+    for _ in walk.forwards():
+        pass
+    totals, terms = [0.0] * (len(models) - 1), 0
+    for number, batch in enumerate(batches):
+        for start, stop in lm_chunks(batch) if models[0].task == "lm" else [(0, None)]:
+            expected = _log_probabilities(walk, number, 0, start, stop)
+            terms += expected[..., 0].numel()
+            for model in range(1, len(models)):
+                got = _log_probabilities(walk, number, model, start, stop)
+                totals[model - 1] += float((expected.exp() * (expected - got)).sum())
+    for model in models:
+        model.drop_outside()
+    return [total / terms if total == total else float("inf") for total in totals]
+
+
+@torch.no_grad()
+def _log_probabilities(walk: Walk, number: int, model: int, start: int, stop: int | None) -> Tensor:
+    return walk.head(number, walk.leaving(number, model), start, stop, model).double().log_softmax(-1)

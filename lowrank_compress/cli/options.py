@@ -151,7 +151,7 @@ def of_recipe(name: str) -> Any:
 
 def joined(value: Any) -> Any:
     """Put the values of an option that may be given several times together as a recipe has them."""
-    return (",".join(value) or None) if isinstance(value, list) else value
+    return (",".join(value) if value else None) if isinstance(value, list) else value
 
 
 def _given(name: str, value: Any) -> Any:

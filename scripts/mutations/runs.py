@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,13 @@ def taken(place: Place) -> tuple[str, Path]:
     return name, run
 
 
-def pristine_bytes(place: Place, name: str, *, ranks: bool = False) -> Check:
-    """Compare scores and checkpoint with those of the run as it was, but for ranks that were edited."""
+def pristine_bytes(
+    place: Place, name: str, parts: Sequence[str] = ("scores", "model"), *, ranks: bool = False
+) -> Check:
+    """Compare parts of a run with what they were, but for ranks that were edited."""
 
     def check(said: Said) -> str | None:
-        for part in ("scores", "model"):
+        for part in parts:
             for path in sorted((place.template / name / part).rglob("*")):
                 relative = path.relative_to(place.template / name)
                 here = Path("run") / relative
@@ -122,6 +124,7 @@ def steps(place: Place, name: str, *, ranks: bool = False, base: bool = False) -
     """
     rng = place.rng
     whole = pristine_bytes(place, name, ranks=ranks)
+    model = pristine_bytes(place, name, ("model",))  # all that is read of a run to cast it
     consistent = same_logits(Path("run/model"), Path("dense"))
     intact = every(whole, same_export(place, name)) if not (ranks or base) else consistent
     looks: list[Step] = [
@@ -142,7 +145,7 @@ def steps(place: Place, name: str, *, ranks: bool = False, base: bool = False) -
         [Step(("score", "run", "--overwrite")), Step(("factorize", "run", "--overwrite")), Step(("verify", "run"))],
         [Step(("calibrate", "model", "--method", RUNS[name][1], "--calibration", TEXT, "--samples", "4", "--seq-len",
         "16", "--device", "cpu", "--out", "run"))],
-        [Step(("cast", "run", "--dtype", "bfloat16"), None if base or ranks else whole), Step(("show", "run", "--json"),
+        [Step(("cast", "run", "--dtype", "bfloat16"), None if base or ranks else model), Step(("show", "run", "--json"),
         is_cast), Step(("factorize", "run", "--overwrite")), Step(("cast", "run", "--dtype", "bfloat16")),
         Step(("show", "run", "--json"), is_cast)],
         [Step(("cast", "run/model", "--dtype", "float64", "--out", "cast")), Step(place.eval("cast"))],

@@ -10,8 +10,9 @@ import typer
 from typer.testing import CliRunner
 
 from lowrank_compress.cli.main import app
-from lowrank_compress.cli.options import takes_recipe
+from lowrank_compress.cli.options import joined, takes_recipe
 from lowrank_compress.recipe import Recipe
+from tests.runs import refused
 
 FIELDS = Recipe.model_fields
 
@@ -71,6 +72,12 @@ def test_a_command_gets_what_was_given_and_its_own() -> None:
     assert heard == {"model": "m", "ratio": 0.5, "text_column": "a,b", "trust_remote_code": False, "twice": 3}
     assert inspect.signature(command).parameters["twice"].default == 2
     assert command.__doc__ == "Say nothing."
+
+
+def test_an_empty_value_of_an_option_that_may_be_repeated_is_no_absence() -> None:
+    assert joined([]) is None
+    assert joined([""]) == ""
+    assert "expected printable text" in refused("eval", "model", "--perplexity", "t.json", "--text-column", "")
 
 
 def test_values_of_parts_are_a_mapping() -> None:

@@ -1,0 +1,124 @@
+"""Compress a real language model by `auto` and by named methods; print perplexity in and out of domain, in markdown.
+
+Calibrated on the first half of a text, measured on a part of the second, and on source code of Python's standard
+library, which nothing was calibrated on. Each cell is a process of its own, so that its CPU time and memory count.
+``excess`` is the share of svd-llm's excess cross-entropy, ln(perplexity / dense), that a method has.
+
+Usage, from the root of the repository (tens of minutes; what --json has is not measured again)::
+
+    python scripts/real_model.py DIRECTORY/qwen2.5-coder-0.5b --json real.json
+    python scripts/real_model.py DIRECTORY/qwen2.5-coder-0.5b --json real.json --write README.md
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from methods_table import replace_between
+from running import ASSETS, lrc
+
+REFERENCE = "svd-llm"
+# Modules of the standard library that change little from one Python to the next.
+CODE = ("argparse", "json.decoder", "heapq", "textwrap", "bisect", "queue")
+WINDOWS = ("--seq-len", 512, "--limit", 24)
+
+
+def texts(text: Path, directory: Path) -> tuple[Path, Path, Path]:
+    """Text to calibrate on, to measure on, and code to measure on, written below a directory."""
+    whole = text.read_text(encoding="utf-8")
+    code = "\n".join(Path(__import__(name, fromlist=["_"]).__file__ or "").read_text() for name in CODE)
+    parts = {
+        "calibration": whole[: len(whole) // 2],
+        "heldout": whole[len(whole) // 2 :][:60_000],
+        "code": code[:60_000],
+    }
+    for name, part in parts.items():
+        (directory / f"{name}.txt").write_text(part, encoding="utf-8")
+    return tuple(directory / f"{name}.txt" for name in parts)  # pyright: ignore[reportReturnType]
+
+
+def compress(words: list[str]) -> tuple[float, float]:
+    """Run `lrc compress` in a process of its own; its CPU seconds and its peak memory in GB."""
+    process = subprocess.Popen([sys.executable, "-m", "lowrank_compress", "compress", *words])
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise RuntimeError(f"lrc compress {' '.join(words)} failed")
+    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1e6
+
+
+def measured(model: Path, method: str, ratio: float, samples: int, text: Path) -> dict[str, Any]:
+    """One cell: perplexity on both texts beside the dense one's, CPU seconds, memory."""
+    with tempfile.TemporaryDirectory() as temporary:
+        calibration, heldout, code = texts(text, Path(temporary))
+        run = Path(temporary) / "run"
+        words = [model, "--method", method, "--ratio", ratio, "--calibration", calibration, "--samples", samples,
+                 "--seq-len", 512, "--out", run]  # fmt: skip
+        seconds, memory = compress([str(word) for word in words])
+        found = lrc("eval", run, "--perplexity", heldout, "--perplexity", code, *WINDOWS)["perplexity"]
+        plan = lrc("show", run).get("plan")
+    inside, outside = found.values()
+    return {"inside": inside, "outside": outside, "cpu_seconds": seconds, "gigabytes": memory, "plan": plan}
+
+
+def table(cells: dict[str, dict[str, Any]], methods: list[str], ratios: list[float]) -> str:
+    """All cells in markdown."""
+    lines = [
+        "| method | removed | perplexity (dense) | excess | on code (dense) | CPU time | memory |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for ratio in ratios:
+        reference = cells.get(f"{REFERENCE} {ratio:g}")
+        for method in methods:
+            if (cell := cells.get(f"{method} {ratio:g}")) is None:
+                continue
+            share = "–" if reference is None else f"{_excess(cell['inside']) / _excess(reference['inside']):.2f}"
+            inside, outside = (
+                f"{cell[side]['compressed']:.4g} ({cell[side]['dense']:.4g})" for side in ("inside", "outside")
+            )
+            lines.append(
+                f"| `{method}` | {ratio:.0%} | {inside} | {share} | {outside} | {cell['cpu_seconds'] / 60:.1f} min | "
+                f"{cell['gigabytes']:.1f} GB |"
+            )
+    return "\n".join(lines)
+
+
+def _excess(values: dict[str, float]) -> float:
+    return math.log(values["compressed"] / values["dense"])
+
+
+def main(
+    model: Annotated[Path, typer.Argument(help="Directory of the model.")],
+    methods: Annotated[str, typer.Option(help="Separated by commas.")] = "svd-llm,modegpt,auto",
+    ratios: Annotated[str, typer.Option(help="Separated by commas.")] = "0.2,0.3",
+    samples: Annotated[int, typer.Option(help="Windows of 512 tokens to calibrate on.")] = 24,
+    text: Annotated[Path, typer.Option(help="Text to calibrate and to measure on.")] = ASSETS
+    / "text"
+    / "wikitext2-valid.txt",
+    json_: Annotated[Path | None, typer.Option("--json", help="Keeps what was measured.")] = None,
+    write: Annotated[Path | None, typer.Option(help="File whose table is replaced.")] = None,
+) -> None:
+    """Print the table."""
+    cells = json.loads(json_.read_text()) if json_ is not None and json_.exists() else {}
+    asked, numbers = methods.split(","), [float(ratio) for ratio in ratios.split(",")]
+    for ratio in numbers:
+        for method in asked:
+            if (key := f"{method} {ratio:g}") not in cells:
+                cells[key] = measured(model, method, ratio, samples, text)
+                if json_ is not None:
+                    json_.write_text(json.dumps(cells, indent=1) + "\n")
+    made = table(cells, asked, numbers)
+    typer.echo(made)
+    if write is not None:
+        write.write_text(replace_between(write.read_text(encoding="utf-8"), "real", made), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -164,6 +164,16 @@ class FactorizeConfig(Strict):
     shard_bytes: int = 1_000_000_000
 
 
+class RefineConfig(CalibrationSet):
+    """What a refined checkpoint and its report depend on."""
+
+    device: str
+    clip: float | None = Field(default=None, gt=0)
+    damping_fisher: float = Field(default=1e-4, ge=0, lt=1)
+    lambdas: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0, 100.0)
+    shard_bytes: int = 1_000_000_000
+
+
 class EvaluateConfig(Strict):
     """What one evaluation depends on."""
 

@@ -110,6 +110,13 @@ class Recipe(Strict):
     )
     storage: str | None = setting(None, "pair, pivot or auto", WHAT, "score", "factorize", hint="the method's")
 
+    refine: bool | None = setting(
+        None,
+        "Fit all matrices anew to what the dense model does, once they are compressed; see `lrc refine`",
+        WHAT,
+        hint="with --method auto",
+    )
+
     calibration: str | None = setting(
         None,
         "Text file; .jsonl, .json, .csv, .tsv or .parquet with --text-column; either also compressed; or "

@@ -14,7 +14,7 @@ from lowrank_compress.artifacts.directories import refuse_unsafe
 from lowrank_compress.artifacts.documents import read_json
 from lowrank_compress.artifacts.lock import locked
 from lowrank_compress.cli.terminal import TerminalReporter, console, is_first
-from lowrank_compress.config import COMMAND_LINE, EvaluateConfig, stage_config
+from lowrank_compress.config import COMMAND_LINE, EvaluateConfig, Strict, stage_config
 from lowrank_compress.demo import text as demo_text
 from lowrank_compress.errors import ArtifactError, InputError
 from lowrank_compress.model.checkpoint import Checkpoint
@@ -28,6 +28,7 @@ from lowrank_compress.shipped.config import REMOTE_FILE
 from lowrank_compress.stages import pipeline
 from lowrank_compress.stages.chain import beside, extend
 from lowrank_compress.stages.environment import compute_device
+from lowrank_compress.stages.index import read_index
 from lowrank_compress.stages.plan import Plan, make_plan
 from lowrank_compress.stages.reach import check_ratio
 from lowrank_compress.stages.refresh import checkpoint_of
@@ -144,12 +145,52 @@ def follow(
     LrcError
         An option cannot be used, the target is neither, or something else is where the checkpoint is to be.
     """
+    return _followed(name, target, stage_config(STAGES[name].config, COMMAND_LINE, options), out, overwrite, reporter)
+
+
+def refine(
+    target: str,
+    given: dict[str, Any],
+    dense: str | None,
+    out: Path | None,
+    overwrite: bool,
+    reporter: TerminalReporter,
+) -> dict[str, Any]:
+    """Run the stage that fits matrices anew; what is not given, a run's recipe says.
+
+    Raises
+    ------
+    LrcError
+        As `follow`; or the dense original is neither known nor given.
+    """
+    run = Run(Path(target))
+    if run.exists() and dense is not None:
+        raise InputError("A run knows the dense checkpoint that it was made from: leave --dense out.")
+    if not run.exists() and dense is None:
+        raise InputError(f"{target} is no run, so that its dense original must be named: pass --dense MODEL.")
+    named = {"refine": True} if dense is None else {"refine": True, "model": dense}
+    plan = make_plan(load_recipe(run.recipe if run.exists() else None, given | named))
+    assert plan.refine is not None
+    return _followed("refine", target, plan.refine, out, overwrite, reporter, plan.checkpoint)
+
+
+def _followed(
+    name: str,
+    target: str,
+    config: Strict,
+    out: Path | None,
+    overwrite: bool,
+    reporter: TerminalReporter,
+    dense: Checkpoint | None = None,
+) -> dict[str, Any]:
     stage, run = STAGES[name], Run(Path(target))
-    config = stage_config(stage.config, COMMAND_LINE, options)
     if run.exists() and out is None:
+        trust = dense is not None and dense.trust_remote_code
         with _working(run) as resources:
-            manifest = extend(run, stage, config, reporter, resources=resources, overwrite=overwrite)
-        place = run.path / stage.directory
+            manifest = extend(
+                run, stage, config, reporter, resources=resources, overwrite=overwrite, trust_remote_code=trust
+            )
+        place = run.path / read_index(run.index).directory(name, stage.directory)
         return {"run": str(run.path), "stage": name, "id": manifest.id, "model": str(place), **manifest.report}
     if out is None:
         raise InputError(f"{target} is no run, so that the place of the result must be named: pass --out DIRECTORY.")
@@ -157,7 +198,7 @@ def follow(
     source = final.path if final else locate(target)
     refuse_unsafe(out, "--out", **_precious(source, run, final))
     with _working(None) as resources:
-        manifest = beside(source, stage, config, out, reporter, resources=resources, overwrite=overwrite)
+        manifest = beside(source, stage, config, out, reporter, dense=dense, resources=resources, overwrite=overwrite)
     return {"stage": name, "id": manifest.id, "model": str(out), **manifest.report}
 
 

@@ -40,7 +40,7 @@ def compress(
     json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
-    """Compress a checkpoint: calibrate, score, factorize. The result is RUN/model.
+    """Compress a checkpoint: calibrate, score, factorize, and refine. The result is RUN/model.
 
     With --check, exit code 0 means the same bytes as expected, 3 the same within --tolerance, 2 anything else.
     """
@@ -159,6 +159,58 @@ def cast(
 
         with reported() as reporter:
             result = commands.follow("cast", target, {"dtype": dtype}, out, overwrite, reporter)
+        printing.print_stage(result, json)
+
+
+@app.command()
+def refine(
+    target: Annotated[str, typer.Argument(help="A run directory or a compressed checkpoint.", show_default=False)],
+    dense: Annotated[
+        str | None, typer.Option("--dense", help="The dense original, of a checkpoint that is in no run.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            parser=o.a_path,
+            metavar="PATH",
+            help="New directory for the checkpoint (default, for a run: RUN/refine, from then on its final one)",
+            show_default=False,
+        ),
+    ] = None,
+    calibration: Annotated[str | None, o.of_recipe("calibration")] = None,
+    text_column: Annotated[list[str] | None, o.of_recipe("text_column")] = None,
+    label_column: Annotated[str | None, o.of_recipe("label_column")] = None,
+    samples: Annotated[int | None, o.of_recipe("samples")] = None,
+    seq_len: Annotated[int | None, o.of_recipe("seq_len")] = None,
+    seed: Annotated[int | None, o.of_recipe("seed")] = None,
+    device: Annotated[str | None, o.of_recipe("device")] = None,
+    trust_remote_code: Annotated[bool | None, o.of_recipe("trust_remote_code")] = None,
+    overwrite: o.Overwrite = False,
+    json: o.Json = False,
+    debug: o.Debug = False,
+) -> None:
+    """Fit all matrices anew to what the dense model does on a text: same shapes, other values, less error.
+
+    Closed form, one block of both models in memory. What is not given is as in the run's recipe. On text that no fit
+    has seen the result must be nearer to the dense model than before; else the weights stay as they are.
+    """
+    with friendly(debug):
+        prepare_libraries()
+        from lowrank_compress.cli import commands, printing
+
+        given = {
+            "calibration": calibration,
+            "text_column": o.joined(text_column),
+            "label_column": label_column,
+            "samples": samples,
+            "seq_len": seq_len,
+            "seed": seed,
+            "device": device,
+            "trust_remote_code": trust_remote_code,
+        }
+        with reported() as reporter:
+            result = commands.refine(target, given, dense, out, overwrite, reporter)
         printing.print_stage(result, json)
 
 

@@ -8,21 +8,19 @@ from typing import Any, Literal
 import torch
 
 from lowrank_compress.artifacts.directories import recover, replacing
-from lowrank_compress.artifacts.documents import read_json, write_json
-from lowrank_compress.artifacts.files import sha256, write_text
+from lowrank_compress.artifacts.files import sha256
 from lowrank_compress.artifacts.manifest import Key, Manifest, commit, committed, listed
 from lowrank_compress.config import Strict
 from lowrank_compress.errors import CheckpointError
 from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.casting import cast
 from lowrank_compress.model.checkpoint import Checkpoint
-from lowrank_compress.model.export import ShardWriter, config_json, write_companions
 from lowrank_compress.resources.resources import Resources
-from lowrank_compress.shipped.saving import remote_code_entries, write_remote_code
 from lowrank_compress.stages.environment import environment
 from lowrank_compress.stages.identity import checkpoint_id
-from lowrank_compress.stages.report import REPORT, facts, model_card, recast
+from lowrank_compress.stages.report import REPORT, recast
 from lowrank_compress.stages.reporting import Reporter, Silent
+from lowrank_compress.stages.rewrite import rewrite
 from lowrank_compress.stages.run import require_alone
 from lowrank_compress.stages.stage import Given
 
@@ -97,23 +95,14 @@ def run(
 def _write(config: CastConfig, checkpoint: Checkpoint, out: Path, reporter: Reporter) -> dict[str, Any]:
     """Write the whole checkpoint; return what the manifest is to report."""
     plan = blueprint(checkpoint)
-    plan.check_ties()
-    writer = ShardWriter(out, config.shard_bytes)
     dtype: torch.dtype = getattr(torch, config.dtype)
-    parts = [plan.outside(), *(plan.inside(block) for block in range(len(plan.resolved.blocks)))]
-    for done, names in enumerate(parts):
-        for name in names:
-            writer.add(plan.name_on_disk(name), cast(plan.read(name), dtype, f"The tensor {name}"))
-        reporter.advance("cast", done, len(parts) - 1)
-    shards = writer.close()
-    layout = checkpoint.quantization or {}
-    settings = config_json(checkpoint, config.dtype, layout, remote_code_entries(plan.model.config))
-    write_json(out / "config.json", settings)
-    write_remote_code(out)
-    write_companions(checkpoint, out)
-    if not (checkpoint.path / REPORT).exists():  # one that transformers saved
-        return {"dtype": config.dtype, "shards": len(shards)}
-    report = recast(read_json(checkpoint.path / REPORT), plan, config.dtype)
-    write_json(out / REPORT, report)
-    write_text(out / "README.md", model_card(report))
-    return facts(report) | {"dtype": config.dtype, "shards": len(shards)}
+    found = rewrite(
+        checkpoint,
+        out,
+        lambda block, name: cast(plan.read(name), dtype, f"The tensor {name}"),
+        dtype=config.dtype,
+        shard_bytes=config.shard_bytes,
+        report=lambda report: recast(report, plan, config.dtype),
+        advance=lambda done, total: reporter.advance("cast", done, total),
+    )
+    return found | {"dtype": config.dtype}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from lowrank_compress.artifacts.directories import recover
@@ -57,14 +58,18 @@ def extend(
     before = run.finished(before=stage.name)
     dense = original_of(before.index, str(run.path), trust_remote_code) if stage.needs_dense else None
     inputs = stage.inputs(Checkpoint(before.path), before.manifest.report, dense)
-    manifest = stage.run(config, inputs, run.path / stage.directory, reporter, resources=resources, overwrite=overwrite)
-    resources.workers.once(lambda: record(run, before.index, Link(stage.name, stage.directory, manifest.id), reporter))
+    directory = before.index.directory(stage.name, stage.directory)
+    manifest = stage.run(config, inputs, run.path / directory, reporter, resources=resources, overwrite=overwrite)
+    link = Link(stage.name, directory, manifest.id)
+    resources.workers.once(lambda: record(run, before.index, [link], reporter))
     return manifest
 
 
-def record(run: Run, index: Index, link: Link, reporter: Reporter) -> None:
-    """Write down in run.json that a stage of the chain has this result, and warn of what was made from another."""
-    extended = index.extended(link)
+def record(run: Run, index: Index, links: Sequence[Link], reporter: Reporter) -> None:
+    """Write down in run.json that stages of the chain have these results, and warn of what was made from others."""
+    extended = index
+    for link in links:
+        extended = extended.extended(link)
     write_index(run.index, extended)
     for old in index.chain:
         if old.stage not in [each.stage for each in extended.chain]:

@@ -31,6 +31,7 @@ from lowrank_compress.stages.expectation import (
     WeightEntry,
 )
 from lowrank_compress.stages.identity import checkpoint_id, display_name
+from lowrank_compress.stages.index import read_index
 from lowrank_compress.stages.run import Run
 from lowrank_compress.stages.verification import verify
 
@@ -60,7 +61,7 @@ def expect(path: Path, relative_to: Path | None = None) -> Expectation:
     scores, model = read_manifest(run.scores), read_manifest(run.model)
     if scores is None or model is None:
         raise ArtifactError(f"{path} is not finished. Repeat `lrc compress` on it first.")
-    checkpoint = _base_of(recipe, model.key.inputs["checkpoint"], path)
+    checkpoint = _base_of(recipe, read_index(run.index).base_id, path)
     here = relative_to is not None and path.resolve().is_relative_to(relative_to.resolve())
     return Expectation(
         version=lowrank_compress.__version__,

@@ -45,6 +45,10 @@ class Index:
         stages = [link.stage for link in self.chain]
         return self.chain[: stages.index(stage)] if stage in stages else self.chain
 
+    def directory(self, stage: str, default: str) -> str:
+        """Name the directory in which a stage has its result; where it is no link, a default."""
+        return next((link.directory for link in self.chain if link.stage == stage), default)
+
     def extended(self, link: Link) -> Index:
         """Put a link where its stage has its place; what was made from another result of it is left out."""
         return self if link in self.chain else replace(self, chain=(*self.before(link.stage), link))

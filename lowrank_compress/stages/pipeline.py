@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,24 +153,33 @@ def finish(
     resources: Resources = Resources(),
     overwrite: bool = False,
 ) -> Manifest:
-    """Factorize and name the final checkpoint in run.json."""
-    stage = STAGES["factorize"]
-    manifest = step(stage, plan, run, reporter, resources=resources, overwrite=overwrite)
-    link = Link(stage.name, stage.directory, manifest.id)
-    resources.workers.once(lambda: _begin_chain(plan, run, link, reporter or Silent()))
+    """Factorize, refine where the recipe says so, and name the final checkpoint in run.json.
+
+    Whatever the recipe, its result is ``model``; what is refined is kept beside it.
+    """
+    stage, place = STAGES["factorize"], run.model if plan.refine is None else run.unrefined
+    inputs = stage.inputs(plan, run)
+    manifest = stage.run(plan.factorize, inputs, place, reporter, resources=resources, overwrite=overwrite)
+    links = [Link(stage.name, place.name, manifest.id)]
+    if plan.refine is not None:
+        stage = STAGES["refine"]
+        given = Given(Checkpoint(place), manifest.report, plan.checkpoint)
+        manifest = stage.run(plan.refine, given, run.model, reporter, resources=resources, overwrite=overwrite)
+        links.append(Link(stage.name, run.model.name, manifest.id))
+    resources.workers.once(lambda: _begin_chain(plan, run, links, reporter or Silent()))
     return manifest
 
 
-def _begin_chain(plan: Plan, run: Run, link: Link, reporter: Reporter) -> None:
+def _begin_chain(plan: Plan, run: Run, links: Sequence[Link], reporter: Reporter) -> None:
     """Write run.json; what later stages made from this very checkpoint stays in it."""
     try:
         chain = read_index(run.index).chain
     except ArtifactError:
         chain = ()
-    if link.stage not in [each.stage for each in chain]:
+    if links[0].stage not in [each.stage for each in chain]:
         chain = ()
     base, revision = plan.resolved().model, plan.recipe.revision
-    record(run, Index(base, revision, checkpoint_id(plan.checkpoint), chain), link, reporter)
+    record(run, Index(base, revision, checkpoint_id(plan.checkpoint), chain), links, reporter)
 
 
 def step(

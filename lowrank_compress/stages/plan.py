@@ -11,7 +11,7 @@ import torch
 from lowrank_compress.calibration.capture import needs_gradient
 from lowrank_compress.calibration.sources import PAPERS_DATA, Source
 from lowrank_compress.calibration.tokens import load_tokenizer
-from lowrank_compress.config import DTYPES, CalibrateConfig, FactorizeConfig, ScoreConfig
+from lowrank_compress.config import DTYPES, CalibrateConfig, CalibrationSet, FactorizeConfig, RefineConfig, ScoreConfig
 from lowrank_compress.errors import InputError, UnsupportedError
 from lowrank_compress.methods.declared import options_used
 from lowrank_compress.methods.groups import needed, needs_data
@@ -49,6 +49,8 @@ class Plan:
         Configs of the stages.
     notes
         What the user should know about how the methods were chosen.
+    refine
+        That of the stage that may follow; None where it does not.
     """
 
     recipe: Recipe
@@ -57,6 +59,7 @@ class Plan:
     score: ScoreConfig
     factorize: FactorizeConfig
     notes: tuple[str, ...]
+    refine: RefineConfig | None = None
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -112,6 +115,7 @@ class Plan:
                 "micro_batch": self.calibrate.micro_batch,
                 "device": self.device,
                 "dtype": self.factorize.dtype,
+                "refine": self.recipe.refine if self.refine is None else True,
             }
         )
 
@@ -149,8 +153,12 @@ def make_plan(recipe: Recipe, *, reads_text: bool = True) -> Plan:
     if not groups:
         raise InputError("No part of the blocks has a method: all are left dense. Choose one with --method.")
     check_options(recipe.allocate or method.allocate, recipe.storage or method.storage, subject.candidates)
-    if needs_data(groups) and recipe.calibration is None:
-        if design.task == "classification" and needs_gradient(needed(groups)):
+    # Losses on other text than fits are made on, where the calibration set is small.
+    held_out = isinstance(method, Mixture) and method.held_out
+    refines = held_out if recipe.refine is None else recipe.refine
+    reads = needs_data(groups) or refines
+    if reads and recipe.calibration is None:
+        if design.task == "classification" and (refines or needs_gradient(needed(groups))):
             raise InputError(
                 f"The method {recipe.method} needs labelled examples of a classifier: pass --calibration FILE.tsv with "
                 "--text-column and --label-column."
@@ -162,7 +170,7 @@ def make_plan(recipe: Recipe, *, reads_text: bool = True) -> Plan:
         raise InputError(
             f"--seq-len {seq_len} is more than the {longest} positions of the model. Use at most {longest}."
         )
-    if needs_data(groups) and reads_text:
+    if reads and reads_text:
         load_tokenizer(checkpoint.path, recipe.trust_remote_code)
         source = Source(recipe.calibration or PAPERS_DATA, recipe.text_column, recipe.label_column)
         if not source.is_hub:
@@ -170,8 +178,6 @@ def make_plan(recipe: Recipe, *, reads_text: bool = True) -> Plan:
     dtype = recipe.dtype or str(checkpoint.dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise InputError(f"The checkpoint's weights are {dtype}; name an output --dtype: {', '.join(DTYPES)}.")
-    # Losses on other text than fits are made on, where the calibration set is small.
-    held_out = isinstance(method, Mixture) and method.held_out
     # The kernels of GPUs are fast at multiples of 8.
     round_to = recipe.round_to or (1 if device == "cpu" else 8)
     storage = recipe.storage or method.storage
@@ -206,4 +212,8 @@ def make_plan(recipe: Recipe, *, reads_text: bool = True) -> Plan:
     factorize = FactorizeConfig(
         method=label(recipe), scheme=scheme, storage=storage, round_to=round_to, dtype=dtype, device=device
     )
-    return Plan(recipe, subject, calibrate, score, factorize, (*design.warnings, *notes))
+    refine = RefineConfig(
+        **dict(CalibrationSet.of(calibrate)), device=device, clip=recipe.clip, damping_fisher=recipe.damping_fisher
+    )
+    notes = (*design.warnings, *notes)
+    return Plan(recipe, subject, calibrate, score, factorize, notes, refine if refines else None)

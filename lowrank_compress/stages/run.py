@@ -58,6 +58,11 @@ class Run:
         return self.path / "model"
 
     @property
+    def unrefined(self) -> Path:
+        """The checkpoint that the factorize stage writes where a refined one takes the place of the model."""
+        return self.path / "unrefined"
+
+    @property
     def work(self) -> Path:
         """Blocks that are encoded while the checkpoint is not written yet."""
         return self.path / "work"

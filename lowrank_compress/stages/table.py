@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import get_args
 
-from lowrank_compress.config import CalibrateConfig, EvaluateConfig, FactorizeConfig, ScoreConfig
+from lowrank_compress.config import CalibrateConfig, EvaluateConfig, FactorizeConfig, RefineConfig, ScoreConfig
 from lowrank_compress.registry import Registry
-from lowrank_compress.stages import calibrate, cast, evaluate, factorize, score
+from lowrank_compress.stages import calibrate, cast, evaluate, factorize, refine, score
 from lowrank_compress.stages.edits import ranks_fit
 from lowrank_compress.stages.inputs import inputs_of_calibrate, inputs_of_factorize, inputs_of_score
 from lowrank_compress.stages.ranks import RANKS
@@ -53,6 +53,19 @@ _OWN = (
         help="the compressed checkpoint",
     ),
     Stage(
+        name="refine",
+        version=refine.VERSION,
+        config=RefineConfig,
+        inputs=Given,
+        run=refine.run,
+        reads="checkpoint",
+        writes="checkpoint",
+        directory="refine",
+        command="refine",
+        help="the same matrices, fitted anew to what the dense model does",
+        needs_dense=True,
+    ),
+    Stage(
         name="cast",
         version=cast.VERSION,
         config=cast.CastConfig,
@@ -89,4 +102,4 @@ def in_order() -> list[Stage]:
 
 def directories(run: Run) -> list[Path]:
     """Name all directories of a run, whether they are there or not."""
-    return [*dict.fromkeys(run.path / stage.directory for stage in in_order()), run.work]
+    return [*dict.fromkeys(run.path / stage.directory for stage in in_order()), run.unrefined, run.work]

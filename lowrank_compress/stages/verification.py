@@ -60,7 +60,8 @@ def _chain(run: Run) -> tuple[Link, ...]:
 
 def _results(run: Run, stage: Stage, chain: Sequence[Link]) -> list[Path]:
     """Name the directories in which a stage has, or is to have, a result."""
-    directory = run.path / stage.directory
+    own = next((link.directory for link in chain if link.stage == stage.name), stage.directory)
+    directory = run.path / own
     if stage.writes == "measurements":
         return [path for path in sorted(directory.glob("*")) if path.is_dir()]
     asked = not stage.changes_weights or stage.name in [link.stage for link in chain]

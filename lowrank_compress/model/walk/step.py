@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.model.walk.replay import Replay
 from lowrank_compress.model.walk.states import State, StateStore
 
@@ -59,6 +60,10 @@ class Step:
             made = {model: stack.enter_context(model.block(index, then=then)) for model in dict.fromkeys(models)}
             self._memory = stack.pop_all()
         self.blocks: tuple[nn.Module, ...] = tuple(made[model] for model in models)
+
+    def batch(self, number: int) -> Batch:
+        """Return a batch of the walk."""
+        return self._lanes.replays[0].batches[number]
 
     def entering(self, number: int, model: int = 0) -> Tensor:
         """What enters the block in a batch, (sequences, length, width), until the batch is put forward.

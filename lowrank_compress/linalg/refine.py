@@ -1,0 +1,315 @@
+"""The matrix that does on what enters it now what another did on what would have entered: a regression in closed form.
+
+Where a model is compressed, a matrix is given other inputs x̂ than the dense model's x. With targets t, what the map is
+to emit, the best matrix near an anchor A is
+
+    W* = (E[t x̂ᵀ] + λ s A) (E[x̂ x̂ᵀ] + λ s I)⁻¹, s the mean diagonal of E[x̂ x̂ᵀ];
+
+of its approximations of rank r, Ŵ is the one that loses least of E‖W* x̂ − Ŵ x̂‖² in an output metric L. That is exact
+for λ = 0, as the error of W* is orthogonal to all x̂. How far the sample is to be trusted, cross-validation decides: a
+fit on each half of it is scored on the other, by tr L (Ŵ E[x̂ x̂ᵀ] Ŵᵀ − 2 Ŵ E[x̂ tᵀ]), which is the error but for a
+constant; the matrix that is there already takes part, and stays where no λ is better.
+
+Several maps that read the same inputs and copy a map of the dense model, t = W x, have one solution in common:
+W* = W M, with M that for t = x and A = I. Where W has more rows than columns, L itself is never needed: with
+K = Wᵀ L W, all of this holds for M in the metric K.
+
+Least squares of a layer's outputs on the inputs that the layers before it leave is how pruned and quantized models are
+fitted one layer at a time, too (Hubara and others, AdaPrune, NeurIPS 2021; GPTQ, ICLR 2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lowrank_compress.linalg.metric import Full, TriangularRoot
+from lowrank_compress.linalg.weighted import Projector, Side, decompose
+
+LAMBDAS = (0.01, 0.1, 1.0, 10.0, 100.0)
+"""What λ is chosen from."""
+
+GRAM_SHRINKAGE = 1e-6
+"""Of E[x̂ x̂ᵀ], where it is the metric of a truncation."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """Moments of inputs x̂ and of what is regressed on them, summed over tokens; all float64.
+
+    Attributes
+    ----------
+    gram
+        Σ x̂ x̂ᵀ, (n, n).
+    cross
+        Σ t x̂ᵀ, (k, n).
+    inputs, targets
+        Σ x̂, (n,), and Σ t, (k,).
+    count
+        Tokens.
+    """
+
+    gram: Tensor
+    cross: Tensor
+    inputs: Tensor
+    targets: Tensor
+    count: int
+
+    def __add__(self, other: Sample) -> Sample:
+        """Put two samples together."""
+        return Sample(
+            self.gram + other.gram,
+            self.cross + other.cross,
+            self.inputs + other.inputs,
+            self.targets + other.targets,
+            self.count + other.count,
+        )
+
+    def of(self, base: Tensor | None) -> Sample:
+        """Take the images of the targets under a matrix (m, k) for the targets; None for themselves."""
+        if base is None:
+            return self
+        return Sample(self.gram, base @ self.cross, self.inputs, base @ self.targets, self.count)
+
+    def centred(self) -> Sample:
+        """Take the means out, as a bias would."""
+        if self.count == 0:
+            return self
+        mean = self.inputs / self.count
+        return Sample(
+            self.gram - torch.outer(self.inputs, mean),
+            self.cross - torch.outer(self.targets, mean),
+            torch.zeros_like(self.inputs),
+            torch.zeros_like(self.targets),
+            self.count,
+        )
+
+    def offset(self, matrix: Tensor) -> Tensor:
+        """Mean of what a matrix (k, n) leaves of the targets, (k,)."""
+        return (self.targets - matrix @ self.inputs) / max(self.count, 1)
+
+    @cached_property
+    def root(self) -> TriangularRoot:
+        """The root of the damped Gram matrix."""
+        return Full(self.gram, GRAM_SHRINKAGE).root()
+
+
+def solve(sample: Sample, anchor: Tensor | None, strength: float) -> Tensor:
+    """Return W*, (k, n) float64.
+
+    Parameters
+    ----------
+    sample
+        With its means taken out, if a bias takes them.
+    anchor
+        A, (k, n); None for I.
+    strength
+        λ > 0.
+
+    Raises
+    ------
+    NumericsError
+        A moment is not finite.
+    """
+    shrinkage = strength / (1 + strength)  # the damped matrix over 1 + λ
+    lower = Full(sample.gram, shrinkage).root().lower
+    pull = shrinkage * (sample.gram.diagonal().mean().item() or 1.0)
+    wanted = sample.cross * (1 - shrinkage)
+    if anchor is None:
+        wanted.diagonal().add_(pull)
+    else:
+        wanted += pull * anchor
+    return torch.cholesky_solve(wanted.mT, lower).mT
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What one matrix is to become.
+
+    Attributes
+    ----------
+    metric
+        L, (k, k), damped; with `left` K.
+    rank
+        Of the result; None for any.
+    side
+        The smaller side of the matrix, where it is decomposed.
+    base
+        W, (k, q), of which the common solution M, (q, n), makes what is looked for; None if M is that itself.
+    left
+        W, (m, k), by which that has to be multiplied to be the matrix; None if it is.
+    affine
+        A bias goes along.
+    """
+
+    metric: Tensor
+    rank: int | None
+    side: Side
+    base: Tensor | None = None
+    left: Tensor | None = None
+    affine: bool = False
+
+    @cached_property
+    def root(self) -> TriangularRoot:
+        """The root of the metric."""
+        return Full(self.metric).root()
+
+    def image(self, solution: Tensor) -> Tensor:
+        """Make what is looked for, (k, n), of the common solution."""
+        return solution if self.base is None else self.base @ solution
+
+    def whole(self, found: Tensor) -> Tensor:
+        """Make the matrix, (m, n), of what was looked for."""
+        return found if self.left is None else self.left @ found
+
+
+def project(task: Task, found: Tensor, sample: Sample) -> Projector | None:
+    """Find the best projection of a matrix (k, n) to its task's rank; None where it may have any."""
+    if task.rank is None:
+        return None
+    if task.side == "out":
+        gram = sample.gram.clone()
+        gram.diagonal().add_(GRAM_SHRINKAGE * gram.diagonal().mean())
+        return decompose(found @ gram @ found.mT, _Rooted(task.root), task.rank)
+    return decompose(found.mT @ task.metric @ found, _Rooted(sample.root), task.rank)
+
+
+@dataclass(frozen=True)
+class _Rooted:
+    """A metric whose root is known."""
+
+    known: TriangularRoot
+
+    def root(self) -> TriangularRoot:
+        return self.known
+
+
+def truncate(task: Task, found: Tensor, sample: Sample) -> Tensor:
+    """Return the best approximation of a matrix (k, n) at its task's rank."""
+    projector = project(task, found, sample)
+    if projector is None:
+        return found
+    if task.side == "out":
+        return projector.expand @ (projector.contract @ found)
+    return (found @ projector.contract.mT) @ projector.expand.mT
+
+
+def error(task: Task, found: Tensor, bias: Tensor | None, sample: Sample) -> float:
+    """Sum over a sample of ‖Ŵ x̂ + b − t‖² in the task's metric, but for what no matrix changes.
+
+    Parameters
+    ----------
+    found
+        Ŵ, (k, n).
+    bias
+        b, (k,); None for none.
+    sample
+        With the targets of the task.
+    """
+    value = (task.metric * ((found @ sample.gram - 2 * sample.cross) @ found.mT)).sum()
+    if bias is not None:
+        image = task.metric @ bias
+        value += 2 * image @ (found @ sample.inputs - sample.targets) + sample.count * (image @ bias)
+    return value.item()
+
+
+@dataclass(frozen=True, eq=False)
+class Present:
+    """What stands in a task's place now, (k, n), and what its bias adds to the right one, (k,), or None."""
+
+    matrix: Tensor
+    bias: Tensor | None = None
+
+
+def cross_validate(
+    tasks: Sequence[Task],
+    present: Sequence[Present],
+    halves: tuple[Sample, Sample],
+    anchor: Tensor | None = None,
+    lambdas: Sequence[float] = LAMBDAS,
+) -> list[float | None]:
+    """Choose λ for each task of a common regression, or None where what is there is to stay.
+
+    The search goes downhill from the middle of `lambdas`, so that most need not be tried.
+
+    Parameters
+    ----------
+    tasks, present
+        Maps that read the same inputs, and what they are now.
+    halves
+        Moments of the common targets over two halves of the sample.
+    anchor
+        Of the common solution.
+    lambdas
+        To choose from, ascending.
+    """
+    if min(half.count for half in halves) == 0:
+        return [None] * len(tasks)
+    tried: list[dict[int, float]] = [{} for _ in tasks]
+    least = [
+        sum(error(task, now.matrix, now.bias, half.of(task.base)) for half in halves)
+        for task, now in zip(tasks, present, strict=True)
+    ]
+    ordered = sorted(lambdas)
+    while wanted := {place for scores in tried if (place := _next(scores, len(ordered))) is not None}:
+        for place in sorted(wanted):
+            asking = [number for number, scores in enumerate(tried) if _next(scores, len(ordered)) == place]
+            sums = [0.0] * len(asking)
+            for fit, other in (halves, halves[::-1]):
+                for slot, value in enumerate(_scored([tasks[n] for n in asking], fit, other, anchor, ordered[place])):
+                    sums[slot] += value
+            for number, value in zip(asking, sums, strict=True):
+                tried[number][place] = value
+    best = [min(scores, key=lambda place: (scores[place], place)) for scores in tried]
+    return [
+        ordered[place] if scores[place] < keep else None for place, scores, keep in zip(best, tried, least, strict=True)
+    ]
+
+
+def _next(tried: dict[int, float], count: int) -> int | None:
+    """Where to try next, downhill from the middle; None at the bottom."""
+    if not tried:
+        return count // 2
+    best = min(tried, key=lambda place: (tried[place], place))
+    return next((place for place in (best - 1, best + 1) if 0 <= place < count and place not in tried), None)
+
+
+def _scored(tasks: Sequence[Task], fit: Sample, other: Sample, anchor: Tensor | None, strength: float) -> list[float]:
+    """Fit tasks on one half, and score them on the other."""
+    values = []
+    fits = {affine: fit.centred() if affine else fit for affine in {task.affine for task in tasks}}
+    solutions = {affine: solve(sample, anchor, strength) for affine, sample in fits.items()}
+    for task in tasks:
+        sample = fits[task.affine]
+        found = truncate(task, task.image(solutions[task.affine]), sample)
+        bias = fit.of(task.base).offset(found) if task.affine else None
+        values.append(error(task, found, bias, other.of(task.base)))
+    return values
+
+
+def refit(
+    tasks: Sequence[Task], chosen: Sequence[float | None], sample: Sample, anchor: Tensor | None = None
+) -> list[tuple[Tensor, Projector | None] | None]:
+    """Fit the tasks that have a λ on all of a sample.
+
+    Returns
+    -------
+    list
+        For each task W*, (m, n), and its projection to the rank on the smaller side; None where what is there stays.
+    """
+    found: list[tuple[Tensor, Projector | None] | None] = [None] * len(tasks)
+    samples = {affine: sample.centred() if affine else sample for affine in {task.affine for task in tasks}}
+    for strength in sorted({value for value in chosen if value is not None}):
+        solutions: dict[bool, Tensor] = {}
+        for number, task in enumerate(tasks):
+            if chosen[number] != strength:
+                continue
+            if task.affine not in solutions:
+                solutions[task.affine] = solve(samples[task.affine], anchor, strength)
+            image = task.image(solutions[task.affine])
+            found[number] = task.whole(image), project(task, image, samples[task.affine])
+    return found

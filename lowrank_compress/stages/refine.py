@@ -1,0 +1,272 @@
+"""Fit the matrices of a compressed checkpoint anew to what the dense model does, in closed form, block by block.
+
+A gradient pass over the dense model says what errors cost; then both models are walked through side by side, and each
+map is fitted to inputs that those before it have already changed. On text that was kept out of all fits the result must
+be nearer to the dense model than what it was made from; else that is what is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_compress.artifacts.directories import recover, replacing
+from lowrank_compress.artifacts.files import sha256
+from lowrank_compress.artifacts.manifest import Key, Manifest, commit, committed, listed
+from lowrank_compress.artifacts.tensors import BlockFiles
+from lowrank_compress.calibration.capture import capture, numbered
+from lowrank_compress.config import RefineConfig
+from lowrank_compress.errors import CheckpointError, InputError
+from lowrank_compress.evaluation.divergence import divergences
+from lowrank_compress.model.checkpoint import Checkpoint
+from lowrank_compress.model.skeleton import Skeleton
+from lowrank_compress.model.walk.batch import Batch
+from lowrank_compress.model.walk.segments import boundary_bytes
+from lowrank_compress.model.walk.states import StateStore
+from lowrank_compress.model.walk.walk import Walk
+from lowrank_compress.resources.resources import Resources
+from lowrank_compress.resources.workers import Workers
+from lowrank_compress.stages.environment import environment
+from lowrank_compress.stages.identity import checkpoint_id, source_id
+from lowrank_compress.stages.refining import BlockRefiner, computing_dtype
+from lowrank_compress.stages.report import REPORT
+from lowrank_compress.stages.reporting import Reporter, Silent
+from lowrank_compress.stages.rewrite import rewrite
+from lowrank_compress.stages.run import Run, require_alone
+from lowrank_compress.stages.samples import calibration_batches, held_out_batches, source_of
+from lowrank_compress.stages.stage import Given
+
+VERSION = 1
+KEEP = "keep"
+
+
+def key(config: RefineConfig, inputs: Given) -> Key:
+    """Everything that the refined checkpoint and its report depend on; a text counts by its content."""
+    assert inputs.dense is not None
+    found = {
+        "checkpoint": checkpoint_id(inputs.checkpoint),
+        "dense": checkpoint_id(inputs.dense),
+        "text": source_id(source_of(config)),
+    }
+    report = inputs.checkpoint.path / REPORT
+    if report.exists():
+        found["report"] = sha256(report)
+    return Key("refine", VERSION, config.model_dump(mode="json", exclude={"source"}), found)
+
+
+def run(
+    config: RefineConfig,
+    inputs: Given,
+    out_dir: Path,
+    reporter: Reporter | None = None,
+    *,
+    resources: Resources = Resources(),
+    overwrite: bool = False,
+) -> Manifest:
+    """Refine.
+
+    Parameters
+    ----------
+    config, inputs
+        What to do on what; the dense original is one of the inputs.
+    out_dir
+        The directory of the new checkpoint, which appears whole or not at all.
+    reporter
+        Told about progress and warnings.
+    resources
+        What the first process may use; all are called with the same.
+    overwrite
+        Replace another checkpoint in `out_dir`.
+
+    Raises
+    ------
+    LrcError
+        The checkpoint is not compressed by this package, its original or the data are missing, or another result is in
+        `out_dir`.
+    """
+    if inputs.checkpoint.quantization is None:
+        raise CheckpointError(
+            f"{inputs.checkpoint.path} is not compressed by this program: there is nothing to refine. Compress it "
+            "first, with `lrc compress`."
+        )
+    if inputs.dense is None:
+        raise InputError("Refining needs the dense original beside the compressed checkpoint; name it with --dense.")
+    identity = key(config, inputs)
+
+    def made() -> Manifest:
+        recover(out_dir, listed)
+        if (found := committed(out_dir, identity, overwrite=overwrite)) is not None:
+            require_alone(out_dir, found)
+            return found
+        alone = replace(resources, workers=Workers()).on(config.device)
+        return _Refinement(config, inputs, out_dir, identity, reporter or Silent(), alone).make()
+
+    return resources.workers.once(made)
+
+
+class _Refinement:
+    """One run of the stage."""
+
+    def __init__(
+        self,
+        config: RefineConfig,
+        inputs: Given,
+        out_dir: Path,
+        identity: Key,
+        reporter: Reporter,
+        resources: Resources,
+    ) -> None:
+        assert inputs.dense is not None
+        self.config, self.checkpoint, self.out_dir = config, inputs.checkpoint, out_dir
+        self.identity, self.reporter, self.resources = identity, reporter, resources
+        device, dtype = torch.device(config.device), computing_dtype(inputs.checkpoint.dtype)
+        self.dense = Skeleton(inputs.dense, device, dtype)
+        self.compressed = Skeleton(inputs.checkpoint, device, dtype)
+        if _shape(self.dense) != _shape(self.compressed):
+            raise CheckpointError(
+                f"{inputs.checkpoint.path} was not made from {inputs.dense.path}: they have other blocks. Name its "
+                "original with --dense."
+            )
+        self.batches = numbered(self._batches(inputs.dense))
+        self.held_out = held_out_batches(config, inputs.dense, self.dense.task)
+        inside = Run(out_dir.parent)
+        self.work = inside.work if inside.exists() else out_dir.with_name(f"{out_dir.name}.work")
+        self.fisher = BlockFiles(self.work, identity.id, "fisher")
+        self.refined = BlockFiles(self.work, identity.id, "refined")
+        self.blocks = range(len(self.dense.resolved.blocks))
+
+    def _batches(self, dense: Checkpoint) -> list[Batch]:
+        batches = calibration_batches(self.config, dense, self.dense.task)
+        if self.dense.task != "lm" and any(batch.labels is None for batch in batches):
+            raise InputError(
+                "Refining takes gradients of a classifier's loss, which needs labels. Pass a table with --text-column "
+                "and --label-column."
+            )
+        return batches
+
+    def make(self) -> Manifest:
+        """Refine all blocks that are not yet, and write the better checkpoint."""
+        refiner = BlockRefiner(
+            self.dense, self.compressed, self.batches, self.config.lambdas, self.config.damping_fisher
+        )
+        self._take_gradients(refiner.wanted())
+        self._refine(refiner)
+        before, after = self._divergences()
+        taken = after < before
+        if not taken:
+            self.reporter.warn(
+                f"Refined weights were no nearer to the dense model on other text ({after:.4g} nats, before "
+                f"{before:.4g}): the checkpoint keeps its weights."
+            )
+        chosen = {name: value for block in self.blocks for name, value in self.refined.notes(block)["lambdas"].items()}
+        said = {"taken": taken, "divergence_before": before, "divergence_after": after, "lambdas": chosen}
+        with replacing(self.out_dir, listed) as draft:
+            manifest = self._write(draft, taken, said)
+        self.refined.remove(self.blocks)
+        self.fisher.remove(self.blocks)
+        return manifest
+
+    def _take_gradients(self, wanted: Mapping[str, frozenset[str]]) -> None:
+        """Keep what errors of each block cost."""
+        missing = [b for b in self.blocks if not (self.refined.finished(b) or self.fisher.finished(b))]
+        if not missing:
+            return
+        self.work.mkdir(parents=True, exist_ok=True)
+        captured = capture(
+            self.dense,
+            self.batches,
+            wanted,
+            skip=lambda block: block not in missing,
+            clip=self.config.clip,
+            advance=self.reporter.advance,
+            spill_to=self.work,
+            resources=self.resources,
+        )
+        for block in captured:
+            names = {name for names in wanted.values() for name in names}
+            self.fisher.write(
+                block.block,
+                {name: mean.float() for name, mean in block.means.items() if name.rsplit("/", 1)[-1] in names},
+            )
+
+    def _refine(self, refiner: BlockRefiner) -> None:
+        """Fit block after block, each to what those before it have become."""
+        if all(self.refined.finished(block) for block in self.blocks):
+            return
+        size = 2 * boundary_bytes(self.dense, self.batches)
+        store = StateStore(size > self.resources.for_states, self.work)
+        for step in Walk([self.dense, self.compressed], self.batches, store=store).forwards():
+            if self.refined.finished(step.index):
+                self._load(self.compressed, step.index)
+            else:
+                tensors, chosen = refiner.block(step, self.fisher.read(step.index))
+                lambdas = {name: KEEP if value is None else value for name, value in chosen.items()}
+                step.leave()
+                self.refined.write(step.index, tensors, notes={"lambdas": lambdas})
+            self.reporter.advance("refine", step.index + 1, len(self.blocks))
+            if all(self.refined.finished(block) for block in range(step.index, len(self.blocks))):
+                break
+
+    def _divergences(self) -> tuple[float, float]:
+        """How far the checkpoint and the refined one are from the dense model on text that no fit has seen."""
+        refined = Skeleton(
+            self.checkpoint,
+            self.dense.device,
+            self.dense.dtype,
+            edit=lambda index, block: self._load(refined, index),
+        )
+        self.reporter.advance("compare", 0, 1)
+        before, after = divergences([self.dense, self.compressed, refined], self.held_out)
+        self.reporter.advance("compare", 1, 1)
+        return before, after
+
+    def _load(self, skeleton: Skeleton, index: int) -> None:
+        """Put a refined block's tensors into the block in memory."""
+        by_module: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in self.refined.read(index).items():
+            path, leaf = self._split(skeleton.model, name)
+            by_module.setdefault(path, {})[leaf] = tensor.to(
+                skeleton.device, skeleton.dtype if tensor.is_floating_point() else None
+            )
+        for path, state in by_module.items():
+            skeleton.model.get_submodule(path).load_state_dict(state, strict=False, assign=True)
+
+    def _split(self, model: nn.Module, name: str) -> tuple[str, str]:
+        """Part the name of a tensor where its target's module ends."""
+        path = next(t.module for t in self.dense.resolved.targets if name.startswith(f"{t.module}."))
+        return path, name.removeprefix(f"{path}.")
+
+    def _write(self, draft: Path, taken: bool, said: Mapping[str, Any]) -> Manifest:
+        plan = self.compressed.blueprint
+        cache: dict[int, Mapping[str, Tensor]] = {}
+
+        def tensor(block: int, name: str) -> Tensor:
+            if taken and block >= 0:
+                if block not in cache:
+                    cache.clear()
+                    cache[block] = self.refined.read(block)
+                if name in cache[block]:
+                    return cache[block][name]
+            return plan.read(name)
+
+        report = rewrite(
+            self.checkpoint,
+            draft,
+            tensor,
+            dtype=str(self.checkpoint.dtype).removeprefix("torch."),
+            shard_bytes=self.config.shard_bytes,
+            report=lambda report: {**report, "refine": dict(said)},
+            advance=lambda done, total: self.reporter.advance("write", done, total),
+        )
+        facts = {name: value for name, value in said.items() if name != "lambdas"}
+        outputs = sorted(path.name for path in draft.iterdir())
+        return commit(draft, self.identity, outputs, report | {"refine": facts}, environment(self.config.device))
+
+
+def _shape(skeleton: Skeleton) -> Sequence[tuple[str, tuple[int, int]]]:
+    return [(target.name, target.shape) for target in skeleton.resolved.targets]

@@ -1,0 +1,266 @@
+"""One block of a compressed model fitted anew to what the dense one does, map by map, in the order of computation.
+
+Maps that read one tensor are fitted together: queries, keys and values; the attention's output; gate and up; down. Each
+sees what enters it once all before it are fitted. Of what the outputs of attention and MLP are to emit, what the
+residual stream lacks at that place is a part: they make up for all that went wrong before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_compress.arch.targets import Target
+from lowrank_compress.calibration.looking import look, place_of
+from lowrank_compress.calibration.pairs import PairSums
+from lowrank_compress.calibration.statistics import statistic_key
+from lowrank_compress.formats.dense import dense
+from lowrank_compress.formats.matrix import StoredMatrix, stored_matrices
+from lowrank_compress.formats.spec import Encoded, Product
+from lowrank_compress.formats.table import FORMATS, rebuild
+from lowrank_compress.linalg.metric import Full
+from lowrank_compress.linalg.refine import Present, Sample, Task, cross_validate, refit
+from lowrank_compress.linalg.weighted import Projector, smaller_side
+from lowrank_compress.model import weights
+from lowrank_compress.model.skeleton import Skeleton
+from lowrank_compress.model.walk.batch import Batch
+from lowrank_compress.model.walk.step import Step
+
+DENSE, COMPRESSED = 0, 1
+# What reads these is added to the residual stream.
+WRITERS = ("context", "hidden")
+
+
+@dataclass(frozen=True, eq=False)
+class Map:
+    """A matrix that is to be fitted.
+
+    Attributes
+    ----------
+    target
+        In the dense model.
+    stored
+        In the compressed one.
+    """
+
+    target: Target
+    stored: StoredMatrix
+
+    @property
+    def writes(self) -> bool:
+        """Whether it is added to the residual stream."""
+        return self.target.reads in WRITERS
+
+    @property
+    def fewer_rows(self) -> bool:
+        """Whether it has lost rows."""
+        return self.stored.shape[0] != self.target.shape[0]
+
+    @property
+    def fewer_columns(self) -> bool:
+        """Whether it has lost columns."""
+        return self.stored.shape[1] != self.target.shape[1]
+
+    @property
+    def fits(self) -> bool:
+        """Whether it is one that can be fitted."""
+        return not (self.fewer_rows if self.writes else self.fewer_columns)
+
+    @property
+    def folded(self) -> bool:
+        """Whether its output metric is taken on its input side, K = Wᵀ L W, which is smaller or all that is known."""
+        rows, columns = self.target.shape
+        return not self.writes and (rows > columns or self.fewer_rows)
+
+    @property
+    def statistics(self) -> frozenset[str]:
+        """What has to be known of the dense model's gradients."""
+        return frozenset({"in_fisher", "out_square"} if self.folded else {"out_fisher"})
+
+
+def maps_of(dense: Skeleton, compressed: Skeleton) -> dict[str, Map]:
+    """Find what can be fitted, by name."""
+    found = stored_matrices(
+        compressed.model, dense.resolved.modules(), compressed.blueprint.checkpoint.quantization or {}
+    )
+    maps = {target.name: Map(target, found[target.name]) for target in dense.resolved.targets if target.name in found}
+    return {name: each for name, each in maps.items() if each.fits}
+
+
+class BlockRefiner:
+    """Fits blocks of a compressed model, each in the step of a walk over the dense model and the compressed one.
+
+    Parameters
+    ----------
+    dense, compressed
+        The models of the walk.
+    batches
+        The calibration set.
+    lambdas
+        To choose from.
+    damping
+        Relative shrinkage of Fisher matrices.
+    """
+
+    def __init__(
+        self,
+        dense: Skeleton,
+        compressed: Skeleton,
+        batches: Sequence[Batch],
+        lambdas: Sequence[float],
+        damping: float,
+    ) -> None:
+        self.dense, self.compressed, self.batches = dense, compressed, batches
+        self.lambdas, self.damping = lambdas, damping
+        self.maps = maps_of(dense, compressed)
+        self.dtype = compressed.blueprint.checkpoint.dtype
+        self._places: dict[str, str | None] = {}
+
+    def wanted(self) -> dict[str, frozenset[str]]:
+        """What has to be known of the dense model's gradients, by target."""
+        return {name: each.statistics for name, each in self.maps.items()}
+
+    def block(self, step: Step, fisher: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float | None]]:
+        """Fit a block in place.
+
+        Parameters
+        ----------
+        step
+            With the dense model's block and the compressed one's.
+        fisher
+            Statistics of the block's gradients.
+
+        Returns
+        -------
+        tuple
+            The tensors that are others now, by their names in the compressed model, as they will be stored; and the λ
+            of each map, None for those that stay.
+        """
+        own = [each for each in self.maps.values() if each.target.block == step.index]
+        groups = list(dict.fromkeys(each.target.reads for each in own))
+        changed: dict[str, Tensor] = {}
+        chosen: dict[str, float | None] = {}
+        for reads in groups:
+            members = [each for each in own if each.target.reads == reads]
+            halves = self._sums(step, members, last=reads == groups[-1])
+            for each, (strength, state) in zip(members, self._fit(members, halves, fisher), strict=True):
+                chosen[each.target.name] = strength
+                changed |= {f"{each.target.module}.{leaf}": tensor for leaf, tensor in state.items()}
+        stored = {name: t.to(self.dtype) if t.is_floating_point() else t for name, t in changed.items()}
+        return stored, chosen
+
+    def _sums(self, step: Step, members: Sequence[Map], last: bool) -> tuple[Sample, Sample]:
+        """Take the sums that maps need which read the same: of the inputs' targets, or of the outputs'."""
+        target, writes = members[0].target, members[0].writes
+        path = target.module.removeprefix(f"{self.dense.resolved.blocks[step.index]}.")
+        place = self._place(step, path) if writes else None
+        sums = PairSums()
+        for number, batch in enumerate(self.batches):
+            here = look(step, number, COMPRESSED, path, place, outputs=place is not None)
+            there = look(step, number, DENSE, path, place, outputs=writes, run=last)
+            if not writes:
+                sums.add(batch, here.x, there.x)
+                continue
+            wanted = there.y
+            assert wanted is not None
+            if place is not None:
+                parts = (there.total, here.total, here.y)
+                total, stream, emitted = (part for part in parts if part is not None)
+                wanted = total - (stream - emitted)
+            bias = self._dense(target)[1]
+            sums.add(batch, here.x, wanted if bias is None else wanted - bias.to(wanted))
+        return sums.samples()
+
+    def _place(self, step: Step, path: str) -> str | None:
+        """Where the output of a module is added to the residual stream: in all blocks where it is in the first."""
+        if path not in self._places:
+            self._places[path] = place_of(step, 0, DENSE, path)
+        return self._places[path]
+
+    def _dense(self, target: Target) -> tuple[Tensor, Tensor | None]:
+        """The matrix and the bias of a target in the dense model, float64."""
+        module: Any = self.dense.model.get_submodule(target.module)
+        weight = weights.read(module.weight, target).double()
+        return weight, None if target.bias is None else weights.bias(module.bias, target).double()
+
+    def _fit(
+        self, members: Sequence[Map], halves: tuple[Sample, Sample], fisher: Mapping[str, Tensor]
+    ) -> list[tuple[float | None, dict[str, Tensor]]]:
+        made = [self._task(each, fisher) for each in members]
+        tasks, present, teachers = ([each[part] for each in made] for part in range(3))
+        anchor = None
+        if members[0].writes:
+            weight = teachers[0][0]
+            anchor = members[0].stored.weight() if members[0].fewer_columns else weight
+        chosen = cross_validate(tasks, present, halves, anchor, self.lambdas)
+        both = halves[0] + halves[1]
+        found = []
+        fits = refit(tasks, chosen, both, anchor)
+        for each, task, teacher, strength, fit in zip(members, tasks, teachers, chosen, fits, strict=True):
+            state = {} if fit is None else self._put(each, task, teacher, fit, both)
+            found.append((strength, state))
+        return found
+
+    def _task(self, each: Map, fisher: Mapping[str, Tensor]) -> tuple[Task, Present, tuple[Tensor, Tensor | None]]:
+        """What a map is to become, what it is, and the matrix and bias of what it is to do."""
+        target, stored = each.target, each.stored
+        now, bias = stored.weight(), stored.bias()
+        weight, stock = (now, bias) if each.fewer_rows else self._dense(target)
+        added = None if bias is None else bias if stock is None else bias - stock
+        own = {name: fisher[statistic_key(target, name)].to(now) for name in each.statistics}
+        rank = None if stored.format == "dense" else FORMATS[stored.format].rank(stored.parameters)
+        side = smaller_side(stored.shape)
+        affine = bias is not None
+        if each.folded:
+            metric = (1 - self.damping) * own["in_fisher"]
+            metric += self.damping * own["out_square"].mean() * (weight.mT @ weight)
+            task = Task(metric, rank, side, left=weight, affine=affine)
+            return task, _folded(weight, now, added), (weight, stock)
+        metric = (1 - self.damping) * own["out_fisher"]
+        metric.diagonal().add_(self.damping * own["out_fisher"].diagonal().mean())
+        task = Task(metric, rank, side, base=None if each.writes else weight, affine=affine)
+        return task, Present(now, added), (weight, stock)
+
+    def _put(
+        self,
+        each: Map,
+        task: Task,
+        teacher: tuple[Tensor, Tensor | None],
+        fit: tuple[Tensor, Projector | None],
+        sample: Sample,
+    ) -> dict[str, Tensor]:
+        """Put a fitted matrix, and the bias that goes with it, into its module, rounded as they will be stored."""
+        (matrix, projector), stored = fit, each.stored
+        part = self._encoded(each, matrix, projector, sample)
+        bias = None
+        if task.affine:
+            weight, stock = teacher
+            images = sample if each.writes else sample.of(weight)
+            bias = images.offset(rebuild(part).to(matrix))
+            bias = (bias if stock is None else bias + stock).to(self.dtype)
+        return stored.put(part, bias)
+
+    def _encoded(self, each: Map, matrix: Tensor, projector: Projector | None, sample: Sample) -> Encoded:
+        name, stored = each.target.name, each.stored
+        if projector is None:
+            return dense(matrix.cpu()).cast(self.dtype, name)
+        sensitivities = (torch.ones(stored.shape[0]).double(), sample.gram.diagonal().cpu() / sample.count)
+        product = Product(name, matrix, projector, sensitivities, self.dtype)
+        return FORMATS[stored.format].encode(product, stored.parameters)
+
+
+def _folded(weight: Tensor, now: Tensor, bias: Tensor | None) -> Present:
+    """Write what a map is now as W times something, as well as that goes."""
+    root = Full(weight.mT @ weight).root().lower
+    columns = now if bias is None else torch.cat([now, bias[:, None]], 1)
+    solved = torch.cholesky_solve(weight.mT @ columns, root)
+    return Present(solved[:, : now.shape[1]], None if bias is None else solved[:, -1])
+
+
+def computing_dtype(compressed: torch.dtype) -> torch.dtype:
+    """In which to compute: what is stored loses nothing in it."""
+    return torch.promote_types(compressed, torch.float32)

@@ -1,0 +1,73 @@
+"""Write a compressed checkpoint with other values in the same layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lowrank_compress.artifacts.documents import read_json, write_json
+from lowrank_compress.artifacts.files import write_text
+from lowrank_compress.model.blueprint import blueprint
+from lowrank_compress.model.checkpoint import Checkpoint
+from lowrank_compress.model.export import ShardWriter, config_json, write_companions
+from lowrank_compress.shipped.saving import remote_code_entries, write_remote_code
+from lowrank_compress.stages.report import REPORT, facts, model_card
+
+
+def rewrite(
+    checkpoint: Checkpoint,
+    out: Path,
+    tensors: Callable[[int, str], Tensor],
+    *,
+    dtype: str,
+    shard_bytes: int,
+    report: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+    advance: Callable[[int, int], None],
+) -> dict[str, Any]:
+    """Write a checkpoint that differs from another in its tensors alone.
+
+    Parameters
+    ----------
+    checkpoint
+        The other one.
+    out
+        An empty directory.
+    tensors
+        Gives the tensor of a name in the model, of a block or of what is outside (-1), as it is to be stored.
+    dtype
+        What config.json is to say.
+    shard_bytes
+        The most bytes of a shard.
+    report
+        Makes lowrank.json of that of the other one, where that has one: what transformers has saved has none.
+    advance
+        Called with the blocks that are done, and all.
+
+    Returns
+    -------
+    dict
+        What a manifest is to report of it.
+    """
+    plan = blueprint(checkpoint)
+    plan.check_ties()
+    writer = ShardWriter(out, shard_bytes)
+    count = len(plan.resolved.blocks)
+    for block in range(-1, count):
+        for name in plan.outside() if block < 0 else plan.inside(block):
+            writer.add(plan.name_on_disk(name), tensors(block, name))
+        advance(block + 1, count)
+    shards = writer.close()
+    layout = checkpoint.quantization or {}
+    write_json(out / "config.json", config_json(checkpoint, dtype, layout, remote_code_entries(plan.model.config)))
+    write_remote_code(out)
+    write_companions(checkpoint, out)
+    found: dict[str, Any] = {"shards": len(shards)}
+    if (checkpoint.path / REPORT).exists():
+        made = report(read_json(checkpoint.path / REPORT))
+        write_json(out / REPORT, made)
+        write_text(out / "README.md", model_card(made))
+        found = facts(made) | found
+    return found

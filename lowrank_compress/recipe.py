@@ -114,6 +114,7 @@ class Recipe(Strict):
         None,
         "Fit all matrices anew to what the dense model does, once they are compressed; see `lrc refine`",
         WHAT,
+        "factorize",
         hint="with --method auto",
     )
 

@@ -27,7 +27,7 @@ BELOW: dict[str, set[str]] = {
     "stages": STAGES_USE,
     "methods": {"calibration", "allocation", "formats", "linalg", "model", "shipped", "arch"},
     "formats": {"allocation", "linalg", "model", "shipped", "arch"},
-    "calibration": {"model", "arch", "artifacts", "resources"},
+    "calibration": {"linalg", "model", "arch", "artifacts", "resources"},
     "evaluation": {"model", "arch", "artifacts"},
     "model": {"shipped", "arch", "artifacts"},
     "shipped": set(),

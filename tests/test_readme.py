@@ -70,7 +70,12 @@ def test_there_are_commands() -> None:
 @pytest.mark.parametrize("word", sorted({word for word in INLINE if re.match(r"--[a-z-]+", word)}))
 def test_option_exists(word: str) -> None:
     group: Any = typer.main.get_command(app)
-    known = {o for command in group.commands.values() for parameter in command.params for o in parameter.opts}
+    known = {
+        o
+        for command in group.commands.values()
+        for parameter in command.params
+        for o in (*parameter.opts, *parameter.secondary_opts)
+    }
     assert word.split()[0] in known
 
 

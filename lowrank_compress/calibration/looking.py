@@ -65,12 +65,15 @@ def look(
         if name == last:
             raise _Enough
 
+    def entering(name: str) -> Callable[[Any, tuple[Any, ...]], None]:
+        return lambda _, args: note(name, args[0])
+
     handles = [
-        module.register_forward_pre_hook(lambda _, args: note("x", args[0])),
+        module.register_forward_pre_hook(entering("x")),
         module.register_forward_hook(lambda _, args, out: note("y", out)),
     ]
     if place:
-        handles.append(block.get_submodule(place).register_forward_pre_hook(lambda _, args: note("total", args[0])))
+        handles.append(block.get_submodule(place).register_forward_pre_hook(entering("total")))
     try:
         leaving = _forward(step, number, model, run)
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lowrank_compress.calibration.moments import add_second, mirror
@@ -45,7 +46,8 @@ class PairSums:
 
     def samples(self) -> tuple[Sample, Sample]:
         """Return the sums of both halves, once; a half without a token has zeros."""
-        (first, second), self._halves = self._halves, [None, None]
+        first, second = self._halves
+        self._halves = [None, None]
         there = first or second
         if there is None:
             raise ValueError("No token was added.")
@@ -69,5 +71,5 @@ def _added(sums: Sample | None, x: Tensor, t: Tensor) -> Sample:
 
 
 def _empty(like: Sample) -> Sample:
-    zeros = [part.new_zeros(part.shape) for part in (like.gram, like.cross, like.inputs, like.targets)]
-    return Sample(*zeros, 0)
+    gram, cross, inputs, targets = map(torch.zeros_like, (like.gram, like.cross, like.inputs, like.targets))
+    return Sample(gram, cross, inputs, targets, 0)

@@ -130,7 +130,7 @@ def factorize(path: Path, given: dict[str, Any], overwrite: bool, reporter: Term
     with _working(run) as resources:
         manifest = pipeline.finish(plan, run, reporter, resources=resources, overwrite=overwrite)
         # Another storage than the ranks were chosen for is no recipe: it would choose other ranks.
-        changed = _changed_plan(run, {name: given[name] for name in ("dtype", "trust_remote_code")})
+        changed = _changed_plan(run, {name: given[name] for name in ("dtype", "refine", "trust_remote_code")})
         resources.workers.once(lambda: pipeline.claim(run, changed, overwrite=True))
     return _shown(api.result_of(run, manifest))
 

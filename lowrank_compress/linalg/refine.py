@@ -174,18 +174,18 @@ def project(task: Task, found: Tensor, sample: Sample) -> Projector | None:
     if task.side == "out":
         gram = sample.gram.clone()
         gram.diagonal().add_(GRAM_SHRINKAGE * gram.diagonal().mean())
-        return decompose(found @ gram @ found.mT, _Rooted(task.root), task.rank)
-    return decompose(found.mT @ task.metric @ found, _Rooted(sample.root), task.rank)
+        return decompose(found @ gram @ found.mT, _Known(task.root), task.rank)
+    return decompose(found.mT @ task.metric @ found, _Known(sample.root), task.rank)
 
 
-@dataclass(frozen=True)
-class _Rooted:
+@dataclass(frozen=True, eq=False)
+class _Known:
     """A metric whose root is known."""
 
-    known: TriangularRoot
+    found: TriangularRoot
 
     def root(self) -> TriangularRoot:
-        return self.known
+        return self.found
 
 
 def truncate(task: Task, found: Tensor, sample: Sample) -> Tensor:

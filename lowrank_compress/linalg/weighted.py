@@ -14,14 +14,14 @@ ICLR 2025), which always factors the Gram matrix, the larger of the two wherever
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from lowrank_compress.errors import InputError
 from lowrank_compress.linalg.eigen import eigh
-from lowrank_compress.linalg.metric import Metric
+from lowrank_compress.linalg.metric import Root
 
 Side = Literal["out", "in"]
 
@@ -65,7 +65,15 @@ def smaller_side(shape: tuple[int, int]) -> Side:
     return "out" if shape[0] <= shape[1] else "in"
 
 
-def decompose(product: Tensor, near: Metric, keep: int | None = None) -> Projector:
+class Rooted(Protocol):
+    """What has the root of a metric."""
+
+    def root(self) -> Root:
+        """Return it."""
+        ...
+
+
+def decompose(product: Tensor, near: Rooted, keep: int | None = None) -> Projector:
     """Find the best projections of the near space.
 
     Parameters

@@ -133,7 +133,7 @@ class _Refinement:
                 "original with --dense."
             )
         self.batches = numbered(self._batches(inputs.dense))
-        self.held_out = held_out_batches(config, inputs.dense, self.dense.task)
+        self.held_out = held_out_batches(config, inputs.dense, self.dense.blueprint.task)
         inside = Run(out_dir.parent)
         self.work = inside.work if inside.exists() else out_dir.with_name(f"{out_dir.name}.work")
         self.fisher = BlockFiles(self.work, identity.id, "fisher")
@@ -141,8 +141,8 @@ class _Refinement:
         self.blocks = range(len(self.dense.resolved.blocks))
 
     def _batches(self, dense: Checkpoint) -> list[Batch]:
-        batches = calibration_batches(self.config, dense, self.dense.task)
-        if self.dense.task != "lm" and any(batch.labels is None for batch in batches):
+        batches = calibration_batches(self.config, dense, self.dense.blueprint.task)
+        if self.dense.blueprint.task != "lm" and any(batch.labels is None for batch in batches):
             raise InputError(
                 "Refining takes gradients of a classifier's loss, which needs labels. Pass a table with --text-column "
                 "and --label-column."

@@ -191,7 +191,7 @@ class BlockRefiner:
         self, members: Sequence[Map], halves: tuple[Sample, Sample], fisher: Mapping[str, Tensor]
     ) -> list[tuple[float | None, dict[str, Tensor]]]:
         made = [self._task(each, fisher) for each in members]
-        tasks, present, teachers = ([each[part] for each in made] for part in range(3))
+        tasks, present, teachers = [task for task, _, _ in made], [now for _, now, _ in made], [do for _, _, do in made]
         anchor = None
         if members[0].writes:
             weight = teachers[0][0]

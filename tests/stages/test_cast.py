@@ -243,7 +243,7 @@ def test_a_full_disk_leaves_nothing(finished: Finished, monkeypatch: pytest.Monk
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lowrank_compress.stages.cast.write_companions", full)
+    monkeypatch.setattr("lowrank_compress.stages.rewrite.write_companions", full)
     assert "disk is full" in refused("cast", run, "--dtype", "bfloat16")
     assert contents(run) | {".lock": ""} == before | {".lock": ""}
     assert chain(run) == ["factorize"]

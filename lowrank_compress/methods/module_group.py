@@ -144,9 +144,9 @@ class ModuleGroup:
         }
 
     def basis_elements(self, keep: int) -> int:
-        """A square of the width for each of the heads, or for the MLP."""
+        """Two squares of the width for each of the heads; half of one for the MLP."""
         heads = self.targets[0].heads
-        return self.shape[0] ** 2 * (1 if heads is None else 2 * heads.key)
+        return self.shape[0] ** 2 // 2 if heads is None else self.shape[0] ** 2 * 2 * heads.key
 
     def working_bytes(self) -> int:
         """Four squares of the width."""

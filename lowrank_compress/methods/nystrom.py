@@ -28,6 +28,7 @@ from lowrank_compress.linalg.columns import compensated_order
 from lowrank_compress.linalg.eigen import eigh
 from lowrank_compress.linalg.heldout import falling, mixed, regression_losses, score
 from lowrank_compress.linalg.metric import Full
+from lowrank_compress.linalg.triangle import packed, unpacked
 from lowrank_compress.methods.linear import Damping
 from lowrank_compress.methods.module import Reduced
 
@@ -56,8 +57,9 @@ def decompose(
     Returns
     -------
     dict
-        ``"order"`` (n,) int64, best first; ``"root"`` R, (n, n) float64, lower triangular, which loses nothing that
-        matters in float32; ``"tail"`` (n + 1,) float64, by number of units.
+        ``"order"`` (n,) int64, best first; ``"root"`` R, lower triangular, folded to (⌈n/2⌉, n + 1) float64
+        (:func:`~lowrank_compress.linalg.triangle.packed`), which loses nothing that matters in float32; ``"tail"`` (n +
+        1,) float64, by number of units.
 
     Raises
     ------
@@ -71,7 +73,7 @@ def decompose(
     images, order, root = _fit(weights["down"], moments["down/in_gram"], metric, damping)
     losses = _losses(images[order], root)
     tail = torch.cat([losses, losses.new_zeros(1)]).flip(0).cumsum(0).flip(0)
-    return {"order": order, "root": root, "tail": tail} | held_out
+    return {"order": order, "root": packed(root), "tail": tail} | held_out
 
 
 def _fit(down: Tensor, gram: Tensor, fisher: Tensor | None, damping: Damping) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,7 +144,7 @@ def reduce(
     units = down.shape[1]
     if not 0 <= width <= units:
         raise InputError(f"The width of this MLP must lie between 0 and {units}, got {width}.")
-    order, root = basis["order"].to(down.device), basis["root"].to(down)
+    order, root = basis["order"].to(down.device), unpacked(basis["root"].to(down))
     kept, places = order[:width].sort()
     predicted = torch.linalg.solve_triangular(
         root[:width, :width], down[:, order[width:]] @ root[width:, :width], upper=False, left=False

@@ -1,10 +1,10 @@
 """Which of several whole plans to take: that which changes the model's predictions least on text kept out of the fits.
 
 Predicted losses are of second order and of one group at a time: right in order at small ratios, too low at large ones.
-So where much is removed, or little text was there to fit on, whole plans are tried, each as the dense model with its
-matrices replaced by what they would become, one block in memory at a time, and the least Kullback-Leibler divergence to
-the dense model wins. It is taken on windows of the text that come after the calibration set, and, with less weight, on
-windows of tokens drawn at random: what was fitted to one domain should not ruin all others.
+So whole plans are tried, each as the dense model with its matrices replaced by what they would become, one block in
+memory at a time, and the least Kullback-Leibler divergence to the dense model wins. It is taken on windows of the text
+that come after the calibration set, and, with less weight, on windows of tokens drawn at random: what was fitted to one
+domain should not ruin all others.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ from lowrank_compress.stages.decompose import Bases
 
 # Weight of the divergence on tokens drawn at random, beside that on text.
 FAR = 0.5
+# In large models no plan is tried that is predicted, by the same losses, to lose so many times what the first one does.
+HOPELESS = 2.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,17 +66,14 @@ class Plan:
 def plans_of(bases: Bases) -> list[Plan]:
     """Plan in every way that is worth trying; the first is that of the allocator, by the best knowledge of losses.
 
-    One way is enough where enough text was there to fit on and little is removed, and where nothing was asked of other
-    text at all.
+    One way is enough where nothing was asked of other text. Trials of large models cost more than they tell of plans
+    that lose `HOPELESS` times as much as the first one, by the same prediction.
     """
     chooser, curves = bases.chooser, bases.curves()
     plans = [_plan("held-out losses", bases, curves, chooser.choose(curves), chooser.allocate)]
     if not chooser.config.held_out or not chooser.allocator.needs_loss:
         return plans
-    halved = bases.halved()
-    if not halved and chooser.config.ratio < MUCH:
-        return plans
-    if halved:
+    if bases.halved():
         sample = bases.curves(on_sample=True)
         plans.append(_plan("losses on the sample", bases, sample, chooser.choose(sample), chooser.allocate))
     for name, position in (("linear only", 0), ("modules", -1)):
@@ -82,7 +81,9 @@ def plans_of(bases: Bases) -> list[Plan]:
         evenly = partial(uniform, limit=chooser.budget.limit)
         for how, allocate in (("", chooser.allocate), (", uniform", evenly)):
             with contextlib.suppress(InputError):  # out of reach
-                plans.append(_plan(f"{name}{how}", bases, curves, groups, allocate))
+                plan = _plan(f"{name}{how}", bases, curves, groups, allocate)
+                if chooser.small or plan.predicted <= HOPELESS * plans[0].predicted:
+                    plans.append(plan)
     if bases.rival is not None and chooser.config.ratio >= MUCH:
         with contextlib.suppress(InputError):
             found = bases.rival.curves()

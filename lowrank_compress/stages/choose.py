@@ -68,13 +68,17 @@ class Chooser:
         In small models it is there always, so that another ratio can be asked for when the statistics are gone.
         """
         config, subject = self.config, self.subject
-        small = max(max(target.shape) for target in subject.resolved.targets) <= SMALL
-        if config.rival is None or not (small or config.ratio >= MUCH) or not self.allocator.needs_loss:
+        if config.rival is None or not (self.small or config.ratio >= MUCH) or not self.allocator.needs_loss:
             return None
         own = {"scheme": config.rival, "allocate": "block-influence", "storage": "pair", "rival": None}
         with contextlib.suppress(InputError):  # the ratio is out of its reach
             return Chooser(config.model_copy(update=own | {"held_out": False}), Subject(subject.model, subject.rival))
         return None
+
+    @property
+    def small(self) -> bool:
+        """Whether no matrix is so large that time would have to be saved."""
+        return max(max(target.shape) for target in self.subject.resolved.targets) <= SMALL
 
     def of_block(self, block: int) -> tuple[TargetGroup, ...]:
         """Return the groups of one block."""

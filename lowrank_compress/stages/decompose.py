@@ -27,7 +27,7 @@ from lowrank_compress.resources.resources import Resources
 from lowrank_compress.stages.choose import Chooser
 from lowrank_compress.stages.curves import read_curves
 
-VERSION = 6
+VERSION = 7
 
 
 class Bases:

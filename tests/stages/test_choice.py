@@ -56,6 +56,11 @@ def test_the_plan_of_least_divergence_is_taken_and_reported(halved: Path):
     assert f"Plan {report['plan']} (taken)" in said.out
 
 
+def test_whole_plans_are_tried_where_little_is_removed(tiny: Tiny, tmp_path: Path):
+    done("compress", *tiny.options(tmp_path / "run"), "--ratio", 0.2)
+    assert len(json.loads((tmp_path / "run" / "model" / "lowrank.json").read_text())["plans"]) > 1
+
+
 def test_named_methods_try_nothing(tiny: Tiny, tmp_path: Path):
     done("compress", *tiny.options(tmp_path / "run", method="kfac"), "--ratio", 0.5)
     assert json.loads((tmp_path / "run" / "model" / "lowrank.json").read_text())["plans"] == []

@@ -62,6 +62,14 @@ class Workers:
             for name in sorted(tensors):
                 dist.reduce(tensors[name], dst=owner)
 
+    def add(self, tensors: Sequence[Tensor]) -> None:
+        """Add up tensors of all processes, in place in each."""
+        if self.count > 1:
+            whole = torch.cat([tensor.flatten() for tensor in tensors])
+            dist.all_reduce(whole)
+            for tensor, part in zip(tensors, whole.split([tensor.numel() for tensor in tensors]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+
     def total(self, values: Sequence[float]) -> list[float]:
         """Add up numbers of all processes; all get the sums."""
         if self.count == 1:

@@ -1,0 +1,1 @@
+"""Training of a compressed model: what is trained, towards what, and how."""

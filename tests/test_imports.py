@@ -17,7 +17,7 @@ PACKAGE = "lowrank_compress"
 ROOT = Path(lowrank_compress.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 ANYWHERE = {"errors", "registry", "options", "config", "recipe", "recipefile", "__init__"}
-MATHEMATICS = {"methods", "formats", "calibration", "evaluation", "allocation", "linalg"}
+MATHEMATICS = {"methods", "formats", "calibration", "evaluation", "training", "allocation", "linalg"}
 STAGES_USE = {*MATHEMATICS, "model", "shipped", "arch", "artifacts", "resources"}
 # Who reads or writes files does so through artifacts, so that what may be opened, written and removed is one law.
 BELOW: dict[str, set[str]] = {
@@ -29,6 +29,7 @@ BELOW: dict[str, set[str]] = {
     "formats": {"allocation", "linalg", "model", "shipped", "arch"},
     "calibration": {"linalg", "model", "arch", "artifacts", "resources"},
     "evaluation": {"model", "arch", "artifacts"},
+    "training": {"linalg", "model", "shipped", "arch", "resources"},
     "model": {"shipped", "arch", "artifacts"},
     "shipped": set(),
     "arch": {"shipped"},

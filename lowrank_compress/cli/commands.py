@@ -26,11 +26,12 @@ from lowrank_compress.resources.resources import Resources
 from lowrank_compress.resources.workers import started
 from lowrank_compress.shipped.config import REMOTE_FILE
 from lowrank_compress.stages import pipeline
-from lowrank_compress.stages.chain import beside, extend
+from lowrank_compress.stages.chain import beside, extend, original_of
 from lowrank_compress.stages.environment import compute_device
 from lowrank_compress.stages.index import read_index
 from lowrank_compress.stages.plan import Plan, make_plan
 from lowrank_compress.stages.reach import check_ratio
+from lowrank_compress.stages.recover import options_of
 from lowrank_compress.stages.refresh import checkpoint_of
 from lowrank_compress.stages.refresh import refresh as refresh_code
 from lowrank_compress.stages.run import Finished, Run
@@ -197,9 +198,30 @@ def _followed(
     final = run.finished() if run.exists() else None
     source = final.path if final else locate(target)
     refuse_unsafe(out, "--out", **_precious(source, run, final))
+    if dense is None and final is not None and stage.needs_dense:
+        dense = original_of(final.index, target)
     with _working(None) as resources:
         manifest = beside(source, stage, config, out, reporter, dense=dense, resources=resources, overwrite=overwrite)
     return {"stage": name, "id": manifest.id, "model": str(out), **manifest.report}
+
+
+def recover(
+    target: str,
+    data: dict[str, Any],
+    how: dict[str, Any],
+    device: str | None,
+    dense: str | None,
+    out: Path | None,
+    overwrite: bool,
+    reporter: TerminalReporter,
+) -> dict[str, Any]:
+    """Train a compressed checkpoint; what is not said of the data is as the run's recipe has it."""
+    run = Run(Path(target))
+    recipe = load_recipe(run.recipe, {}) if run.exists() else None
+    options = options_of(data, recipe, device_name(device)) | how
+    config = stage_config(STAGES["recover"].config, COMMAND_LINE, options)
+    original = None if dense is None else Checkpoint(locate(dense))
+    return _followed("recover", target, config, out, overwrite, reporter, original)
 
 
 def _precious(source: Path, run: Run, final: Finished | None) -> dict[str, Path]:

@@ -7,7 +7,7 @@ from typing import get_args
 
 from lowrank_compress.config import CalibrateConfig, EvaluateConfig, FactorizeConfig, RefineConfig, ScoreConfig
 from lowrank_compress.registry import Registry
-from lowrank_compress.stages import calibrate, cast, evaluate, factorize, refine, score
+from lowrank_compress.stages import calibrate, cast, evaluate, factorize, recover, refine, score
 from lowrank_compress.stages.edits import ranks_fit
 from lowrank_compress.stages.inputs import inputs_of_calibrate, inputs_of_factorize, inputs_of_score
 from lowrank_compress.stages.ranks import RANKS
@@ -63,6 +63,19 @@ _OWN = (
         directory="refine",
         command="refine",
         help="the same matrices, fitted anew to what the dense model does",
+        needs_dense=True,
+    ),
+    Stage(
+        name="recover",
+        version=recover.VERSION,
+        config=recover.RecoverConfig,
+        inputs=Given,
+        run=recover.run,
+        reads="checkpoint",
+        writes="checkpoint",
+        directory="recover",
+        command="recover",
+        help="short training, the dense model as teacher",
         needs_dense=True,
     ),
     Stage(

@@ -2,8 +2,8 @@
 
 The matrices of rank r are one set, whichever format stores them; what differs is how a gradient step moves in it. Of a
 pair whose factors have the same singular values neither side moves much faster than the other (balanced factors: Tu et
-al., Low-rank Solutions of Linear Matrix Equations via Procrustes Flow, ICML 2016, section 2), which the identity among a
-pivot's coefficients would prevent.
+al., Low-rank Solutions of Linear Matrix Equations via Procrustes Flow, ICML 2016, section 2), which the identity among
+a pivot's coefficients would prevent.
 """
 
 from __future__ import annotations
@@ -109,7 +109,9 @@ def stored(layer: CompressedLinear, entry: Entry, dtype: torch.dtype, path: str)
             state[f"{first}{part.suffix}{dot}{below}"] = tensor
     state["lr_in.weight"] = torch.cat(rows)
     return {
-        name: cast(tensor, dtype, f"{path}.{name}").cpu() if tensor.is_floating_point() else tensor.cpu().to(INDEX_DTYPE)
+        name: cast(tensor, dtype, f"{path}.{name}").cpu()
+        if tensor.is_floating_point()
+        else tensor.cpu().to(INDEX_DTYPE)
         for name, tensor in state.items()
     }
 

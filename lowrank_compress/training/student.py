@@ -79,6 +79,7 @@ class Student:
                 if not all(low_rank):
                     widths = torch.tensor([part.width for part in layer.parts])
                     rows = torch.tensor(low_rank).repeat_interleave(widths)[:, None].to(inner.device)
+                    inner.requires_grad_(True)  # before which there is nothing to hook
                     inner.register_hook(lambda gradient, rows=rows: gradient * rows)
         return found
 

@@ -67,9 +67,7 @@ def joined(items: Sequence[Batch], size: int) -> list[Batch]:
     by_length: dict[int, list[Batch]] = {}
     for item in items:
         by_length.setdefault(item.ids.shape[1], []).append(item)
-    return [
-        _one(group[start : start + size]) for group in by_length.values() for start in range(0, len(group), size)
-    ]
+    return [_one(group[start : start + size]) for group in by_length.values() for start in range(0, len(group), size)]
 
 
 def _one(items: Sequence[Batch]) -> Batch:

@@ -31,7 +31,6 @@ from lowrank_compress.stages.environment import compute_device
 from lowrank_compress.stages.index import read_index
 from lowrank_compress.stages.plan import Plan, make_plan
 from lowrank_compress.stages.reach import check_ratio
-from lowrank_compress.stages.recover import options_of
 from lowrank_compress.stages.refresh import checkpoint_of
 from lowrank_compress.stages.refresh import refresh as refresh_code
 from lowrank_compress.stages.run import Finished, Run
@@ -146,7 +145,7 @@ def follow(
     LrcError
         An option cannot be used, the target is neither, or something else is where the checkpoint is to be.
     """
-    return _followed(name, target, stage_config(STAGES[name].config, COMMAND_LINE, options), out, overwrite, reporter)
+    return followed(name, target, stage_config(STAGES[name].config, COMMAND_LINE, options), out, overwrite, reporter)
 
 
 def refine(
@@ -172,10 +171,10 @@ def refine(
     named = {"refine": True} if dense is None else {"refine": True, "model": dense}
     plan = make_plan(load_recipe(run.recipe if run.exists() else None, given | named))
     assert plan.refine is not None
-    return _followed("refine", target, plan.refine, out, overwrite, reporter, plan.checkpoint)
+    return followed("refine", target, plan.refine, out, overwrite, reporter, plan.checkpoint)
 
 
-def _followed(
+def followed(
     name: str,
     target: str,
     config: Strict,
@@ -184,6 +183,7 @@ def _followed(
     reporter: TerminalReporter,
     dense: Checkpoint | None = None,
 ) -> dict[str, Any]:
+    """Run a stage as `follow` does, with its config and perhaps the dense original."""
     stage, run = STAGES[name], Run(Path(target))
     if run.exists() and out is None:
         trust = dense is not None and dense.trust_remote_code
@@ -203,25 +203,6 @@ def _followed(
     with _working(None) as resources:
         manifest = beside(source, stage, config, out, reporter, dense=dense, resources=resources, overwrite=overwrite)
     return {"stage": name, "id": manifest.id, "model": str(out), **manifest.report}
-
-
-def recover(
-    target: str,
-    data: dict[str, Any],
-    how: dict[str, Any],
-    device: str | None,
-    dense: str | None,
-    out: Path | None,
-    overwrite: bool,
-    reporter: TerminalReporter,
-) -> dict[str, Any]:
-    """Train a compressed checkpoint; what is not said of the data is as the run's recipe has it."""
-    run = Run(Path(target))
-    recipe = load_recipe(run.recipe, {}) if run.exists() else None
-    options = options_of(data, recipe, device_name(device)) | how
-    config = stage_config(STAGES["recover"].config, COMMAND_LINE, options)
-    original = None if dense is None else Checkpoint(locate(dense))
-    return _followed("recover", target, config, out, overwrite, reporter, original)
 
 
 def _precious(source: Path, run: Run, final: Finished | None) -> dict[str, Path]:

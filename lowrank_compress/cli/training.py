@@ -101,7 +101,7 @@ def recover(
     """
     with friendly(debug):
         prepare_libraries()
-        from lowrank_compress.cli import commands, printing
+        from lowrank_compress.cli import printing, recovering
 
         if text is not None and calibration is not None:
             raise InputError("--text and --calibration both name what to train on; pass one of them.")
@@ -115,5 +115,5 @@ def recover(
         how: dict[str, Any] = {"steps": steps, "seconds": seconds, "lr": lr, "train": train, "batch": batch}
         how |= {"towards": "dense" if text is None else "text"}
         with reported() as reporter:
-            result = commands.recover(target, data, how, device, dense, out, overwrite, reporter)
+            result = recovering.recover(target, data, how, device, dense, out, overwrite, reporter)
         printing.print_stage(result, json)

@@ -36,7 +36,7 @@ def test_it_is_better_and_the_final_checkpoint(tiny: Tiny, finished: Finished, t
     run = finished(method)
     said = recovered(run)
     assert said["recover"]["loss_after"] < said["recover"]["loss_before"]
-    assert [link.stage for link in read_index(run / "run.json").chain] == ["factorize", "recover"]
+    assert read_index(run / "run.json").chain[-1].stage == "recover"
     before, after = tensors(run, "model"), tensors(run, "recover")
     assert {name: tensor.shape for name, tensor in before.items()} == {name: t.shape for name, t in after.items()}
     for name in ("model.embed_tokens.weight", "lm_head.weight"):

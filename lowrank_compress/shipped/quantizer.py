@@ -51,6 +51,22 @@ class LowRankQuantizer(HfQuantizer):
         model.save_pretrained = Saver(model)
         return model
 
+    @torch.no_grad()
+    def build(self, model: Any) -> Any:
+        """Make a stock model, as ``from_config`` builds it, the compressed one, in place; return it.
+
+        What is on a real device starts from random weights, drawn as the family draws those of its linear layers.
+        """
+        self._process_model_before_weight_loading(model)
+        for module in model.modules():
+            if isinstance(module, CompressedLinear) or hasattr(module, "lr_stock"):
+                for linear in module.modules():
+                    model._init_weights(linear)
+                if module.bias is not None:
+                    module.bias.zero_()
+        model.hf_quantizer = self
+        return self._process_model_after_weight_loading(model)
+
     def is_serializable(self, *args: Any, **kwargs: Any) -> Any:
         """Say that ``save_pretrained`` may write the factors."""
         return True

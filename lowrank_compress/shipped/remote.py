@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import transformers
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from .quantizer import register
 
@@ -30,7 +31,26 @@ class _Remote:
 
     @classmethod
     def _from_config(cls, config: Any, **kwargs: Any) -> Any:
-        return getattr(transformers, cls.auto_class).from_config(config, **{**kwargs, "trust_remote_code": False})
+        register()
+        model = getattr(transformers, cls.auto_class).from_config(config, **{**kwargs, "trust_remote_code": False})
+        found = getattr(config, "quantization_config", None)
+        # Who has taken that entry out wants a stock model.
+        return model if found is None else AutoHfQuantizer.from_config(found, pre_quantized=True).build(model)
+
+
+class LowRankAutoConfig(_Remote):
+    """Remote code for ``AutoConfig``, which all programs that load a model call first, with its flag for remote code.
+
+    The config is the native one, so that from here on the model is to them one that transformers has itself.
+    """
+
+    auto_class = "AutoConfig"
+
+    @classmethod
+    def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Register this copy's quantizer, unless the package's is, and read the config as transformers does."""
+        register()
+        return transformers.AutoConfig.from_pretrained(path, *args, **{**kwargs, "trust_remote_code": False})
 
 
 class LowRankModel(_Remote):

@@ -13,6 +13,7 @@ from .config import IN_PACKAGE, REMOTE_FILE
 
 # The auto classes of transformers, and the classes of remote code that each of them calls.
 REMOTE_CLASSES = {
+    "AutoConfig": "LowRankAutoConfig",
     "AutoModel": "LowRankModel",
     "AutoModelForCausalLM": "LowRankForCausalLM",
     "AutoModelForMaskedLM": "LowRankForMaskedLM",
@@ -27,7 +28,7 @@ def remote_code_entries(config: Any) -> dict[str, str]:
     return {
         auto_class: f"{Path(REMOTE_FILE).stem}.{remote}"
         for auto_class, remote in REMOTE_CLASSES.items()
-        if type(config) in getattr(transformers, auto_class)._model_mapping
+        if auto_class == "AutoConfig" or type(config) in getattr(transformers, auto_class)._model_mapping
     }
 
 

@@ -81,8 +81,9 @@ def _swap_attention(model: nn.Module, path: str, entry: Mapping[str, Any]) -> No
     module.__class__ = compressed_class(type(module))
     module.lr_heads = heads
     if heads.rotary:
-        index = torch.zeros(heads.kv_heads, heads.query_key, dtype=INDEX_DTYPE, device=linear["q"].weight.device)
-        module.register_buffer("lr_rotary", index)
+        first = torch.arange(heads.query_key // 2, dtype=INDEX_DTYPE, device=linear["q"].weight.device)
+        pairs = torch.cat([first, first + heads.size // 2])
+        module.register_buffer("lr_rotary", pairs.repeat(heads.kv_heads, 1))
 
 
 def _heads(path: str, module: nn.Module, entry: Mapping[str, Any]) -> Heads:

@@ -24,7 +24,7 @@ from lowrank_compress.stages.rewrite import rewrite
 from lowrank_compress.stages.run import require_alone
 from lowrank_compress.stages.stage import Given
 
-VERSION = 1
+VERSION = 2
 
 
 class CastConfig(Strict):

@@ -42,7 +42,7 @@ from lowrank_compress.stages.reporting import Reporter, Silent
 from lowrank_compress.stages.run import require_alone
 from lowrank_compress.stages.subject import scopes_of
 
-VERSION = 5
+VERSION = 6
 
 
 @dataclass(frozen=True)

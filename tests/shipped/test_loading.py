@@ -679,7 +679,7 @@ def test_auto_map_names_only_classes_with_a_native_model(checkpoint: Checkpoint)
     entries = remote_code_entries(AutoConfig.from_pretrained(checkpoint()[0]))
     assert entries["AutoModelForCausalLM"] == "modeling_lowrank.LowRankForCausalLM"
     assert "AutoModelForMaskedLM" not in entries
-    assert "AutoConfig" not in entries
+    assert entries["AutoConfig"] == "modeling_lowrank.LowRankAutoConfig"
     for name, reference in entries.items():
         assert getattr(remote, reference.split(".")[1]).auto_class == name
 

@@ -41,7 +41,7 @@ from lowrank_compress.training.trainer import Data, joined
 VERSION = 1
 STEPS, SEQ_LEN = 200, 512
 # Of the text: sequences that are never trained on, but for what they are one eighth at most.
-HELD_OUT = 32
+HELD_OUT = 16
 
 
 class RecoverConfig(CalibrationSet):
@@ -227,22 +227,21 @@ def _trained(
     loss: Loss = from_text(model)
     if config.towards == "dense":
         loss = from_teacher(model, _loaded(dense := _teacher(inputs), blueprint(dense), device))
-    before = mean_loss(loss, held, workers)
     student = Student(model, (inputs.checkpoint.quantization or {})["modules"], plan.resolved.blocks, config.train)
     asked = Asked(config.steps or (None if config.seconds else STEPS), config.seconds, config.lr)
     course = train(student.learning, loss, data, held, asked, shelf, workers=workers, advance=reporter.advance)
     tensors = student.finish(inputs.checkpoint.dtype)
-    after = mean_loss(loss, held, workers)
+    before, after = course.before, mean_loss(loss, held, workers)
     if not after < before or course.best_step == 0:
         reporter.warn(
             f"Training found nothing better: the held-out loss was {before:.6g}, and {after:.6g} at its best. The "
             "weights stay as they were. More text, or a smaller --lr, may help."
         )
         tensors, after = {}, before
-    return tensors, _report(config, course, before, after)
+    return tensors, _report(config, course, after)
 
 
-def _report(config: RecoverConfig, course: Course, before: float, after: float) -> dict[str, Any]:
+def _report(config: RecoverConfig, course: Course, after: float) -> dict[str, Any]:
     return {
         "towards": config.towards,
         "trained": config.train,
@@ -250,7 +249,7 @@ def _report(config: RecoverConfig, course: Course, before: float, after: float) 
         "lr": course.lr,
         "tried": course.tried,
         "best_step": course.best_step,
-        "loss_before": before,
+        "loss_before": course.before,
         "loss_after": after,
     }
 

@@ -14,15 +14,13 @@ from torch import Tensor, nn
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.resources.workers import Workers
 from lowrank_compress.training.loss import Loss, mean_loss
-from lowrank_compress.training.trainer import WARM_UP, Data, Trainer
+from lowrank_compress.training.trainer import Data, Trainer
 
 # Rates, of which neighbours are tried from one on towards the better side; and for how many steps, with a schedule of
 # their own.
-RATES, FIRST, TRIED_STEPS = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2), 3, 16
+RATES, FIRST, TRIED_STEPS = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2), 3, 10
 # Steps between two looks at what is held out, each of which may become the result.
 EVERY = 25
-# What is timed where a training is to take so many seconds: steps whose rate does not depend on how many will follow.
-TIMED = range(2, WARM_UP - 2)
 
 
 class Shelf(Protocol):
@@ -61,7 +59,7 @@ class Course:
     """How far a training is: what is written down of it beside its tensors."""
 
     lr: float
-    steps: int | None
+    steps: int
     before: float
     best: float
     done: int = 0
@@ -101,7 +99,7 @@ def train(
         Who shares the work; told about progress; seconds.
     """
     start = clock()
-    trainer, best, course = Trainer(learning, loss, 0.0, workers), _values(learning), None
+    trainer, best = Trainer(learning, loss, 0.0, workers), _values(learning)
     if (found := shelf.load()) is not None:
         state, notes = found
         course = Course(**notes)
@@ -109,73 +107,89 @@ def train(
         trainer.take_up(state, course.done)
     else:
         before = mean_loss(loss, held, workers)
-        lr, tried = (asked.lr, {}) if asked.lr is not None else _rate(learning, loss, data, held, workers, advance)
-        course = Course(lr, asked.steps, before, before, tried={f"{one:g}": value for one, value in tried.items()})
+        search = _Search(learning, loss, data, held, workers, advance, clock)
+        lr = search.best() if asked.lr is None else asked.lr
+        steps = asked.steps
+        if steps is None:
+            each = search.seconds_of_a_step(lr) * (1 + _share(held, data))
+            steps = workers.once(lambda: max(1, int(((asked.seconds or 0) - (clock() - start)) / each)))
+        tried = {f"{one:g}": value for one, value in search.found.items()}
+        course = Course(lr, steps, before, before, tried=tried)
+        shelf.save(_state(trainer, best), vars(course))
     trainer.lr = course.lr
-    times = []
-    while course.steps is None or course.done < course.steps:
-        times.append(clock())
-        # Until it is known how many steps there will be, rates are those of a warm-up, which does not depend on it.
-        mean = trainer.step(data.of_step(course.done), course.steps or WARM_UP)
+    while course.done < course.steps:
+        mean = trainer.step(data.of_step(course.done), course.steps)
         course.done = trainer.done
-        if course.steps is None and course.done == TIMED.stop:
-            each = (times[TIMED.stop - 1] - times[TIMED.start]) / (TIMED.stop - 1 - TIMED.start)
-            left = int(((asked.seconds or 0) - (clock() - start)) / (each * (1 + _share(held, data))))
-            course.steps = int(workers.once(lambda left=left: course.done + max(0, left)))
-        if course.steps is not None:
-            advance("train", course.done, course.steps)
+        advance("train", course.done, course.steps)
         ended = course.done == course.steps or not math.isfinite(mean)
         if ended or course.done % EVERY == 0:
             now = mean_loss(loss, held, workers)
             if now < course.best:
                 course.best, course.best_step, best = now, course.done, _values(learning)
-            if not ended and course.steps is not None:
-                state = trainer.state() | {f"best.{name}": value for name, value in best.items()}
-                shelf.save(state, vars(course))
-        if not math.isfinite(mean):
+        if ended:
             break
+        if course.done % EVERY == 0:
+            shelf.save(_state(trainer, best), vars(course))
     _put(learning, best)
     return course
 
 
+def _state(trainer: Trainer, best: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return trainer.state() | {f"best.{name}": value for name, value in best.items()}
+
+
 def _share(held: Sequence[Batch], data: Data) -> float:
-    """What looking at what is held out costs, as a share of the steps between: a step is three forward passes more."""
+    """What looking at what is held out costs, as a share of the steps between: they run backwards, too."""
     return sum(len(batch.ids) for batch in held) / (data.size * EVERY * 2)
 
 
-def _rate(
-    learning: Mapping[str, nn.Parameter],
-    loss: Loss,
-    data: Data,
-    held: Sequence[Batch],
-    workers: Workers,
-    advance: Callable[[str, int, int], None],
-) -> tuple[float, dict[float, float]]:
-    """Find the rate after a few steps of which the loss on what is held out is least; leave everything as it was.
+@dataclass
+class _Search:
+    """Trials of a few steps, after each of which everything is as it was; `found` are the losses after them."""
 
-    Returns
-    -------
-    tuple
-        The rate, and the loss after each that was tried.
-    """
-    first, found = _values(learning), {}
+    learning: Mapping[str, nn.Parameter]
+    loss: Loss
+    data: Data
+    held: Sequence[Batch]
+    workers: Workers
+    advance: Callable[[str, int, int], None]
+    clock: Callable[[], float]
+    found: dict[float, float] = field(default_factory=dict)
+    seconds: float | None = None
 
-    def tried(place: int) -> float:
+    def best(self) -> float:
+        """Find the rate of which the loss on what is held out is least, from neighbour to neighbour."""
+        place = FIRST
+        way = 1 if self._after(FIRST + 1) < self._after(FIRST) else -1
+        while 0 <= place + way < len(RATES) and self._after(place + way) < self._after(place):
+            place += way
+        return RATES[place]
+
+    def seconds_of_a_step(self, lr: float) -> float:
+        """Measure how long a step takes, in a trial that is made anyway or in one for that."""
+        if self.seconds is None:
+            self._try(lr)
+        assert self.seconds is not None
+        return self.seconds
+
+    def _after(self, place: int) -> float:
         rate = RATES[place]
-        if rate not in found:
-            trainer = Trainer(learning, loss, rate, workers)
-            means = [trainer.step(data.of_step(step), TRIED_STEPS) for step in range(TRIED_STEPS)]
-            after = mean_loss(loss, held, workers) if math.isfinite(sum(means)) else math.inf
-            found[rate] = after if math.isfinite(after) else math.inf
-            _put(learning, first)
-            advance("probe", len(found), max(3, len(found)))
-        return found[rate]
+        if rate not in self.found:
+            self.found[rate] = self._try(rate)
+            self.advance("probe", len(self.found), max(3, len(self.found)))
+        return self.found[rate]
 
-    place = FIRST
-    way = 1 if tried(FIRST + 1) < tried(FIRST) else -1
-    while 0 <= place + way < len(RATES) and tried(place + way) < tried(place):
-        place += way
-    return RATES[place], found
+    def _try(self, rate: float) -> float:
+        first, trainer, means = _values(self.learning), Trainer(self.learning, self.loss, rate, self.workers), []
+        start = self.clock()
+        for step in range(TRIED_STEPS):
+            if step == 1:  # the first one has things to prepare
+                start = self.clock()
+            means.append(trainer.step(self.data.of_step(step), TRIED_STEPS))
+        self.seconds = (self.clock() - start) / (TRIED_STEPS - 1)
+        after = mean_loss(self.loss, self.held, self.workers) if math.isfinite(sum(means)) else math.inf
+        _put(self.learning, first)
+        return after if math.isfinite(after) else math.inf
 
 
 @torch.no_grad()

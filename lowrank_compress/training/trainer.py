@@ -23,10 +23,14 @@ BETAS, CLIP = (0.9, 0.95), 1.0
 
 
 def rate(lr: float, step: int, steps: int) -> float:
-    """Learning rate of a step (from 0): linear over the first `WARM_UP`, then a half cosine down to `FLOOR` of `lr`."""
-    if step < WARM_UP:
-        return lr * (step + 1) / WARM_UP
-    way = (step - WARM_UP) / max(1, steps - WARM_UP)
+    """Learning rate of a step (from 0): linear over the first `WARM_UP`, then a half cosine down to `FLOOR` of `lr`.
+
+    Of a few steps no more than a quarter is for warming up.
+    """
+    warm_up = max(1, min(WARM_UP, steps // 4))
+    if step < warm_up:
+        return lr * (step + 1) / warm_up
+    way = (step - warm_up) / max(1, steps - warm_up)
     return lr * (FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * min(1.0, way))) / 2)
 
 

@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from lowrank_compress.artifacts.tensors import BlockFiles
 from lowrank_compress.stages.index import read_index
-from tests.runs import Tiny, contents, done, forked, lrc, refused
+from tests.runs import FEW, Tiny, contents, done, forked, lrc, refused
 from tests.stages.test_workers import ended, start
+from tests.tiny import save_tiny, tiny_text
 
 Finished = Callable[[str], Path]
 SHORT = ("--steps", 30, "--batch", 4)
@@ -137,3 +138,26 @@ def test_what_cannot_be_trained_is_refused(tiny: Tiny, finished: Finished, tmp_p
     assert "pass one of them" in refused("recover", run, "--text", tiny.text, "--calibration", tiny.text)
     (tmp_path / "short.txt").write_text("the old dog. " * 20)
     assert "training needs 8 at least" in refused("recover", run, "--calibration", tmp_path / "short.txt")
+
+
+@pytest.mark.parametrize("case", ["gpt2", "phi3", "qwen2", "bert"])
+def test_every_kind_of_model(case: str, tmp_path: Path):
+    task = "classification" if case == "bert" else "lm"
+    dtype = torch.bfloat16 if case == "qwen2" else torch.float32
+    model = save_tiny(case, tmp_path / "model", task, dtype=dtype)
+    (tmp_path / "text.txt").write_text(tiny_text(6000))
+    (tmp_path / "table.tsv").write_text(
+        "text\tlabel\n"
+        + "".join(f"{tiny_text(20 + n % 3, seed=n).split('.')[0].strip()}\tLABEL_{n % 3}\n" for n in range(40))
+    )
+    text = ["--calibration", tmp_path / "text.txt"]
+    if task == "classification":
+        text = ["--calibration", tmp_path / "table.tsv", "--text-column", "text", "--label-column", "label"]
+    run = tmp_path / "run"
+    done("compress", model, "--method", "modegpt" if task == "lm" else "fwsvd", *text, *FEW, "--out", run)
+    found = done("recover", run, "--steps", 8, "--lr", 1e-3, "--json").json["recover"]
+    assert found["loss_after"] < found["loss_before"]
+    before, after = tensors(run, "model"), tensors(run, "recover")
+    assert {name: (t.shape, t.dtype) for name, t in before.items()} == {n: (t.shape, t.dtype) for n, t in after.items()}
+    done("verify", run)
+    done("export", run, "--dense", tmp_path / "dense")

@@ -1,4 +1,4 @@
-"""Families that the table does not have, as a plug-in adds them: an entry says what their attention does."""
+"""Families as a plug-in adds them, taken out of the table: an entry says what their attention does."""
 
 from __future__ import annotations
 
@@ -45,6 +45,9 @@ def register(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     """Let the entries of this file be found as those of an installed package are, until the test ends."""
     points = [EntryPoint(name, f"{__name__}:{name}", "lowrank_compress.architectures") for name in names]
     monkeypatch.setattr(registry, "entry_points", lambda group: [point for point in points if point.group == group])
+    # Entries of the table win; here it does not have these families.
+    known = {name: entry for name, entry in ARCHITECTURES.own.items() if name not in CONFIGS}
+    monkeypatch.setattr(ARCHITECTURES, "_own", known)
     monkeypatch.setattr(ARCHITECTURES, "_all", None)
 
 

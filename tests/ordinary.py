@@ -87,13 +87,20 @@ def part_rows(model: PreTrainedModel, target: str) -> tuple[str, Tensor]:
         return path, torch.arange(total)
     config = model.config
     heads = config.num_attention_heads
-    if config.model_type == "gpt_neox":
+    if config.model_type == "gpt_neox" or getattr(config, "multi_query", True) is False:
         return path, torch.arange(total).view(heads, 3, -1)[:, "qkv".index(role)].flatten()
     if role in ("gate", "up"):
         return path, torch.arange(total).chunk(2)[("gate", "up").index(role)]
-    keys = getattr(config, "num_key_value_heads", None) or heads
+    keys = key_heads(config)
     size = total // (heads + 2 * keys)
     return path, torch.arange(total).split([heads * size, keys * size, keys * size])["qkv".index(role)]
+
+
+def key_heads(config: Any) -> int:
+    """Count the key-value heads that a model's configuration implies."""
+    if getattr(config, "multi_query", False):
+        return 1
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
 def matrix(model: PreTrainedModel, target: str) -> Tensor:
@@ -191,7 +198,7 @@ def head_statistics(model: PreTrainedModel, role: str, seen: Sequence[Trace], te
     if role not in ("q", "k", "v"):
         return {}
     query: int = model.config.num_attention_heads
-    key: int = getattr(model.config, "num_key_value_heads", None) or query
+    key = key_heads(model.config)
     heads = query if role == "q" else key
     zs, gs = ([row.chunk(heads) for trace in seen for row in getattr(trace, name)] for name in ("z", "g"))
     found = {

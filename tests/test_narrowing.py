@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tests.families import family, register
-from tests.ordinary import load, padded, part_rows, task, tokens
+from tests.ordinary import key_heads, load, padded, part_rows, task, tokens
 from tests.runs import done, refused
 from tests.tiny import MODELS, tiny_model, tiny_text, tiny_tokenizer
 
@@ -30,7 +30,12 @@ ROLES = {
     "gate": ("gate_proj", ":gate"),
     "up": ("up_proj", "c_fc", "dense_h_to_4h", "fc1", "intermediate.dense", "lin1", ":up"),
 }
-FUSED = {"phi3": ("qkv_proj", "gate_up_proj"), "gpt2": ("c_attn",), "gpt_neox": ("query_key_value",)}
+FUSED = {
+    "phi3": ("qkv_proj", "gate_up_proj"),
+    "gpt2": ("c_attn",),
+    "gpt_bigcode": ("c_attn",),
+    "gpt_neox": ("query_key_value",),
+}
 HEAD_NORMS = ("qwen3", "gemma3_text", "olmo2")
 METRICS = ("gram", "kfac")
 # Every model with one of the metrics, some with both.
@@ -71,7 +76,7 @@ def make_redundant(model: PreTrainedModel) -> None:
     """Zero a quarter of the pairs of every key head, of the directions of every value head, of the hidden units."""
     config = model.config
     query = config.num_attention_heads
-    keys = getattr(config, "num_key_value_heads", None) or query
+    keys = key_heads(config)
     generator = torch.Generator().manual_seed(3)
     targets = targets_of(model)
     blocks = {block for _, block in targets}

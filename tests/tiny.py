@@ -65,6 +65,19 @@ TINY: dict[str, dict[str, Any]] = {
             "full_attention": {"rope_type": "default", "rope_theta": 70000.0},
         },
     },
+    "gemma": {**_LLAMA, "head_dim": 16},
+    "granite": {
+        **_LLAMA,
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.2,
+        "residual_multiplier": 0.7,
+        "logits_scaling": 1.3,
+    },
+    "olmo2": _LLAMA,
+    "smollm3": {**_LLAMA, "no_rope_layers": [1, 0], "use_sliding_window": False},
+    "phi": {**_LLAMA, "rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5}},
+    "stablelm": {**_LLAMA, "rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5}},
+    "gpt_bigcode": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 72, "n_positions": 160},
     "phi3": {**_LLAMA, "original_max_position_embeddings": 160},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 72, "n_positions": 160},
     "gpt_neox": {**_SIZES, "rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5}},
@@ -75,14 +88,21 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "bert": _SIZES,
     "roberta": _SIZES,
+    "xlm-roberta": _SIZES,
+    "camembert": _SIZES,
+    "electra": {**_SIZES, "embedding_size": 24},
     "distilbert": {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 72, "max_position_embeddings": 160},
 }
+
+# Families of one kind of model, and those that differ little from another one: with one of the heads.
+_LM_ONLY = ("gemma", "granite", "olmo2", "smollm3", "phi", "stablelm", "gpt_bigcode")
+_CLASSIFICATION_ONLY = ("distilbert", "xlm-roberta", "camembert", "electra")
 
 CASES: list[tuple[str, Task]] = [
     (model_type, task)
     for model_type in TINY
     for task in ("lm", "classification")
-    if (model_type, task) != ("distilbert", "lm")
+    if model_type not in (_CLASSIFICATION_ONLY if task == "lm" else _LM_ONLY)
 ]
 
 # Configurations of a known model type that change what its blocks hold or how they are wired.
@@ -92,6 +112,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-wide-heads": ("llama", {"head_dim": 12}),
     "llama-many-keys": ("llama", {"num_key_value_heads": 4}),
     "gemma2-untied": ("gemma2", {"tie_word_embeddings": False}),
+    "stablelm-parallel": ("stablelm", {"use_parallel_residual": True, "use_qkv_bias": True}),
+    "gpt_bigcode-many-keys": ("gpt_bigcode", {"multi_query": False}),
     "phi3-single-key": ("phi3", {"num_key_value_heads": 1}),
     "gpt2-untied": ("gpt2", {"tie_word_embeddings": False}),
     "gpt_neox-sequential": ("gpt_neox", {"use_parallel_residual": False}),

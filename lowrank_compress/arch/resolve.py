@@ -94,7 +94,7 @@ def _block_targets(
             )
         offset = 0
         for role in projection.parts:
-            groups = heads.query if projection.layout == "interleaved" else 1
+            groups = heads.key if projection.layout == "interleaved" else 1
             part = Rows(groups, shape[0] // groups, offset, rows[role] // groups)
             offset += part.length
             targets.append(
@@ -167,7 +167,7 @@ def _heads(model: PreTrainedModel) -> Heads:
     frequencies = (buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq"))
     return Heads(
         query=query,
-        key=getattr(config, "num_key_value_heads", None) or query,
+        key=1 if getattr(config, "multi_query", False) else getattr(config, "num_key_value_heads", None) or query,
         size=getattr(config, "head_dim", None) or config.hidden_size // query,
         rotary=2 * len(next(frequencies, ())),
     )

@@ -58,7 +58,8 @@ class Projection:
         ``"hidden"`` by down. Projections of a block with the same `reads` receive the very same tensor.
     layout
         Order of the output rows of a fused weight: ``"blocked"`` is all of the first part, then all of the next;
-        ``"interleaved"`` is, head by head, that head's rows of every part.
+        ``"interleaved"`` is, for one key-value head after the other, its rows of every part; with a single one both are
+        the same.
     conv1d
         Whether the module is a ``transformers.pytorch_utils.Conv1D``, whose weight is stored as (in, out).
     """

@@ -36,6 +36,21 @@ _GPT2 = (
     Projection("mlp.c_fc", ("up",), "mlp", conv1d=True),
     Projection("mlp.c_proj", ("down",), "hidden", conv1d=True),
 )
+_PHI = (
+    Projection("self_attn.q_proj", ("q",), "attn"),
+    Projection("self_attn.k_proj", ("k",), "attn"),
+    Projection("self_attn.v_proj", ("v",), "attn"),
+    Projection("self_attn.dense", ("o",), "context"),
+    # Attention and MLP lie side by side behind one norm.
+    Projection("mlp.fc1", ("up",), "attn"),
+    Projection("mlp.fc2", ("down",), "hidden"),
+)
+_GPT_BIGCODE = (
+    Projection("attn.c_attn", ("q", "k", "v"), "attn", layout="interleaved"),
+    Projection("attn.c_proj", ("o",), "context"),
+    Projection("mlp.c_fc", ("up",), "mlp"),
+    Projection("mlp.c_proj", ("down",), "hidden"),
+)
 _GPT_NEOX = (
     Projection("attention.query_key_value", ("q", "k", "v"), "attn", layout="interleaved"),
     Projection("attention.dense", ("o",), "context"),
@@ -74,12 +89,26 @@ _ENTRIES = (
     Architecture("qwen3", ("qwen3",), "layers", "self_attn", _GATED, traits=traits.NORMED),
     Architecture("gemma2", ("gemma2",), "layers", "self_attn", _GATED, traits=traits.SOFT_CAPPED),
     Architecture("gemma3_text", ("gemma3_text",), "layers", "self_attn", _GATED, traits=traits.NORMED),
+    Architecture("gemma", ("gemma",), "layers", "self_attn", _GATED),
+    Architecture("granite", ("granite",), "layers", "self_attn", _GATED),
+    Architecture("olmo2", ("olmo2",), "layers", "self_attn", _GATED, traits=traits.NORMED_AS_A_WHOLE),
+    Architecture("smollm3", ("smollm3",), "layers", "self_attn", _GATED, traits=traits.UNROTATED_LAYERS),
+    Architecture("phi", ("phi",), "layers", "self_attn", _PHI),
+    Architecture("stablelm", ("stablelm",), "layers", "self_attn", _GATED),
+    Architecture("gpt_bigcode", ("gpt_bigcode",), "h", "attn", _GPT_BIGCODE, traits=traits.GPT_BIGCODE),
     Architecture("phi3", ("phi3",), "layers", "self_attn", _PHI3, traits=traits.ALL_WINDOWED),
     Architecture("gpt2", ("gpt2",), "h", "attn", _GPT2, traits=traits.GPT2),
     Architecture("gpt_neox", ("gpt_neox",), "layers", "attention", _GPT_NEOX),
     Architecture("opt", ("opt",), "decoder.layers", "self_attn", _OPT, traits=traits.DROPPING),
     Architecture("bert", ("bert",), "encoder.layer", "attention.self", _BERT, traits=traits.DROPPING, head=None),
     Architecture("roberta", ("roberta",), "encoder.layer", "attention.self", _BERT, traits=traits.DROPPING, head=None),
+    Architecture(
+        "xlm-roberta", ("xlm-roberta",), "encoder.layer", "attention.self", _BERT, traits=traits.DROPPING, head=None
+    ),
+    Architecture(
+        "camembert", ("camembert",), "encoder.layer", "attention.self", _BERT, traits=traits.DROPPING, head=None
+    ),
+    Architecture("electra", ("electra",), "encoder.layer", "attention.self", _BERT, traits=traits.DROPPING, head=None),
     Architecture(
         "distilbert",
         ("distilbert",),
@@ -98,6 +127,8 @@ ARCHITECTURES: Registry[Architecture] = Registry(
 # The names under which the configurations of transformers keep the number of experts and the other modalities.
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _MODALITIES = ("vision_config", "audio_config")
+# Families whose layers are one block, run several times.
+_SHARED_BLOCKS = ("albert",)
 
 
 def architecture_of(config: PreTrainedConfig) -> Architecture:
@@ -108,8 +139,8 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
     Raises
     ------
     UnsupportedError
-        Mixture-of-experts, multimodal, encoder-decoder and cross-attention models, and model types that no entry
-        lists (the message names all that are).
+        Mixture-of-experts, multimodal, encoder-decoder and cross-attention models, families that run one block several
+        times, and model types that no entry lists (the message names all that are).
     """
     declared: dict[str, Any] = config.to_dict()
     text: dict[str, Any] = declared | (declared.get("text_config") or {})
@@ -127,6 +158,17 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
             "into a checkpoint of its own (for gemma3, one of model type 'gemma3_text') and compress that."
         )
     known = _by_model_type()
+    if name not in known and declared.get("is_encoder_decoder"):
+        raise UnsupportedError(
+            f"Encoder-decoder models are not supported: model type {name!r} has two stacks of blocks. Choose a "
+            "checkpoint that is only a decoder or only an encoder; supported model types are "
+            f"{', '.join(sorted(known))}."
+        )
+    if name in _SHARED_BLOCKS:
+        raise UnsupportedError(
+            f"Model type {name!r} runs the same block several times, so that its matrices have no inputs of their own. "
+            f"Choose a checkpoint of another family; supported model types are {', '.join(sorted(known))}."
+        )
     if name not in known:
         raise UnsupportedError(unknown_model_type(name))
     if declared.get("is_encoder_decoder") or declared.get("add_cross_attention"):

@@ -10,8 +10,13 @@ WINDOWED = Traits(window="sliding_window")
 ALL_WINDOWED = Traits(window="config.sliding_window")
 # Queries and keys are normalised head by head. (Gemma 3 has a soft cap besides, but does not use it.)
 NORMED = WINDOWED._replace(query_norm="q_norm", key_norm="k_norm")
+# Queries and keys are normalised over all heads together.
+NORMED_AS_A_WHOLE = Traits(query_norm="q_norm", key_norm="k_norm", whole_norms=True)
+# Every few layers there is one without rotary positions.
+UNROTATED_LAYERS = WINDOWED._replace(rotates="use_rope")
 # The scores are bounded.
 SOFT_CAPPED = WINDOWED._replace(soft_cap="attn_logit_softcapping")
 # Attention weights are dropped as `dropout` says.
 DROPPING = Traits(dropout="dropout")
 GPT2 = Traits(dropout="attn_dropout", output_dropout="resid_dropout", reordered="reorder_and_upcast_attn")
+GPT_BIGCODE = Traits(dropout="attn_dropout", output_dropout="resid_dropout")

@@ -21,7 +21,9 @@ def test_entry_is_consistent(name: str) -> None:
     gated = ["gate"] if "gate" in roles else []
     assert entry.name == name
     assert roles == ["q", "k", "v", "o", *gated, "up", "down"]
-    reads = {"q": "attn", "k": "attn", "v": "attn", "o": "context", "gate": "mlp", "up": "mlp", "down": "hidden"}
+    side_by_side = name == "phi"
+    mlp = "attn" if side_by_side else "mlp"
+    reads = {"q": "attn", "k": "attn", "v": "attn", "o": "context", "gate": mlp, "up": mlp, "down": "hidden"}
     assert all(projection.reads == reads[role] for projection in entry.projections for role in projection.parts)
 
 
@@ -59,6 +61,17 @@ def test_experts_of_a_known_type_are_refused() -> None:
 
 def test_one_expert_is_a_dense_model() -> None:
     assert architecture_of(tiny_config("llama", num_experts=1)).name == "llama"
+
+
+@pytest.mark.parametrize("model_type", ["t5", "bart"])
+def test_encoder_decoders_are_refused_by_name(model_type: str) -> None:
+    with pytest.raises(UnsupportedError, match=rf"Encoder-decoder.*'{model_type}' has two stacks.*supported.*roberta"):
+        architecture_of(CONFIG_MAPPING[model_type]())
+
+
+def test_shared_blocks_are_refused_by_name() -> None:
+    with pytest.raises(UnsupportedError, match=r"'albert' runs the same block several times.*supported.*roberta"):
+        architecture_of(CONFIG_MAPPING["albert"]())
 
 
 @pytest.mark.parametrize("model_type", ["gemma3", "llava", "qwen2_vl"])

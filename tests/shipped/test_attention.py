@@ -271,7 +271,7 @@ def test_what_further_families_declare(name: str, entry: str, tmp_path: Path, mo
     close(logits(loaded), expected)
 
 
-@pytest.mark.parametrize("case", MODELS)
+@pytest.mark.parametrize("case", [case for case in MODELS if case not in ("olmo2-lm", "smollm3-lm")])
 def test_entries_that_do_not_say_traits_are_computed_as_the_table_declares(case: str) -> None:
     """As they were before version 3."""
     small, _ = narrowed(one(case), 0.7)
@@ -609,9 +609,10 @@ def test_the_attention_function_gets_what_the_stock_module_passes_on(
         model.set_attn_implementation("eager")
         seen.clear()
         logits(model, attention_mask=mask, **options)
-        # OPT scales its queries beforehand.
+        # OPT scales its queries beforehand; some families do not pass on what changes nothing in an attention.
+        other = ("scaling", "use_cache", "output_attentions")
         calls.append(
-            [{name: value for name, value in call.items() if name != "scaling" and value is not None} for call in seen]
+            [{name: value for name, value in call.items() if name not in other and value is not None} for call in seen]
         )
     assert calls[0]
     assert calls[0][0]["temperature"] == 0.5

@@ -68,9 +68,12 @@ def look(
     def entering(name: str) -> Callable[[Any, tuple[Any, ...]], None]:
         return lambda _, args: note(name, args[0])
 
+    def leaving_it(_: Any, args: Any, out: Any) -> None:
+        note("y", out)
+
     handles = [
         module.register_forward_pre_hook(entering("x")),
-        module.register_forward_hook(lambda _, args, out: note("y", out)),
+        module.register_forward_hook(leaving_it),
     ]
     if place:
         handles.append(block.get_submodule(place).register_forward_pre_hook(entering("total")))

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich import filesize
 
+from lowrank_compress.cli.printing import refined
 from lowrank_compress.cli.terminal import became, console, number, print_json, share_of, sparkline, table
 from lowrank_compress.errors import ArtifactError, InputError
 from lowrank_compress.options import Option
@@ -110,6 +111,8 @@ def show(target: str, as_json: bool) -> None:
         out.print(
             f"Plan {tried['plan']}{taken}: {tried['divergence']:.3f} nats from dense on held-out text{at_random}."
         )
+    if "refine" in report:
+        out.print(refined(report["refine"]))
     if nats:
         out.print(f"Predicted loss increase: {total:.4g} nats a token (second order: too low at large ratios).")
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,24 @@ def print_stage(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(result)
         return
-    rows = [[name.replace("_", " "), _plain(value)] for name, value in result.items() if value is not None]
+    plain = {name: value for name, value in result.items() if value is not None and not isinstance(value, Mapping)}
+    rows = [[name.replace("_", " "), _plain(value)] for name, value in plain.items()]
     console().print(table(f"{result['stage']}: done", ["what", "value"], rows))
+    if "refine" in result:
+        console().print(refined(result["refine"]))
+
+
+def refined(found: Mapping[str, Any]) -> str:
+    """Say what refining came to."""
+    taken = "taken" if found["taken"] else "not taken, as they are no better"
+    said = (
+        f"Refined weights ({taken}): {found['divergence_after']:.4g} nats from dense on held-out text, before "
+        f"{found['divergence_before']:.4g}."
+    )
+    if "lambdas" not in found:
+        return said
+    counts = Counter(f"{value:g}" if isinstance(value, float) else value for value in found["lambdas"].values())
+    return said + " λ by cross-validation: " + ", ".join(f"{name} ({n}×)" for name, n in sorted(counts.items())) + "."
 
 
 def _plain(value: Any) -> str:
@@ -57,7 +74,8 @@ def print_result(result: dict[str, Any], as_json: bool) -> None:
         f"Removed {result['reached_ratio']:.2%} of {share_of(result['ratio_of'])} (asked: "
         f"{result['asked_ratio']:.2%}): {result['claimed_elements']:,} weights became {result['stored_elements']:,} "
         f"stored elements, {became(result['claimed_bytes'], result['stored_bytes'])}.\n"
-        f"Checkpoint: {result['model']}"
+        + (f"{refined(result['refine'])}\n" if "refine" in result else "")
+        + f"Checkpoint: {result['model']}"
     )
     if "cost" in result:
         messages.print(_cost(result["cost"]), style="dim", markup=False, soft_wrap=True)

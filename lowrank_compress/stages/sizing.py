@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lowrank_compress.allocation.choice import Choice
+from lowrank_compress.arch.targets import Target
 from lowrank_compress.calibration.capture import boundaries
 from lowrank_compress.calibration.statistics import enough_tokens
 from lowrank_compress.evaluation.size import weight_bytes
@@ -87,7 +88,16 @@ def estimate(plan: Plan, resources: Resources) -> Need:
     written = (stays + chooser.budget.limit) * getattr(torch, plan.factorize.dtype).itemsize
     # Finished blocks, and then the checkpoint that is put together from them.
     disk = {"bases": basis * SINGLE, "compressed checkpoint": 2 * written}
+    if plan.refine is not None:  # once more as it was, and what errors cost
+        costs = sum(subject.model.model.config.hidden_size**2 for _ in subject.resolved.targets)
+        disk |= {"unrefined checkpoint": written, "gradients": costs * SINGLE}
     return Need(resident, disk | spilled)
+
+
+def _refining_bytes(target: Target) -> int:
+    """Bytes of the moments of a matrix's inputs and targets, in halves and together, and of what is solved."""
+    rows, columns = target.shape
+    return torch.float64.itemsize * (5 * columns**2 + 6 * rows * columns)
 
 
 def roomy(plan: Plan, resources: Resources) -> bool:
@@ -119,6 +129,7 @@ def _resident(plan: Plan, groups: Sequence[TargetGroup], resources: Resources) -
         "decompositions": max(
             resources.items_at_once(beside) * max(beside, default=0),
             *(group.working_bytes() for group in first),
+            0 if plan.refine is None else max(map(_refining_bytes, resolved.of_block(0))),
         ),
     }
     return (resident, states) if spills else (resident | states, {})

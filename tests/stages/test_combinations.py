@@ -223,7 +223,7 @@ def test_more_shards_give_the_same_tensors(tiny: Tiny, tmp_path: Path):
     out = tmp_path / "sharded"
     factorize.run(config, factorize.Inputs(plan.subject.model, Run(run).scores), out)
     index = json.loads((out / "model.safetensors.index.json").read_text())
-    whole = load_file(run / "model" / "model.safetensors")
+    whole = load_file(run / "unrefined" / "model.safetensors")
     shards = sorted(set(index["weight_map"].values()))
     assert len(shards) > 2
     parts = {name: load_file(out / name) for name in shards}
@@ -231,5 +231,5 @@ def test_more_shards_give_the_same_tensors(tiny: Tiny, tmp_path: Path):
     assert all(torch.equal(parts[shard][name], whole[name]) for name, shard in index["weight_map"].items())
     ids = torch.arange(4, 24).view(2, 10)
     with torch.no_grad():
-        logits = [AutoModelForCausalLM.from_pretrained(path)(ids).logits for path in (out, run / "model")]
+        logits = [AutoModelForCausalLM.from_pretrained(path)(ids).logits for path in (out, run / "unrefined")]
     assert torch.equal(*logits)

@@ -173,9 +173,9 @@ def test_calibrate_makes_damaged_statistics_again(tiny: Tiny, tmp_path: Path):
     [
         ("scores/basis-*-0000.safetensors", "score"),
         ("scores/manifest.json", "score"),
-        ("model/model.safetensors", "factorize"),
-        ("model/config.json", "factorize"),
-        ("model/manifest.json", "factorize"),
+        ("model/model.safetensors", "refine"),
+        ("model/config.json", "refine"),
+        ("model/manifest.json", "refine"),
         ("stats/manifest.json", "calibrate"),
     ],
 )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lowrank_compress.allocation import block_influence, loss, uniform, welore
+from lowrank_compress.allocation import block_influence, equal, loss, uniform, welore
 from lowrank_compress.allocation.curve import least_stored
 from lowrank_compress.options import CAP, FLOOR, TEMPERATURE, Option
 from lowrank_compress.registry import Registry
@@ -67,6 +67,15 @@ _OWN = (
         needs_influence=False,
         options=(FLOOR,),
         help="the least predicted loss under the budget, over all matrices",
+    ),
+    Allocator(
+        name="equal-widths",
+        allocate=equal.allocate,
+        needs_spectrum=False,
+        needs_loss=True,
+        needs_influence=False,
+        options=(),
+        help="one width for each kind of module in all blocks, the best under the predicted loss",
     ),
     Allocator(
         name="welore",

@@ -13,12 +13,11 @@ from lowrank_compress import api
 from lowrank_compress.artifacts.directories import refuse_unsafe
 from lowrank_compress.artifacts.documents import read_json
 from lowrank_compress.artifacts.lock import locked
-from lowrank_compress.cli.terminal import TerminalReporter, console, is_first
+from lowrank_compress.cli.terminal import TerminalReporter, is_first
 from lowrank_compress.config import COMMAND_LINE, EvaluateConfig, Strict, stage_config
 from lowrank_compress.demo import text as demo_text
 from lowrank_compress.errors import ArtifactError, InputError
 from lowrank_compress.model.checkpoint import Checkpoint
-from lowrank_compress.model.dense import write_dense
 from lowrank_compress.model.locate import locate
 from lowrank_compress.recipe import Recipe, load_recipe
 from lowrank_compress.resources.memory import keep_freed
@@ -197,7 +196,7 @@ def followed(
         raise InputError(f"{target} is no run, so that the place of the result must be named: pass --out DIRECTORY.")
     final = run.finished() if run.exists() else None
     source = final.path if final else locate(target)
-    refuse_unsafe(out, "--out", **_precious(source, run, final))
+    refuse_unsafe(out, "--out", **precious(source, run, final))
     if dense is None and final is not None and stage.needs_dense:
         dense = original_of(final.index, target)
     with _working(None) as resources:
@@ -205,7 +204,7 @@ def followed(
     return {"stage": name, "id": manifest.id, "model": str(out), **manifest.report}
 
 
-def _precious(source: Path, run: Run, final: Finished | None) -> dict[str, Path]:
+def precious(source: Path, run: Run, final: Finished | None) -> dict[str, Path]:
     """Name what must not be written over where a checkpoint is the source: that, and all of its run."""
     precious = {"the_compressed_checkpoint": source}
     if final is not None:
@@ -220,16 +219,6 @@ def evaluate(target: str, config: EvaluateConfig, force: bool, reporter: Termina
     metrics = api.run_evaluation(target, config, force=force, reporter=reporter)
     _the_first_speaks()
     return metrics
-
-
-def export_dense(target: str, out: Path, overwrite: bool, reporter: TerminalReporter) -> None:
-    """Write the dense checkpoint of compressed weights."""
-    run = Run(Path(target))
-    final = run.finished() if run.exists() else None
-    source = Checkpoint(final.path if final else locate(target))
-    refuse_unsafe(out, "--dense", **_precious(source.path, run, final))
-    write_dense(source, out, lambda done, total: reporter.advance("export", done, total), overwrite=overwrite)
-    console().print(f"Dense checkpoint: {out}")
 
 
 def refresh(target: Path) -> dict[str, Any]:

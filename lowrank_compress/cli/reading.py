@@ -92,21 +92,36 @@ def refresh(
 def export(
     target: Annotated[str, typer.Argument(help="A run directory or a compressed checkpoint.", show_default=False)],
     dense: Annotated[
-        Path,
+        Path | None,
         typer.Option(
-            "--dense", parser=o.a_path, metavar="PATH", help="New directory for a dense checkpoint.", show_default=False
+            "--dense",
+            parser=o.a_path,
+            metavar="PATH",
+            help="New directory for a dense checkpoint, as large as the original.",
+            show_default=False,
         ),
-    ],
+    ] = None,
+    native: Annotated[
+        Path | None,
+        typer.Option(
+            "--native",
+            parser=o.a_path,
+            metavar="PATH",
+            help="New directory for a stock checkpoint of the smaller size; where all blocks have one shape (compress "
+            "with --method nystrom --attention dense --allocate equal-widths).",
+            show_default=False,
+        ),
+    ] = None,
     overwrite: o.Overwrite = False,
     debug: o.Debug = False,
 ) -> None:
-    """Write the compressed weights as an ordinary dense checkpoint that needs nothing of this package."""
+    """Write the compressed weights as an ordinary checkpoint that needs nothing of this package."""
     with friendly(debug):
         prepare_libraries()
-        from lowrank_compress.cli import commands
+        from lowrank_compress.cli import exporting
 
         with reported() as reporter:
-            commands.export_dense(target, dense, overwrite, reporter)
+            exporting.export(target, dense, native, overwrite, reporter)
 
 
 @app.command()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from lowrank_compress.shipped.restore import restore_modules
 SHARD_BYTES = 1_000_000_000
 
 EXPORT = "lrc-export.json"
-"""In a dense export: the files that it consists of, with their hashes. Only such a directory is ever replaced."""
+"""In an export: the files that it consists of, with their hashes. Only such a directory is ever replaced."""
 
 
 def write_dense(
@@ -49,10 +50,23 @@ def write_dense(
     """
     if checkpoint.quantization is None:
         raise CheckpointError(f"{checkpoint.path} is not compressed by this package; there is nothing to make dense.")
+    with exporting(out, overwrite) as draft:
+        _write(checkpoint, draft, advance)
+
+
+@contextmanager
+def exporting(out: Path, overwrite: bool) -> Iterator[Path]:
+    """Give a directory to write an export into; it takes the place `out`, and what was exported there, at the end.
+
+    Raises
+    ------
+    ArtifactError
+        `out` is a file, or holds files and is not to be replaced, or is no export.
+    """
     recover(out, exported)
     _refuse_foreign(out, overwrite)
     with replacing(out, exported) as draft:
-        _write(checkpoint, draft, advance)
+        yield draft
         write_sealed(draft / EXPORT, {"schema": 1, "files": file_hashes({path.name: path for path in draft.iterdir()})})
 
 
@@ -77,7 +91,7 @@ def _refuse_foreign(out: Path, overwrite: bool) -> None:
         raise ArtifactError(f"{out} is not empty. Choose another directory, or pass --overwrite to replace an export.")
     if not exported(out):
         raise ArtifactError(
-            f"{out} is not empty and is no dense export of this program (or its {EXPORT} was changed); it is not "
+            f"{out} is not empty and is no export of this program (or its {EXPORT} was changed); it is not "
             "replaced. Choose another directory."
         )
 

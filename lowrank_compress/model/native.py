@@ -1,0 +1,105 @@
+"""Write a compressed checkpoint whose blocks all have one shape as a stock one of that shape."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowrank_compress.errors import CheckpointError
+from lowrank_compress.model.blueprint import blueprint
+from lowrank_compress.model.checkpoint import Checkpoint
+from lowrank_compress.model.dense import exporting
+from lowrank_compress.model.export import write_companions
+from lowrank_compress.model.shards import INDEX
+
+# What the families' configs call the width of an MLP.
+WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "hidden_dim")
+HOW = (
+    "Compress with --method nystrom --attention dense --allocate equal-widths for a native export, or "
+    "export with --dense, which every compressed checkpoint can, at the original's size."
+)
+
+
+def write_native(checkpoint: Checkpoint, out: Path, *, overwrite: bool = False) -> None:
+    """Copy the tensors as they are, beside a config that is the stock one of their shapes.
+
+    The result needs nothing of this package, and runs at its smaller size wherever the family runs. The directory
+    appears whole or not at all.
+
+    Parameters
+    ----------
+    overwrite
+        Replace an earlier export. What else lies in its directory, or was changed since, is kept there.
+
+    Raises
+    ------
+    CheckpointError
+        The checkpoint is not compressed, or no stock config describes it.
+    ArtifactError
+        `out` is a file, or holds files and is not to be replaced, or is no export.
+    """
+    if checkpoint.quantization is None:
+        raise CheckpointError(f"{checkpoint.path} is not compressed by this package; it is native already.")
+    settings = native_config(checkpoint)
+    with exporting(out, overwrite) as draft:
+        for path in sorted({*checkpoint.files.values(), checkpoint.path / INDEX}):
+            if path.exists():
+                shutil.copyfile(path, draft / path.name)
+        (draft / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        write_companions(checkpoint, draft)
+
+
+def native_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Make the stock config.json that describes a compressed checkpoint's shapes; a stock model of it has been built.
+
+    Raises
+    ------
+    CheckpointError
+        There is none, for the reason that is named.
+    """
+    found: Mapping[str, Any] = checkpoint.quantization or {}
+    for entries, what in (("modules", "is stored as factors"), ("attention", "has narrower heads")):
+        if found.get(entries):
+            name = next(iter(found[entries]))
+            raise CheckpointError(
+                f"{checkpoint.path} is no stock model: {name} {what}, which no config of transformers describes; "
+                f"expected plain matrices, and MLPs of one width. {HOW}"
+            )
+    model = blueprint(checkpoint).model
+    shapes = _shapes(model)
+    settings = {
+        name: value for name, value in checkpoint.raw_config.items() if name not in ("quantization_config", "auto_map")
+    }
+    smaller = [{shape[0] // (shape[2:] or [1])[0], shape[1]} for shape in found.get("dense_shapes", {}).values()]
+    stock = copy.deepcopy(model.config)
+    stock.__dict__.pop("quantization_config", None)
+    stock.__dict__.pop("auto_map", None)
+    known = stock.to_dict()
+    for key in (name for name in WIDTHS if name in known):
+        for width in sorted(set.intersection(*smaller)) if smaller else [known[key]]:
+            if _shapes(_built(type(model), stock, key, width)) == shapes:
+                return settings | ({key: width} if smaller else {})
+    widths = sorted({min(one) for one in smaller} | {max(one) for one in smaller})
+    raise CheckpointError(
+        f"{checkpoint.path} is no stock model: its blocks are not alike (their matrices have sides of "
+        f"{', '.join(map(str, widths[:8]))}{' …' if len(widths) > 8 else ''}), and a config says one width for all. "
+        f"{HOW}"
+    )
+
+
+def _built(kind: Any, config: Any, key: str, width: int) -> nn.Module:
+    with torch.device("meta"):
+        narrower = copy.deepcopy(config)
+        setattr(narrower, key, width)
+        return kind._from_config(narrower)
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -132,6 +132,7 @@ class CalibrateConfig(CalibrationSet):
     clip: float | None
     device: str
     held_out: bool = False
+    drawn: int = Field(default=0, ge=0, le=MANY)
     rival: Scheme | None = None
 
 
@@ -170,6 +171,7 @@ class RefineConfig(CalibrationSet):
     device: str
     clip: float | None = Field(default=None, gt=0)
     damping_fisher: float = Field(default=1e-4, ge=0, lt=1)
+    drawn: int = Field(default=0, ge=0, le=MANY)
     lambdas: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0, 100.0)
     shard_bytes: int = 1_000_000_000
 

@@ -61,6 +61,29 @@ def window_batches(windows: Sequence[Tensor], size: int) -> list[Batch]:
     return [*batches, Batch(torch.stack(pending))] if pending else batches
 
 
+def drawn_windows(batches: Sequence[Batch], vocabulary: int, each: int) -> list[Batch]:
+    """Make windows of random tokens, one for every so many windows of text; each begins as all of those do.
+
+    Moments of text alone say nothing of inputs that are not in it. These add what the model makes of any: so what is
+    fitted to few windows of one domain does not ruin the others, and is better in its own.
+
+    Parameters
+    ----------
+    batches
+        Windows of text, of one length.
+    vocabulary
+        Tokens to draw from, all equally likely.
+    each
+        So many windows of text for one of these; 0 for none.
+    """
+    ids = torch.cat([batch.ids for batch in batches])
+    count = len(ids) // each if each else 0
+    drawn = torch.randint(vocabulary, (count, ids.shape[1]), generator=torch.Generator().manual_seed(count))
+    if bool((ids[:, 0] == ids[0, 0]).all()):
+        drawn[:, 0] = ids[0, 0]
+    return window_batches(list(drawn), len(batches[0].ids))
+
+
 def batches_hash(batches: Sequence[Batch]) -> str:
     """SHA-256 over all token ids, masks and labels."""
     digest = hashlib.sha256()

@@ -23,6 +23,9 @@ class Mixture:
         Of its module methods.
     held_out
         Where the calibration set has few tokens, losses are taken on other text than fits are made on.
+    drawn
+        For so many windows of a language model's text one window of random tokens is added to the calibration set; 0
+        for none.
     rival
         A mixture, at its own settings, that whole plans of this one are held against where much is removed.
     instead_of_qk
@@ -37,6 +40,7 @@ class Mixture:
     storage: str = "pair"
     metric: ModuleMetric = "gram"
     held_out: bool = False
+    drawn: int = 0
     rival: str | None = None
     instead_of_qk: str = "svd-llm"
 

@@ -105,6 +105,7 @@ _MIXTURES = (
         storage="auto",
         metric="kfac",
         held_out=True,
+        drawn=4,
         rival="modegpt",
     ),
     Mixture(

@@ -23,11 +23,11 @@ from lowrank_compress.resources.resources import Resources
 from lowrank_compress.stages.environment import environment
 from lowrank_compress.stages.identity import checkpoint_id, source_id
 from lowrank_compress.stages.reporting import Reporter, Silent, in_parts
-from lowrank_compress.stages.samples import calibration_batches, source_of, too_few
+from lowrank_compress.stages.samples import calibration_batches, source_of, too_few, with_drawn
 from lowrank_compress.stages.sinks import FileSink, Sink
 from lowrank_compress.stages.subject import Subject
 
-VERSION = 5
+VERSION = 6
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,7 @@ def run(
         )
     if few := too_few(groups, batches, needs_gradient(wanted)):
         reporter.warn(few)
+    batches = with_drawn(batches, config.drawn, subject.checkpoint, task)
     if any(group.loses_mean for group in groups):
         reporter.warn(
             "afm restores the mean through biases, and some layers of this model have none: there it uses the "

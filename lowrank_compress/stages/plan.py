@@ -155,6 +155,7 @@ def make_plan(recipe: Recipe, *, reads_text: bool = True) -> Plan:
     check_options(recipe.allocate or method.allocate, recipe.storage or method.storage, subject.candidates)
     # Losses on other text than fits are made on, where the calibration set is small.
     held_out = isinstance(method, Mixture) and method.held_out
+    drawn = method.drawn if isinstance(method, Mixture) else 0
     refines = held_out if recipe.refine is None else recipe.refine
     reads = needs_data(groups) or refines
     if reads and recipe.calibration is None:
@@ -193,6 +194,7 @@ def make_plan(recipe: Recipe, *, reads_text: bool = True) -> Plan:
         clip=recipe.clip,
         device=device,
         held_out=held_out,
+        drawn=drawn,
         rival=rival,
     )
     score = ScoreConfig(
@@ -213,7 +215,11 @@ def make_plan(recipe: Recipe, *, reads_text: bool = True) -> Plan:
         method=label(recipe), scheme=scheme, storage=storage, round_to=round_to, dtype=dtype, device=device
     )
     refine = RefineConfig(
-        **dict(CalibrationSet.of(calibrate)), device=device, clip=recipe.clip, damping_fisher=recipe.damping_fisher
+        **dict(CalibrationSet.of(calibrate)),
+        device=device,
+        clip=recipe.clip,
+        damping_fisher=recipe.damping_fisher,
+        drawn=drawn,
     )
     notes = (*design.warnings, *notes)
     return Plan(recipe, subject, calibrate, score, factorize, notes, refine if refines else None)

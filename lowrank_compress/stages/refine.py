@@ -38,10 +38,10 @@ from lowrank_compress.stages.report import REPORT
 from lowrank_compress.stages.reporting import Reporter, Silent
 from lowrank_compress.stages.rewrite import rewrite
 from lowrank_compress.stages.run import Run, require_alone
-from lowrank_compress.stages.samples import calibration_batches, held_out_batches, source_of
+from lowrank_compress.stages.samples import calibration_batches, held_out_batches, source_of, with_drawn
 from lowrank_compress.stages.stage import Given
 
-VERSION = 1
+VERSION = 2
 KEEP = "keep"
 
 
@@ -147,7 +147,7 @@ class _Refinement:
                 "Refining takes gradients of a classifier's loss, which needs labels. Pass a table with --text-column "
                 "and --label-column."
             )
-        return batches
+        return with_drawn(batches, self.config.drawn, dense, self.dense.blueprint.task)
 
     def make(self) -> Manifest:
         """Refine all blocks that are not yet, and write the better checkpoint."""

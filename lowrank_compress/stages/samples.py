@@ -9,7 +9,7 @@ from lowrank_compress.calibration.examples import example_batches
 from lowrank_compress.calibration.sources import Source, pieces, read_examples, shuffled
 from lowrank_compress.calibration.statistics import ENOUGH
 from lowrank_compress.calibration.tokens import bos_of, encode, load_tokenizer, renderer, vocabulary_of
-from lowrank_compress.calibration.windows import calibration_windows, window_batches
+from lowrank_compress.calibration.windows import calibration_windows, drawn_windows, window_batches
 from lowrank_compress.config import CalibrationSet
 from lowrank_compress.errors import InputError
 from lowrank_compress.methods.groups import TargetGroup
@@ -72,6 +72,14 @@ def calibration_batches(config: CalibrationSet, checkpoint: Checkpoint, task: Ta
     bos = bos_of(tokenizer, vocabulary)
     windows = calibration_windows(ids, config.seq_len, skip + config.samples, config.seed, bos)[skip:]
     return window_batches(list(windows), config.micro_batch)
+
+
+def with_drawn(batches: Sequence[Batch], each: int, checkpoint: Checkpoint, task: Task) -> list[Batch]:
+    """Add windows of random tokens to those of a language model's text (`windows.drawn_windows`)."""
+    vocabulary = vocabulary_of(checkpoint)
+    if task != "lm" or vocabulary is None:
+        return list(batches)
+    return [*batches, *drawn_windows(batches, vocabulary, each)]
 
 
 def too_few(groups: Sequence[TargetGroup], batches: Sequence[Batch], gradient: bool) -> str | None:

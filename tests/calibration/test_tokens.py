@@ -17,7 +17,13 @@ from lowrank_compress.calibration import tokens
 from lowrank_compress.calibration.examples import example_batches
 from lowrank_compress.calibration.sources import Examples, Source, read_examples, read_text, shuffled
 from lowrank_compress.calibration.tokens import bos_of, encode, load_tokenizer
-from lowrank_compress.calibration.windows import batches_hash, calibration_windows, evaluation_windows, window_batches
+from lowrank_compress.calibration.windows import (
+    batches_hash,
+    calibration_windows,
+    drawn_windows,
+    evaluation_windows,
+    window_batches,
+)
 from lowrank_compress.errors import CalibrationError, InputError
 from lowrank_compress.model.walk.batch import Batch
 from tests.tiny import BOS, tiny_text, tiny_tokenizer
@@ -422,3 +428,21 @@ def test_settings_that_fail_only_when_they_are_used(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(InputError, match="has no tokenizer that transformers can load"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(("windows", "each", "drawn"), [(12, 4, 3), (11, 4, 2), (3, 4, 0), (12, 0, 0)])
+def test_windows_of_random_tokens_are_like_those_of_text(windows: int, each: int, drawn: int) -> None:
+    text = torch.randint(5, 9, (windows, 200), generator=torch.Generator().manual_seed(1))
+    text[:, 0] = 7
+    batches = window_batches(list(text), 2)
+    found = drawn_windows(batches, 50, each)
+    assert [len(batch.ids) for batch in found] == [2] * (drawn // 2) + [1] * (drawn % 2)
+    for batch in found:
+        assert batch.ids.shape[1] == 200
+        assert (batch.ids[:, 0] == 7).all()
+        assert len(batch.ids[:, 1:].unique()) > 45  # of the whole vocabulary, not of what the text has
+    again = drawn_windows(window_batches(list(text), 5), 50, each)
+    assert [row.tolist() for batch in again for row in batch.ids] == [row.tolist() for b in found for row in b.ids]
+    text[0, 0] = 8
+    free = torch.cat([batch.ids for batch in drawn_windows(window_batches(list(text), 2), 50, 1)])
+    assert len(free[:, 0].unique()) > 1

@@ -24,7 +24,7 @@ from tests.runs import Tiny, done
 def halved(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of auto with few tokens and half of the parameters removed."""
     out = tmp_path_factory.mktemp("choice") / "run"
-    done("compress", *tiny.options(out), "--ratio", 0.5)
+    done("compress", *tiny.options(out), "--ratio", 0.5, "--no-refine")
     return out
 
 

@@ -105,7 +105,7 @@ _MIXTURES = (
         storage="auto",
         metric="kfac",
         held_out=True,
-        drawn=4,
+        drawn=3,
         rival="modegpt",
     ),
     Mixture(

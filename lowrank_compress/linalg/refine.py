@@ -20,7 +20,6 @@ fitted one layer at a time, too (Hubara and others, AdaPrune, NeurIPS 2021; GPTQ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -29,9 +28,6 @@ from torch import Tensor
 
 from lowrank_compress.linalg.metric import Full, TriangularRoot
 from lowrank_compress.linalg.weighted import Projector, Side, decompose
-
-LAMBDAS = (0.01, 0.1, 1.0, 10.0, 100.0)
-"""What λ is chosen from."""
 
 GRAM_SHRINKAGE = 1e-6
 """Of E[x̂ x̂ᵀ], where it is the metric of a truncation."""
@@ -90,7 +86,7 @@ class Sample:
 
     def offset(self, matrix: Tensor) -> Tensor:
         """Mean of what a matrix (k, n) leaves of the targets, (k,)."""
-        return (self.targets - matrix @ self.inputs) / max(self.count, 1)
+        return (self.targets - matrix.double() @ self.inputs) / max(self.count, 1)
 
     @cached_property
     def root(self) -> TriangularRoot:
@@ -98,8 +94,8 @@ class Sample:
         return Full(self.gram, GRAM_SHRINKAGE).root()
 
 
-def solve(sample: Sample, anchor: Tensor | None, strength: float) -> Tensor:
-    """Return W*, (k, n) float64.
+def solve(sample: Sample, anchor: Tensor | None, strength: float, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Return W*, (k, n).
 
     Parameters
     ----------
@@ -109,6 +105,8 @@ def solve(sample: Sample, anchor: Tensor | None, strength: float) -> Tensor:
         A, (k, n); None for I.
     strength
         λ > 0.
+    dtype
+        In which to solve, if that is precise enough; else it is float64.
 
     Raises
     ------
@@ -116,14 +114,25 @@ def solve(sample: Sample, anchor: Tensor | None, strength: float) -> Tensor:
         A moment is not finite.
     """
     shrinkage = strength / (1 + strength)  # the damped matrix over 1 + λ
-    lower = Full(sample.gram, shrinkage).root().lower
+    lower = _lower(sample.gram, shrinkage, dtype)
     pull = shrinkage * (sample.gram.diagonal().mean().item() or 1.0)
-    wanted = sample.cross * (1 - shrinkage)
+    wanted = sample.cross.to(lower.dtype) * (1 - shrinkage)
     if anchor is None:
         wanted.diagonal().add_(pull)
     else:
-        wanted += pull * anchor
+        wanted += pull * anchor.to(lower.dtype)
     return torch.cholesky_solve(wanted.mT, lower).mT
+
+
+def _lower(gram: Tensor, shrinkage: float, dtype: torch.dtype) -> Tensor:
+    """Root of a damped Gram matrix."""
+    if dtype != torch.float64:
+        damped = gram.to(dtype) * (1 - shrinkage)
+        damped.diagonal().add_(shrinkage * damped.diagonal().mean() / (1 - shrinkage))
+        lower, info = torch.linalg.cholesky_ex(damped)
+        if int(info) == 0:
+            return lower
+    return Full(gram, shrinkage).root().lower
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,7 +169,7 @@ class Task:
 
     def image(self, solution: Tensor) -> Tensor:
         """Make what is looked for, (k, n), of the common solution."""
-        return solution if self.base is None else self.base @ solution
+        return solution if self.base is None else self.base.to(solution) @ solution
 
     def whole(self, found: Tensor) -> Tensor:
         """Make the matrix, (m, n), of what was looked for."""
@@ -172,10 +181,10 @@ def project(task: Task, found: Tensor, sample: Sample) -> Projector | None:
     if task.rank is None:
         return None
     if task.side == "out":
-        gram = sample.gram.clone()
+        gram = sample.gram.to(found.dtype, copy=True)
         gram.diagonal().add_(GRAM_SHRINKAGE * gram.diagonal().mean())
         return decompose(found @ gram @ found.mT, _Known(task.root), task.rank)
-    return decompose(found.mT @ task.metric @ found, _Known(sample.root), task.rank)
+    return decompose(found.mT @ task.metric.to(found) @ found, _Known(sample.root), task.rank)
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,9 +202,8 @@ def truncate(task: Task, found: Tensor, sample: Sample) -> Tensor:
     projector = project(task, found, sample)
     if projector is None:
         return found
-    if task.side == "out":
-        return projector.expand @ (projector.contract @ found)
-    return (found @ projector.contract.mT) @ projector.expand.mT
+    expand, contract = projector.expand.to(found), projector.contract.to(found)
+    return expand @ (contract @ found) if task.side == "out" else (found @ contract.mT) @ expand.mT
 
 
 def error(task: Task, found: Tensor, bias: Tensor | None, sample: Sample) -> float:
@@ -210,106 +218,9 @@ def error(task: Task, found: Tensor, bias: Tensor | None, sample: Sample) -> flo
     sample
         With the targets of the task.
     """
-    value = (task.metric * ((found @ sample.gram - 2 * sample.cross) @ found.mT)).sum()
+    gram, cross = sample.gram.to(found), sample.cross.to(found)
+    value = (task.metric * ((found @ gram - 2 * cross) @ found.mT)).sum()
     if bias is not None:
         image = task.metric @ bias
-        value += 2 * image @ (found @ sample.inputs - sample.targets) + sample.count * (image @ bias)
+        value += 2 * image @ (found.double() @ sample.inputs - sample.targets) + sample.count * (image @ bias)
     return value.item()
-
-
-@dataclass(frozen=True, eq=False)
-class Present:
-    """What stands in a task's place now, (k, n), and what its bias adds to the right one, (k,), or None."""
-
-    matrix: Tensor
-    bias: Tensor | None = None
-
-
-def cross_validate(
-    tasks: Sequence[Task],
-    present: Sequence[Present],
-    halves: tuple[Sample, Sample],
-    anchor: Tensor | None = None,
-    lambdas: Sequence[float] = LAMBDAS,
-) -> list[float | None]:
-    """Choose λ for each task of a common regression, or None where what is there is to stay.
-
-    The search goes downhill from the middle of `lambdas`, so that most need not be tried.
-
-    Parameters
-    ----------
-    tasks, present
-        Maps that read the same inputs, and what they are now.
-    halves
-        Moments of the common targets over two halves of the sample.
-    anchor
-        Of the common solution.
-    lambdas
-        To choose from, ascending.
-    """
-    if min(half.count for half in halves) == 0:
-        return [None] * len(tasks)
-    tried: list[dict[int, float]] = [{} for _ in tasks]
-    least = [
-        sum(error(task, now.matrix, now.bias, half.of(task.base)) for half in halves)
-        for task, now in zip(tasks, present, strict=True)
-    ]
-    ordered = sorted(lambdas)
-    while wanted := {place for scores in tried if (place := _next(scores, len(ordered))) is not None}:
-        for place in sorted(wanted):
-            asking = [number for number, scores in enumerate(tried) if _next(scores, len(ordered)) == place]
-            sums = [0.0] * len(asking)
-            for fit, other in (halves, halves[::-1]):
-                for slot, value in enumerate(_scored([tasks[n] for n in asking], fit, other, anchor, ordered[place])):
-                    sums[slot] += value
-            for number, value in zip(asking, sums, strict=True):
-                tried[number][place] = value
-    best = [min(scores, key=lambda place: (scores[place], place)) for scores in tried]
-    return [
-        ordered[place] if scores[place] < keep else None for place, scores, keep in zip(best, tried, least, strict=True)
-    ]
-
-
-def _next(tried: dict[int, float], count: int) -> int | None:
-    """Where to try next, downhill from the middle; None at the bottom."""
-    if not tried:
-        return count // 2
-    best = min(tried, key=lambda place: (tried[place], place))
-    return next((place for place in (best - 1, best + 1) if 0 <= place < count and place not in tried), None)
-
-
-def _scored(tasks: Sequence[Task], fit: Sample, other: Sample, anchor: Tensor | None, strength: float) -> list[float]:
-    """Fit tasks on one half, and score them on the other."""
-    values = []
-    fits = {affine: fit.centred() if affine else fit for affine in {task.affine for task in tasks}}
-    solutions = {affine: solve(sample, anchor, strength) for affine, sample in fits.items()}
-    for task in tasks:
-        sample = fits[task.affine]
-        found = truncate(task, task.image(solutions[task.affine]), sample)
-        bias = fit.of(task.base).offset(found) if task.affine else None
-        values.append(error(task, found, bias, other.of(task.base)))
-    return values
-
-
-def refit(
-    tasks: Sequence[Task], chosen: Sequence[float | None], sample: Sample, anchor: Tensor | None = None
-) -> list[tuple[Tensor, Projector | None] | None]:
-    """Fit the tasks that have a λ on all of a sample.
-
-    Returns
-    -------
-    list
-        For each task W*, (m, n), and its projection to the rank on the smaller side; None where what is there stays.
-    """
-    found: list[tuple[Tensor, Projector | None] | None] = [None] * len(tasks)
-    samples = {affine: sample.centred() if affine else sample for affine in {task.affine for task in tasks}}
-    for strength in sorted({value for value in chosen if value is not None}):
-        solutions: dict[bool, Tensor] = {}
-        for number, task in enumerate(tasks):
-            if chosen[number] != strength:
-                continue
-            if task.affine not in solutions:
-                solutions[task.affine] = solve(samples[task.affine], anchor, strength)
-            image = task.image(solutions[task.affine])
-            found[number] = task.whole(image), project(task, image, samples[task.affine])
-    return found

@@ -22,8 +22,9 @@ from lowrank_compress.formats.dense import dense
 from lowrank_compress.formats.matrix import StoredMatrix, stored_matrices
 from lowrank_compress.formats.spec import Encoded, Product
 from lowrank_compress.formats.table import FORMATS, rebuild
+from lowrank_compress.linalg.crossvalidated import Present, cross_validate, refit
 from lowrank_compress.linalg.metric import Full
-from lowrank_compress.linalg.refine import Present, Sample, Task, cross_validate, refit
+from lowrank_compress.linalg.refine import Sample, Task
 from lowrank_compress.linalg.weighted import Projector, smaller_side
 from lowrank_compress.model import weights
 from lowrank_compress.model.skeleton import Skeleton

@@ -6,18 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowrank_compress.linalg.refine import (
-    LAMBDAS,
-    Present,
-    Sample,
-    Task,
-    cross_validate,
-    error,
-    project,
-    refit,
-    solve,
-    truncate,
-)
+from lowrank_compress.linalg import crossvalidated
+from lowrank_compress.linalg.crossvalidated import LAMBDAS, Present, cross_validate, refit
+from lowrank_compress.linalg.refine import Sample, Task, error, project, solve, truncate
+from lowrank_compress.linalg.weighted import Side
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -177,3 +169,20 @@ def test_on_random_targets_nothing_is_ever_worse_in_the_score(tokens: int, rank:
 def test_a_map_of_any_rank_has_no_projection():
     x = drawn(10, 4)
     assert project(Task(spd(3), None, "out"), drawn(3, 4), sample(x, drawn(10, 3, seed=1))) is None
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("side", ["out", "in"])
+def test_candidates_in_single_precision_lead_to_the_same_choice(
+    affine: bool, side: Side, monkeypatch: pytest.MonkeyPatch
+):
+    x, seen, weight = drawn(90, 8), drawn(90, 8, seed=1), drawn(5, 8, seed=2)
+    both = halves(x + 0.3 * seen, x)
+    task = Task(spd(5), 3, side, base=weight, affine=affine)
+    zero = torch.zeros(5, dtype=torch.float64)
+    now = Present(weight + 0.5 * drawn(5, 8, seed=3), zero if affine else None)
+    chosen = cross_validate([task], [now], both)
+    precise = crossvalidated._scored([task], *both, None, 0.1)
+    monkeypatch.setattr(crossvalidated, "LARGE", 0)
+    assert cross_validate([task], [now], both) == chosen != [None]
+    assert crossvalidated._scored([task], *both, None, 0.1) == pytest.approx(precise, rel=1e-4)

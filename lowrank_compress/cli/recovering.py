@@ -11,7 +11,7 @@ from lowrank_compress.config import COMMAND_LINE, stage_config
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.locate import locate
 from lowrank_compress.recipe import load_recipe
-from lowrank_compress.stages.recover import RecoverConfig, options_of
+from lowrank_compress.stages.recoverconfig import RecoverConfig, options_of
 from lowrank_compress.stages.run import Run
 
 

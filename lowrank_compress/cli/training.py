@@ -17,8 +17,21 @@ from lowrank_compress.recipe import DATA, WHAT
 @app.command()
 def recover(
     target: Annotated[str, typer.Argument(help="A run directory or a compressed checkpoint.", show_default=False)],
+    block: Annotated[
+        bool,
+        typer.Option(
+            "--block",
+            help="Before, train each block by itself to give what the dense block gives, with one of each in memory: "
+            "with --steps 0, for models that are too large to train as a whole.",
+            rich_help_panel=WHAT,
+        ),
+    ] = False,
+    block_steps: Annotated[
+        int, typer.Option("--block-steps", min=1, help="Steps for each block", rich_help_panel=WHAT)
+    ] = 60,
     steps: Annotated[
-        int | None, typer.Option("--steps", min=1, help="Steps of training (default: 200)", rich_help_panel=WHAT)
+        int | None,
+        typer.Option("--steps", min=0, help="Steps for the whole model (default: 200)", rich_help_panel=WHAT),
     ] = None,
     seconds: Annotated[
         float | None,
@@ -32,7 +45,9 @@ def recover(
     lr: Annotated[
         float | None,
         typer.Option(
-            "--lr", help="Highest learning rate (default: the best of a few that are tried)", rich_help_panel=WHAT
+            "--lr",
+            help="Highest learning rate of the whole model (default: the best of a few that are tried)",
+            rich_help_panel=WHAT,
         ),
     ] = None,
     train: Annotated[
@@ -113,7 +128,7 @@ def recover(
             "seed": seed,
         }
         how: dict[str, Any] = {"steps": steps, "seconds": seconds, "lr": lr, "train": train, "batch": batch}
-        how |= {"towards": "dense" if text is None else "text"}
+        how |= {"block": block_steps if block else None, "towards": "dense" if text is None else "text"}
         with reported() as reporter:
             result = recovering.recover(target, data, how, device, dense, out, overwrite, reporter)
         printing.print_stage(result, json)

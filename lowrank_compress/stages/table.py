@@ -11,6 +11,7 @@ from lowrank_compress.stages import calibrate, cast, evaluate, factorize, recove
 from lowrank_compress.stages.edits import ranks_fit
 from lowrank_compress.stages.inputs import inputs_of_calibrate, inputs_of_factorize, inputs_of_score
 from lowrank_compress.stages.ranks import RANKS
+from lowrank_compress.stages.recoverconfig import RecoverConfig
 from lowrank_compress.stages.run import Run
 from lowrank_compress.stages.stage import Given, Stage, Writes
 
@@ -68,7 +69,7 @@ _OWN = (
     Stage(
         name="recover",
         version=recover.VERSION,
-        config=recover.RecoverConfig,
+        config=RecoverConfig,
         inputs=Given,
         run=recover.run,
         reads="checkpoint",

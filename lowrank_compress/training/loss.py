@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.resources.workers import Workers
 
-Loss = Callable[[Batch], tuple[Tensor, int]]
-"""A batch -> the summed loss in nats, float32, and over how many predictions."""
+Loss = Callable[[Any], tuple[Tensor, int]]
+"""A batch, or whatever stands for one -> the summed loss, in nats of predictions, and over how many of them."""
 
 
 def scored_logits(model: nn.Module, batch: Batch) -> Tensor:
@@ -61,8 +61,8 @@ def from_text(student: nn.Module) -> Loss:
 
 
 @torch.no_grad()
-def mean_loss(loss: Loss, batches: Sequence[Batch], workers: Workers = Workers()) -> float:
-    """Measure a loss over batches, in nats a prediction; each of several workers takes its share of them."""
+def mean_loss(loss: Loss, batches: Sequence[Any], workers: Workers = Workers()) -> float:
+    """Measure a mean loss over batches; each of several workers takes its share of them."""
     total, count = 0.0, 0
     for batch in workers.share(batches):
         summed, predictions = loss(batch)

@@ -99,7 +99,7 @@ def train(
         Who shares the work; told about progress; seconds.
     """
     start = clock()
-    trainer, best = Trainer(learning, loss, 0.0, workers), _values(learning)
+    trainer, best = Trainer(learning, loss, 0.0, workers), values(learning)
     if (found := shelf.load()) is not None:
         state, notes = found
         course = Course(**notes)
@@ -125,12 +125,12 @@ def train(
         if ended or course.done % EVERY == 0:
             now = mean_loss(loss, held, workers)
             if now < course.best:
-                course.best, course.best_step, best = now, course.done, _values(learning)
+                course.best, course.best_step, best = now, course.done, values(learning)
         if ended:
             break
         if course.done % EVERY == 0:
             shelf.save(_state(trainer, best), vars(course))
-    _put(learning, best)
+    put(learning, best)
     return course
 
 
@@ -180,7 +180,7 @@ class _Search:
         return self.found[rate]
 
     def _try(self, rate: float) -> float:
-        first, trainer, means = _values(self.learning), Trainer(self.learning, self.loss, rate, self.workers), []
+        first, trainer, means = values(self.learning), Trainer(self.learning, self.loss, rate, self.workers), []
         start = self.clock()
         for step in range(TRIED_STEPS):
             if step == 1:  # the first one has things to prepare
@@ -188,16 +188,18 @@ class _Search:
             means.append(trainer.step(self.data.of_step(step), TRIED_STEPS))
         self.seconds = (self.clock() - start) / (TRIED_STEPS - 1)
         after = mean_loss(self.loss, self.held, self.workers) if math.isfinite(sum(means)) else math.inf
-        _put(self.learning, first)
+        put(self.learning, first)
         return after if math.isfinite(after) else math.inf
 
 
 @torch.no_grad()
-def _values(learning: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+def values(learning: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Copy the values of parameters."""
     return {name: parameter.detach().clone() for name, parameter in learning.items()}
 
 
 @torch.no_grad()
-def _put(learning: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+def put(learning: Mapping[str, nn.Parameter], kept: Mapping[str, Tensor]) -> None:
+    """Give parameters such values back."""
     for name, parameter in learning.items():
-        parameter.copy_(values[name])
+        parameter.copy_(kept[name])

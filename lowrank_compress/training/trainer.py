@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +105,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(parameters, lr, BETAS, weight_decay=0.0)
         self.done = 0
 
-    def step(self, batches: Sequence[Batch], steps: int) -> float:
+    def step(self, batches: Sequence[Any], steps: int) -> float:
         """Make a step of `steps` in all; return the mean loss before it, in nats a prediction."""
         parameters = list(self.learning.values())
         total = 0.0

@@ -63,7 +63,7 @@ def test_what_is_no_better_is_not_taken(finished: Finished, how: tuple[object, .
     found = said.json["recover"]
     assert found["loss_after"] <= found["loss_before"]
     if found["loss_after"] == found["loss_before"]:
-        assert "found nothing better" in said.text
+        assert "found nothing that is better" in said.text
         assert tensors(run, "model").keys() == tensors(run, "recover").keys()
         for name, tensor in tensors(run, "model").items():
             assert torch.equal(tensor, tensors(run, "recover")[name])
@@ -161,3 +161,38 @@ def test_every_kind_of_model(case: str, tmp_path: Path):
     assert {name: (t.shape, t.dtype) for name, t in before.items()} == {n: (t.shape, t.dtype) for n, t in after.items()}
     done("verify", run)
     done("export", run, "--dense", tmp_path / "dense")
+
+
+def test_blocks_by_themselves(finished: Finished, tmp_path: Path):
+    run, whole, both = finished("svd"), tmp_path / "whole", tmp_path / "both"
+    shutil.copytree(run, whole)
+    shutil.copytree(run, both)
+    alone = ("--block", "--block-steps", 10, "--steps", 0)
+    found = done("recover", whole, *alone, "--json").json["recover"]["blocks"]
+    assert found["loss_after"] < found["loss_before"]
+    changed = {
+        name for name, t in tensors(whole, "model").items() if not torch.equal(t, tensors(whole, "recover")[name])
+    }
+    assert changed
+    assert all(name.startswith("model.layers.") for name in changed)
+    save = BlockFiles.write
+
+    def dying(files: BlockFiles, *arguments: object) -> None:
+        save(files, *arguments)  # pyright: ignore
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def work() -> None:
+        BlockFiles.write = dying  # pyright: ignore
+        lrc("recover", run, *alone)
+
+    assert forked(work) == -signal.SIGKILL
+    done("recover", run, *alone)
+    assert contents(run / "recover") == contents(whole / "recover")
+    assert not (run / "work").exists()
+    then = done("recover", both, *alone[:-1], 10, "--lr", 1e-3, "--json").json["recover"]
+    assert then["loss_before"] == pytest.approx(found["loss_after"], rel=1e-4)
+    assert then["loss_after"] < then["loss_before"]
+
+
+def test_no_step_at_all_is_refused(finished: Finished):
+    assert "expected one step at least" in refused("recover", finished("svd"), "--steps", 0)

@@ -227,7 +227,7 @@ def test_export_replaces_checkpoints_only_and_only_when_told(tiny: Tiny, finishe
     out.mkdir()
     (out / "notes.txt").write_text("precious")
     assert "is not empty" in refused("export", run, "--dense", out)
-    assert "is no dense export of this program" in refused("export", run, "--dense", out, "--overwrite")
+    assert "is no export of this program" in refused("export", run, "--dense", out, "--overwrite")
     assert list(contents(out)) == ["notes.txt"]
     done("export", run, "--dense", tmp_path / "new")
     assert "pass --overwrite" in refused("export", run, "--dense", tmp_path / "new")

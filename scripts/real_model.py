@@ -23,9 +23,9 @@ from typing import Annotated, Any
 
 import typer
 from methods_table import replace_between
-from running import ASSETS, lrc
+from running import ASSETS, lrc, perplexity
 
-REFERENCE = "svd-llm"
+REFERENCE, DENSE = "svd-llm", "dense"
 # Modules of the standard library that change little from one Python to the next.
 CODE = ("argparse", "json.decoder", "heapq", "textwrap", "bisect", "queue")
 WINDOWS = ("--seq-len", 512, "--limit", 24)
@@ -55,43 +55,42 @@ def compress(words: list[str]) -> tuple[float, float]:
 
 
 def measured(model: Path, method: str, ratio: float, samples: int, text: Path) -> dict[str, Any]:
-    """One cell: perplexity on both texts beside the dense one's, CPU seconds, memory."""
+    """One cell: perplexity on both texts, CPU seconds, memory. The method ``dense`` leaves the model as it is."""
     with tempfile.TemporaryDirectory() as temporary:
         calibration, heldout, code = texts(text, Path(temporary))
-        run = Path(temporary) / "run"
-        words = [model, "--method", method, "--ratio", ratio, "--calibration", calibration, "--samples", samples,
-                 "--seq-len", 512, "--out", run]  # fmt: skip
-        seconds, memory = compress([str(word) for word in words])
-        found = lrc("eval", run, "--perplexity", heldout, "--perplexity", code, *WINDOWS)["perplexity"]
-        plan = lrc("show", run).get("plan")
-    inside, outside = found.values()
-    return {"inside": inside, "outside": outside, "cpu_seconds": seconds, "gigabytes": memory, "plan": plan}
+        found: dict[str, Any] = {}
+        checkpoint = model
+        if method != DENSE:
+            run = Path(temporary) / "run"
+            words = [model, "--method", method, "--ratio", ratio, "--calibration", calibration, "--samples", samples,
+                     "--seq-len", 512, "--out", run]  # fmt: skip
+            found["cpu_seconds"], found["gigabytes"] = compress([str(word) for word in words])
+            found["plan"] = lrc("show", run).get("plan")
+            checkpoint = run / "model"
+        found["inside"], found["outside"] = (perplexity(checkpoint, each, *WINDOWS) for each in (heldout, code))
+    return found
 
 
 def table(cells: dict[str, dict[str, Any]], methods: list[str], ratios: list[float]) -> str:
     """All cells in markdown."""
+    dense = cells[DENSE]
     lines = [
-        "| method | removed | perplexity (dense) | excess | on code (dense) | CPU time | memory |",
+        "| method | removed | perplexity | excess | on code | CPU time | memory |",
         "|---|---:|---:|---:|---:|---:|---:|",
+        f"| dense | | {dense['inside']:.4g} | | {dense['outside']:.4g} | | |",
     ]
     for ratio in ratios:
         reference = cells.get(f"{REFERENCE} {ratio:g}")
         for method in methods:
             if (cell := cells.get(f"{method} {ratio:g}")) is None:
                 continue
-            share = "–" if reference is None else f"{_excess(cell['inside']) / _excess(reference['inside']):.2f}"
-            inside, outside = (
-                f"{cell[side]['compressed']:.4g} ({cell[side]['dense']:.4g})" for side in ("inside", "outside")
-            )
+            excess = [math.log(each["inside"] / dense["inside"]) for each in (cell, reference) if each is not None]
+            share = f"{excess[0] / excess[1]:.2f}" if len(excess) > 1 else "–"
             lines.append(
-                f"| `{method}` | {ratio:.0%} | {inside} | {share} | {outside} | {cell['cpu_seconds'] / 60:.1f} min | "
-                f"{cell['gigabytes']:.1f} GB |"
+                f"| `{method}` | {ratio:.0%} | {cell['inside']:.4g} | {share} | {cell['outside']:.4g} | "
+                f"{cell['cpu_seconds'] / 60:.1f} min | {cell['gigabytes']:.1f} GB |"
             )
     return "\n".join(lines)
-
-
-def _excess(values: dict[str, float]) -> float:
-    return math.log(values["compressed"] / values["dense"])
 
 
 def main(
@@ -108,6 +107,8 @@ def main(
     """Print the table."""
     cells = json.loads(json_.read_text()) if json_ is not None and json_.exists() else {}
     asked, numbers = methods.split(","), [float(ratio) for ratio in ratios.split(",")]
+    if DENSE not in cells:
+        cells[DENSE] = measured(model, DENSE, 0, samples, text)
     for ratio in numbers:
         for method in asked:
             if (key := f"{method} {ratio:g}") not in cells:

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ByteSize, TypeAdapter, ValidationError
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lowrank_compress.artifacts.documents import read_json
 from lowrank_compress.artifacts.lock import locked
 from lowrank_compress.artifacts.manifest import Manifest
 from lowrank_compress.config import EvaluateConfig, evaluate_config
 from lowrank_compress.errors import InputError
-from lowrank_compress.model.blueprint import task_of
+from lowrank_compress.model.blueprint import AUTO, task_of
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.locate import locate
 from lowrank_compress.recipe import METHOD, RATIO, Recipe, make_recipe
@@ -295,5 +295,4 @@ def load(path: Place, **options: Any) -> PreTrainedModel:
     run = Run(Path(path))
     trusted = bool(options.get("trust_remote_code"))
     checkpoint = Checkpoint(run.finished().path if run.exists() else locate(str(path), None, trusted), trusted)
-    auto = AutoModelForCausalLM if task_of(checkpoint.config) == "lm" else AutoModelForSequenceClassification
-    return auto.from_pretrained(checkpoint.path, **options)
+    return AUTO[task_of(checkpoint.config)].from_pretrained(checkpoint.path, **options)

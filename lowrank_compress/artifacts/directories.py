@@ -137,7 +137,13 @@ def _empty(old: Path, place: Path, listed: Listed) -> None:
     """Carry over to `place` what is not ours, remove what is (the listing last), and `old` with it."""
     ours, changed = [], []
     for path in sorted(old.iterdir()):
-        if (path.name in listed and _is_ours(path, listed[path.name])) or _is_same(path, place / path.name):
+        below = {name.partition("/")[2]: digest for name, digest in listed.items() if name.startswith(f"{path.name}/")}
+        if below and path.is_dir() and not path.is_symlink():
+            (place / path.name).mkdir(exist_ok=True)
+            _empty(path, place / path.name, below)
+            with suppress(OSError):  # something is in it
+                (place / path.name).rmdir()
+        elif (path.name in listed and _is_ours(path, listed[path.name])) or _is_same(path, place / path.name):
             ours.append(path)
         elif path.name in listed:
             changed.append(path)
@@ -181,6 +187,9 @@ def remove_listed(directory: Path, listed: Listed) -> None:
     for name, digest in listed.items():
         if _is_ours(directory / name, digest):
             (directory / name).unlink()
+            if "/" in name:
+                with suppress(OSError):  # something else is in it
+                    (directory / name).parent.rmdir()
     if directory.is_dir() and not directory.is_symlink() and not any(directory.iterdir()):
         directory.rmdir()
 
@@ -246,6 +255,11 @@ def refuse_unsafe(place: Path, option: str, **precious: Path) -> None:
             raise InputError(
                 f"{option} {str(place)!r} is, holds or lies in {what.replace('_', ' ')} {path}. Name another directory."
             )
+
+
+def files_in(directory: Path) -> list[str]:
+    """Name the files of a directory and of those below it, each by its path from there."""
+    return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir())
 
 
 def _sync_all(directory: Path) -> None:

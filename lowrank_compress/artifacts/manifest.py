@@ -80,9 +80,7 @@ def read_manifest(directory: Path) -> Manifest | None:
     found = read_sealed(path)
     try:
         manifest = Manifest(Key(**found["key"]), found["outputs"], found["report"], found["environment"])
-        plain = all(
-            Path(name).name == name and set(entry) == {"sha256", "size"} for name, entry in found["outputs"].items()
-        )
+        plain = all(_is_inside(name) and set(entry) == {"sha256", "size"} for name, entry in found["outputs"].items())
         if manifest.id == found["id"] and plain:
             return manifest
     except (KeyError, TypeError, AttributeError, ValueError):
@@ -90,6 +88,12 @@ def read_manifest(directory: Path) -> Manifest | None:
     raise ArtifactError(
         f"{path} is damaged or was written by another version of this program. Repeat the stage with --overwrite."
     )
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name is of a file of the directory itself, or of one directly below it."""
+    path = Path(name)
+    return path.as_posix() == name and not path.is_absolute() and len(path.parts) in (1, 2) and ".." not in path.parts
 
 
 def commit(

@@ -10,13 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Cache, DynamicCache, StaticCache
+from transformers import Cache, DynamicCache, StaticCache
 
-from lowrank_compress.model.blueprint import Task
+from lowrank_compress.model.blueprint import AUTO, Task
 from lowrank_compress.model.checkpoint import Checkpoint
 
 # What is timed: a language model reads a prompt and then generates; a classifier only reads.
-PHASES: Mapping[Task, tuple[str, ...]] = {"lm": ("prefill", "decode"), "classification": ("forward",)}
+PHASES: Mapping[Task, tuple[str, ...]] = {
+    "lm": ("prefill", "decode"),
+    "classification": ("forward",),
+    "embedding": ("forward",),
+}
 Clock = Callable[[], float]
 
 
@@ -102,8 +106,7 @@ class Contestant:
     ) -> None:
         self.settings, self.task, self.clock = settings, task, clock
         self.device = torch.device(settings.device)
-        auto = AutoModelForCausalLM if task == "lm" else AutoModelForSequenceClassification
-        model: Any = auto.from_pretrained(
+        model: Any = AUTO[task].from_pretrained(
             checkpoint.path,
             dtype=checkpoint.dtype if settings.dtype is None else getattr(torch, settings.dtype),
             attn_implementation=settings.attention,
@@ -167,7 +170,7 @@ class Contestant:
             Phase -> tokens a second, all sequences of the batch together.
         """
         ids = ids.to(self.device)
-        if self.task == "classification":
+        if self.task != "lm":
             start = self._now()
             self._prefill(ids, attention_mask=torch.ones_like(ids))
             return {"forward": ids.numel() / (self._now() - start)}

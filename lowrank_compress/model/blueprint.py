@@ -8,12 +8,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PretrainedConfig,
@@ -31,16 +32,24 @@ from lowrank_compress.model.names import names_of
 from lowrank_compress.shipped.config import LowRankConfig
 from lowrank_compress.shipped.swap import swap_modules
 
-Task = Literal["lm", "classification"]
+Task = Literal["lm", "classification", "embedding"]
+AUTO: Mapping[Task, Any] = {
+    "lm": AutoModelForCausalLM,
+    "classification": AutoModelForSequenceClassification,
+    "embedding": AutoModel,
+}
+"""The class of transformers that loads a model for each."""
 
 
 def task_of(config: PretrainedConfig) -> Task:
-    """Tell a causal language model from a sequence classifier by the config's `architectures`.
+    """Tell causal language models, sequence classifiers and models without a head apart by `architectures`.
+
+    What has no head is an embedding model: its hidden states are its result.
 
     Raises
     ------
     UnsupportedError
-        It is neither.
+        It is none of them.
     """
     listed = getattr(config, "architectures", None)
     named = str(listed[0]) if isinstance(listed, list | tuple) and listed else str(listed or "(none)")
@@ -62,9 +71,12 @@ def task_of(config: PretrainedConfig) -> Task:
                 "padding. Set it to the tokenizer's padding token."
             )
         return "classification"
+    if named.endswith("Model"):
+        return "embedding"
     raise UnsupportedError(
-        f"The checkpoint's head is {named}; supported are causal language models (…ForCausalLM, …LMHeadModel) and "
-        "sequence classifiers (…ForSequenceClassification), as `architectures` of config.json names them."
+        f"The checkpoint's head is {named}; supported are causal language models (…ForCausalLM, …LMHeadModel), "
+        "sequence classifiers (…ForSequenceClassification) and models without a head (…Model), as `architectures` of "
+        "config.json names them."
     )
 
 
@@ -220,7 +232,7 @@ def _built(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Blueprint:
     config.output_hidden_states = config.output_attentions = False
     try:
         architecture_of(config)
-        auto = AutoModelForCausalLM if task_of(config) == "lm" else AutoModelForSequenceClassification
+        auto = AUTO[task_of(config)]
         with torch.device("meta"):
             model: PreTrainedModel = auto.from_config(
                 config,

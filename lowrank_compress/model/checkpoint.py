@@ -19,11 +19,12 @@ from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, Pretraine
 from lowrank_compress.arch.table import unknown_model_type
 from lowrank_compress.errors import CheckpointError, UnsupportedError
 from lowrank_compress.model import settings
-from lowrank_compress.model.kinds import names_in, no_config
+from lowrank_compress.model.kinds import PICKLED, names_in, no_config
 from lowrank_compress.model.shards import (
     ADAPTER,
     COMPANIONS,
     FLOATS,
+    MODULES,
     Stored,
     open_tensors,
     read_settings,
@@ -219,10 +220,10 @@ class Checkpoint:
         for path in templates:
             require_small(path)
             files[f"{path.parent.name}/{path.name}"] = path
-        return files | {path.name: path for path in self.companions()}
+        return files | {path.relative_to(self.path).as_posix(): path for path in self.companions()}
 
     def companions(self) -> list[Path]:
-        """Tokenizer, generation config and chat template files that go along; code too, if it is trusted.
+        """Tokenizer, generation config, chat template, sentence-transformers' files, which go along; trusted code too.
 
         Raises
         ------
@@ -233,6 +234,24 @@ class Checkpoint:
         found += sorted(self.path.glob("*.py")) if self.trust_remote_code else []
         for path in found:
             require_small(path)
+        return found + self._modules()
+
+    def _modules(self) -> list[Path]:
+        """Files of what sentence-transformers runs behind the model: pooling, normalisation, dense layers.
+
+        Raises
+        ------
+        UnsupportedError
+            One is a pickle.
+        """
+        if not (self.path / "modules.json").exists():
+            return []
+        found = [path for path in sorted(self.path.glob(f"{MODULES}/*")) if path.is_file()]
+        if pickled := [path for path in found if path.suffix in PICKLED]:
+            raise UnsupportedError(
+                f"{pickled[0]} is a pickle, which can run any code and does not go along. Load the model with "
+                "sentence-transformers where you trust it and save it anew, which writes safetensors."
+            )
         return found
 
 

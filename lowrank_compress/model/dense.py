@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from lowrank_compress.artifacts.directories import recover, replacing
+from lowrank_compress.artifacts.directories import files_in, recover, replacing
 from lowrank_compress.artifacts.documents import read_sealed, write_sealed
 from lowrank_compress.artifacts.hashes import file_hashes
 from lowrank_compress.errors import ArtifactError, CheckpointError
@@ -67,7 +67,8 @@ def exporting(out: Path, overwrite: bool) -> Iterator[Path]:
     _refuse_foreign(out, overwrite)
     with replacing(out, exported) as draft:
         yield draft
-        write_sealed(draft / EXPORT, {"schema": 1, "files": file_hashes({path.name: path for path in draft.iterdir()})})
+        files = {name: draft / name for name in files_in(draft)}
+        write_sealed(draft / EXPORT, {"schema": 1, "files": file_hashes(files)})
 
 
 def exported(directory: Path) -> dict[str, str]:

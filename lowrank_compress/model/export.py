@@ -100,6 +100,8 @@ def config_json(
 
 
 def write_companions(checkpoint: Checkpoint, directory: Path) -> None:
-    """Copy tokenizer, generation config and chat template."""
+    """Copy tokenizer, generation config, chat template, and what sentence-transformers has."""
     for path in checkpoint.companions():
-        shutil.copyfile(path, directory / path.name)
+        place = directory / path.relative_to(checkpoint.path)
+        place.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, place)

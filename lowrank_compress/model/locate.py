@@ -9,7 +9,7 @@ from pathlib import Path
 from lowrank_compress.errors import InputError, first_line
 from lowrank_compress.model.adapter import merged
 from lowrank_compress.model.kinds import few, no_config, no_weights
-from lowrank_compress.model.shards import ADAPTER, COMPANIONS, INDEX, SINGLE, read_index
+from lowrank_compress.model.shards import ADAPTER, COMPANIONS, INDEX, MODULES, SINGLE, read_index
 
 Snapshot = Callable[..., str]
 
@@ -126,7 +126,15 @@ def download(
             return []
 
     try:
-        small = ["config.json", ADAPTER, INDEX, *COMPANIONS, *(["*.py"] if trust_remote_code else [])]
+        small = [
+            "config.json",
+            ADAPTER,
+            INDEX,
+            *COMPANIONS,
+            f"{MODULES}/*.json",
+            f"{MODULES}/*.safetensors",
+            *(["*.py"] if trust_remote_code else []),
+        ]
         path = fetch(small, revision)
         # All parts from the same state of the repository.
         at = path.name if path.parent.name == "snapshots" else revision

@@ -33,7 +33,17 @@ COMPANIONS = (
     "sentencepiece.bpe.model",
     "tekken.json",
     "generation_config.json",
+    # How sentence-transformers turns hidden states into an embedding; its modules have directories besides.
+    "modules.json",
+    "config_sentence_transformers.json",
+    "sentence_bert_config.json",
+    "sentence_roberta_config.json",
+    "sentence_distilbert_config.json",
+    "sentence_camembert_config.json",
+    "sentence_xlm-roberta_config.json",
 )
+MODULES = "[0-9]_*"
+"""Directories of the modules behind the transformer, in a model of sentence-transformers."""
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Storage of plain weights, by safetensors' names."""
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from lowrank_compress.artifacts.directories import recover, replacing
+from lowrank_compress.artifacts.directories import files_in, recover, replacing
 from lowrank_compress.artifacts.files import sha256
 from lowrank_compress.artifacts.manifest import Key, Manifest, commit, committed, listed
 from lowrank_compress.config import Strict
@@ -87,7 +87,7 @@ def run(
             return found
         with replacing(out_dir, listed) as draft:
             report = _write(config, inputs.checkpoint, draft, reporter or Silent())
-            return commit(draft, identity, [path.name for path in draft.iterdir()], report, environment("cpu"))
+            return commit(draft, identity, files_in(draft), report, environment("cpu"))
 
     return resources.workers.once(made)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lowrank_compress.allocation.choice import Choice
-from lowrank_compress.artifacts.directories import recover, replacing
+from lowrank_compress.artifacts.directories import files_in, recover, replacing
 from lowrank_compress.artifacts.documents import write_json
 from lowrank_compress.artifacts.files import sha256, write_text
 from lowrank_compress.artifacts.manifest import (
@@ -186,7 +186,7 @@ def _write(
     report = summary(plan, groups, stored, losses, scores, config)
     write_json(out_dir / REPORT, report)
     write_text(out_dir / "README.md", model_card(report))
-    outputs = sorted(path.name for path in out_dir.iterdir())
+    outputs = files_in(out_dir)
     return commit(
         out_dir,
         identity,

@@ -157,6 +157,11 @@ def make_plan(recipe: Recipe, *, reads_text: bool = True) -> Plan:
     held_out = isinstance(method, Mixture) and method.held_out
     drawn = method.drawn if isinstance(method, Mixture) else 0
     refines = held_out if recipe.refine is None else recipe.refine
+    if design.task == "embedding" and (refines or needs_gradient(needed(groups))):
+        raise InputError(
+            f"The method {recipe.method} takes gradients of a loss, and a {type(design.model).__name__} has no head to "
+            "give one. Choose a method without gradients, for instance --method svd-llm or modegpt."
+        )
     reads = needs_data(groups) or refines
     if reads and recipe.calibration is None:
         if design.task == "classification" and (refines or needs_gradient(needed(groups))):

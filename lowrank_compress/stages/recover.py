@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lowrank_compress.artifacts.directories import recover, replacing
+from lowrank_compress.artifacts.directories import files_in, recover, replacing
 from lowrank_compress.artifacts.files import sha256
 from lowrank_compress.artifacts.manifest import Key, Manifest, commit, committed, listed
 from lowrank_compress.errors import CheckpointError
@@ -92,7 +92,7 @@ def run(
                 report=lambda before: {**before, "recover": report},
                 advance=lambda done, total: reporter.advance("write", done, total),
             )
-            outputs = [path.name for path in draft.iterdir()]
+            outputs = files_in(draft)
             made = commit(draft, identity, outputs, found | {"recover": report}, environment(config.device))
         training.clear()
         return made

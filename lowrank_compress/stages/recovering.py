@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lowrank_compress.artifacts.tensors import BlockFiles
 from lowrank_compress.config import CalibrationSet
-from lowrank_compress.errors import InputError
-from lowrank_compress.model.blueprint import Blueprint, blueprint
+from lowrank_compress.errors import InputError, UnsupportedError
+from lowrank_compress.model.blueprint import AUTO, Blueprint, blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.resources.resources import Resources
@@ -158,8 +158,12 @@ def _data(config: RecoverConfig, checkpoint: Checkpoint, plan: Blueprint) -> tup
 
 def _loaded(checkpoint: Checkpoint, plan: Blueprint, device: torch.device) -> PreTrainedModel:
     """Load a whole model in float32, without dropout, and nothing of it to be trained."""
-    auto = AutoModelForCausalLM if plan.task == "lm" else AutoModelForSequenceClassification
-    model: Any = auto.from_pretrained(
+    if plan.task == "embedding":
+        raise UnsupportedError(
+            f"{checkpoint.path} has no head, whose predictions a compressed model is trained towards. Recover is for "
+            "language models and classifiers."
+        )
+    model: Any = AUTO[plan.task].from_pretrained(
         checkpoint.path, dtype=torch.float32, trust_remote_code=checkpoint.trust_remote_code, use_cache=False
     )
     return model.to(device).eval().requires_grad_(False)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank_compress.artifacts.directories import recover, replacing
+from lowrank_compress.artifacts.directories import files_in, recover, replacing
 from lowrank_compress.artifacts.files import sha256
 from lowrank_compress.artifacts.manifest import Key, Manifest, commit, committed, listed
 from lowrank_compress.artifacts.tensors import BlockFiles
@@ -264,7 +264,7 @@ class _Refinement:
             advance=lambda done, total: self.reporter.advance("write", done, total),
         )
         facts = {name: value for name, value in said.items() if name != "lambdas"}
-        outputs = sorted(path.name for path in draft.iterdir())
+        outputs = files_in(draft)
         return commit(draft, self.identity, outputs, report | {"refine": facts}, environment(self.config.device))
 
 

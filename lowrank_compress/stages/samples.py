@@ -46,7 +46,7 @@ def held_out_batches(config: CalibrationSet, checkpoint: Checkpoint, task: Task)
 
 
 def calibration_batches(config: CalibrationSet, checkpoint: Checkpoint, task: Task, *, skip: int = 0) -> list[Batch]:
-    """Make the calibration set of a config: windows of text, or examples for a classifier.
+    """Make the calibration set of a config: windows of text, or examples for a classifier and an embedding model.
 
     Of the shuffled ones the first `skip` are left out; there may be none after them.
 
@@ -58,12 +58,12 @@ def calibration_batches(config: CalibrationSet, checkpoint: Checkpoint, task: Ta
     tokenizer = load_tokenizer(checkpoint.path, checkpoint.trust_remote_code)
     source, vocabulary = source_of(config), vocabulary_of(checkpoint)
     named = config.text_column is not None or config.label_column is not None
-    if task == "classification" and (named or (source.is_table and not source.is_hub)):
+    if task != "lm" and (named or (source.is_table and not source.is_hub)):
         examples = shuffled(read_examples(source), skip + config.samples, config.seed)
         return example_batches(
             tokenizer,
             examples.picked(range(len(examples.texts))[skip:]),
-            checkpoint.class_ids,
+            checkpoint.class_ids if task == "classification" else {},
             config.seq_len,
             config.micro_batch,
             vocabulary,

@@ -230,7 +230,7 @@ def test_quantized_weights_are_refused(saved: Saved, tmp_path: Path) -> None:
         (["GPT2LMHeadModel"], "lm"),
         (["BertForSequenceClassification"], "classification"),
         (["BertForMaskedLM"], None),
-        (["LlamaModel"], None),
+        (["LlamaModel"], "embedding"),
         ([], None),
         (None, None),
     ],

@@ -107,7 +107,7 @@ class Replay:
             (sequences, length, width).
         start, stop
             Positions wanted (language models only): their logits (sequences, stop − start, vocabulary). A classifier's
-            logits (examples, classes) need the whole batch.
+            logits (examples, classes) need the whole batch; without a head they are the last hidden states.
         """
         self.skeleton.load_outside()
         part = slice(start, stop)
@@ -117,6 +117,8 @@ class Replay:
             return given
 
         with self._stubbed(stub):
+            if self.skeleton.task == "embedding":
+                return self._run(self.skeleton.model, batch).last_hidden_state
             if self.skeleton.task == "classification":
                 return self._run(self.skeleton.model, batch).logits
             return self._run(self.skeleton.model, Batch(batch.ids[:, part])).logits

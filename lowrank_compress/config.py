@@ -189,5 +189,7 @@ class EvaluateConfig(Strict):
     limit: int | None = Field(default=None, ge=1, le=MANY)
     batch_size: int = Field(default=8, ge=1, le=MANY)
     seed: int = Field(default=0, ge=0, lt=2**32)
+    num_fewshot: int | None = Field(default=None, ge=0, le=MANY)
+    apply_chat_template: bool = False
     device: str = "cpu"
     trust_remote_code: bool = False

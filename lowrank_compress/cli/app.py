@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
+
+from lowrank_compress import __version__
 
 app = typer.Typer(
     name="lrc",
@@ -22,3 +26,18 @@ app = typer.Typer(
     [dim]lrc eval runs/Llama-3.2-1B-auto-0.3 --perplexity my-test.txt[/]
     """,
 )
+
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"lrc {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_tell_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Take what comes before a command; the help text is that of `app`."""

@@ -240,6 +240,12 @@ def evaluate(
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Windows or examples a text or task.")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Windows or examples at once.")] = _BATCH,
     seed: Annotated[int, typer.Option("--seed", help="Seed of lm-eval.")] = _SEED,
+    num_fewshot: Annotated[
+        int | None, typer.Option("--num-fewshot", min=0, help="Solved examples before each (default: the task's own)")
+    ] = None,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Put prompts of tasks into the tokenizer's chat template.")
+    ] = False,
     device: Annotated[str | None, o.of_recipe("device")] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Evaluate on the calibration file all the same; the result will flatter.")
@@ -265,6 +271,8 @@ def evaluate(
             limit=limit,
             batch_size=batch_size,
             seed=seed,
+            num_fewshot=num_fewshot,
+            apply_chat_template=apply_chat_template,
             device=commands.device_name(device),
             trust_remote_code=bool(trust_remote_code),
         )

@@ -43,6 +43,8 @@ def run_tasks(
     limit: int | None,
     batch_size: int,
     seed: int,
+    num_fewshot: int | None = None,
+    apply_chat_template: bool = False,
     rank: int = 0,
     processes: int = 1,
 ) -> dict[str, dict[str, float]]:
@@ -60,6 +62,9 @@ def run_tasks(
         Examples a task; None for all.
     batch_size, seed
         Passed on; all of lm-eval's seeds are set.
+    num_fewshot, apply_chat_template
+        Passed on: solved examples before each (None: as the task says), and whether prompts are put into the
+        tokenizer's chat template.
     rank, processes
         Which process of how many this is; they share the requests, and the first gets the results.
 
@@ -71,8 +76,12 @@ def run_tasks(
     Raises
     ------
     InputError
-        A task is unknown, or its data cannot be had.
+        A task is unknown, or its data cannot be had; or the tokenizer has no chat template, and one is asked for.
     """
+    if apply_chat_template and not getattr(tokenizer, "chat_template", None):
+        raise InputError(
+            "--apply-chat-template: expected a tokenizer with a chat template; this has none. Leave it out."
+        )
     lm_eval, harness, huggingface = map(importlib.import_module, _MODULES)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if include_path is not None and not include_path.is_dir():
@@ -97,6 +106,8 @@ def run_tasks(
             tasks=list(tasks),
             task_manager=manager,
             limit=limit,
+            num_fewshot=num_fewshot,
+            apply_chat_template=apply_chat_template,
             bootstrap_iters=BOOTSTRAP,
             random_seed=seed,
             numpy_random_seed=seed,

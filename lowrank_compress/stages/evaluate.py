@@ -222,6 +222,8 @@ def _run_tasks(
         limit=config.limit,
         batch_size=config.batch_size,
         seed=config.seed,
+        num_fewshot=config.num_fewshot,
+        apply_chat_template=config.apply_chat_template,
         rank=workers.rank,
         processes=workers.count,
     )

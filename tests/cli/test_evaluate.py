@@ -201,3 +201,29 @@ def test_only_the_first_process_must_have_results():
     assert harness._by_task(None, 1) == {}
     with pytest.raises(InputError, match="LOCAL_RANK is set"):
         harness._by_task(None, 0)
+
+
+def test_examples_before_each_and_chat_templates_reach_lm_eval(
+    finished: Finished, tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import lm_eval
+
+    heard, real = [], lm_eval.simple_evaluate
+
+    def evaluate(**options: object) -> object:
+        heard.append((options["num_fewshot"], options["apply_chat_template"]))
+        return real(**options)
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", evaluate)
+    run = finished("svd")
+    asked = ("eval", run, "--include-path", tasks, "--tasks", "tiny_choice", "--num-fewshot", "1")
+    done(*asked)
+    assert heard == [(1, False)] * 2
+    assert "expected a tokenizer with a chat template" in refused(*asked, "--apply-chat-template")
+    template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    other = run.parent / "checkpoint"
+    shutil.copytree(run / "model", other)
+    (other / "manifest.json").unlink()
+    (other / "chat_template.jinja").write_text(template)
+    done("eval", other, *asked[2:], "--apply-chat-template")
+    assert heard[2:] == [(1, True)]

@@ -58,6 +58,16 @@ def recover(
             rich_help_panel=WHAT,
         ),
     ] = "all",
+    lora: Annotated[
+        int | None,
+        typer.Option(
+            "--lora",
+            min=1,
+            help="Train LoRA adapters of this rank on the factors instead (peft), merged at the same rank in the end.",
+            rich_help_panel=WHAT,
+            show_default=False,
+        ),
+    ] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Windows or examples a step", rich_help_panel=WHAT)] = 8,
     text: Annotated[
         str | None,
@@ -128,7 +138,7 @@ def recover(
             "seed": seed,
         }
         how: dict[str, Any] = {"steps": steps, "seconds": seconds, "lr": lr, "train": train, "batch": batch}
-        how |= {"block": block_steps if block else None, "towards": "dense" if text is None else "text"}
+        how |= {"block": block_steps if block else None, "lora": lora, "towards": "dense" if text is None else "text"}
         with reported() as reporter:
             result = recovering.recover(target, data, how, device, dense, out, overwrite, reporter)
         printing.print_stage(result, json)

@@ -35,6 +35,8 @@ class RecoverConfig(CalibrationSet):
         The highest learning rate; None for one that is found by trial.
     train
         What is trained (`student.Student`).
+    lora
+        Rank of adapters that are trained instead and then merged; None for none. Blocks by themselves have none.
     device
         Where.
     """
@@ -47,6 +49,7 @@ class RecoverConfig(CalibrationSet):
     batch: int = Field(default=8, ge=1, le=MANY)
     lr: float | None = Field(default=None, gt=0)
     train: Train = "all"
+    lora: int | None = Field(default=None, ge=1, le=MANY)
     device: str = "cpu"
     shard_bytes: int = 1_000_000_000
 

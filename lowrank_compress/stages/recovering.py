@@ -118,7 +118,7 @@ class Training:
         if config.towards == "dense":
             loss = from_teacher(model, _loaded(dense := teacher_of(self.inputs), blueprint(dense), self.device))
         entries = (checkpoint.quantization or {})["modules"]
-        student = Student(model, entries, self.plan.resolved.blocks, config.train)
+        student = Student(model, entries, self.plan.resolved.blocks, config.train, config.lora, config.seed)
         asked = Asked(config.steps or (None if config.seconds else STEPS), config.seconds, config.lr)
         shelf, advance = _Shelf(self._state, self.workers.is_first), self.reporter.advance
         course = train(student.learning, loss, data, held, asked, shelf, workers=self.workers, advance=advance)

@@ -12,6 +12,7 @@ from lowrank_compress.errors import InputError
 from lowrank_compress.model.casting import cast
 from lowrank_compress.shipped.linear import CompressedLinear
 from lowrank_compress.shipped.modules import find, put
+from lowrank_compress.training.lora import add_adapters, merge_adapters
 from lowrank_compress.training.pairs import Entry, is_low_rank, paired, stored
 
 Train = Literal["all", "low-rank"]
@@ -31,6 +32,8 @@ class Student:
     train
         "all": everything in the blocks, and outside of them norms and what is compressed; "low-rank": the low-rank
         matrices alone (WeLore, 2024, section 4).
+    lora, seed
+        Instead train adapters of that rank on the factors of low-rank matrices, merged in the end; None for no such.
 
     Attributes
     ----------
@@ -40,10 +43,18 @@ class Student:
     Raises
     ------
     InputError
-        Nothing of it is to be trained.
+        Nothing of it is to be trained, or peft is not installed.
     """
 
-    def __init__(self, model: nn.Module, entries: Mapping[str, Entry], blocks: Sequence[str], train: Train) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        entries: Mapping[str, Entry],
+        blocks: Sequence[str],
+        train: Train,
+        lora: int | None = None,
+        seed: int = 0,
+    ) -> None:
         self.model = model
         self.entries = {find(model, path)[0]: entry for path, entry in entries.items()}
         for name, entry in self.entries.items():
@@ -54,6 +65,19 @@ class Student:
             raise InputError("The checkpoint has no low-rank matrices that could be trained. Pass --train all.")
         for parameter in self.learning.values():
             parameter.requires_grad_(True)
+        self._adapted: dict[str, nn.Parameter] = {}
+        if lora is not None:
+            self._adapted = self._factors()
+            model.requires_grad_(False)
+            self.learning = add_adapters(model, [name.removesuffix(".weight") for name in self._adapted], lora, seed)
+
+    def _factors(self) -> dict[str, nn.Parameter]:
+        """Find the factors of layers all of whose parts are low-rank, as an adapter is on a whole factor."""
+        whole = tuple(f"{name}.lr_" for name, entry in self.entries.items() if all(map(is_low_rank, entry["parts"])))
+        found = {name: parameter for name, parameter in self.learning.items() if name.startswith(whole)}
+        if not found:
+            raise InputError("The checkpoint has no low-rank matrices that adapters could be put on. Leave --lora out.")
+        return found
 
     def _layer(self, name: str) -> CompressedLinear:
         layer = self.model.get_submodule(name)
@@ -94,6 +118,9 @@ class Student:
         NumericsError
             A value is not finite, or beyond the dtype.
         """
+        if self._adapted:
+            merge_adapters(self.model, [name.removesuffix(".weight") for name in self._adapted])
+            self.learning, self._adapted = self._adapted, {}
         found = {}
         for name, entry in self.entries.items():
             layer = self._layer(name)

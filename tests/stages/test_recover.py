@@ -78,6 +78,21 @@ def test_low_rank_alone_leaves_all_else(finished: Finished):
     assert all(name.rpartition(".lr_")[1] for name in changed)
 
 
+def test_adapters_are_merged_at_the_same_rank(finished: Finished, tmp_path: Path):
+    pytest.importorskip("peft")
+    run, other = finished("svd"), tmp_path / "other"
+    shutil.copytree(run, other)
+    for place in (run, other):
+        found = recovered(place, "--lora", 2, "--lr", 1e-2)["recover"]
+        assert found["loss_after"] < found["loss_before"]
+    assert contents(run / "recover") == contents(other / "recover")
+    before, after = tensors(run, "model"), tensors(run, "recover")
+    assert {name: tensor.shape for name, tensor in before.items()} == {name: t.shape for name, t in after.items()}
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert changed
+    assert all(name.rpartition(".lr_")[1] for name in changed)
+
+
 def test_killed_it_comes_to_the_same_bytes(finished: Finished, tmp_path: Path):
     run, whole = finished("auto"), tmp_path / "whole"
     shutil.copytree(run, whole)

@@ -22,6 +22,7 @@ STAGES_USE = {*MATHEMATICS, "model", "shipped", "arch", "artifacts", "resources"
 # Who reads or writes files does so through artifacts, so that what may be opened, written and removed is one law.
 BELOW: dict[str, set[str]] = {
     "__main__": {"cli"},
+    "launch": set(),
     "cli": {"api", "stages", "demo", *STAGES_USE},
     "api": {"stages", *STAGES_USE},
     "stages": STAGES_USE,

@@ -151,6 +151,7 @@ class ScoreConfig(Strict):
     device: str
     held_out: bool = False
     rival: Scheme | None = None
+    second: bool = False
 
 
 class FactorizeConfig(Strict):

@@ -110,6 +110,14 @@ class Recipe(Strict):
     )
     storage: str | None = setting(None, "pair, pivot or auto", WHAT, "score", "factorize", hint="the method's")
 
+    second: bool | None = setting(
+        None,
+        "Choose ranks a second time, with the gradients at the first result; the better plan on held-out text is taken",
+        WHAT,
+        "score",
+        hint="with --method auto from a ratio of 0.25 on",
+    )
+
     refine: bool | None = setting(
         None,
         "Fit all matrices anew to what the dense model does, once they are compressed; see `lrc refine`",

@@ -20,6 +20,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lowrank_compress.arch.targets import Target
+from lowrank_compress.calibration.again import Again
 from lowrank_compress.calibration.hooks import hooked
 from lowrank_compress.calibration.moments import ROWS, Moments
 from lowrank_compress.calibration.statistics import STATISTICS, enough_tokens, statistic_key
@@ -29,7 +30,7 @@ from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.model.walk.segments import boundary_bytes, most_kept, segment_length
 from lowrank_compress.model.walk.states import StateStore
 from lowrank_compress.model.walk.step import Step
-from lowrank_compress.model.walk.walk import Walk
+from lowrank_compress.model.walk.walk import Walk, gradient_of_loss
 from lowrank_compress.resources.resources import Resources
 
 Wanted = Mapping[str, frozenset[str]]
@@ -70,6 +71,7 @@ def capture(
     disk: int | None = None,
     resources: Resources = Resources(),
     halves: bool = False,
+    again: Again | None = None,
 ) -> Iterator[BlockStatistics]:
     """Yield the statistics of each block: first to last, or last to first where gradients are taken.
 
@@ -100,6 +102,8 @@ def capture(
     halves
         Take second moments also of the first half of the calibration set alone, where their dimension is large for
         its tokens (`statistics.enough_tokens`) and there are two sequences at least.
+    again
+        Take statistics of gradients from a second model as well, and give those of both together (`Again.combined`).
 
     Raises
     ------
@@ -117,15 +121,16 @@ def capture(
     memory = resources.for_states
     disk = shutil.disk_usage(spill_to or tempfile.gettempdir()).free // (2 * workers.count) if disk is None else disk
     count = len(skeleton.resolved.blocks)
-    boundary = boundary_bytes(skeleton, own)
+    models = [skeleton] if again is None else [skeleton, again.edited]
+    boundary = boundary_bytes(skeleton, own) * len(models)
     spill = boundary * boundaries(count, wanted) > memory
     tokens = sum(batch.tokens for batch in batches)
     losses = sum(loss_terms(batch) for batch in batches)
     halves = halves and sum(len(batch.ids) for batch in batches) > 1
     halved = halved_statistics(skeleton.resolved.targets, wanted, tokens) if halves else frozenset()
     first = first_counts(batches) if halved else (0, 0)
-    walk = Walk([skeleton], own, store=StateStore(spill, spill_to))
-    sweep = _Sweep(walk, wanted, [i for i in range(count) if not skip(i)], clip, advance, halved)
+    walk = Walk(models, own, store=StateStore(spill, spill_to))
+    sweep = _Sweep(walk, wanted, [i for i in range(count) if not skip(i)], clip, advance, halved, again)
     if needs_gradient(wanted):
         found = sweep.backwards(segment_length(count, (disk if spill else memory) // boundary))
     else:
@@ -133,10 +138,12 @@ def capture(
     held = None
     for number, (block, moments) in enumerate(found):
         owner = number % workers.count
-        means = moments.means(tokens, losses, workers, owner, first)
+        means, *other = [part.means(tokens, losses, workers, owner, first) for part in moments]
         if owner == workers.rank:
+            if again is not None:
+                means = again.combined(skeleton.resolved.of_block(block), means, *other)
             held = BlockStatistics(block, means)
-        del moments, means
+        del moments, means, other
         if held is not None and (owner == workers.count - 1 or number == len(sweep.wanted_blocks) - 1):
             yield held
             held = None
@@ -152,8 +159,9 @@ class _Sweep:
     clip: float | None
     advance: Advance
     halved: frozenset[str] = frozenset()
+    again: Again | None = None
 
-    def forwards(self) -> Iterator[tuple[int, Moments]]:
+    def forwards(self) -> Iterator[tuple[int, list[Moments]]]:
         """Measure on the way from the first block to the last."""
         for step in self.walk.forwards(until=max(self.wanted_blocks, default=-1) + 1):
             moments = self._measure(step, clip=None)
@@ -161,26 +169,37 @@ class _Sweep:
             if moments is not None:
                 yield step.index, moments
 
-    def backwards(self, segment: int) -> Iterator[tuple[int, Moments]]:
+    def backwards(self, segment: int) -> Iterator[tuple[int, list[Moments]]]:
         """Measure on the way back, with the gradients of the loss."""
         first = min(self.wanted_blocks, default=self.walk.blocks)
-        for step in self.walk.backwards(segment=segment, until=first, advance=self.advance):
+        loss = gradient_of_loss if self.again is None else self.again.gradient
+        for step in self.walk.backwards(loss, segment=segment, until=first, advance=self.advance):
             moments = self._measure(step, self.clip)
             self.advance("backward", self.walk.blocks - step.index, self.walk.blocks)
             if moments is not None:
                 yield step.index, moments
 
-    def _measure(self, step: Step, clip: float | None) -> Moments | None:
+    def _measure(self, step: Step, clip: float | None) -> list[Moments] | None:
         """Take a block's sums if they are wanted, and let the block go: what is made of them needs the memory."""
-        moments, (skeleton,) = None, self.walk.models
+        found, skeleton = None, self.walk.models[0]
         if step.index in self.wanted_blocks:
-            moments = Moments(skeleton.resolved.of_block(step.index), self.wanted, self.halved)
+            targets = skeleton.resolved.of_block(step.index)
+            moments = Moments(targets, self.wanted, self.halved)
+            found = [moments]
             for number, batch in enumerate(self.walk.batches):
                 with hooked(skeleton, step.index, moments, batch, clip):
                     entering, leaving = step.run(number)
                 moments.add_influence(entering, leaving, batch.mask)
+            if self.again is not None:
+                found.append(Moments(targets, of_gradients(self.wanted), self.halved))
+                self.again.measure(self.walk, step, found[-1], clip)
         step.leave()
-        return moments
+        return found
+
+
+def of_gradients(wanted: Wanted) -> Wanted:
+    """Leave those that are of gradients."""
+    return {target: frozenset(name for name in names if STATISTICS[name].gradient) for target, names in wanted.items()}
 
 
 def boundaries(blocks: int, wanted: Wanted) -> int:

@@ -17,14 +17,25 @@ from lowrank_compress.model.walk.batch import Batch
 
 
 @contextmanager
-def hooked(skeleton: Skeleton, index: int, moments: Moments | None, batch: Batch, clip: float | None) -> Iterator[None]:
-    """Let every claimed module of a block add what it sees to `moments` while inside."""
+def hooked(
+    skeleton: Skeleton,
+    index: int,
+    moments: Moments | None,
+    batch: Batch,
+    clip: float | None,
+    weighed_by: Skeleton | None = None,
+) -> Iterator[None]:
+    """Let every claimed module of a block add what it sees to `moments` while inside.
+
+    δ = g W is taken with the module's own W; or with that of another model, whose block must be in memory too.
+    """
     handles = []
     if moments is not None:
         for path, targets in skeleton.resolved.modules().items():
             if targets[0].block == index:
                 module = skeleton.model.get_submodule(path)
-                handles += _hook(module, targets, moments, batch, clip)
+                own = None if weighed_by is None else weighed_by.model.get_submodule(path)
+                handles += _hook(module, targets, moments, batch, clip, own)
     try:
         yield
     finally:
@@ -32,11 +43,18 @@ def hooked(skeleton: Skeleton, index: int, moments: Moments | None, batch: Batch
             handle.remove()
 
 
-def _hook(module: nn.Module, targets: tuple[Target, ...], moments: Moments, batch: Batch, clip: float | None):
+def _hook(
+    module: nn.Module,
+    targets: tuple[Target, ...],
+    moments: Moments,
+    batch: Batch,
+    clip: float | None,
+    weighed_by: nn.Module | None = None,
+):
     """Hook a module: measure what it sees now, and the gradient of its output when that is known.
 
     The gradient of a module's own input is δ = g W, which autograd computes anyway; only where several targets share a
-    fused weight each has to multiply by its own part.
+    fused weight, or W is another module's, each has to multiply by its own part.
 
     Returns
     -------
@@ -45,7 +63,8 @@ def _hook(module: nn.Module, targets: tuple[Target, ...], moments: Moments, batc
     """
     shape = batch.ids.shape
     mask = None if batch.mask is None else batch.mask.bool()[..., None]
-    alone = len(targets) == 1 and moments.wants(targets[0], "in_fisher")
+    alone = len(targets) == 1 and moments.wants(targets[0], "in_fisher") and weighed_by is None
+    weight = (weighed_by or module).get_parameter("weight")
 
     def measured(values: Tensor, device: torch.device) -> Tensor:
         values = values.detach().reshape(*shape, -1)
@@ -71,7 +90,7 @@ def _hook(module: nn.Module, targets: tuple[Target, ...], moments: Moments, batc
                 g = None if gradient is None else gradient if index is None else gradient[..., index]
                 inner = delta
                 if g is not None and inner is None and moments.wants(target, "in_fisher"):
-                    inner = g @ weights.read(module.get_parameter("weight").detach(), target)
+                    inner = g @ weights.read(weight.detach(), target)
                 moments.add(
                     target, Seen(x, part, biased, g, inner, target.heads, batch.first), gradient=gradient is not None
                 )

@@ -129,7 +129,8 @@ def _spectra(run: Any) -> dict[str, list[float]]:
 
     spectra = {}
     manifest = read_manifest(run.scores)
-    names = [] if manifest is None else [name for name in manifest.outputs if name.startswith("basis-")]
+    prefix = "" if manifest is None else f"{manifest.report['bases_prefix']}-"
+    names = [] if manifest is None else [name for name in manifest.outputs if name.startswith(prefix)]
     changed = [] if manifest is None else altered(run.scores, manifest, names=names)
     for name in sorted(set(names) - set(changed)):
         with safe_open(run.scores / name, framework="np") as handle:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowrank_compress.allocation.choice import Choice
 from lowrank_compress.allocation.curve import Curve
@@ -38,6 +38,7 @@ from lowrank_compress.stages.decompose import Bases
 FAR = 0.5
 # In large models no plan is tried that is predicted, by the same losses, to lose so many times what the first one does.
 HOPELESS = 2.0
+FIRST, SECOND = "held-out losses", "second allocation"
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +71,7 @@ def plans_of(bases: Bases) -> list[Plan]:
     that lose `HOPELESS` times as much as the first one, by the same prediction.
     """
     chooser, curves = bases.chooser, bases.curves()
-    plans = [_plan("held-out losses", bases, curves, chooser.choose(curves), chooser.allocate)]
+    plans = [_plan(FIRST, bases, curves, chooser.choose(curves), chooser.allocate)]
     if not chooser.config.held_out or not chooser.allocator.needs_loss:
         return plans
     if bases.halved():
@@ -92,6 +93,12 @@ def plans_of(bases: Bases) -> list[Plan]:
     return [plan for number, plan in enumerate(plans) if all(plan.choices != other.choices for other in plans[:number])]
 
 
+def second_plan(bases: Bases) -> Plan:
+    """Plan as first, with the decompositions of a second look."""
+    chooser, curves = bases.chooser, bases.curves()
+    return _plan(SECOND, bases, curves, chooser.choose(curves), chooser.allocate)
+
+
 def _plan(
     name: str,
     bases: Bases,
@@ -107,24 +114,39 @@ def _plan(
     return Plan(name, bases, groups, choices, predicted)
 
 
-def best(bases: Bases, batches: Sequence[Batch], plans: Sequence[Plan]) -> tuple[Plan, list[dict[str, Any]]]:
-    """Try plans, and return the best one and what each came to, for the report."""
+def tried(bases: Bases, batches: Sequence[Batch], plans: Sequence[Plan]) -> list[dict[str, Any]]:
+    """Try plans, and return what each came to, for the report; not those whose narrower modules cannot be run."""
     skeleton = Skeleton(bases.chooser.subject.checkpoint, bases.device, torch.float32)
-    if any(plan.bases is not bases for plan in plans):
+    if any(plan.bases is bases.rival for plan in plans):
         try:
             check_narrowing(skeleton, batches[0])
         except UnsupportedError:
-            plans = [plan for plan in plans if plan.bases is bases]
+            plans = [plan for plan in plans if plan.bases is not bases.rival]
     found = [divergences(skeleton, batches, plans)]
     far = drawn_at_random(batches, skeleton.model.config.vocab_size) if skeleton.task == "lm" else []
     if far:
         found.append(divergences(skeleton, far, plans))
-    tried = [
+    return [
         {"plan": plan.name, "divergence": values[0], "at_random": values[1] if far else None}
         for plan, *values in zip(plans, *found, strict=True)
     ]
-    totals = [values[0] + FAR * sum(values[1:]) for values in zip(*found, strict=True)]
-    return plans[min(range(len(plans)), key=totals.__getitem__)], tried
+
+
+def best(plans: Sequence[Plan], found: Sequence[Mapping[str, Any]]) -> Plan:
+    """Return the plan of least divergence, of equal ones the first; of plans that were not tried, the first."""
+    totals = {trial["plan"]: trial["divergence"] + FAR * (trial["at_random"] or 0.0) for trial in found}
+    return min(plans, key=lambda plan: totals.get(plan.name, float("inf")))
+
+
+def edited(plan: Plan) -> Skeleton:
+    """Make a plan's result: the dense model, one block at a time, with other matrices in it."""
+    bases = plan.bases
+
+    def edit(index: int, block: nn.Module) -> None:
+        _put(made, replacements(plan, index, bases.device))
+
+    made = Skeleton(bases.chooser.subject.checkpoint, bases.device, torch.float32, edit)
+    return made
 
 
 def drawn_at_random(batches: Sequence[Batch], vocabulary: int, seed: int = 0) -> list[Batch]:
@@ -175,7 +197,17 @@ def _log_probabilities(walk: Walk, number: int, model: int, start: int, stop: in
 
 @contextlib.contextmanager
 def _in_place_of(skeleton: Skeleton, replacements: Iterable[Replacement]) -> Iterator[None]:
-    """Put matrices and biases into the block in memory."""
+    """Put matrices and biases into the block in memory, for a while."""
+    kept = _put(skeleton, replacements)
+    try:
+        yield
+    finally:
+        for name, data in kept.items():
+            skeleton.model.get_parameter(name).data = data
+
+
+def _put(skeleton: Skeleton, replacements: Iterable[Replacement]) -> dict[str, Tensor]:
+    """Put matrices and biases into the block in memory; return what was there, by parameter."""
     kept: dict[str, Tensor] = {}
 
     def put(name: str, values: Tensor, target: Target) -> None:
@@ -190,11 +222,7 @@ def _in_place_of(skeleton: Skeleton, replacements: Iterable[Replacement]) -> Ite
         put(found.target.parameter, found.weight, found.target)
         if found.bias is not None and found.target.bias is not None:
             put(found.target.bias, found.bias, found.target)
-    try:
-        yield
-    finally:
-        for name, data in kept.items():
-            skeleton.model.get_parameter(name).data = data
+    return kept
 
 
 def replacements(plan: Plan, block: int, device: torch.device) -> list[Replacement]:

@@ -35,7 +35,7 @@ from lowrank_compress.stages.index import read_index
 from lowrank_compress.stages.run import Run
 from lowrank_compress.stages.verification import verify
 
-_BASIS = re.compile(r"(basis|rival)-[0-9a-f]{8}-(\d+)\.safetensors")
+_BASIS = re.compile(r"(basis|rival|second)-[0-9a-f]{8}-(\d+)\.safetensors")
 # What is not of the recipe's doing: the model and the text are named by content, the device is of the environment.
 _PLACES = {"model", "revision", "calibration", "device"}
 

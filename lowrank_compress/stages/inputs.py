@@ -23,7 +23,8 @@ def inputs_of_score(plan: Plan, run: Run) -> score.Inputs:
         return held_out_batches(plan.calibrate, plan.checkpoint, plan.subject.model.task)
 
     calibration = _calibration(plan, run)
-    return score.Inputs(plan.subject, calibration, run.statistics, held_out if plan.score.held_out else None)
+    again = plan.calibrate if plan.score.second else None
+    return score.Inputs(plan.subject, calibration, run.statistics, held_out if plan.score.held_out else None, again)
 
 
 def _calibration(plan: Plan, run: Run) -> Key:

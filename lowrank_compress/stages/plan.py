@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from lowrank_compress.allocation.table import ALLOCATORS
 from lowrank_compress.calibration.capture import needs_gradient
 from lowrank_compress.calibration.sources import PAPERS_DATA, Source
 from lowrank_compress.calibration.tokens import load_tokenizer
@@ -33,6 +34,8 @@ from lowrank_compress.stages.subject import Subject, subject_of
 # result depends on it in the last bits, so it is in the key.
 MICRO_BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
 PAPERS_SEQ_LEN = 2048
+# From this ratio on a second allocation pays for the time that it takes, unless the recipe says otherwise.
+SECOND = 0.25
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,6 +118,7 @@ class Plan:
                 "micro_batch": self.calibrate.micro_batch,
                 "device": self.device,
                 "dtype": self.factorize.dtype,
+                "second": self.recipe.second,
                 "refine": self.recipe.refine if self.refine is None else True,
             }
         )
@@ -202,19 +206,27 @@ def make_plan(recipe: Recipe, *, reads_text: bool = True) -> Plan:
         drawn=drawn,
         rival=rival,
     )
+    allocate = recipe.allocate or method.allocate
+    second = held_out and ALLOCATORS[allocate].needs_loss and all(group.nats for group in groups)
+    if recipe.second and not second:
+        raise InputError(
+            "--second compares plans by predicted losses in nats a token, and on text that is held out: it goes with "
+            "--method auto, its metrics and --allocate loss. Leave one of them out."
+        )
     score = ScoreConfig(
         scheme=scheme,
-        allocate=recipe.allocate or method.allocate,
+        allocate=allocate,
         storage=storage,
         ratio=recipe.ratio,
         ratio_of=recipe.ratio_of,
         damping_fisher=recipe.damping_fisher,
         damping_gram=recipe.damping_gram,
-        options=options_used(recipe, recipe.allocate or method.allocate, scheme, rival),
+        options=options_used(recipe, allocate, scheme, rival),
         round_to=round_to,
         device=device,
         held_out=held_out,
         rival=rival,
+        second=second and (recipe.ratio >= SECOND if recipe.second is None else recipe.second),
     )
     factorize = FactorizeConfig(
         method=label(recipe), scheme=scheme, storage=storage, round_to=round_to, dtype=dtype, device=device

@@ -5,9 +5,10 @@ Writes a basis file a block (kept up to the largest rank that can pay) and ranks
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from lowrank_compress.arch.spec import HEAD
 from lowrank_compress.artifacts.directories import link, recover, replacing
 from lowrank_compress.artifacts.manifest import Key, Manifest, altered, commit, committed, listed, read_manifest
 from lowrank_compress.artifacts.tensors import BlockFiles
-from lowrank_compress.config import ScoreConfig
+from lowrank_compress.config import CalibrateConfig, ScoreConfig
 from lowrank_compress.errors import ArtifactError, InputError
 from lowrank_compress.formats.table import FORMATS
 from lowrank_compress.methods.candidates import Candidates, all_groups, first_groups
@@ -24,12 +25,13 @@ from lowrank_compress.methods.groups import dense_elements, needs_data, price_of
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.registry import unknown
 from lowrank_compress.resources.resources import Resources
-from lowrank_compress.stages.choice import best, plans_of
+from lowrank_compress.stages.choice import Plan, best, plans_of, second_plan, tried
 from lowrank_compress.stages.choose import Chooser
 from lowrank_compress.stages.decompose import VERSION, Bases
 from lowrank_compress.stages.environment import environment
 from lowrank_compress.stages.ranks import RANKS, write_ranks
 from lowrank_compress.stages.reporting import Reporter, Silent, in_parts
+from lowrank_compress.stages.second import second_bases
 from lowrank_compress.stages.subject import Subject
 
 
@@ -47,12 +49,15 @@ class Inputs:
         Directory of the statistics; not read for blocks that are decomposed already.
     held_out
         Makes the text that plans are tried on, kept out of the calibration set; None where there is no such.
+    again
+        How the calibration is repeated for a second allocation.
     """
 
     subject: Subject
     calibration: Key
     statistics: Path
     held_out: Callable[[], list[Batch]] | None = None
+    again: CalibrateConfig | None = None
 
 
 def key(config: ScoreConfig, inputs: Inputs) -> Key:
@@ -148,8 +153,14 @@ def run(
         bases.take_spectra(part)
         reporter.advance("score", done, len(own))
     bases.flush()
+    if (there := workers.once(lambda: _complete(out_dir, identity, overwrite))) is not None:
+        return there
+    plan, found = _choose(config, inputs, bases, reporter, resources)
+    # Ranks that were edited stay where nothing but bases of a second allocation was missing.
     return workers.once(
-        lambda: _complete(out_dir, identity, overwrite) or _choose(config, inputs, bases, identity, out_dir, reporter)
+        lambda: (
+            _complete(out_dir, identity, overwrite) or _commit(config, inputs, bases, plan, found, identity, out_dir)
+        )
     )
 
 
@@ -162,15 +173,36 @@ def _complete(out_dir: Path, identity: Key, overwrite: bool) -> Manifest | None:
 
 
 def _choose(
-    config: ScoreConfig, inputs: Inputs, bases: Bases, identity: Key, out_dir: Path, reporter: Reporter
+    config: ScoreConfig, inputs: Inputs, bases: Bases, reporter: Reporter, resources: Resources
+) -> tuple[Plan, list[dict[str, Any]]]:
+    """Choose among whole plans, and return what each of them came to on held-out text, where several were tried."""
+    workers, plans = resources.workers, plans_of(bases)
+    again = inputs.again if config.second else None
+    if inputs.held_out is None or (len(plans) == 1 and again is None) or not (batches := inputs.held_out()):
+        return plans[0], []
+    found = workers.once(lambda: tried(bases, batches, plans))
+    reporter.advance("choose", len(plans), len(plans))
+    if again is not None:
+        first = best([plan for plan in plans if plan.bases is bases], found)
+        second = second_bases(first, again, reporter, resources=resources)
+        plans.append(second_plan(second))
+        found += workers.once(lambda: tried(bases, batches, plans[-1:]))
+        if best(plans, found).bases is not second:
+            workers.once(lambda: second.files.remove(inputs.subject.scopes))
+    return best(plans, found), found
+
+
+def _commit(
+    config: ScoreConfig,
+    inputs: Inputs,
+    bases: Bases,
+    plan: Plan,
+    tried: Sequence[Mapping[str, Any]],
+    identity: Key,
+    out_dir: Path,
 ) -> Manifest:
-    """Choose ranks from finished bases, and commit: bases and ranks of another result stand until then, together."""
+    """Write the ranks of a plan, and commit: bases and ranks of another result stand until then, together."""
     budget, subject = bases.chooser.budget, inputs.subject
-    plans = plans_of(bases)
-    plan, tried = plans[0], []
-    if len(plans) > 1 and inputs.held_out is not None and (batches := inputs.held_out()):
-        plan, tried = best(bases, batches, plans)
-        reporter.advance("choose", len(plans), len(plans))
     groups, choices = plan.groups, plan.choices
     stored = sum(price_of(group, choices[group.name]).elements for group in groups)
     claimed = sum(target.elements for target in subject.claimed)
@@ -183,7 +215,7 @@ def _choose(
         "stored_elements": claimed - sum(dense_elements(group) for group in groups) + stored,
         "predicted_loss": plan.predicted,
         "plan": plan.name,
-        "plans": tried,
+        "plans": list(tried),
         "unit": "nats" if plan.bases.chooser.nats else "relative",
         "scheme": plan.bases.chooser.config.scheme.model_dump(mode="json"),
         "bases": plan.bases.files.id,
@@ -191,6 +223,8 @@ def _choose(
         "spectra": None if bases.spectra is None else bases.spectra.id,
     }
     files = bases.names(subject.scopes)
+    if plan.bases.files.name(0) not in files:
+        files += plan.bases.names(subject.scopes)
     with replacing(out_dir, listed) as draft:
         for name in files:
             link(out_dir / name, draft / name)

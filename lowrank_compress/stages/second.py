@@ -20,7 +20,7 @@ from lowrank_compress.stages.choice import Plan, edited
 from lowrank_compress.stages.choose import Chooser
 from lowrank_compress.stages.decompose import Bases
 from lowrank_compress.stages.reporting import Reporter, in_parts
-from lowrank_compress.stages.samples import calibration_batches
+from lowrank_compress.stages.samples import calibration_batches, with_drawn
 
 VERSION = 1
 
@@ -60,9 +60,10 @@ def second_bases(plan: Plan, config: CalibrateConfig, reporter: Reporter, *, res
             for target in group.targets
             if target.role not in ("o", "down")  # these lose inputs
         }
+        batches = calibration_batches(config, subject.checkpoint, subject.model.task)
         captured = capture(
             Skeleton(subject.checkpoint, bases.device, torch.float32),
-            calibration_batches(config, subject.checkpoint, subject.model.task),
+            with_drawn(batches, config.drawn, subject.checkpoint, subject.model.task),
             needed(subject.groups),
             skip=lambda block: block not in missing,
             clip=config.clip,

@@ -24,7 +24,7 @@ from tests.runs import Tiny, done
 def halved(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of auto with few tokens and half of the parameters removed."""
     out = tmp_path_factory.mktemp("choice") / "run"
-    done("compress", *tiny.options(out), "--ratio", 0.5, "--no-refine")
+    done("compress", *tiny.options(out), "--ratio", 0.5, "--no-refine", "--no-second")
     return out
 
 
@@ -62,7 +62,7 @@ def test_whole_plans_are_tried_where_little_is_removed(tiny: Tiny, tmp_path: Pat
 
 
 def test_named_methods_try_nothing(tiny: Tiny, tmp_path: Path):
-    done("compress", *tiny.options(tmp_path / "run", method="kfac"), "--ratio", 0.5)
+    done("compress", *tiny.options(tmp_path / "run", method="kfac"), "--ratio", 0.5, "--no-second")
     assert json.loads((tmp_path / "run" / "model" / "lowrank.json").read_text())["plans"] == []
 
 

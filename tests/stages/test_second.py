@@ -23,7 +23,7 @@ from lowrank_compress.stages.decompose import Bases
 from lowrank_compress.stages.plan import Plan, make_plan
 from lowrank_compress.stages.reporting import Silent
 from lowrank_compress.stages.run import Run
-from lowrank_compress.stages.samples import calibration_batches
+from lowrank_compress.stages.samples import calibration_batches, with_drawn
 from tests.runs import Tiny, done, forked, refused, results
 
 ARGUMENTS = ("--ratio", 0.4, "--no-refine")
@@ -74,6 +74,7 @@ def test_its_bases_are_those_of_both_fisher_matrices(once: Path, tiny: Tiny, tmp
     again = Again(choice.edited(first), narrowed, plan.calibrate.seed)
     dense = Skeleton(plan.checkpoint, torch.device("cpu"), torch.float32)
     batches = calibration_batches(plan.calibrate, plan.checkpoint, "lm")
+    batches = with_drawn(batches, plan.calibrate.drawn, plan.checkpoint, "lm")
     slow = Bases(plan.chooser, "slow", tmp_path / "slow")
     slow.rival = None
     taken = capture(dense, batches, needed(plan.subject.groups), skip=lambda block: False, halves=True, again=again)

@@ -1,0 +1,221 @@
+"""Try programs that know nothing of this package on compressed checkpoints, and write the table of docs/serving.md.
+
+Each runs in a process of its own where the package cannot be imported (but where the row says otherwise), on
+checkpoints of one small Llama in every form: pairs, pivots, narrower heads and MLPs (modegpt), and a native export.
+Usage, from the root of the repository::
+
+    python scripts/check_ecosystem.py MODEL TEXT --write docs/serving.md
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ROOT = Path(__file__).resolve().parents[1]
+LIMIT = 240  # seconds a program
+FORMS = {
+    "pair": ("--method", "svd-llm", "--storage", "pair"),
+    "pivot": ("--method", "svd-llm", "--storage", "pivot"),
+    "modegpt": ("--method", "modegpt"),
+    "native": ("--method", "nystrom", "--attention", "dense", "--allocate", "equal-widths", "--ratio", "0.1"),
+}
+# Python finds this by PYTHONPATH before anything else: as if the package were not installed.
+ABSENT = 'import sys\nsys.modules["lowrank_compress"] = None\n'
+TASK = """task: check
+dataset_path: json
+dataset_kwargs: {data_files: {test: %s}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{query}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{gold}}"
+metric_list: [{metric: acc}]
+"""
+PIPELINE = (
+    "import sys, transformers as t; "
+    "said = t.pipeline('text-generation', sys.argv[1], trust_remote_code=True)('Once', max_new_tokens=5); "
+    "assert said[0]['generated_text']"
+)
+LOAD = (
+    "import sys, torch, transformers as t; "
+    "model = t.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval(); "
+    "ids = torch.tensor([[1, 5, 9, 30]]); "
+)
+EXPORT = LOAD + (
+    "program = torch.export.export(model, (), dict(input_ids=ids, use_cache=False), strict=False); "
+    "torch.testing.assert_close(program.module()(input_ids=ids, use_cache=False).logits, "
+    "model(input_ids=ids, use_cache=False).logits)"
+)
+COMPILE = LOAD + (
+    "made = torch.compile(model, fullgraph=True, backend='aot_eager'); torch.no_grad().__enter__(); "
+    "torch.testing.assert_close(made(input_ids=ids, use_cache=False).logits, "
+    "model(input_ids=ids, use_cache=False).logits)"
+)
+LORA = LOAD + (
+    "import peft; made = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules='all-linear', "
+    "task_type='CAUSAL_LM')); made(input_ids=ids, labels=ids).loss.backward(); made.merge_and_unload()"
+)
+NATIVELY = (
+    "import sys, transformers as t; "
+    "model, found = t.AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True); "
+    "assert not any(found[key] for key in ('missing_keys', 'unexpected_keys', 'mismatched_keys'))"
+)
+EVALUATE = ("run", "--model", "hf", "--model_args", "pretrained={model},trust_remote_code=True", "--tasks", "check")
+EVALUATE = (*EVALUATE, "--include_path", "{tasks}", "--limit", "4", "--device", "cpu", "--batch_size", "4")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A program: the package that it is of, how the table shows its command, and the words after `python`."""
+
+    package: str
+    shown: str
+    words: tuple[str, ...]
+    forms: tuple[str, ...] = tuple(FORMS)
+    installed: bool = False
+
+
+ROWS = (
+    Row("transformers", "`pipeline(…, trust_remote_code=True)`", ("-c", PIPELINE, "{model}")),
+    Row(
+        "lm_eval",
+        "`lm_eval run --model hf --model_args pretrained=…,trust_remote_code=True`",
+        ("-m", "lm_eval", *EVALUATE),
+    ),
+    Row(
+        "lm_eval",
+        "`python -m lowrank_compress.launch lm_eval run --model hf --model_args pretrained=…`",
+        (
+            "-m",
+            "lowrank_compress.launch",
+            "lm_eval",
+            *(word.replace(",trust_remote_code=True", "") for word in EVALUATE),
+        ),
+        installed=True,
+    ),
+    Row(
+        "accelerate",
+        "`accelerate launch -m lm_eval run …`",
+        ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m", "lm_eval", *EVALUATE),
+    ),
+    Row("torch", "`torch.export.export`", ("-c", EXPORT, "{model}")),
+    Row("torch", "`torch.compile(fullgraph=True)`", ("-c", COMPILE, "{model}")),
+    Row("peft", '`LoraConfig(target_modules="all-linear")`, a step, merged', ("-c", LORA, "{model}")),
+    Row(
+        "transformers", "`from_pretrained(…)` without package and remote code", ("-c", NATIVELY, "{model}"), ("native",)
+    ),
+)
+
+
+def run(words: Sequence[str], place: Path, *, installed: bool) -> str:
+    """Run a program; return what went wrong, or nothing."""
+    paths = [str(ROOT)] if installed else [str(place / "absent")]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "HF_HOME": str(place / "hub"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-W", "ignore", *words]
+    try:
+        done = subprocess.run(
+            command, env=environment, cwd=place, capture_output=True, text=True, timeout=LIMIT, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return f"took more than {LIMIT} s"
+    return "" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no message"])[-1][:200]
+
+
+def made(form: str, model: Path, text: Path, place: Path) -> Path:
+    """Compress a model in one form, and return the checkpoint."""
+    out = place / form
+    options = [*map(str, ("compress", model, "--ratio", "0.2", "--calibration", text, "--out", out)), *FORMS[form]]
+    sized = ["--samples", "32", "--seq-len", "128"]
+    if problem := run(["-m", "lowrank_compress", *options, *sized], place, installed=True):
+        raise SystemExit(f"{form} cannot be made: {problem}")
+    if form != "native":
+        return out / "model"
+    exported = place / "native-checkpoint"
+    words = ["-m", "lowrank_compress", "export", str(out), "--native", str(exported)]
+    if problem := run(words, place, installed=True):
+        raise SystemExit(f"{form} cannot be exported: {problem}")
+    return exported
+
+
+def version_of(package: str) -> str:
+    """Return the installed version of a package, or nothing."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _put(page: Path, lines: Sequence[str]) -> None:
+    """Replace a page's table; after each row, so that what was tried is kept if the rest takes too long."""
+    text = page.read_text(encoding="utf-8")
+    marked = "\n".join(["<!-- ecosystem -->", *lines, "<!-- /ecosystem -->"])
+    page.write_text(
+        re.sub(r"<!-- ecosystem -->.*<!-- /ecosystem -->", lambda _: marked, text, flags=re.DOTALL), encoding="utf-8"
+    )
+
+
+def main(
+    model: Annotated[Path, typer.Argument(help="A small Llama.")],
+    text: Annotated[Path, typer.Argument(help="Text to calibrate on.")],
+    write: Annotated[Path | None, typer.Option(help="File whose table is replaced.")] = None,
+) -> None:
+    """Print the table, and exit with 1 if a program that is installed fails."""
+    lines = ["| tool | version | command | " + " | ".join(FORMS) + " |", "|---|---|---|" + "---|" * len(FORMS)]
+    problems: list[str] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        place = Path(temporary)
+        (place / "absent").mkdir()
+        (place / "absent" / "sitecustomize.py").write_text(ABSENT, encoding="utf-8")
+        (place / "tasks").mkdir()
+        documents = [{"query": "Once upon a", "choices": [" time", " frog"], "gold": 0} for _ in range(4)]
+        data = place / "tasks" / "check.jsonl"
+        data.write_text("".join(json.dumps(one) + "\n" for one in documents), encoding="utf-8")
+        (place / "tasks" / "check.yaml").write_text(TASK % data, encoding="utf-8")
+        checkpoints = {form: made(form, model.resolve(), text.resolve(), place) for form in FORMS}
+        for row in ROWS:
+            cells = []
+            for form in FORMS:
+                if form not in row.forms:
+                    cells.append("–")
+                    continue
+                if not version_of(row.package):
+                    cells.append("not installed")
+                    continue
+                words = [
+                    word.format(model=checkpoints[form], tasks=place / "tasks") if "{" in word else word
+                    for word in row.words
+                ]
+                problem = run(words, place, installed=row.installed)
+                cells.append("works" if not problem else "**fails**")
+                if problem:
+                    problems.append(f"{row.shown}, {form}: {problem}")
+                typer.echo(f"{row.package} {form}: {problem or 'works'}", err=True)
+            lines.append(f"| {row.package} | {version_of(row.package)} | {row.shown} | " + " | ".join(cells) + " |")
+            if write is not None:
+                _put(write, lines)
+    typer.echo("\n".join(lines))
+    for problem in problems:
+        typer.echo(problem, err=True)
+    if problems:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

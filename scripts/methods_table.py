@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -42,6 +42,11 @@ class Row:
     def title(self) -> str:
         """How the row is called."""
         return f"`{self.method} --metric {self.metric}`" if self.metric else f"`{self.method}`"
+
+    @property
+    def allocation(self) -> str:
+        """How its ranks are chosen."""
+        return self.allocate or METHODS[self.method].allocate
 
     @property
     def calibrating(self) -> list[object]:
@@ -107,8 +112,14 @@ def cases(directory: Path) -> list[Case]:
     ]
 
 
-def measure(case: Case, ratios: Sequence[float], directory: Path) -> str:
-    """Compress by every method at every ratio, and return the table in markdown."""
+def measure(case: Case, ratios: Sequence[float], directory: Path, known: Mapping[str, list[float]]) -> str:
+    """Compress by every method at every ratio, and return the table in markdown; rows that are known stay as they are.
+
+    Parameters
+    ----------
+    known
+        Title of a row, with that of its ranks -> its values.
+    """
     lines = [
         "| method | ranks | storage | " + " | ".join(f"{ratio:.0%} removed" for ratio in ratios) + " |",
         "|---|---|---|" + "---:|" * len(ratios),
@@ -117,6 +128,9 @@ def measure(case: Case, ratios: Sequence[float], directory: Path) -> str:
     data = ["--calibration", case.calibration, "--samples", case.samples, *length]
     table: dict[Row, list[float]] = {}
     for number, row in enumerate(case.rows):
+        if (values := known.get(f"{row.title} | {row.allocation}")) is not None and len(values) == len(ratios):
+            table[row] = values
+            continue
         run = directory / f"{case.name}-{number}"
         lrc("calibrate", case.model, *row.calibrating, *data, "--out", run)
         for ratio in ratios:
@@ -130,10 +144,22 @@ def measure(case: Case, ratios: Sequence[float], directory: Path) -> str:
             f"**{value:.2f}**" if value == best else f"{value:.2f}" for value, best in zip(values, least, strict=True)
         ]
         entry = METHODS[row.method]
-        lines.append(f"| {row.title} | {row.allocate or entry.allocate} | {entry.storage} | {' | '.join(cells)} |")
+        lines.append(f"| {row.title} | {row.allocation} | {entry.storage} | {' | '.join(cells)} |")
     dense = perplexity(case.model, case.text, *length)
     amount = f"{case.samples} × {case.seq_len} calibration tokens; perplexity of the dense model: {dense:.2f}."
     return "\n".join([f"Perplexity of {case.title};", amount, "", *lines])
+
+
+def rows_of(text: str, name: str, without: str) -> dict[str, list[float]]:
+    """Read a table between a pair of markers: the rows of all methods but one, by title and ranks."""
+    table = re.search(f"<!-- methods:{name} -->(.*?)<!-- /methods:{name} -->", text, re.DOTALL)
+    found = {}
+    for line in table[1].splitlines() if table else ():
+        title, _, rest = (part.strip() for part in line.strip("| ").partition(" | "))
+        if title.startswith("`") and not title.startswith(f"`{without}`"):
+            ranks, _, *values = (part.strip(" *") for part in rest.split("|"))
+            found[f"{title} | {ranks}"] = [float(value) for value in values]
+    return found
 
 
 def replace_between(text: str, name: str, content: str) -> str:
@@ -158,6 +184,9 @@ def main(
     only: Annotated[
         str | None, typer.Option(help="One model: demo, stories260k or books. [default: all there are]")
     ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="Measure this method alone; the other rows stay as --write has them.")
+    ] = None,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
 ) -> None:
     """Measure, then print the tables or write them into a file."""
@@ -170,7 +199,10 @@ def main(
             if not (case.model / "config.json").exists():
                 typer.echo(f"{case.name} is passed over: there is no {case.model}", err=True)
                 continue
-            content = measure(case, numbers, Path(temporary))
+            known = {}
+            if write is not None and method is not None:
+                known = rows_of(write.read_text(encoding="utf-8"), case.name, method)
+            content = measure(case, numbers, Path(temporary), known)
             if write is None:
                 typer.echo(f"{content}\n")
             else:

@@ -17,9 +17,10 @@ from lowrank_compress.cli.terminal import TerminalReporter, is_first
 from lowrank_compress.config import COMMAND_LINE, EvaluateConfig, Strict, stage_config
 from lowrank_compress.demo import text as demo_text
 from lowrank_compress.errors import ArtifactError, InputError
+from lowrank_compress.methods.table import METHODS
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.locate import locate
-from lowrank_compress.recipe import Recipe, load_recipe
+from lowrank_compress.recipe import METHOD, Recipe, load_recipe
 from lowrank_compress.resources.memory import keep_freed
 from lowrank_compress.resources.resources import Resources
 from lowrank_compress.resources.workers import started
@@ -32,6 +33,7 @@ from lowrank_compress.stages.plan import Plan, make_plan
 from lowrank_compress.stages.reach import check_ratio
 from lowrank_compress.stages.refresh import checkpoint_of
 from lowrank_compress.stages.refresh import refresh as refresh_code
+from lowrank_compress.stages.report import REPORT
 from lowrank_compress.stages.run import Finished, Run
 from lowrank_compress.stages.sizing import dry_run as plan_sizes
 from lowrank_compress.stages.sizing import roomy
@@ -167,10 +169,17 @@ def refine(
         raise InputError("A run knows the dense checkpoint that it was made from: leave --dense out.")
     if not run.exists() and dense is None:
         raise InputError(f"{target} is no run, so that its dense original must be named: pass --dense MODEL.")
-    named = {"refine": True} if dense is None else {"refine": True, "model": dense}
+    named = {"refine": True} if dense is None else {"refine": True, "model": dense, "method": _method_of(Path(target))}
     plan = make_plan(load_recipe(run.recipe if run.exists() else None, given | named))
     assert plan.refine is not None
     return followed("refine", target, plan.refine, out, overwrite, reporter, plan.checkpoint)
+
+
+def _method_of(checkpoint: Path) -> str:
+    """Name the method that a checkpoint was compressed by, as its report says; the recommendation where none does."""
+    report = checkpoint / REPORT
+    said = str(read_json(report).get("method", "")).partition(" ")[0] if report.is_file() else ""
+    return said if said in METHODS else METHOD
 
 
 def followed(

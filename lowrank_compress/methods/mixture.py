@@ -24,8 +24,8 @@ class Mixture:
     held_out
         Where the calibration set has few tokens, losses are taken on other text than fits are made on.
     drawn
-        For so many windows of a language model's text one window of random tokens is added to the calibration set; 0
-        for none.
+        For so many windows of a language model's text one window of random tokens is added to the calibration set,
+        where that is so small that it would specialise the model; 0 for none.
     rival
         A mixture, at its own settings, that whole plans of this one are held against where much is removed.
     instead_of_qk

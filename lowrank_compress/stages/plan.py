@@ -11,6 +11,7 @@ import torch
 from lowrank_compress.allocation.table import ALLOCATORS
 from lowrank_compress.calibration.capture import needs_gradient
 from lowrank_compress.calibration.sources import PAPERS_DATA, Source
+from lowrank_compress.calibration.statistics import specialises
 from lowrank_compress.calibration.tokens import load_tokenizer
 from lowrank_compress.config import DTYPES, CalibrateConfig, CalibrationSet, FactorizeConfig, RefineConfig, ScoreConfig
 from lowrank_compress.errors import InputError, UnsupportedError
@@ -159,7 +160,6 @@ def make_plan(recipe: Recipe, *, reads_text: bool = True) -> Plan:
     check_options(recipe.allocate or method.allocate, recipe.storage or method.storage, subject.candidates)
     # Losses on other text than fits are made on, where the calibration set is small.
     held_out = isinstance(method, Mixture) and method.held_out
-    drawn = method.drawn if isinstance(method, Mixture) else 0
     refines = held_out if recipe.refine is None else recipe.refine
     if design.task == "embedding" and (refines or needs_gradient(needed(groups))):
         raise InputError(
@@ -191,6 +191,8 @@ def make_plan(recipe: Recipe, *, reads_text: bool = True) -> Plan:
     # The kernels of GPUs are fast at multiples of 8.
     round_to = recipe.round_to or (1 if device == "cpu" else 8)
     storage = recipe.storage or method.storage
+    largest = max(max(target.shape) for target in subject.resolved.targets)
+    drawn = method.drawn if isinstance(method, Mixture) and specialises(largest, recipe.samples * seq_len) else 0
     calibrate = CalibrateConfig(
         scheme=scheme,
         source=recipe.calibration,

@@ -80,3 +80,11 @@ def test_auto_with_few_tokens_holds_against_named_methods(assets: Path, tmp_path
         (values,) = said.json["perplexity"].values()
         found[method] = values["compressed"]
     assert found["auto"] < 0.7 * min(found["svd-llm"], found["modegpt"])
+
+
+@pytest.mark.parametrize(("samples", "method", "drawn"), [(8, "auto", 3), (400, "auto", 0), (8, "modegpt", 0)])
+def test_random_tokens_stand_beside_little_text_alone(samples: int, method: str, drawn: int, tiny: Tiny) -> None:
+    recipe = Recipe(model=str(tiny.model), calibration=str(tiny.text), samples=samples, seq_len=32, method=method)
+    plan = make_plan(recipe)
+    assert plan.calibrate.drawn == drawn
+    assert plan.refine is None or plan.refine.drawn == drawn

@@ -34,15 +34,20 @@ def divergences(models: Sequence[Skeleton], batches: Sequence[Batch]) -> list[fl
     walk = Walk(models, batches)
     for _ in walk.forwards():
         pass
-    totals, terms = [0.0] * (len(models) - 1), 0
-    for number, batch in enumerate(batches):
-        for start, stop in lm_chunks(batch) if models[0].task == "lm" else [(0, None)]:
+    return divergences_at_the_end(walk)
+
+
+def divergences_at_the_end(walk: Walk) -> list[float]:
+    """Return the same of the models of a walk that has gone forwards through all blocks."""
+    totals, terms = [0.0] * (len(walk.models) - 1), 0
+    for number, batch in enumerate(walk.batches):
+        for start, stop in lm_chunks(batch) if walk.models[0].task == "lm" else [(0, None)]:
             expected = _log_probabilities(walk, number, 0, start, stop)
             terms += expected[..., 0].numel()
-            for model in range(1, len(models)):
+            for model in range(1, len(walk.models)):
                 got = _log_probabilities(walk, number, model, start, stop)
                 totals[model - 1] += float((expected.exp() * (expected - got)).sum())
-    for model in models:
+    for model in walk.models:
         model.drop_outside()
     return [total / terms if total == total else float("inf") for total in totals]
 

@@ -24,12 +24,12 @@ from lowrank_compress.allocation.curve import Curve
 from lowrank_compress.allocation.uniform import allocate as uniform
 from lowrank_compress.arch.targets import Target
 from lowrank_compress.errors import InputError, UnsupportedError
+from lowrank_compress.evaluation.divergence import divergences_at_the_end
 from lowrank_compress.methods.edit import Replacement, Source
 from lowrank_compress.methods.groups import TargetGroup
 from lowrank_compress.model.narrowing import check_narrowing
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.model.walk.batch import Batch
-from lowrank_compress.model.walk.head import lm_chunks
 from lowrank_compress.model.walk.walk import Walk
 from lowrank_compress.stages.choose import MUCH
 from lowrank_compress.stages.decompose import Bases
@@ -178,21 +178,7 @@ def divergences(skeleton: Skeleton, batches: Sequence[Batch], plans: Sequence[Pl
         for model, plan in enumerate(plans, start=1):
             with _in_place_of(skeleton, replacements(plan, step.index, skeleton.device)):
                 step.advance(model)
-    totals, terms = [0.0] * len(plans), 0
-    for number, batch in enumerate(batches):
-        for start, stop in lm_chunks(batch) if skeleton.task == "lm" else [(0, None)]:
-            expected = _log_probabilities(walk, number, 0, start, stop)
-            terms += expected[..., 0].numel()
-            for model in range(1, 1 + len(plans)):
-                got = _log_probabilities(walk, number, model, start, stop)
-                totals[model - 1] += float((expected.exp() * (expected - got)).sum())
-    skeleton.drop_outside()
-    return [total / terms if total == total else float("inf") for total in totals]
-
-
-@torch.no_grad()
-def _log_probabilities(walk: Walk, number: int, model: int, start: int, stop: int | None) -> Tensor:
-    return walk.head(number, walk.leaving(number, model), start, stop, model).double().log_softmax(-1)
+    return divergences_at_the_end(walk)
 
 
 @contextlib.contextmanager

@@ -185,7 +185,7 @@ def _refuse_no_directory(place: Path) -> None:
 def remove_listed(directory: Path, listed: Listed) -> None:
     """Remove from a directory what is as we wrote it, and the directory itself if nothing is left."""
     for name, digest in listed.items():
-        if _is_ours(directory / name, digest):
+        if not (directory / name).parent.is_symlink() and _is_ours(directory / name, digest):
             (directory / name).unlink()
             if "/" in name:
                 with suppress(OSError):  # something else is in it

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lowrank_compress.artifacts import directories
-from lowrank_compress.artifacts.directories import Listed, recover, replacing
+from lowrank_compress.artifacts.directories import Listed, recover, remove_listed, replacing
 from lowrank_compress.artifacts.files import sha256
 from lowrank_compress.errors import ArtifactError
 from tests.runs import forked
@@ -232,3 +232,14 @@ def test_what_is_the_same_leaves_no_copy(tmp_path: Path):
         (draft / "b").write_text("same")
     assert found(place) == {"a": "same", "b": "same"}
     assert (place / "a").stat().st_nlink == 1
+
+
+def test_nothing_is_removed_through_a_link_that_stands_for_a_directory(tmp_path: Path) -> None:
+    elsewhere, place = tmp_path / "elsewhere", tmp_path / "place"
+    elsewhere.mkdir()
+    place.mkdir()
+    (elsewhere / "config.json").write_text("{}")
+    (place / "1_Pooling").symlink_to(elsewhere)
+    remove_listed(place, {"1_Pooling/config.json": sha256(elsewhere / "config.json")})
+    assert (elsewhere / "config.json").read_text() == "{}"
+    assert (place / "1_Pooling").is_symlink()

@@ -37,6 +37,8 @@ class Allocator:
     least
         ``least(curves, **options)`` returns the smallest limit that `allocate` accepts, from what the curves store
         alone; any such limit is one that it accepts.
+    alike
+        Whether it makes all blocks alike, so that nothing else may tell them apart.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Allocator:
     options: tuple[Option, ...]
     help: str
     least: Callable[..., int] = least_stored
+    alike: bool = False
 
 
 _OWN = (
@@ -76,6 +79,7 @@ _OWN = (
         needs_influence=False,
         options=(),
         help="one width for each kind of module in all blocks, the best under the predicted loss",
+        alike=True,
     ),
     Allocator(
         name="welore",

@@ -92,3 +92,9 @@ def test_what_no_stock_config_describes_is_refused(pristine: Callable[[str], Pat
     assert "Expected either --dense PATH or --native PATH, got none" in refused("export", run)
     assert "got both" in refused("export", run, "--native", out, "--dense", tmp_path / "dense")
     assert not out.exists()
+
+
+def test_alternatives_and_equal_blocks_exclude_each_other(tiny: Tiny, tmp_path: Path) -> None:
+    message = refused("compress", *tiny.options(tmp_path / "run"), "--allocate", "equal-widths")
+    assert "single method for each part" in message
+    assert not (tmp_path / "run" / "stats").exists()

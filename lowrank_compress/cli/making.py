@@ -138,16 +138,7 @@ def factorize(
 def cast(
     target: Annotated[str, typer.Argument(help="A run directory or a compressed checkpoint.", show_default=False)],
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16 or float64", show_default=False)],
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out",
-            parser=o.a_path,
-            metavar="PATH",
-            help="New directory for the checkpoint (default, for a run: RUN/cast, from then on its final one)",
-            show_default=False,
-        ),
-    ] = None,
+    out: Annotated[Path | None, o.new_checkpoint("cast")] = None,
     overwrite: o.Overwrite = False,
     json: o.Json = False,
     debug: o.Debug = False,
@@ -168,16 +159,7 @@ def refine(
     dense: Annotated[
         str | None, typer.Option("--dense", help="The dense original, of a checkpoint that is in no run.")
     ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out",
-            parser=o.a_path,
-            metavar="PATH",
-            help="New directory for the checkpoint (default, for a run: RUN/refine, from then on its final one)",
-            show_default=False,
-        ),
-    ] = None,
+    out: Annotated[Path | None, o.new_checkpoint("refine")] = None,
     calibration: Annotated[str | None, o.of_recipe("calibration")] = None,
     text_column: Annotated[list[str] | None, o.of_recipe("text_column")] = None,
     label_column: Annotated[str | None, o.of_recipe("label_column")] = None,

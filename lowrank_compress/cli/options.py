@@ -149,6 +149,15 @@ def of_recipe(name: str) -> Any:
     )
 
 
+def new_checkpoint(directory: str) -> Any:
+    """Describe --out of a command that makes a checkpoint from a checkpoint, in a run in a directory of that name."""
+    return typer.Option(
+        "--out",
+        help=f"New directory for the checkpoint (default, for a run: RUN/{directory}, from then on its final one)",
+        **PATH,
+    )
+
+
 def joined(value: Any) -> Any:
     """Put the values of an option that may be given several times together as a recipe has them."""
     return (",".join(value) if value else None) if isinstance(value, list) else value

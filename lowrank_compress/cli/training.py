@@ -101,16 +101,7 @@ def recover(
         ),
     ] = None,
     device: Annotated[str | None, o.of_recipe("device")] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out",
-            parser=o.a_path,
-            metavar="PATH",
-            help="New directory for the checkpoint (default, for a run: RUN/recover, from then on its final one)",
-            show_default=False,
-        ),
-    ] = None,
+    out: Annotated[Path | None, o.new_checkpoint("recover")] = None,
     overwrite: o.Overwrite = False,
     json: o.Json = False,
     debug: o.Debug = False,

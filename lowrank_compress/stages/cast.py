@@ -8,7 +8,6 @@ from typing import Any, Literal
 import torch
 
 from lowrank_compress.artifacts.directories import files_in, recover, replacing
-from lowrank_compress.artifacts.files import sha256
 from lowrank_compress.artifacts.manifest import Key, Manifest, commit, committed, listed
 from lowrank_compress.config import Strict
 from lowrank_compress.errors import CheckpointError
@@ -17,10 +16,9 @@ from lowrank_compress.model.casting import cast
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.resources.resources import Resources
 from lowrank_compress.stages.environment import environment
-from lowrank_compress.stages.identity import checkpoint_id
-from lowrank_compress.stages.report import REPORT, recast
+from lowrank_compress.stages.report import recast
 from lowrank_compress.stages.reporting import Reporter, Silent
-from lowrank_compress.stages.rewrite import rewrite
+from lowrank_compress.stages.rewrite import contents_of, rewrite
 from lowrank_compress.stages.run import require_alone
 from lowrank_compress.stages.stage import Given
 
@@ -36,11 +34,7 @@ class CastConfig(Strict):
 
 def key(config: CastConfig, inputs: Given) -> Key:
     """Everything that the cast checkpoint and its report depend on."""
-    found = {"checkpoint": checkpoint_id(inputs.checkpoint)}
-    report = inputs.checkpoint.path / REPORT
-    if report.exists():
-        found["report"] = sha256(report)
-    return Key("cast", VERSION, config.model_dump(mode="json"), found)
+    return Key("cast", VERSION, config.model_dump(mode="json"), contents_of(inputs.checkpoint))
 
 
 def run(

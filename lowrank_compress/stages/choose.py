@@ -78,7 +78,7 @@ class Chooser:
     @property
     def small(self) -> bool:
         """Whether no matrix is so large that time would have to be saved."""
-        return max(max(target.shape) for target in self.subject.resolved.targets) <= SMALL
+        return self.subject.largest <= SMALL
 
     def of_block(self, block: int) -> tuple[TargetGroup, ...]:
         """Return the groups of one block."""

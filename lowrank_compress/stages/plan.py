@@ -191,8 +191,8 @@ def make_plan(recipe: Recipe, *, reads_text: bool = True) -> Plan:
     # The kernels of GPUs are fast at multiples of 8.
     round_to = recipe.round_to or (1 if device == "cpu" else 8)
     storage = recipe.storage or method.storage
-    largest = max(max(target.shape) for target in subject.resolved.targets)
-    drawn = method.drawn if isinstance(method, Mixture) and specialises(largest, recipe.samples * seq_len) else 0
+    little = specialises(subject.largest, recipe.samples * seq_len)
+    drawn = method.drawn if isinstance(method, Mixture) and little else 0
     calibrate = CalibrateConfig(
         scheme=scheme,
         source=recipe.calibration,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from lowrank_compress.artifacts.directories import files_in, recover, replacing
-from lowrank_compress.artifacts.files import sha256
 from lowrank_compress.artifacts.manifest import Key, Manifest, commit, committed, listed
 from lowrank_compress.errors import CheckpointError
 from lowrank_compress.model.blueprint import blueprint
@@ -14,10 +13,9 @@ from lowrank_compress.stages.environment import environment
 from lowrank_compress.stages.identity import checkpoint_id, source_id
 from lowrank_compress.stages.recoverconfig import RecoverConfig
 from lowrank_compress.stages.recovering import Training, teacher_of
-from lowrank_compress.stages.report import REPORT
 from lowrank_compress.stages.reporting import Reporter, Silent
-from lowrank_compress.stages.rewrite import rewrite
-from lowrank_compress.stages.run import require_alone
+from lowrank_compress.stages.rewrite import contents_of, rewrite
+from lowrank_compress.stages.run import require_alone, work_of
 from lowrank_compress.stages.samples import source_of
 from lowrank_compress.stages.stage import Given
 
@@ -26,11 +24,9 @@ VERSION = 1
 
 def key(config: RecoverConfig, inputs: Given) -> Key:
     """Everything that the trained checkpoint and its report depend on; a text counts by its content."""
-    found = {"checkpoint": checkpoint_id(inputs.checkpoint), "text": source_id(source_of(config))}
+    found = contents_of(inputs.checkpoint) | {"text": source_id(source_of(config))}
     if config.towards == "dense":
         found["dense"] = checkpoint_id(teacher_of(inputs))
-    if (report := inputs.checkpoint.path / REPORT).exists():
-        found["report"] = sha256(report)
     return Key("recover", VERSION, config.model_dump(mode="json", exclude={"source"}), found)
 
 
@@ -50,8 +46,7 @@ def run(
     config, inputs
         How, and what.
     out_dir
-        The directory of the new checkpoint, which appears whole or not at all. While it is made, the state of the
-        training is in ``work/`` beside it.
+        The directory of the new checkpoint, which appears whole or not at all; see `work_of` for the state meanwhile.
     reporter
         Told about progress and warnings.
     resources
@@ -78,7 +73,7 @@ def run(
         return found
     plan = blueprint(inputs.checkpoint)
     plan.check_ties()
-    training = Training(config, inputs, plan, out_dir.parent / "work", identity.id, reporter, resources)
+    training = Training(config, inputs, plan, work_of(out_dir), identity.id, reporter, resources)
     report = training.make()
 
     def write() -> Manifest:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_compress.artifacts.directories import files_in, recover, replacing
-from lowrank_compress.artifacts.files import sha256
 from lowrank_compress.artifacts.manifest import Key, Manifest, commit, committed, listed
 from lowrank_compress.artifacts.tensors import BlockFiles
 from lowrank_compress.calibration.capture import capture, numbered
@@ -34,10 +33,9 @@ from lowrank_compress.resources.workers import Workers
 from lowrank_compress.stages.environment import environment
 from lowrank_compress.stages.identity import checkpoint_id, source_id
 from lowrank_compress.stages.refining import BlockRefiner, computing_dtype
-from lowrank_compress.stages.report import REPORT
 from lowrank_compress.stages.reporting import Reporter, Silent
-from lowrank_compress.stages.rewrite import rewrite
-from lowrank_compress.stages.run import Run, require_alone
+from lowrank_compress.stages.rewrite import contents_of, rewrite
+from lowrank_compress.stages.run import require_alone, work_of
 from lowrank_compress.stages.samples import calibration_batches, held_out_batches, source_of, with_drawn
 from lowrank_compress.stages.stage import Given
 
@@ -48,14 +46,8 @@ KEEP = "keep"
 def key(config: RefineConfig, inputs: Given) -> Key:
     """Everything that the refined checkpoint and its report depend on; a text counts by its content."""
     assert inputs.dense is not None
-    found = {
-        "checkpoint": checkpoint_id(inputs.checkpoint),
-        "dense": checkpoint_id(inputs.dense),
-        "text": source_id(source_of(config)),
-    }
-    report = inputs.checkpoint.path / REPORT
-    if report.exists():
-        found["report"] = sha256(report)
+    found = contents_of(inputs.checkpoint)
+    found |= {"dense": checkpoint_id(inputs.dense), "text": source_id(source_of(config))}
     return Key("refine", VERSION, config.model_dump(mode="json", exclude={"source"}), found)
 
 
@@ -134,8 +126,7 @@ class _Refinement:
             )
         self.batches = numbered(self._batches(inputs.dense))
         self.held_out = held_out_batches(config, inputs.dense, self.dense.blueprint.task)
-        inside = Run(out_dir.parent)
-        self.work = inside.work if inside.exists() else out_dir.with_name(f"{out_dir.name}.work")
+        self.work = work_of(out_dir)
         self.fisher = BlockFiles(self.work, identity.id, "fisher")
         self.refined = BlockFiles(self.work, identity.id, "refined")
         self.blocks = range(len(self.dense.resolved.blocks))

@@ -9,12 +9,21 @@ from typing import Any
 from torch import Tensor
 
 from lowrank_compress.artifacts.documents import read_json, write_json
-from lowrank_compress.artifacts.files import write_text
+from lowrank_compress.artifacts.files import sha256, write_text
 from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.export import ShardWriter, config_json, write_companions
 from lowrank_compress.shipped.saving import remote_code_entries, write_remote_code
+from lowrank_compress.stages.identity import checkpoint_id
 from lowrank_compress.stages.report import REPORT, facts, model_card
+
+
+def contents_of(checkpoint: Checkpoint) -> dict[str, str]:
+    """Identify all of a compressed checkpoint that goes into another one: its tensors and config, and its report."""
+    found = {"checkpoint": checkpoint_id(checkpoint)}
+    if (report := checkpoint.path / REPORT).exists():
+        found["report"] = sha256(report)
+    return found
 
 
 def rewrite(

@@ -36,6 +36,12 @@ class Finished:
     index: Index
 
 
+def work_of(out: Path) -> Path:
+    """Where a stage that writes a checkpoint keeps what is finished of it: in the run, or beside what is none's."""
+    run = Run(out.parent)
+    return run.work if run.exists() else out.with_name(f"{out.name}.work")
+
+
 @dataclass(frozen=True)
 class Run:
     """Names inside a run directory."""

@@ -47,6 +47,11 @@ class Subject:
         return scopes_of(self.resolved, self.groups)
 
     @property
+    def largest(self) -> int:
+        """The longest side of any matrix of the blocks."""
+        return max(max(target.shape) for target in self.resolved.targets)
+
+    @property
     def claimed(self) -> tuple[Target, ...]:
         """Matrices that the ratio of the blocks counts, and those outside that are compressed."""
         compressed = {target.name for part in self.candidates for group in part.each[0] for target in group.targets}

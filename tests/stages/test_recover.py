@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from lowrank_compress.artifacts.tensors import BlockFiles
 from lowrank_compress.stages.index import read_index
+from lowrank_compress.stages.run import Run, work_of
 from tests.runs import FEW, Tiny, contents, done, forked, lrc, refused
 from tests.stages.test_workers import ended, start
 from tests.tiny import save_tiny, tiny_text
@@ -211,3 +212,9 @@ def test_blocks_by_themselves(finished: Finished, tmp_path: Path):
 
 def test_no_step_at_all_is_refused(finished: Finished):
     assert "expected one step at least" in refused("recover", finished("svd"), "--steps", 0)
+
+
+def test_the_state_meanwhile_is_in_the_run_or_beside_the_checkpoint(finished: Finished, tmp_path: Path):
+    run = finished("svd")
+    assert work_of(run / "recover") == Run(run).work
+    assert work_of(tmp_path / "out") == tmp_path / "out.work"

@@ -18,7 +18,7 @@ from lowrank_compress.artifacts import tensors as block_files
 from lowrank_compress.artifacts.manifest import read_manifest
 from lowrank_compress.formats.table import FORMATS
 from lowrank_compress.stages.index import read_index
-from tests.runs import FEW, Tiny, contents, done, forked, lrc, refused, results
+from tests.runs import FEW, Tiny, contents, done, forked, refused, results
 from tests.tiny import MODELS, save_tiny
 
 Finished = Callable[[str], Path]

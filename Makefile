@@ -30,7 +30,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(STAMP)  ## Compress the embedded model three ways and compare, in about a minute
+demo: $(STAMP)  ## Compress the embedded model three ways and compare, in two minutes
 	$(BIN)/lrc demo
 
 test: $(STAMP)  ## Run the tests, some on the oldest and newest transformers too: no GPU, no network but for these

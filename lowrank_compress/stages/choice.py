@@ -78,9 +78,9 @@ def plans_of(bases: Bases) -> list[Plan]:
         sample = bases.curves(on_sample=True)
         plans.append(_plan("losses on the sample", bases, sample, chooser.choose(sample), chooser.allocate))
     for name, position in (("linear only", 0), ("modules", -1)):
-        groups = tuple(group for part in chooser.subject.candidates for group in part.each[position])
-        evenly = partial(uniform, limit=chooser.budget.limit)
-        for how, allocate in (("", chooser.allocate), (", uniform", evenly)):
+        groups = chooser.of_position(position)
+        ways = [("", chooser.allocate), (", uniform", partial(uniform, limit=chooser.budget.limit))]
+        for how, allocate in ways[:1] if chooser.allocator.alike else ways:
             with contextlib.suppress(InputError):  # out of reach
                 plan = _plan(f"{name}{how}", bases, curves, groups, allocate)
                 if chooser.small or plan.predicted <= HOPELESS * plans[0].predicted:

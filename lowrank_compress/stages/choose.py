@@ -70,6 +70,8 @@ class Chooser:
         config, subject = self.config, self.subject
         if config.rival is None or not (self.small or config.ratio >= MUCH) or not self.allocator.needs_loss:
             return None
+        if self.allocator.alike:  # the rival's blocks are not
+            return None
         own = {"scheme": config.rival, "allocate": "block-influence", "storage": "pair", "rival": None}
         with contextlib.suppress(InputError):  # the ratio is out of its reach
             return Chooser(config.model_copy(update=own | {"held_out": False}), Subject(subject.model, subject.rival))
@@ -102,10 +104,25 @@ class Chooser:
     def choose(self, curves: Mapping[str, Curve]) -> tuple[TargetGroup, ...]:
         """Return the groups of the better candidate of each part."""
         candidates = self.subject.candidates
+        if self.allocator.alike:
+            return self._choose_alike(curves)
         each = [[[curves[group.name] for group in one] for one in self._usable(part)] for part in candidates]
         picked = choose(each, self.budget.limit)
         best = [self._usable(part)[number] for part, number in zip(candidates, picked, strict=True)]
         return tuple(group for candidate in best for group in candidate)
+
+    def of_position(self, position: int) -> tuple[TargetGroup, ...]:
+        """Return the groups of the first (0) or the last (-1) candidate of every part."""
+        return tuple(group for part in self.subject.candidates for group in part.each[position])
+
+    def _choose_alike(self, curves: Mapping[str, Curve]) -> tuple[TargetGroup, ...]:
+        """Return the groups of the better candidate, one for all parts, as blocks are to be alike."""
+        losses: dict[tuple[TargetGroup, ...], float] = {}
+        for groups in dict.fromkeys(self.of_position(position) for position in (0, -1)):
+            own = [curves[group.name] for group in groups]
+            with contextlib.suppress(InputError):  # out of reach
+                losses[groups] = sum(curve.loss[point] for curve, point in zip(own, self.allocate(own), strict=True))
+        return min(losses, key=losses.__getitem__, default=self.of_position(0))
 
     def _usable(self, part: Candidates) -> tuple[tuple[TargetGroup, ...], ...]:
         return part.each if self.allocator.needs_loss else part.each[:1]

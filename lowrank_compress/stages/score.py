@@ -97,11 +97,6 @@ def check_options(allocate: str, storage: str, candidates: Sequence[Candidates])
             "uniform or loss, or leave it as it is."
         )
     alternatives = any(len(part.each) > 1 for part in candidates)
-    if allocator.alike and alternatives:
-        raise InputError(
-            f"The allocator {allocate!r} makes all blocks alike, and alternatives are chosen block by block. Name a "
-            "single method for each part, for instance --method nystrom --attention dense."
-        )
     if allocator.needs_loss and alternatives and not all(group.nats for group in all_groups(candidates)):
         raise InputError(
             "Alternatives compare by predicted losses, which must all be in nats a token: use kfac for matrices and "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,7 +95,13 @@ def test_what_no_stock_config_describes_is_refused(pristine: Callable[[str], Pat
     assert not out.exists()
 
 
-def test_alternatives_and_equal_blocks_exclude_each_other(tiny: Tiny, tmp_path: Path) -> None:
-    message = refused("compress", *tiny.options(tmp_path / "run"), "--allocate", "equal-widths")
-    assert "single method for each part" in message
-    assert not (tmp_path / "run" / "stats").exists()
+@pytest.mark.parametrize("ratio", [0.2, 0.5])
+def test_alternatives_are_chosen_for_all_blocks_where_these_are_to_be_alike(
+    ratio: float, tiny: Tiny, tmp_path: Path
+) -> None:
+    done("compress", *tiny.options(tmp_path / "run"), "--allocate", "equal-widths", "--ratio", ratio)
+    ranks = json.loads((tmp_path / "run" / "scores" / "ranks.json").read_text())["matrices"]
+    kinds: dict[str, list[object]] = {}
+    for name, entry in ranks.items():
+        kinds.setdefault(re.sub(r"\d+", "*", name), []).append(entry)
+    assert all(len(entries) == 2 and entries[0] == entries[1] for entries in kinds.values())

@@ -121,7 +121,8 @@ class Chooser:
         for groups in dict.fromkeys(self.of_position(position) for position in (0, -1)):
             own = [curves[group.name] for group in groups]
             with contextlib.suppress(InputError):  # out of reach
-                losses[groups] = sum(curve.loss[point] for curve, point in zip(own, self.allocate(own), strict=True))
+                chosen = self.allocate(own)
+                losses[groups] = sum(float(c.loss[point]) for c, point in zip(own, chosen, strict=True))
         return min(losses, key=losses.__getitem__, default=self.of_position(0))
 
     def _usable(self, part: Candidates) -> tuple[tuple[TargetGroup, ...], ...]:

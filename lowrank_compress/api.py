@@ -78,7 +78,7 @@ def compress(
     ratio: float = RATIO,
     *,
     method: str = METHOD,
-    calibration: Place | None = None,
+    calibration: Place | Sequence[Place | Mapping[str, Any]] | None = None,
     out: Place | None = None,
     memory_budget: int | str | None = None,
     keep_statistics: bool = False,
@@ -99,7 +99,8 @@ def compress(
     method
         See ``lrc list methods``.
     calibration
-        Text to calibrate on; None for WikiText-2 from the hub.
+        Text to calibrate on; None for WikiText-2 from the hub. Or several, whose windows are drawn in proportion to
+        weights: ``["wiki.txt:2", {"text": "code.jsonl", "weight": 1, "text_column": "content"}]``.
     out
         Run directory; None for ``runs/<model>-<method>-<ratio>``.
     memory_budget
@@ -119,7 +120,7 @@ def compress(
         The input is not what it must be; the message says what to do.
     """
     given = {"model": str(model), "ratio": ratio, "method": method, **fields}
-    given |= {} if calibration is None else {"calibration": str(calibration)}
+    given |= {} if calibration is None else {"calibration": _texts(calibration)}
     return run_recipe(
         make_recipe(given, "The call of compress"),
         None if out is None else Path(out),
@@ -128,6 +129,12 @@ def compress(
         overwrite=overwrite,
         reporter=reporter,
     )
+
+
+def _texts(given: Place | Sequence[Place | Mapping[str, Any]]) -> Any:
+    if isinstance(given, str | PathLike):
+        return str(given)
+    return [str(text) if isinstance(text, PathLike) else text for text in given]
 
 
 def run_recipe(

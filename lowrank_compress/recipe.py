@@ -13,7 +13,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
-from lowrank_compress.config import COMMAND_LINE, DTYPES, MANY, ModuleMetric, RatioOf, Strict, explain, option_of
+from lowrank_compress.config import COMMAND_LINE, DTYPES, MANY, ModuleMetric, RatioOf, Strict, Texts, explain, option_of
 from lowrank_compress.errors import InputError
 from lowrank_compress.options import ALPHA, CAP, FLOOR, TEMPERATURE, Option
 from lowrank_compress.recipefile import read_recipe_file
@@ -54,7 +54,7 @@ def setting(
     hint
         What is said of the default, ``{}`` being its value; None for the value alone, if there is one.
     many
-        The option may be given several times; the values stand with commas between them.
+        The option may be given several times; the values of a text stand with commas between them.
     flag
         Name of the option, where it is not the field's.
     bounds
@@ -126,13 +126,16 @@ class Recipe(Strict):
         hint="with --method auto",
     )
 
-    calibration: str | None = setting(
+    calibration: Texts = setting(
         None,
         "Text file; .jsonl, .json, .csv, .tsv or .parquet with --text-column; either also compressed; or "
-        "hf:NAME[:CONFIG[:SPLIT]], where the split may be a slice, train[:1000].",
+        "hf:NAME[:CONFIG[:SPLIT]], where the split may be a slice, train[:1000]. May be repeated: windows are drawn in "
+        "proportion to weights, wiki.txt:2 code.txt:1 (a number is a weight behind a file that is there, or behind "
+        "hf:NAME:CONFIG:SPLIT, of which parts may be empty).",
         DATA,
         "calibrate",
         hint="hf:Salesforce/wikitext:wikitext-2-raw-v1:train",
+        many=True,
     )
     text_column: str | None = setting(
         None,

@@ -15,6 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -27,6 +28,7 @@ from lowrank_compress.calibration.statistics import STATISTICS, enough_tokens, s
 from lowrank_compress.errors import InputError
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.model.walk.batch import Batch
+from lowrank_compress.model.walk.head import head_gradient, head_loss
 from lowrank_compress.model.walk.segments import boundary_bytes, most_kept, segment_length
 from lowrank_compress.model.walk.states import StateStore
 from lowrank_compress.model.walk.step import Step
@@ -35,6 +37,7 @@ from lowrank_compress.resources.resources import Resources
 
 Wanted = Mapping[str, frozenset[str]]
 Advance = Callable[[str, int, int], None]
+Told = Callable[[Batch, float], None]
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ def capture(
     resources: Resources = Resources(),
     halves: bool = False,
     again: Again | None = None,
+    told: Told | None = None,
 ) -> Iterator[BlockStatistics]:
     """Yield the statistics of each block: first to last, or last to first where gradients are taken.
 
@@ -104,6 +108,9 @@ def capture(
         its tokens (`statistics.enough_tokens`) and there are two sequences at least.
     again
         Take statistics of gradients from a second model as well, and give those of both together (`Again.combined`).
+    told
+        Called with a batch and a part of its summed loss, of a language model, until all is told; where no gradients
+        are taken, the blocks are run to the last for it.
 
     Raises
     ------
@@ -130,7 +137,7 @@ def capture(
     halved = halved_statistics(skeleton.resolved.targets, wanted, tokens) if halves else frozenset()
     first = first_counts(batches) if halved else (0, 0)
     walk = Walk(models, own, store=StateStore(spill, spill_to))
-    sweep = _Sweep(walk, wanted, [i for i in range(count) if not skip(i)], clip, advance, halved, again)
+    sweep = _Sweep(walk, wanted, [i for i in range(count) if not skip(i)], clip, advance, halved, again, told)
     if needs_gradient(wanted):
         found = sweep.backwards(segment_length(count, (disk if spill else memory) // boundary))
     else:
@@ -160,24 +167,38 @@ class _Sweep:
     advance: Advance
     halved: frozenset[str] = frozenset()
     again: Again | None = None
+    told: Told | None = None
 
     def forwards(self) -> Iterator[tuple[int, list[Moments]]]:
         """Measure on the way from the first block to the last."""
-        for step in self.walk.forwards(until=max(self.wanted_blocks, default=-1) + 1):
+        until = None if self.told is not None else max(self.wanted_blocks, default=-1) + 1
+        for step in self.walk.forwards(until=until):
             moments = self._measure(step, clip=None)
             self.advance("forward", step.index + 1, self.walk.blocks)
             if moments is not None:
                 yield step.index, moments
+        if self.told is not None:
+            for number, batch in enumerate(self.walk.batches):
+                self.told(batch, head_loss(self.walk.replay(), batch, self.walk.leaving(number)))
+            self.walk.models[0].drop_outside()
 
     def backwards(self, segment: int) -> Iterator[tuple[int, list[Moments]]]:
         """Measure on the way back, with the gradients of the loss."""
         first = min(self.wanted_blocks, default=self.walk.blocks)
-        loss = gradient_of_loss if self.again is None else self.again.gradient
+        loss = self._gradient if self.again is None else self.again.gradient
         for step in self.walk.backwards(loss, segment=segment, until=first, advance=self.advance):
             moments = self._measure(step, self.clip)
             self.advance("backward", self.walk.blocks - step.index, self.walk.blocks)
             if moments is not None:
                 yield step.index, moments
+
+    def _gradient(self, walk: Walk, number: int, model: int) -> Tensor:
+        """As `gradient_of_loss`, and tell what the loss is."""
+        told, batch = self.told, walk.batches[number]
+        if told is None:
+            return gradient_of_loss(walk, number, model)
+        tell = partial(told, batch)
+        return head_gradient(walk.replay(model), batch, walk.leaving(number, model), told=tell)
 
     def _measure(self, step: Step, clip: float | None) -> list[Moments] | None:
         """Take a block's sums if they are wanted, and let the block go: what is made of them needs the memory."""

@@ -74,8 +74,9 @@ def show(target: str, as_json: bool) -> None:
     is_run = run.exists()
     report = read_report(run.finished(names=(REPORT,)).path if is_run else Path(target))
     spectra = {name: values for name, values in (_spectra(run) if is_run else {}).items() if name in report["matrices"]}
+    texts = _texts(run) if is_run else []
     if as_json:
-        print_json(report | {"spectra": spectra})
+        print_json(report | {"spectra": spectra, "texts": texts})
         return
     nats = report["unit"] == "nats"
     rows = []
@@ -111,6 +112,13 @@ def show(target: str, as_json: bool) -> None:
         out.print(
             f"Plan {tried['plan']}{taken}: {tried['divergence']:.3f} nats from dense on held-out text{at_random}."
         )
+    for text in texts:
+        dense = "" if text["perplexity"] is None else f", dense perplexity {text['perplexity']:.4g}"
+        weight = f", weight {text['weight']:g}" if len(texts) > 1 else ""
+        out.print(
+            f"Calibrated on {text['text']}{weight}: {text['windows']} windows or examples, {text['tokens']} tokens"
+            f"{dense}."
+        )
     if "refine" in report:
         out.print(refined(report["refine"]))
     if nats:
@@ -119,6 +127,17 @@ def show(target: str, as_json: bool) -> None:
         out.print(
             "Losses are shares of each matrix's own total in the method's metric; they do not compare between matrices."
         )
+
+
+def _texts(run: Any) -> list[dict[str, Any]]:
+    """What each text of a run's calibration came to."""
+    from lowrank_compress.artifacts.manifest import read_manifest
+
+    try:
+        manifest = read_manifest(run.statistics)
+    except ArtifactError:
+        return []
+    return [] if manifest is None else manifest.report.get("texts", [])
 
 
 def _spectra(run: Any) -> dict[str, list[float]]:

@@ -160,7 +160,7 @@ def refine(
         str | None, typer.Option("--dense", help="The dense original, of a checkpoint that is in no run.")
     ] = None,
     out: Annotated[Path | None, o.new_checkpoint("refine")] = None,
-    calibration: Annotated[str | None, o.of_recipe("calibration")] = None,
+    calibration: Annotated[list[str] | None, o.of_recipe("calibration")] = None,
     text_column: Annotated[list[str] | None, o.of_recipe("text_column")] = None,
     label_column: Annotated[str | None, o.of_recipe("label_column")] = None,
     samples: Annotated[int | None, o.of_recipe("samples")] = None,
@@ -182,7 +182,7 @@ def refine(
         from lowrank_compress.cli import commands, printing
 
         given = {
-            "calibration": calibration,
+            "calibration": calibration or None,
             "text_column": o.joined(text_column),
             "label_column": label_column,
             "samples": samples,

@@ -165,7 +165,10 @@ def joined(value: Any) -> Any:
 
 def _given(name: str, value: Any) -> Any:
     """What was given for a field, as the recipe has it."""
-    if not isinstance(value, list) or get_origin(Recipe.model_fields[name].annotation) is not dict:
+    kind = Recipe.model_fields[name].annotation
+    if isinstance(value, list) and any(get_origin(each) is tuple for each in get_args(kind)):
+        return value or None
+    if not isinstance(value, list) or get_origin(kind) is not dict:
         return joined(value)
     found: dict[str, str] = {}
     for each in value:

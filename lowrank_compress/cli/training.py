@@ -79,10 +79,11 @@ def recover(
         ),
     ] = None,
     calibration: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             "--calibration",
-            help="Text that the dense model teaches on, all of it (default, for a run: that of its recipe)",
+            help="Text that the dense model teaches on, all of it; may be repeated (default, for a run: that of its "
+            "recipe)",
             rich_help_panel=DATA,
             show_default=False,
         ),
@@ -119,10 +120,10 @@ def recover(
         prepare_libraries()
         from lowrank_compress.cli import printing, recovering
 
-        if text is not None and calibration is not None:
+        if text is not None and calibration:
             raise InputError("--text and --calibration both name what to train on; pass one of them.")
         data = {
-            "source": text or calibration,
+            "source": text or calibration or None,
             "text_column": o.joined(text_column),
             "label_column": label_column,
             "seq_len": seq_len,

@@ -21,11 +21,12 @@ from lowrank_compress.model.narrowing import check_narrowing
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.resources.resources import Resources
 from lowrank_compress.stages.environment import environment
-from lowrank_compress.stages.identity import checkpoint_id, source_id
+from lowrank_compress.stages.identity import checkpoint_id
 from lowrank_compress.stages.reporting import Reporter, Silent, in_parts
-from lowrank_compress.stages.samples import calibration_batches, source_of, too_few, with_drawn
+from lowrank_compress.stages.samples import batches_by_text, settings_of, text_id, too_few, too_short, with_drawn
 from lowrank_compress.stages.sinks import FileSink, Sink
 from lowrank_compress.stages.subject import Subject
+from lowrank_compress.stages.texts import PerText
 
 VERSION = 6
 
@@ -45,8 +46,8 @@ def key(config: CalibrateConfig, inputs: Inputs, text: str | None = None) -> Key
     groups = inputs.subject.measured
     found = {"checkpoint": checkpoint_id(inputs.subject.checkpoint)}
     if needs_data(groups):
-        found["text"] = text or source_id(source_of(config))
-    settings = config.model_dump(mode="json", exclude={"source", "scheme", "rival"})
+        found["text"] = text or text_id(config)
+    settings = settings_of(config, "scheme", "rival")
     wanted = needed(groups)
     by_role: dict[str, set[str]] = {}
     for target in inputs.subject.resolved.targets:
@@ -110,7 +111,8 @@ def run(
             reporter.advance(receiver.step, done, len(own))
         receiver.flush()
         return workers.once(lambda: commit(out_dir, identity, outputs, report, environment(config.device)))
-    batches = calibration_batches(config, subject.checkpoint, task)
+    by_text = batches_by_text(config, subject.checkpoint, task)
+    batches = [batch for part in by_text for batch in part]
     if needs_gradient(wanted) and any(batch.labels is None for batch in batches) and task != "lm":
         raise InputError(
             "The method takes gradients of a classifier's loss, which needs labels. Pass a table with --text-column "
@@ -123,14 +125,11 @@ def run(
         "windows": sum(len(batch.ids) for batch in batches),
         "tokens_sha256": batches_hash(batches),
     }
-    count, what = sum(len(batch.ids) for batch in batches), "windows" if batches[0].labels is None else "examples"
-    if count < config.samples:
-        reporter.warn(
-            f"The calibration text has {count} {what}, fewer than the {config.samples} asked for; all are taken. Pass "
-            "more text, a smaller --seq-len, or a smaller --samples."
-        )
+    for warning in too_short(config, by_text):
+        reporter.warn(warning)
     if few := too_few(groups, batches, needs_gradient(wanted)):
         reporter.warn(few)
+    texts = PerText(config, by_text)
     batches = with_drawn(batches, config.drawn, subject.checkpoint, task)
     if any(group.loses_mean for group in groups):
         reporter.warn(
@@ -153,6 +152,7 @@ def run(
             spill_to=out_dir,
             resources=resources,
             halves=config.held_out,
+            told=texts.told if task == "lm" and (len(by_text) > 1 or needs_gradient(wanted)) else None,
         )
         for done, part in in_parts(captured, receiver.at_once):
             receiver.take({statistics.block: statistics.means for statistics in part})
@@ -162,6 +162,7 @@ def run(
         if outside := [block for block in missing if block >= len(subject.resolved.blocks)]:
             receiver.take({block: {} for block in workers.share(outside)})
         receiver.flush()
+    report["texts"] = texts.report(workers)
     return workers.once(lambda: commit(out_dir, identity, outputs, report, environment(config.device)))
 
 

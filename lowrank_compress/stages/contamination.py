@@ -13,7 +13,7 @@ from lowrank_compress.stages.run import Run
 
 
 def refuse_calibration_text(target: Path, config: EvaluateConfig) -> None:
-    """Refuse to measure a run, or the checkpoint inside one, on its calibration text, under whatever name.
+    """Refuse to measure a run, or the checkpoint inside one, on a text of its calibration, under whatever name.
 
     Raises
     ------
@@ -24,9 +24,10 @@ def refuse_calibration_text(target: Path, config: EvaluateConfig) -> None:
         if not (run.exists() and run.index.exists()):
             continue
         recipe, calibrated = load_recipe(run.recipe, {}), read_manifest(run.statistics)
-        used = recipe.calibration if calibrated is not None and calibrated.report["tokens"] else None
+        read = recipe.calibration if calibrated is not None and calibrated.report["tokens"] else None
+        used = [read] if isinstance(read, str) else [part.text for part in read or ()]
         for name in (*config.perplexity, *([config.classification] if config.classification else [])):
-            if used and (used == name or _same_content(Path(used), Path(name))):
+            if any(text == name or _same_content(Path(text), Path(name)) for text in used):
                 raise CalibrationError(
                     f"{name} is the text that this run was calibrated on: measured on it, the compressed model looks "
                     "better than it is. Evaluate on another text, or pass --force."

@@ -30,7 +30,7 @@ from lowrank_compress.stages.expectation import (
     TensorEntry,
     WeightEntry,
 )
-from lowrank_compress.stages.identity import checkpoint_id, display_name
+from lowrank_compress.stages.identity import checkpoint_id, display_name, text_name
 from lowrank_compress.stages.index import read_index
 from lowrank_compress.stages.run import Run
 from lowrank_compress.stages.verification import verify
@@ -95,8 +95,10 @@ def text_of(recipe: Recipe, calibration: Manifest | None) -> Input | None:
     found = None if calibration is None else calibration.key.inputs.get("text")
     if found is None or recipe.calibration is None:
         return None
-    hub = recipe.calibration.startswith("hf:")
-    return Input(name=recipe.calibration if hub else Path(recipe.calibration).name, id=found)
+    texts = recipe.calibration
+    several = () if isinstance(texts, str) else texts
+    name = ", ".join(f"{text_name(part.text)}:{part.weight:g}" for part in several) or text_name(str(texts))
+    return Input(name=name, id=found)
 
 
 def _base_of(recipe: Recipe, id: str, run: Path) -> Checkpoint:

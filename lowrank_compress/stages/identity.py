@@ -36,6 +36,11 @@ def source_id(source: Source) -> str:
         raise CalibrationError(f"{source.name} cannot be read ({problem}). Expected a readable file.") from None
 
 
+def text_name(text: str) -> str:
+    """Name a text without the path to it."""
+    return text if text.startswith("hf:") else Path(text).name
+
+
 def display_name(model: str) -> str:
     """Name a model without the path to it: the hub name, or the directory's own name."""
     path = Path(model).expanduser()

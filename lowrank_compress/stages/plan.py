@@ -10,7 +10,7 @@ import torch
 
 from lowrank_compress.allocation.table import ALLOCATORS
 from lowrank_compress.calibration.capture import needs_gradient
-from lowrank_compress.calibration.sources import PAPERS_DATA, Source
+from lowrank_compress.calibration.sources import PAPERS_DATA
 from lowrank_compress.calibration.statistics import specialises
 from lowrank_compress.calibration.tokens import load_tokenizer
 from lowrank_compress.config import DTYPES, CalibrateConfig, CalibrationSet, FactorizeConfig, RefineConfig, ScoreConfig
@@ -28,6 +28,7 @@ from lowrank_compress.recipe import Recipe
 from lowrank_compress.stages.choose import Chooser
 from lowrank_compress.stages.environment import compute_device
 from lowrank_compress.stages.identity import source_id
+from lowrank_compress.stages.samples import check_shares, sources_of
 from lowrank_compress.stages.score import check_options
 from lowrank_compress.stages.subject import Subject, subject_of
 
@@ -100,8 +101,10 @@ class Plan:
             else str(directory.resolve())  # of an adapter, not of what it was merged to
         )
         source = self.recipe.calibration
-        if source is not None and not source.startswith("hf:"):
-            source = str(Path(source).resolve())
+        if isinstance(source, str):
+            source = _resolved(source)
+        elif source is not None:
+            source = tuple(part.model_copy(update={"text": _resolved(part.text)}) for part in source)
         return self.recipe.model_copy(
             update={
                 "model": model,
@@ -123,6 +126,11 @@ class Plan:
                 "refine": self.recipe.refine if self.refine is None else True,
             }
         )
+
+
+def _resolved(text: str) -> str:
+    """Name a text so that it is found from anywhere."""
+    return text if text.startswith("hf:") else str(Path(text).resolve())
 
 
 def make_plan(recipe: Recipe, *, reads_text: bool = True) -> Plan:
@@ -182,9 +190,6 @@ def make_plan(recipe: Recipe, *, reads_text: bool = True) -> Plan:
         )
     if reads and reads_text:
         load_tokenizer(checkpoint.path, recipe.trust_remote_code)
-        source = Source(recipe.calibration or PAPERS_DATA, recipe.text_column, recipe.label_column)
-        if not source.is_hub:
-            source_id(source)  # refuses a file that is not there
     dtype = recipe.dtype or str(checkpoint.dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise InputError(f"The checkpoint's weights are {dtype}; name an output --dtype: {', '.join(DTYPES)}.")
@@ -208,6 +213,11 @@ def make_plan(recipe: Recipe, *, reads_text: bool = True) -> Plan:
         drawn=drawn,
         rival=rival,
     )
+    if reads and reads_text:
+        check_shares(calibrate)
+        for source in sources_of(calibrate):
+            if not source.is_hub:
+                source_id(source)  # refuses a file that is not there
     allocate = recipe.allocate or method.allocate
     second = held_out and ALLOCATORS[allocate].needs_loss and all(group.nats for group in groups)
     if recipe.second and not second:

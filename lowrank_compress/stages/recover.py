@@ -10,13 +10,13 @@ from lowrank_compress.errors import CheckpointError
 from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.resources.resources import Resources
 from lowrank_compress.stages.environment import environment
-from lowrank_compress.stages.identity import checkpoint_id, source_id
+from lowrank_compress.stages.identity import checkpoint_id
 from lowrank_compress.stages.recoverconfig import RecoverConfig
 from lowrank_compress.stages.recovering import Training, teacher_of
 from lowrank_compress.stages.reporting import Reporter, Silent
 from lowrank_compress.stages.rewrite import contents_of, rewrite
 from lowrank_compress.stages.run import require_alone, work_of
-from lowrank_compress.stages.samples import source_of
+from lowrank_compress.stages.samples import settings_of, text_id
 from lowrank_compress.stages.stage import Given
 
 VERSION = 1
@@ -24,10 +24,10 @@ VERSION = 1
 
 def key(config: RecoverConfig, inputs: Given) -> Key:
     """Everything that the trained checkpoint and its report depend on; a text counts by its content."""
-    found = contents_of(inputs.checkpoint) | {"text": source_id(source_of(config))}
+    found = contents_of(inputs.checkpoint) | {"text": text_id(config)}
     if config.towards == "dense":
         found["dense"] = checkpoint_id(teacher_of(inputs))
-    return Key("recover", VERSION, config.model_dump(mode="json", exclude={"source"}), found)
+    return Key("recover", VERSION, settings_of(config), found)
 
 
 def run(

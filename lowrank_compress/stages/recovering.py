@@ -145,6 +145,9 @@ def _data(config: RecoverConfig, checkpoint: Checkpoint, plan: Blueprint) -> tup
     """Make what is trained on, and what is held out: the last of the shuffled sequences."""
     alone = CalibrationSet.of(config, micro_batch=1)
     items = calibration_batches(alone, checkpoint, plan.task)
+    if not isinstance(config.source, str):  # what is held out is of all texts
+        order = torch.randperm(len(items), generator=torch.Generator().manual_seed(config.seed)).tolist()
+        items = [items[number] for number in order]
     count = min(HELD_OUT, len(items) // 8)
     if count == 0:
         raise InputError(

@@ -31,12 +31,12 @@ from lowrank_compress.model.walk.walk import Walk
 from lowrank_compress.resources.resources import Resources
 from lowrank_compress.resources.workers import Workers
 from lowrank_compress.stages.environment import environment
-from lowrank_compress.stages.identity import checkpoint_id, source_id
+from lowrank_compress.stages.identity import checkpoint_id
 from lowrank_compress.stages.refining import BlockRefiner, computing_dtype
 from lowrank_compress.stages.reporting import Reporter, Silent
 from lowrank_compress.stages.rewrite import contents_of, rewrite
 from lowrank_compress.stages.run import require_alone, work_of
-from lowrank_compress.stages.samples import calibration_batches, held_out_batches, source_of, with_drawn
+from lowrank_compress.stages.samples import calibration_batches, held_out_batches, settings_of, text_id, with_drawn
 from lowrank_compress.stages.stage import Given
 
 VERSION = 2
@@ -47,8 +47,8 @@ def key(config: RefineConfig, inputs: Given) -> Key:
     """Everything that the refined checkpoint and its report depend on; a text counts by its content."""
     assert inputs.dense is not None
     found = contents_of(inputs.checkpoint)
-    found |= {"dense": checkpoint_id(inputs.dense), "text": source_id(source_of(config))}
-    return Key("refine", VERSION, config.model_dump(mode="json", exclude={"source"}), found)
+    found |= {"dense": checkpoint_id(inputs.dense), "text": text_id(config)}
+    return Key("refine", VERSION, settings_of(config), found)
 
 
 def run(

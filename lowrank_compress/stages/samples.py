@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
+from lowrank_compress.artifacts.documents import canonical_hash
 from lowrank_compress.calibration.capture import loss_terms
 from lowrank_compress.calibration.examples import example_batches
+from lowrank_compress.calibration.shares import shares
 from lowrank_compress.calibration.sources import Source, pieces, read_examples, shuffled
 from lowrank_compress.calibration.statistics import ENOUGH
 from lowrank_compress.calibration.tokens import bos_of, encode, load_tokenizer, renderer, vocabulary_of
 from lowrank_compress.calibration.windows import calibration_windows, drawn_windows, window_batches
-from lowrank_compress.config import CalibrationSet
+from lowrank_compress.config import CalibrationSet, TextPart
 from lowrank_compress.errors import InputError
 from lowrank_compress.methods.groups import TargetGroup
 from lowrank_compress.model.blueprint import Task
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.walk.batch import Batch
+from lowrank_compress.stages.identity import source_id
 
 
-def source_of(config: CalibrationSet) -> Source:
-    """Name the text of a config.
+def parts_of(config: CalibrationSet) -> tuple[TextPart, ...]:
+    """Name the texts of a config, and what is said of each.
 
     Raises
     ------
@@ -28,7 +34,65 @@ def source_of(config: CalibrationSet) -> Source:
     """
     if config.source is None:
         raise InputError("The method needs calibration data; name a text with --calibration.")
-    return Source(config.source, config.text_column, config.label_column)
+    return (TextPart(text=config.source),) if isinstance(config.source, str) else config.source
+
+
+def sources_of(config: CalibrationSet) -> list[Source]:
+    """Name the texts of a config, each with its columns; those that are named for all are the tables'.
+
+    Raises
+    ------
+    InputError
+        It names none.
+    """
+    parts = parts_of(config)
+    tables = [part for part in parts if Source(part.text).is_table]
+    return [
+        Source(
+            part.text,
+            part.text_column or (config.text_column if part in tables or not tables else None),
+            part.label_column or (config.label_column if part in tables or not tables else None),
+        )
+        for part in parts
+    ]
+
+
+def text_id(config: CalibrationSet) -> str:
+    """Identify the content of the text of a config, or of all its texts.
+
+    Raises
+    ------
+    CalibrationError
+        One does not exist, or cannot be read.
+    """
+    found = [source_id(source) for source in sources_of(config)]
+    return found[0] if isinstance(config.source, str) else canonical_hash(found)
+
+
+def settings_of(config: CalibrationSet, *without: str) -> dict[str, Any]:
+    """Return what a key holds of a config: all but where texts are; of several texts, how they are mixed."""
+    found = config.model_dump(mode="json", exclude={"source", *without})
+    if not isinstance(config.source, str | None):
+        said = [part.model_dump(mode="json") for part in config.source]
+        found["mixture"] = [{name: each[name] for name in each if name != "text"} for each in said]
+    return found
+
+
+def check_shares(config: CalibrationSet) -> None:
+    """Refuse a mixture of which a text would have no window.
+
+    Raises
+    ------
+    InputError
+        So it is.
+    """
+    parts = parts_of(config)
+    found = shares([part.weight for part in parts], config.samples)
+    if 0 in found:
+        raise InputError(
+            f"Of --samples {config.samples} none would be of {parts[found.index(0)].text}: the share of its weight is "
+            "too small. Ask for more samples, or leave it out."
+        )
 
 
 # Of text that plans are tried on: windows, and tokens in all of them.
@@ -48,16 +112,39 @@ def held_out_batches(config: CalibrationSet, checkpoint: Checkpoint, task: Task)
 def calibration_batches(config: CalibrationSet, checkpoint: Checkpoint, task: Task, *, skip: int = 0) -> list[Batch]:
     """Make the calibration set of a config: windows of text, or examples for a classifier and an embedding model.
 
-    Of the shuffled ones the first `skip` are left out; there may be none after them.
+    Of the shuffled ones the first `skip` are left out; there may be none after them. Of several texts each gives its
+    share, of what is left out too, in their order.
 
     Raises
     ------
     CalibrationError, InputError
         The data are missing, empty, too short or have no such column.
     """
+    return [batch for part in batches_by_text(config, checkpoint, task, skip=skip) for batch in part]
+
+
+def batches_by_text(config: CalibrationSet, checkpoint: Checkpoint, task: Task, *, skip: int = 0) -> list[list[Batch]]:
+    """Make the calibration set of a config, as `calibration_batches`; the batches of each text by themselves."""
     tokenizer = load_tokenizer(checkpoint.path, checkpoint.trust_remote_code)
-    source, vocabulary = source_of(config), vocabulary_of(checkpoint)
-    named = config.text_column is not None or config.label_column is not None
+    weights = [part.weight for part in parts_of(config)]
+    counts = zip(sources_of(config), shares(weights, config.samples), shares(weights, skip), strict=True)
+    found: list[list[Batch]] = []
+    for source, samples, before in counts:
+        own = config.model_copy(update={"samples": samples})
+        found.append(_batches(own, source, tokenizer, checkpoint, task, before) if samples else [])
+    return found
+
+
+def _batches(
+    config: CalibrationSet,
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    checkpoint: Checkpoint,
+    task: Task,
+    skip: int,
+) -> list[Batch]:
+    vocabulary = vocabulary_of(checkpoint)
+    named = source.text_column is not None or source.label_column is not None
     if task != "lm" and (named or (source.is_table and not source.is_hub)):
         examples = shuffled(read_examples(source), skip + config.samples, config.seed)
         return example_batches(
@@ -80,6 +167,20 @@ def with_drawn(batches: Sequence[Batch], each: int, checkpoint: Checkpoint, task
     if task != "lm" or vocabulary is None:
         return list(batches)
     return [*batches, *drawn_windows(batches, vocabulary, each)]
+
+
+def too_short(config: CalibrationSet, by_text: Sequence[Sequence[Batch]]) -> list[str]:
+    """Say which texts have fewer windows, or examples, than they are to give."""
+    parts, found = parts_of(config), []
+    for part, asked, own in zip(parts, shares([p.weight for p in parts], config.samples), by_text, strict=True):
+        count, what = sum(len(batch.ids) for batch in own), "windows" if own[0].labels is None else "examples"
+        if count < asked:
+            which = "The calibration text" if len(parts) == 1 else part.text
+            found.append(
+                f"{which} has {count} {what}, fewer than the {asked} asked for; all are taken. Pass more text, a "
+                "smaller --seq-len, or a smaller --samples."
+            )
+    return found
 
 
 def too_few(groups: Sequence[TargetGroup], batches: Sequence[Batch], gradient: bool) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -42,10 +42,32 @@ def token_loss(logits: Tensor, targets: Tensor, what: str) -> Tensor:
     return nn.functional.cross_entropy(logits, targets.flatten().to(logits.device), reduction="sum")
 
 
-def head_gradient(replay: Replay, batch: Batch, hidden: Tensor, tokens: int = HEAD_TOKENS) -> Tensor:
+def head_loss(replay: Replay, batch: Batch, hidden: Tensor, tokens: int = HEAD_TOKENS) -> float:
+    """Summed loss of a language model in nats, from the hidden states that leave the last block.
+
+    Raises
+    ------
+    NumericsError
+        A logit is not finite.
+    """
+    nats = 0.0
+    for start, stop in lm_chunks(batch, tokens):
+        with torch.no_grad():
+            logits = replay.head(batch, hidden, start, stop)
+        nats += token_loss(logits, batch.ids[:, start + 1 : stop + 1], "the calibration set").double().item()
+    return nats
+
+
+def head_gradient(
+    replay: Replay,
+    batch: Batch,
+    hidden: Tensor,
+    tokens: int = HEAD_TOKENS,
+    told: Callable[[float], None] = lambda nats: None,
+) -> Tensor:
     """Gradient of the summed loss in the hidden states that leave the last block, (sequences, length, width).
 
-    The logits of a language model are made for so many tokens at a time.
+    The logits of a language model are made for so many tokens at a time; `told` gets the losses as they are.
 
     Raises
     ------
@@ -63,5 +85,6 @@ def head_gradient(replay: Replay, batch: Batch, hidden: Tensor, tokens: int = HE
         padded = Batch(batch.ids[:, start:stop])
         with torch.enable_grad():
             loss = token_loss(replay.head(padded, leaf), batch.ids[:, start + 1 : stop + 1], "the calibration set")
+        told(loss.detach().double().item())
         gradient[:, start:stop] = torch.autograd.grad(loss, leaf)[0]
     return gradient

@@ -18,7 +18,9 @@ from lowrank_compress.training.trainer import Data, Trainer
 
 # Rates, of which neighbours are tried from one on towards the better side; and for how many steps, with a schedule of
 # their own.
-RATES, FIRST, TRIED_STEPS = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2), 3, 10
+RATES, FIRST, TRIED_STEPS = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2), 3, 16
+# The more steps, the larger the rate that is best; so the largest is taken that gains this share of what the best does.
+NEAR = 0.95
 # Steps between two looks at what is held out, each of which may become the result.
 EVERY = 25
 
@@ -107,7 +109,7 @@ def train(
         trainer.take_up(state, course.done)
     else:
         before = mean_loss(loss, held, workers)
-        search = _Search(learning, loss, data, held, workers, advance, clock)
+        search = _Search(learning, loss, data, held, before, workers, advance, clock)
         lr = search.best() if asked.lr is None else asked.lr
         steps = asked.steps
         if steps is None:
@@ -151,6 +153,7 @@ class _Search:
     loss: Loss
     data: Data
     held: Sequence[Batch]
+    before: float
     workers: Workers
     advance: Callable[[str, int, int], None]
     clock: Callable[[], float]
@@ -158,12 +161,12 @@ class _Search:
     seconds: float | None = None
 
     def best(self) -> float:
-        """Find the rate of which the loss on what is held out is least, from neighbour to neighbour."""
+        """Try rates from neighbour to neighbour as long as the loss on what is held out falls, and pick one."""
         place = FIRST
         way = 1 if self._after(FIRST + 1) < self._after(FIRST) else -1
         while 0 <= place + way < len(RATES) and self._after(place + way) < self._after(place):
             place += way
-        return RATES[place]
+        return picked(self.found, self.before)
 
     def seconds_of_a_step(self, lr: float) -> float:
         """Measure how long a step takes, in a trial that is made anyway or in one for that."""
@@ -190,6 +193,21 @@ class _Search:
         after = mean_loss(self.loss, self.held, self.workers) if math.isfinite(sum(means)) else math.inf
         put(self.learning, first)
         return after if math.isfinite(after) else math.inf
+
+
+def picked(found: Mapping[float, float], before: float) -> float:
+    """Pick a rate by trials shorter than the training: the largest that gains `NEAR` of what the best of them does.
+
+    Parameters
+    ----------
+    found
+        Rate -> loss after the trial.
+    before
+        Loss before them all.
+    """
+    best = min(found, key=lambda rate: found[rate])
+    enough = NEAR * (before - found[best])
+    return max([best, *(rate for rate, after in found.items() if before - after >= enough > 0)])
 
 
 @torch.no_grad()

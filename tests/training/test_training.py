@@ -13,6 +13,7 @@ from lowrank_compress.shipped.formats.table import FORMATS
 from lowrank_compress.shipped.linear import CompressedLinear
 from lowrank_compress.training.loss import from_teacher, from_text, mean_loss
 from lowrank_compress.training.pairs import is_low_rank, paired, stored
+from lowrank_compress.training.recovery import picked
 from lowrank_compress.training.student import Student
 from lowrank_compress.training.trainer import FLOOR, WARM_UP, Data, Trainer, joined, rate
 from tests.tiny import tiny_model
@@ -100,6 +101,19 @@ def test_rates_rise_and_fall():
     assert found[WARM_UP:] == sorted(found[WARM_UP:], reverse=True)
     assert rate(2.0, 60, 60) == pytest.approx(2 * FLOOR)
     assert rate(2.0, 0, 1) == rate(2.0, 1, 8) == 2
+
+
+@pytest.mark.parametrize(
+    ("found", "rate"),
+    [
+        ({1e-3: 0.6762, 3e-3: 0.6797, 1e-2: 1.0041}, 3e-3),  # hardly worse after a few steps
+        ({1e-3: 0.7273, 3e-3: 0.7733, 3e-4: 0.7964}, 1e-3),
+        ({1e-3: 0.97, 3e-3: 1.1, 3e-4: 0.96, 1e-4: 0.955}, 1e-4),  # all are worse than before
+        ({1e-3: math.inf, 3e-3: math.inf, 3e-4: 0.9}, 3e-4),
+    ],
+)
+def test_of_rates_that_gain_nearly_the_same_the_largest_is_picked(found: dict[float, float], rate: float):
+    assert picked(found, 0.95) == rate
 
 
 def test_each_sequence_comes_once_a_round():

@@ -2,7 +2,7 @@
 
 ``import lowrank_compress`` is all that ``AutoModel*.from_pretrained`` needs to load a compressed checkpoint. It imports
 neither torch nor transformers: a finder waits for transformers to import its table of quantizers, then adds ours. For
-the same reason what programs call (`compress`, `evaluate`, `load`) is imported when it is first asked for.
+the same reason what programs call (`compress`, `evaluate`, `compare`, `load`) is imported when it is first asked for.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ if TYPE_CHECKING:
     from lowrank_compress.api import Result, compress, evaluate, load
     from lowrank_compress.errors import LrcError
     from lowrank_compress.recipe import Recipe
+    from lowrank_compress.stages.contrast import compare
 
 __version__ = "0.1.0"
-__all__ = ["LrcError", "Recipe", "Result", "compress", "evaluate", "load"]
+__all__ = ["LrcError", "Recipe", "Result", "compare", "compress", "evaluate", "load"]
 
-_HOME = {"Recipe": "recipe", "LrcError": "errors"}  # the others are in api.py
+_HOME = {"Recipe": "recipe", "LrcError": "errors", "compare": "stages.contrast"}  # the others are in api.py
 
 
 def __getattr__(name: str) -> Any:

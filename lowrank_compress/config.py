@@ -282,3 +282,11 @@ class EvaluateConfig(Strict):
     apply_chat_template: bool = False
     device: str = "cpu"
     trust_remote_code: bool = False
+
+
+class CompareConfig(EvaluateConfig):
+    """What a comparison of two models depends on, beside its prompts."""
+
+    new_tokens: int = Field(default=32, ge=1, le=MANY)
+    resamples: int = Field(default=10_000, ge=100, le=10**6)
+    confidence: float = Field(default=0.95, gt=0, lt=1)

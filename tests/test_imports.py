@@ -44,7 +44,7 @@ BELOW: dict[str, set[str]] = {
 }
 # `import lowrank_compress` registers a quantizer as transformers is imported, and hands out what programs call, when it
 # is asked for; so these imports go up.
-LATER = {("__init__", "shipped"), ("__init__", "api")}
+LATER = {("__init__", "shipped"), ("__init__", "api"), ("__init__", "stages")}
 
 
 def imports(file: Path) -> Iterator[tuple[str, bool]]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,22 @@ BOOTSTRAP = 1000
 _FILE_NAMES = re.compile(r"[^\s\"',\[\]{}]+\.(?:jsonl?|csv|tsv|txt|parquet)")
 # Imported when called: they take seconds.
 _MODULES = ("lm_eval", "lm_eval.tasks", "lm_eval.models.huggingface")
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model reached on tasks.
+
+    Attributes
+    ----------
+    values
+        Task -> metric -> value.
+    examples
+        Task -> metric -> the value of each example, in the task's order; of metrics that are means of such.
+    """
+
+    values: Mapping[str, Mapping[str, float]]
+    examples: Mapping[str, Mapping[str, Sequence[float]]]
 
 
 def harness_version() -> str:
@@ -47,7 +64,7 @@ def run_tasks(
     apply_chat_template: bool = False,
     rank: int = 0,
     processes: int = 1,
-) -> dict[str, dict[str, float]]:
+) -> Answers:
     """Evaluate a model on lm-eval tasks.
 
     Parameters
@@ -70,8 +87,8 @@ def run_tasks(
 
     Returns
     -------
-    dict
-        Task -> metric -> value; nothing in other processes than the first.
+    Answers
+        All values; nothing in other processes than the first.
 
     Raises
     ------
@@ -118,7 +135,25 @@ def run_tasks(
     except (OSError, ConnectionError, ValueError) as problem:
         first = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
         raise InputError(f"lm-eval could not run {', '.join(tasks)}: {first}") from problem
-    return _by_task(found, rank)
+    return Answers(_by_task(found, rank), _by_example(found))
+
+
+def _by_example(found: Any) -> dict[str, dict[str, list[float]]]:
+    """Take what each example got out of lm-eval's results."""
+    examples: dict[str, dict[str, list[float]]] = {}
+    for task, samples in ({} if found is None else found.get("samples") or {}).items():
+        # A task may be filtered in several ways: then each example is there as often.
+        for sample in sorted(samples, key=lambda each: each["doc_id"]):
+            for metric in sample["metrics"]:
+                value, named = sample.get(metric), _metric_name(metric, sample["filter"])
+                if isinstance(value, int | float):
+                    examples.setdefault(task, {}).setdefault(named, []).append(float(value))
+    return examples
+
+
+def _metric_name(metric: str, how: str) -> str:
+    """Name a metric as lm-eval's results do, but for the filter that is none."""
+    return f"{metric},{how}".removesuffix(",none")
 
 
 def _by_task(found: Any, rank: int) -> dict[str, dict[str, float]]:

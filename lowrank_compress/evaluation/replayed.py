@@ -124,6 +124,17 @@ def walked(
     carried: int = CARRIED_BYTES,
 ) -> Iterator[Walk]:
     """Yield walks at the end of their way, one for each group of batches whose hidden states have no more bytes."""
+    groups = grouped(skeleton, batches, carried)
+    for number, group in enumerate(groups):
+        walk = Walk([skeleton], group)
+        for step in walk.forwards():
+            step.leave()
+            advance(number * walk.blocks + step.index + 1, walk.blocks * len(groups))
+        yield walk
+
+
+def grouped(skeleton: Skeleton, batches: Sequence[Batch], carried: int) -> list[list[Batch]]:
+    """Part batches into groups whose hidden states have no more than so many bytes, or which are one batch."""
     width = skeleton.model.config.hidden_size
     groups: list[list[Batch]] = [[]]
     bytes_of_group = 0
@@ -134,9 +145,4 @@ def walked(
             bytes_of_group = 0
         groups[-1].append(batch)
         bytes_of_group += size
-    for number, group in enumerate(groups):
-        walk = Walk([skeleton], group)
-        for step in walk.forwards():
-            step.leave()
-            advance(number * walk.blocks + step.index + 1, walk.blocks * len(groups))
-        yield walk
+    return groups

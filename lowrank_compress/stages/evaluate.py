@@ -228,7 +228,7 @@ def _run_tasks(
         processes=workers.count,
     )
     reporter.advance(f"{role} tasks", 1, 1)
-    return {task: {"value": values} for task, values in found.items()}
+    return {task: {"value": values} for task, values in found.values.items()}
 
 
 def size_report(inputs: Given) -> dict[str, Any]:

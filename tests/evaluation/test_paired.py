@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy.stats import binom
+
+from lowrank_compress.evaluation.paired import Interval, McNemar, bootstrap, mcnemar
+
+SIZES = [7.0, 12.0, 12.0, 3.0, 12.0, 9.0]
+GAPS = [0.4, -0.2, 1.1, 0.0, 0.7, 0.3]
+
+
+def slow_bounds(gaps: list[float], sizes: list[float], seed: int, resamples: int, tail: float) -> tuple[float, float]:
+    """One draw after the other, one window after the other."""
+    generator = np.random.default_rng(seed)
+    found = []
+    for _ in range(resamples):
+        drawn = generator.integers(len(gaps), size=len(gaps))
+        found.append(sum(gaps[i] for i in drawn) / sum(sizes[i] for i in drawn))
+    found.sort()
+
+    def quantile(share: float) -> float:
+        place = share * (resamples - 1)
+        low = math.floor(place)
+        return found[low] + (place - low) * (found[min(low + 1, resamples - 1)] - found[low])
+
+    return quantile(tail), quantile(1 - tail)
+
+
+def test_the_interval_is_that_of_single_draws() -> None:
+    found = bootstrap(GAPS, SIZES, seed=3, resamples=500, confidence=0.9)
+    low, high = slow_bounds(GAPS, SIZES, 3, 500, 0.05)
+    assert found == Interval(pytest.approx(sum(GAPS) / sum(SIZES)), pytest.approx(low), pytest.approx(high))
+    assert found == bootstrap(GAPS, SIZES, seed=3, resamples=500, confidence=0.9)
+    assert found != bootstrap(GAPS, SIZES, seed=4, resamples=500, confidence=0.9)
+
+
+def test_parts_of_the_draws_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = bootstrap(GAPS, SIZES, seed=1, resamples=333)
+    monkeypatch.setattr("lowrank_compress.evaluation.paired._DRAWN", 40)
+    assert bootstrap(GAPS, SIZES, seed=1, resamples=333) == whole
+
+
+def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
+    generator, held = np.random.default_rng(0), 0
+    for seed in range(200):
+        gaps = generator.normal(0.3, 1.0, 80)
+        found = bootstrap(gaps.tolist(), [1.0] * 80, seed=seed, resamples=400, confidence=0.9)
+        assert found.low is not None
+        assert found.high is not None
+        held += found.low <= 0.3 <= found.high
+    assert abs(held / 200 - 0.9) < 0.06
+
+
+def test_one_window_has_no_interval() -> None:
+    assert bootstrap([0.5], [10.0]) == Interval(0.05, None, None)
+
+
+def test_mcnemar_is_the_tail_of_a_fair_coin() -> None:
+    """Two of nine split decisions, or fewer, or as uneven the other way round."""
+    first = [True] * 7 + [False] * 2 + [True] * 5 + [False] * 4
+    second = [False] * 7 + [True] * 2 + [True] * 5 + [False] * 4
+    by_hand = 2 * sum(math.comb(9, k) for k in range(3)) / 2**9
+    assert mcnemar(first, second) == McNemar(7, 2, pytest.approx(by_hand))
+    assert by_hand == pytest.approx(2 * binom.cdf(2, 9, 0.5))
+    assert mcnemar(second, first) == McNemar(2, 7, pytest.approx(by_hand))
+
+
+def test_mcnemar_where_nothing_is_split() -> None:
+    assert mcnemar([True, False], [True, False]) == McNemar(0, 0, 1.0)
+    with pytest.raises(ValueError, match="argument"):
+        mcnemar([True], [])

@@ -69,6 +69,7 @@ class CompressedLinear(nn.Module):
         super().__init__()
         device = torch.get_default_device() if device is None else torch.device(device)
         self.in_features, self.out_features, self.heads = in_features, out_features, heads
+        self.entries = [dict(part) for part in parts]
         self.parts = [FORMATS[part["format"]](part, "" if len(parts) == 1 else f"_{i}") for i, part in enumerate(parts)]
         self._widths = [part.width for part in self.parts]
         self.stock = stock or Stock(out_features, in_features, bias, False)
@@ -170,6 +171,17 @@ class CompressedLinear(nn.Module):
         if self._ordered:
             weight = weight[self.row_order(weight.device)]
         return weight.to(dtype or factor.dtype)
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """Its entry of the config, which it can be built from."""
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "bias": self.bias is not None,
+            "heads": self.heads,
+            "parts": [dict(part) for part in self.entries],
+        }
 
     def extra_repr(self) -> str:
         """Shape and parts, as ``print(model)`` shows them."""

@@ -9,6 +9,7 @@ import transformers
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
+from .adapters import adapt_peft
 from .config import IN_PACKAGE, QUANT_METHOD, LowRankConfig
 from .formats.base import INDEX_DTYPE
 from .linear import CompressedLinear
@@ -116,6 +117,7 @@ def register() -> None:
     if present is None or present.__module__ != PACKAGE:
         AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = LowRankConfig
         AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = LowRankQuantizer
+        adapt_peft()
 
 
 register()

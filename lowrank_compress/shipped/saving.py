@@ -10,6 +10,8 @@ from typing import Any
 import transformers
 
 from .config import IN_PACKAGE, REMOTE_FILE
+from .linear import CompressedLinear
+from .modules import find
 
 # The auto classes of transformers, and the classes of remote code that each of them calls.
 REMOTE_CLASSES = {
@@ -48,6 +50,16 @@ def write_remote_code(directory: Any) -> Path:
     return target
 
 
+def _describe(model: Any) -> None:
+    """Let the config say what the layers are now: a merged adapter has made ranks larger."""
+    found = getattr(model.config, "quantization_config", None)
+    entries = found.get("modules", {}) if isinstance(found, dict) else getattr(found, "modules", {})
+    for path in entries:
+        layer = find(model, path)[1]
+        if isinstance(layer, CompressedLinear):
+            entries[path] = layer.entry
+
+
 class Saver:
     """A loaded model's ``save_pretrained`` that also writes the remote code: the copy loads as the original did.
 
@@ -63,6 +75,7 @@ class Saver:
         if model is None:
             raise ReferenceError("the model of this save_pretrained is gone: keep it in a variable until it is saved")
         model.config.auto_map = remote_code_entries(model.config)
+        _describe(model)
         if is_main_process:
             write_remote_code(save_directory)
         return type(model).save_pretrained(model, save_directory, is_main_process, *args, **kwargs)

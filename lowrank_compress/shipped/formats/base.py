@@ -137,6 +137,20 @@ class Part:
         """
         raise NotImplementedError
 
+    def grown(self, layer: nn.Module, inner: Tensor, left: Tensor, right: Tensor) -> dict[str, Tensor] | None:
+        """Add a product of rank r to the matrix: return its tensors, as `encode` names them, at a rank r higher.
+
+        None where a format cannot; the matrix is multiplied out then.
+
+        Parameters
+        ----------
+        inner : Tensor
+            (width, in_features), its rows of ``lr_in``, in the dtype to compute in.
+        left, right : Tensor
+            (rows, r), in the order of its rows, and (r, in_features).
+        """
+        return None
+
     def order(self, layer: nn.Module, device: torch.device) -> Tensor:
         """Return which of its rows each emitted one is: int64 (rows,)."""
         return torch.arange(self.rows, device=device)

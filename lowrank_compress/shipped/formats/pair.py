@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .base import Part
@@ -37,3 +38,8 @@ class Pair(Part):
     def emitted_rows(self, layer: nn.Module, inner: Tensor) -> tuple[Tensor, ...]:
         """A·B."""
         return (layer.get_parameter(f"{self.outer}.weight").to(inner.dtype) @ inner,)
+
+    def grown(self, layer: nn.Module, inner: Tensor, left: Tensor, right: Tensor) -> dict[str, Tensor] | None:
+        """A and B stay as they are, beside the new columns and rows."""
+        outer = layer.get_parameter(f"{self.outer}.weight").to(inner.dtype)
+        return {"lr_in.weight": torch.cat([inner, right]), "lr_out.weight": torch.cat([outer, left], 1)}

@@ -59,6 +59,34 @@ class Pivot(Part):
         """The pivot rows, and their combinations."""
         return inner, layer.get_parameter(f"{self.outer}.weight").to(inner.dtype) @ inner
 
+    def grown(self, layer: nn.Module, inner: Tensor, left: Tensor, right: Tensor) -> dict[str, Tensor] | None:
+        """The pivots stay pivots; r of the other rows join them, those that elimination with row exchanges picks.
+
+        The rows of the sum are P + L_p R at the pivots and C P + L_o R elsewhere. With S = L_o - C L_p, the others are
+        C times the new pivots and S R more, and so are r of these, with S_2: each other row's share of them is
+        D = S S_2⁻¹, and C - D C_2 is its share of the old pivots.
+        """
+        coefficients = layer.get_parameter(f"{self.outer}.weight").to(inner.dtype)
+        order = self.order(layer, inner.device)
+        width, rank = self.width, left.shape[1]
+        pivots, others = order[:width], order[width:]
+        lower, exchanges, _ = torch.linalg.lu_factor_ex(left[others] - coefficients @ left[pivots])
+        places = list(range(len(others)))
+        for place, other in enumerate(exchanges.tolist()):
+            places[place], places[other - 1] = places[other - 1], places[place]
+        joining, rest = torch.tensor(places, device=inner.device).split([rank, len(places) - rank])
+        share = torch.linalg.solve_triangular(lower[:rank], lower[rank:], upper=False, left=False, unitriangular=True)
+        rows = torch.cat([inner, coefficients[joining] @ inner])
+        index, remaining = torch.cat([pivots, others[joining]]), others[rest]
+        rows = rows + left[index] @ right
+        mixed = torch.cat([coefficients[rest] - share @ coefficients[joining], share], 1)
+        ascending, below = index.argsort(), remaining.argsort()
+        return {
+            "lr_in.weight": rows[ascending],
+            "lr_out.weight": mixed[below][:, ascending],
+            "lr_index": index[ascending].to(INDEX_DTYPE),
+        }
+
     def order(self, layer: nn.Module, device: torch.device) -> Tensor:
         """The pivots, and then the others."""
         index = layer.get_buffer(f"lr_index{self.suffix}").to(device, torch.int64)

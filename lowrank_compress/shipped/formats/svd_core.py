@@ -29,7 +29,11 @@ class Core(Part):
     @classmethod
     def encode(cls, product: Any, *parameters: int) -> dict[str, Tensor]:
         """Take the factors' orthonormal bases out of them."""
-        left, right = product.factors(*parameters)
+        return cls.orthonormal(*product.factors(*parameters))
+
+    @staticmethod
+    def orthonormal(left: Tensor, right: Tensor) -> dict[str, Tensor]:
+        """Name the bases and the core of a product."""
         (outer, above), (inner, below) = torch.linalg.qr(left), torch.linalg.qr(right.mT)
         return {"lr_in.weight": inner.mT.contiguous(), "lr_core.weight": above @ below.mT, "lr_out.weight": outer}
 
@@ -50,3 +54,8 @@ class Core(Part):
         """A·S·B."""
         core, outer = (layer.get_parameter(f"{name}.weight").to(inner.dtype) for name in (self.core, self.outer))
         return (outer @ (core @ inner),)
+
+    def grown(self, layer: nn.Module, inner: Tensor, left: Tensor, right: Tensor) -> dict[str, Tensor] | None:
+        """Find new bases, of the old ones and what is new together."""
+        core, outer = (layer.get_parameter(f"{name}.weight").to(inner.dtype) for name in (self.core, self.outer))
+        return self.orthonormal(torch.cat([outer @ core, left], 1), torch.cat([inner, right]))

@@ -129,7 +129,8 @@ class Recipe(Strict):
     calibration: Texts = setting(
         None,
         "Text file; .jsonl, .json, .csv, .tsv or .parquet with --text-column; either also compressed; or "
-        "hf:NAME[:CONFIG[:SPLIT]], where the split may be a slice, train[:1000]. May be repeated: windows are drawn in "
+        "hf:NAME[:CONFIG[:SPLIT]], where the split may be a slice, train[:1000]; or self, what the model writes itself "
+        "(the whole model must fit in memory; a file of that name is ./self). May be repeated: windows are drawn in "
         "proportion to weights, wiki.txt:2 code.txt:1 (a number is a weight behind a file that is there, or behind "
         "hf:NAME:CONFIG:SPLIT, of which parts may be empty).",
         DATA,

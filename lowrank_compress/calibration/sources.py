@@ -18,6 +18,7 @@ from lowrank_compress.calibration.cells import Cell, Render
 from lowrank_compress.calibration.hub import hub_rows, load_hub
 from lowrank_compress.calibration.tables import TABLES, Row, shown
 from lowrank_compress.calibration.textfiles import COMPRESSED, read_pieces
+from lowrank_compress.config import SELF
 from lowrank_compress.errors import CalibrationError, InputError
 
 PAPERS_DATA = "hf:Salesforce/wikitext:wikitext-2-raw-v1:train"
@@ -35,7 +36,8 @@ class Source:
     ----------
     name
         A text file; a table (.jsonl, .json, .csv, .tsv, .parquet); either also compressed (.gz, .bz2, .xz, .zst); or a
-        data set of the hub, ``hf:NAME[:CONFIG[:SPLIT]]``, where the split may be a slice, ``train[:1000]``.
+        data set of the hub, ``hf:NAME[:CONFIG[:SPLIT]]``, where the split may be a slice, ``train[:1000]``; or
+        ``self``, what the dense model writes by itself (`calibration.own`), which is not read here.
     text_column
         Column of a table that holds the text or the conversation; dots lead into nested values. None for the usual one,
         `text`, `messages` or `conversations`. Two columns, with a comma between them, are a pair of sentences for a
@@ -52,6 +54,11 @@ class Source:
     def is_hub(self) -> bool:
         """Whether the source is a data set of the Hugging Face hub."""
         return self.name.startswith("hf:")
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is what the dense model writes by itself."""
+        return self.name == SELF
 
     @property
     def suffix(self) -> str:

@@ -23,7 +23,15 @@ from lowrank_compress.resources.resources import Resources
 from lowrank_compress.stages.environment import environment
 from lowrank_compress.stages.identity import checkpoint_id
 from lowrank_compress.stages.reporting import Reporter, Silent, in_parts
-from lowrank_compress.stages.samples import batches_by_text, settings_of, text_id, too_few, too_short, with_drawn
+from lowrank_compress.stages.samples import (
+    batches_by_text,
+    has_own,
+    settings_of,
+    text_id,
+    too_few,
+    too_short,
+    with_drawn,
+)
 from lowrank_compress.stages.sinks import FileSink, Sink
 from lowrank_compress.stages.subject import Subject
 from lowrank_compress.stages.texts import PerText
@@ -111,6 +119,12 @@ def run(
             reporter.advance(receiver.step, done, len(own))
         receiver.flush()
         return workers.once(lambda: commit(out_dir, identity, outputs, report, environment(config.device)))
+    if has_own(config):  # the first writes it, the others find it
+        workers.once(
+            lambda: bool(
+                batches_by_text(config, subject.checkpoint, task, advance=reporter.advance, memory=resources.budget)
+            )
+        )
     by_text = batches_by_text(config, subject.checkpoint, task)
     batches = [batch for part in by_text for batch in part]
     if needs_gradient(wanted) and any(batch.labels is None for batch in batches) and task != "lm":

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lowrank_compress.artifacts.files import sha256
 from lowrank_compress.artifacts.manifest import read_manifest
-from lowrank_compress.config import EvaluateConfig
+from lowrank_compress.config import SELF, EvaluateConfig
 from lowrank_compress.errors import CalibrationError
 from lowrank_compress.recipe import load_recipe
 from lowrank_compress.stages.run import Run
@@ -25,7 +25,8 @@ def refuse_calibration_text(target: Path, config: EvaluateConfig) -> None:
             continue
         recipe, calibrated = load_recipe(run.recipe, {}), read_manifest(run.statistics)
         read = recipe.calibration if calibrated is not None and calibrated.report["tokens"] else None
-        used = [read] if isinstance(read, str) else [part.text for part in read or ()]
+        texts = [read] if isinstance(read, str) else [part.text for part in read or ()]
+        used = [text for text in texts if text != SELF]
         for name in (*config.perplexity, *([config.classification] if config.classification else [])):
             if any(text == name or _same_content(Path(text), Path(name)) for text in used):
                 raise CalibrationError(

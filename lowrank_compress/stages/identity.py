@@ -8,6 +8,7 @@ from lowrank_compress.artifacts.documents import canonical_hash
 from lowrank_compress.artifacts.files import sha256
 from lowrank_compress.artifacts.hashes import file_hashes
 from lowrank_compress.calibration.hub import hub_id
+from lowrank_compress.calibration.own import VERSION as OWN_VERSION
 from lowrank_compress.calibration.sources import Source
 from lowrank_compress.calibration.textfiles import check_file
 from lowrank_compress.errors import CalibrationError
@@ -20,13 +21,15 @@ def checkpoint_id(checkpoint: Checkpoint) -> str:
 
 
 def source_id(source: Source) -> str:
-    """Identity of a text source's content: the hash of a file, the fingerprint of a hub data set.
+    """Identity of a text source's content: the hash of a file, the fingerprint of a hub data set, how a model writes.
 
     Raises
     ------
     CalibrationError
         It does not exist, or cannot be read.
     """
+    if source.is_own:  # the model, and how it is asked, are in the same keys
+        return f"{source.name}:{OWN_VERSION}"
     if source.is_hub:
         return hub_id(source.name)
     check_file(source.name)

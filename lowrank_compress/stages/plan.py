@@ -13,7 +13,15 @@ from lowrank_compress.calibration.capture import needs_gradient
 from lowrank_compress.calibration.sources import PAPERS_DATA
 from lowrank_compress.calibration.statistics import specialises
 from lowrank_compress.calibration.tokens import load_tokenizer
-from lowrank_compress.config import DTYPES, CalibrateConfig, CalibrationSet, FactorizeConfig, RefineConfig, ScoreConfig
+from lowrank_compress.config import (
+    DTYPES,
+    SELF,
+    CalibrateConfig,
+    CalibrationSet,
+    FactorizeConfig,
+    RefineConfig,
+    ScoreConfig,
+)
 from lowrank_compress.errors import InputError, UnsupportedError
 from lowrank_compress.methods.declared import options_used
 from lowrank_compress.methods.groups import needed, needs_data
@@ -28,7 +36,7 @@ from lowrank_compress.recipe import Recipe
 from lowrank_compress.stages.choose import Chooser
 from lowrank_compress.stages.environment import compute_device
 from lowrank_compress.stages.identity import source_id
-from lowrank_compress.stages.samples import check_shares, sources_of
+from lowrank_compress.stages.samples import check_own, check_shares, sources_of
 from lowrank_compress.stages.score import check_options
 from lowrank_compress.stages.subject import Subject, subject_of
 
@@ -130,7 +138,7 @@ class Plan:
 
 def _resolved(text: str) -> str:
     """Name a text so that it is found from anywhere."""
-    return text if text.startswith("hf:") else str(Path(text).resolve())
+    return text if text == SELF or text.startswith("hf:") else str(Path(text).resolve())
 
 
 def make_plan(recipe: Recipe, *, reads_text: bool = True) -> Plan:
@@ -213,6 +221,8 @@ def make_plan(recipe: Recipe, *, reads_text: bool = True) -> Plan:
         drawn=drawn,
         rival=rival,
     )
+    if reads:
+        check_own(calibrate, design.task)
     if reads and reads_text:
         check_shares(calibrate)
         for source in sources_of(calibrate):

@@ -16,7 +16,7 @@ from lowrank_compress.stages.recovering import Training, teacher_of
 from lowrank_compress.stages.reporting import Reporter, Silent
 from lowrank_compress.stages.rewrite import contents_of, rewrite
 from lowrank_compress.stages.run import require_alone, work_of
-from lowrank_compress.stages.samples import settings_of, text_id
+from lowrank_compress.stages.samples import has_own, settings_of, text_id
 from lowrank_compress.stages.stage import Given
 
 VERSION = 2
@@ -25,7 +25,7 @@ VERSION = 2
 def key(config: RecoverConfig, inputs: Given) -> Key:
     """Everything that the trained checkpoint and its report depend on; a text counts by its content."""
     found = contents_of(inputs.checkpoint) | {"text": text_id(config)}
-    if config.towards == "dense":
+    if config.towards == "dense" or has_own(config):
         found["dense"] = checkpoint_id(teacher_of(inputs))
     return Key("recover", VERSION, settings_of(config), found)
 

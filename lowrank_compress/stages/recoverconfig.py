@@ -13,6 +13,7 @@ from lowrank_compress.config import MANY, CalibrationSet
 from lowrank_compress.errors import InputError
 from lowrank_compress.recipe import Recipe
 from lowrank_compress.stages.plan import MICRO_BATCH_TOKENS
+from lowrank_compress.stages.samples import has_own
 from lowrank_compress.training.student import Train
 
 SEQ_LEN = 512
@@ -88,6 +89,8 @@ def options_of(data: Mapping[str, Any], recipe: Recipe | None, device: str) -> d
             columns = {name: getattr(recipe, name) for name in ("text_column", "label_column")}
             own |= {"source": recipe.calibration or PAPERS_DATA, **columns}
         given = {name: value for name, value in own.items() if value is not None} | given
+    if "source" in given and has_own(CalibrationSet(source=given["source"], samples=1, seq_len=2, micro_batch=1)):
+        given["samples"] = Recipe.model_fields["samples"].default if recipe is None else recipe.samples
     if "source" not in given:
         raise InputError("Training needs a text: name it with --calibration (the dense model teaches) or --text.")
     length = given.setdefault("seq_len", SEQ_LEN)

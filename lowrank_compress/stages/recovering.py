@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowrank_compress.artifacts.tensors import BlockFiles
-from lowrank_compress.config import CalibrationSet
 from lowrank_compress.errors import InputError, UnsupportedError
 from lowrank_compress.model.blueprint import AUTO, Blueprint, blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
@@ -21,7 +20,7 @@ from lowrank_compress.resources.resources import Resources
 from lowrank_compress.stages.blockwise import Blocks
 from lowrank_compress.stages.recoverconfig import RecoverConfig
 from lowrank_compress.stages.reporting import Reporter
-from lowrank_compress.stages.samples import calibration_batches
+from lowrank_compress.stages.samples import calibration_batches, has_own
 from lowrank_compress.stages.stage import Given
 from lowrank_compress.training.blockwise import LR
 from lowrank_compress.training.loss import Loss, from_teacher, from_text, mean_loss
@@ -89,7 +88,7 @@ class Training:
     def make(self) -> dict[str, Any]:
         """Train, and return what to say of it."""
         config = self.config
-        data, held = _data(config, self.inputs.checkpoint, self.plan)
+        data, held = _data(config, self.inputs, self.plan)
         said: dict[str, Any] = {"towards": config.towards, "trained": config.train}
         if config.block is not None:
             blocks = Blocks(teacher_of(self.inputs), self.inputs.checkpoint, self.device, self._files, self.workers)
@@ -141,10 +140,10 @@ class Training:
         self._files.remove(range(len(self.plan.resolved.blocks)))
 
 
-def _data(config: RecoverConfig, checkpoint: Checkpoint, plan: Blueprint) -> tuple[Data, list[Batch]]:
+def _data(config: RecoverConfig, inputs: Given, plan: Blueprint) -> tuple[Data, list[Batch]]:
     """Make what is trained on, and what is held out: the last of the shuffled sequences."""
-    alone = CalibrationSet.of(config, micro_batch=1)
-    items = calibration_batches(alone, checkpoint, plan.task)
+    alone = config.model_copy(update={"micro_batch": 1})
+    items = calibration_batches(alone, teacher_of(inputs) if has_own(config) else inputs.checkpoint, plan.task)
     if not isinstance(config.source, str):  # what is held out is of all texts
         order = torch.randperm(len(items), generator=torch.Generator().manual_seed(config.seed)).tolist()
         items = [items[number] for number in order]

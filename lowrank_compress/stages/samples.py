@@ -8,8 +8,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lowrank_compress.artifacts.documents import canonical_hash
-from lowrank_compress.calibration.capture import loss_terms
+from lowrank_compress.calibration.capture import Advance, loss_terms
 from lowrank_compress.calibration.examples import example_batches
+from lowrank_compress.calibration.own import own_windows
 from lowrank_compress.calibration.shares import shares
 from lowrank_compress.calibration.sources import Source, pieces, read_examples, shuffled
 from lowrank_compress.calibration.statistics import ENOUGH
@@ -21,7 +22,7 @@ from lowrank_compress.methods.groups import TargetGroup
 from lowrank_compress.model.blueprint import Task
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.walk.batch import Batch
-from lowrank_compress.stages.identity import source_id
+from lowrank_compress.stages.identity import checkpoint_id, source_id
 
 
 def parts_of(config: CalibrationSet) -> tuple[TextPart, ...]:
@@ -78,6 +79,26 @@ def settings_of(config: CalibrationSet, *without: str) -> dict[str, Any]:
     return found
 
 
+def has_own(config: CalibrationSet) -> bool:
+    """Whether a text of a config is what the dense model writes by itself."""
+    return any(source.is_own for source in sources_of(config))
+
+
+def check_own(config: CalibrationSet, task: Task) -> None:
+    """Refuse text of the model's own where the model writes none.
+
+    Raises
+    ------
+    InputError
+        So it is.
+    """
+    if task != "lm" and has_own(config):
+        raise InputError(
+            "--calibration self samples text from a language model, and this model writes none. Name a text, or a "
+            "table of examples."
+        )
+
+
 def check_shares(config: CalibrationSet) -> None:
     """Refuse a mixture of which a text would have no window.
 
@@ -105,8 +126,12 @@ def held_out_batches(config: CalibrationSet, checkpoint: Checkpoint, task: Task)
     A text that is spent by the calibration set has none left; then it is the first of that set.
     """
     count = max(1, min(TRIED_WINDOWS, TRIED_TOKENS // config.seq_len))
-    few = CalibrationSet.of(config, samples=count)
+    few = config.model_copy(update={"samples": count})
     return calibration_batches(few, checkpoint, task, skip=config.samples) or calibration_batches(few, checkpoint, task)
+
+
+def _silent(step: str, done: int, total: int) -> None:
+    pass
 
 
 def calibration_batches(config: CalibrationSet, checkpoint: Checkpoint, task: Task, *, skip: int = 0) -> list[Batch]:
@@ -123,14 +148,44 @@ def calibration_batches(config: CalibrationSet, checkpoint: Checkpoint, task: Ta
     return [batch for part in batches_by_text(config, checkpoint, task, skip=skip) for batch in part]
 
 
-def batches_by_text(config: CalibrationSet, checkpoint: Checkpoint, task: Task, *, skip: int = 0) -> list[list[Batch]]:
-    """Make the calibration set of a config, as `calibration_batches`; the batches of each text by themselves."""
+def batches_by_text(
+    config: CalibrationSet,
+    checkpoint: Checkpoint,
+    task: Task,
+    *,
+    skip: int = 0,
+    memory: int | None = None,
+    advance: Advance = _silent,
+) -> list[list[Batch]]:
+    """Make the calibration set of a config, as `calibration_batches`; the batches of each text by themselves.
+
+    Parameters
+    ----------
+    memory, advance
+        Bytes to get by with, and who is told of progress, where the model writes a text itself.
+    """
+    check_own(config, task)
     tokenizer = load_tokenizer(checkpoint.path, checkpoint.trust_remote_code)
     weights = [part.weight for part in parts_of(config)]
     counts = zip(sources_of(config), shares(weights, config.samples), shares(weights, skip), strict=True)
     found: list[list[Batch]] = []
     for source, samples, before in counts:
         own = config.model_copy(update={"samples": samples})
+        if samples and source.is_own:
+            windows = own_windows(
+                checkpoint,
+                tokenizer,
+                checkpoint_id(checkpoint),
+                seq_len=config.seq_len,
+                first=before,
+                count=samples,
+                seed=config.seed,
+                device=str(getattr(config, "device", "cpu")),
+                memory=memory,
+                advance=advance,
+            )
+            found.append(window_batches(list(windows), config.micro_batch))
+            continue
         found.append(_batches(own, source, tokenizer, checkpoint, task, before) if samples else [])
     return found
 

@@ -17,11 +17,17 @@ if TYPE_CHECKING:
     from lowrank_compress.errors import LrcError
     from lowrank_compress.recipe import Recipe
     from lowrank_compress.stages.contrast import compare
+    from lowrank_compress.stages.diagnosis import diagnose
 
 __version__ = "0.1.0"
-__all__ = ["LrcError", "Recipe", "Result", "compare", "compress", "evaluate", "load"]
+__all__ = ["LrcError", "Recipe", "Result", "compare", "compress", "diagnose", "evaluate", "load"]
 
-_HOME = {"Recipe": "recipe", "LrcError": "errors", "compare": "stages.contrast"}  # the others are in api.py
+_HOME = {
+    "Recipe": "recipe",
+    "LrcError": "errors",
+    "compare": "stages.contrast",
+    "diagnose": "stages.diagnosis",
+}  # the others are in api.py
 
 
 def __getattr__(name: str) -> Any:

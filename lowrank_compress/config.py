@@ -290,3 +290,31 @@ class CompareConfig(EvaluateConfig):
     new_tokens: int = Field(default=32, ge=1, le=MANY)
     resamples: int = Field(default=10_000, ge=100, le=10**6)
     confidence: float = Field(default=0.95, gt=0, lt=1)
+
+
+class DiagnoseConfig(Strict):
+    """What a diagnosis of a model depends on.
+
+    Attributes
+    ----------
+    base
+        The model that it was tuned from, to look for intruder dimensions among the `top` of each matrix.
+    text
+        A text, to look at what leaves each block.
+    channels
+        How many pairs of heads, and of directions, are listed; 0 for none.
+    components
+        Leading directions of each head among which channels are looked for.
+    """
+
+    base: str | None = None
+    text: str | None = None
+    text_column: str | None = None
+    seq_len: int | None = Field(default=None, ge=2, le=MANY)
+    limit: int = Field(default=16, ge=1, le=MANY)
+    top: int = Field(default=10, ge=1, le=MANY)
+    epsilon: float = Field(default=0.5, gt=0, le=1)
+    channels: int = Field(default=10, ge=0, le=10**4)
+    components: int = Field(default=8, ge=1, le=10**4)
+    device: str = "cpu"
+    trust_remote_code: bool = False

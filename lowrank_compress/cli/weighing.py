@@ -1,0 +1,171 @@
+"""Commands that judge models: two beside each other, or the spectra of one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lowrank_compress.cli import options as o
+from lowrank_compress.cli.app import app
+from lowrank_compress.cli.terminal import friendly, prepare_libraries, reported
+
+
+@app.command()
+def compare(
+    a: Annotated[
+        str, typer.Argument(metavar="A", help="The model to hold against: a run, a checkpoint or a hub name.")
+    ],
+    b: Annotated[str, typer.Argument(metavar="B", help="The other one, of the same family and tokenizer.")],
+    perplexity: Annotated[
+        list[str] | None, typer.Option("--perplexity", help="Text to compare them on; may be repeated.")
+    ] = None,
+    classification: Annotated[
+        str | None, typer.Option("--classification", help="Table of labelled examples to compare classifiers on.")
+    ] = None,
+    text_column: Annotated[list[str] | None, o.of_recipe("text_column")] = None,
+    label_column: Annotated[str | None, o.of_recipe("label_column")] = None,
+    tasks: Annotated[str | None, typer.Option("--tasks", help="lm-eval tasks, separated by commas.")] = None,
+    include_path: Annotated[
+        Path | None,
+        typer.Option(
+            "--include-path", parser=o.a_path, metavar="PATH", help="Directory of lm-eval task YAML files of your own."
+        ),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", help="Text that both continue, greedily; may be repeated.")
+    ] = None,
+    new_tokens: Annotated[
+        int, typer.Option("--new-tokens", min=1, max=10**6, help="Tokens written after each prompt.")
+    ] = 32,
+    seq_len: Annotated[
+        int | None, typer.Option("--seq-len", min=2, help="Tokens a window (default: 2048, or the models' longest)")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Windows or examples a text or task.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Windows or examples at once.")] = 8,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the bootstrap and of lm-eval.")] = 0,
+    resamples: Annotated[int, typer.Option("--resamples", help="Draws of windows for confidence intervals.")] = 10_000,
+    confidence: Annotated[float, typer.Option("--confidence", help="Probability of the intervals.")] = 0.95,
+    num_fewshot: Annotated[
+        int | None, typer.Option("--num-fewshot", min=0, help="Solved examples before each (default: the task's own)")
+    ] = None,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Put prompts into the tokenizer's chat template.")
+    ] = False,
+    device: Annotated[str | None, o.of_recipe("device")] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Use the text that a run was calibrated on all the same; it flatters.")
+    ] = False,
+    trust_remote_code: Annotated[bool | None, o.of_recipe("trust_remote_code")] = None,
+    json: o.Json = False,
+    debug: o.Debug = False,
+) -> None:
+    """Hold model B against model A: where they part, by how much, and whether that is more than chance.
+
+    On a text: the perplexity of both and the confidence interval of their ratio (windows drawn with replacement, the
+    same for both), the divergence of B's predictions from A's, how often both expect the same token, and the error of
+    B's hidden states block by block, one block of each in memory. On tasks: McNemar's test of the questions that only
+    one of them has right. On prompts: what each writes, greedily.
+    """
+    with friendly(debug):
+        prepare_libraries()
+        from lowrank_compress.cli import contrasting
+        from lowrank_compress.config import COMMAND_LINE, CompareConfig, stage_config
+        from lowrank_compress.stages import contrast
+        from lowrank_compress.stages.environment import compute_device
+
+        config = stage_config(
+            CompareConfig,
+            COMMAND_LINE,
+            {
+                "perplexity": tuple(perplexity or ()),
+                "classification": classification,
+                "text_column": o.joined(text_column),
+                "label_column": label_column,
+                "tasks": tuple(name for name in (tasks or "").split(",") if name),
+                "include_path": None if include_path is None else str(include_path),
+                "seq_len": seq_len,
+                "limit": limit,
+                "batch_size": batch_size,
+                "seed": seed,
+                "resamples": resamples,
+                "confidence": confidence,
+                "new_tokens": new_tokens,
+                "num_fewshot": num_fewshot,
+                "apply_chat_template": apply_chat_template,
+                "device": str(compute_device(device or "auto")),
+                "trust_remote_code": bool(trust_remote_code),
+            },
+        )
+        with reported() as reporter:
+            found = contrast.run((a, b), config, prompt or (), force=force, reporter=reporter)
+        contrasting.show(found, json)
+
+
+@app.command()
+def diagnose(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A run directory, a checkpoint directory or a hub name.")
+    ],
+    base: Annotated[
+        str | None, typer.Option("--base", help="The model that it was tuned from: look for intruder dimensions.")
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option("--text", help="Text to look at what leaves each block.", show_default=False)
+    ] = None,
+    text_column: Annotated[list[str] | None, o.of_recipe("text_column")] = None,
+    seq_len: Annotated[
+        int | None, typer.Option("--seq-len", min=2, help="Tokens a window (default: 512, or the model's longest)")
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Windows of the text.")] = 16,
+    top: Annotated[
+        int, typer.Option("--top", min=1, help="Leading directions of each matrix that may be intruders.")
+    ] = 10,
+    epsilon: Annotated[
+        float, typer.Option("--epsilon", help="A direction is an intruder below this cosine to all of the base's.")
+    ] = 0.5,
+    channels: Annotated[
+        int, typer.Option("--channels", min=0, help="Pairs of heads, and channels between them, to list; 0: none.")
+    ] = 10,
+    components: Annotated[
+        int, typer.Option("--components", min=1, help="Leading directions of each head to look for channels among.")
+    ] = 8,
+    device: Annotated[str | None, o.of_recipe("device")] = None,
+    trust_remote_code: Annotated[bool | None, o.of_recipe("trust_remote_code")] = None,
+    json: o.Json = False,
+    debug: o.Debug = False,
+) -> None:
+    """Look at the spectra of a model: of its matrices, of what leaves its blocks, and of how its heads talk.
+
+    Of each matrix (a compressed one multiplied out) the stable rank Σσ²/σ₁², the effective rank exp(H(σ/Σσ)) and the
+    exponent of its heavy tail; with --base the directions that tuning has put in. With --text, of what leaves each
+    block, the matrix entropy and its estimate without an SVD. Of the heads, which read what earlier ones write.
+    """
+    with friendly(debug):
+        prepare_libraries()
+        from lowrank_compress.cli import diagnosing
+        from lowrank_compress.config import COMMAND_LINE, DiagnoseConfig, stage_config
+        from lowrank_compress.stages import diagnosis
+        from lowrank_compress.stages.environment import compute_device
+
+        config = stage_config(
+            DiagnoseConfig,
+            COMMAND_LINE,
+            {
+                "base": base,
+                "text": text,
+                "text_column": o.joined(text_column),
+                "seq_len": seq_len,
+                "limit": limit,
+                "top": top,
+                "epsilon": epsilon,
+                "channels": channels,
+                "components": components,
+                "device": str(compute_device(device or "auto")),
+                "trust_remote_code": bool(trust_remote_code),
+            },
+        )
+        with reported() as reporter:
+            found = diagnosis.run(model, config, reporter)
+        diagnosing.show(found, json)

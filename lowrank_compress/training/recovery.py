@@ -20,7 +20,7 @@ from lowrank_compress.training.trainer import Data, Trainer
 # their own.
 RATES, FIRST, TRIED_STEPS = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2), 3, 16
 # The more steps, the larger the rate that is best; so the largest is taken that gains this share of what the best does.
-NEAR = 0.95
+NEAR = 0.75
 # Steps between two looks at what is held out, each of which may become the result.
 EVERY = 25
 

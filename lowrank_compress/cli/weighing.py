@@ -1,4 +1,4 @@
-"""Commands that judge models: two beside each other, or the spectra of one."""
+"""Commands that judge models: two beside each other, the spectra of one, and what a card says of it."""
 
 from __future__ import annotations
 
@@ -169,3 +169,34 @@ def diagnose(
         with reported() as reporter:
             found = diagnosis.run(model, config, reporter)
         diagnosing.show(found, json)
+
+
+@app.command()
+def card(
+    run: o.RunDir,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", parser=o.a_path, metavar="PATH", help="File to write it to (default: print it)"),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
+    debug: o.Debug = False,
+) -> None:
+    """Make the model card of a run with all that `lrc eval` has measured of its checkpoint.
+
+    The README.md in the checkpoint says how it was made; this one has the measurements too, in the form that the hub of
+    Hugging Face shows (model-index), and is meant for its page there.
+    """
+    with friendly(debug):
+        prepare_libraries()
+        from lowrank_compress.artifacts.files import write_text
+        from lowrank_compress.errors import ArtifactError
+        from lowrank_compress.stages.presenting import card_of
+
+        text = card_of(run)
+        if out is None:
+            typer.echo(text, nl=False)
+            return
+        if out.exists() and not overwrite:
+            raise ArtifactError(f"{out} exists. Choose another name, or pass --overwrite to replace it.")
+        write_text(out, text)
+        typer.echo(f"Model card: {out}", err=True)

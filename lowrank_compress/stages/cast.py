@@ -22,7 +22,7 @@ from lowrank_compress.stages.rewrite import contents_of, rewrite
 from lowrank_compress.stages.run import require_alone
 from lowrank_compress.stages.stage import Given
 
-VERSION = 2
+VERSION = 3
 
 
 class CastConfig(Strict):

@@ -11,7 +11,7 @@ import torch
 
 from lowrank_compress.allocation.choice import Choice
 from lowrank_compress.artifacts.directories import files_in, recover, replacing
-from lowrank_compress.artifacts.documents import write_json
+from lowrank_compress.artifacts.documents import canonical_hash, write_json
 from lowrank_compress.artifacts.files import sha256, write_text
 from lowrank_compress.artifacts.manifest import (
     Key,
@@ -32,25 +32,37 @@ from lowrank_compress.model.casting import cast
 from lowrank_compress.model.export import ShardWriter, config_json, write_companions
 from lowrank_compress.resources.resources import Resources
 from lowrank_compress.shipped.saving import remote_code_entries, write_remote_code
+from lowrank_compress.stages.card import CARD, about, copy_licences, model_card
 from lowrank_compress.stages.decompose import bases_of
 from lowrank_compress.stages.encode import Encoder
 from lowrank_compress.stages.environment import environment
 from lowrank_compress.stages.identity import checkpoint_id
 from lowrank_compress.stages.ranks import RANKS, in_storage, read_ranks, require_kept
-from lowrank_compress.stages.report import REPORT, block_losses, facts, model_card, summary
+from lowrank_compress.stages.report import REPORT, block_losses, facts, summary
 from lowrank_compress.stages.reporting import Reporter, Silent
 from lowrank_compress.stages.run import require_alone
 from lowrank_compress.stages.subject import scopes_of
 
-VERSION = 6
+VERSION = 7
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the stage reads: the dense model, and the directory of the score stage."""
+    """What the stage reads.
+
+    Attributes
+    ----------
+    model
+        The dense model.
+    scores
+        Directory of the score stage.
+    datasets
+        Data sets of the hub that it was calibrated on, for the model card.
+    """
 
     model: Blueprint
     scores: Path
+    datasets: tuple[str, ...] = ()
 
 
 def scores_manifest(scores: Path) -> Manifest:
@@ -79,6 +91,7 @@ def key(config: FactorizeConfig, inputs: Inputs) -> Key:
         "checkpoint": checkpoint_id(inputs.model.checkpoint),
         "scores": scores_manifest(inputs.scores).id,
         "ranks": sha256(inputs.scores / RANKS),
+        "about": canonical_hash(about(inputs.model, inputs.datasets)),
     }
     return Key("factorize", VERSION, config.model_dump(mode="json"), found)
 
@@ -141,7 +154,7 @@ def run(
 
     def write() -> Manifest:
         with replacing(out_dir, listed) as draft:
-            result = _write(config, plan, scores, draft, reporter, identity, groups, bases, work)
+            result = _write(config, inputs, scores, draft, reporter, identity, groups, bases, work)
         work.remove(blocks)
         return result
 
@@ -150,7 +163,7 @@ def run(
 
 def _write(
     config: FactorizeConfig,
-    plan: Blueprint,
+    inputs: Inputs,
     scores: Manifest,
     out_dir: Path,
     reporter: Reporter,
@@ -160,7 +173,7 @@ def _write(
     work: BlockFiles,
 ) -> Manifest:
     """Put the encoded blocks together to a checkpoint, and commit it."""
-    dtype: torch.dtype = getattr(torch, config.dtype)
+    plan, dtype = inputs.model, getattr(torch, config.dtype)
     blocks = scopes_of(plan.resolved, groups)
     writer = ShardWriter(out_dir, config.shard_bytes)
     for name in plan.outside() if len(blocks) == len(plan.resolved.blocks) else ():
@@ -183,9 +196,10 @@ def _write(
     write_json(out_dir / "config.json", settings)
     write_remote_code(out_dir)
     write_companions(plan.checkpoint, out_dir)
-    report = summary(plan, groups, stored, losses, scores, config)
+    report = summary(plan, groups, stored, losses, scores, config, about(plan, inputs.datasets))
     write_json(out_dir / REPORT, report)
-    write_text(out_dir / "README.md", model_card(report))
+    copy_licences(plan.checkpoint, report, out_dir)
+    write_text(out_dir / CARD, model_card(report))
     outputs = files_in(out_dir)
     return commit(
         out_dir,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from lowrank_compress.artifacts.manifest import Key, read_manifest
 from lowrank_compress.errors import CalibrationError
+from lowrank_compress.methods.groups import needs_data
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.stages import calibrate, factorize, score
 from lowrank_compress.stages.plan import Plan
 from lowrank_compress.stages.run import Run
-from lowrank_compress.stages.samples import held_out_batches
+from lowrank_compress.stages.samples import held_out_batches, sources_of
 
 
 def inputs_of_calibrate(plan: Plan, run: Run) -> calibrate.Inputs:
@@ -42,4 +43,12 @@ def _calibration(plan: Plan, run: Run) -> Key:
 
 def inputs_of_factorize(plan: Plan, run: Run) -> factorize.Inputs:
     """What the factorize stage reads in this run."""
-    return factorize.Inputs(plan.subject.model, run.scores)
+    return factorize.Inputs(plan.subject.model, run.scores, _datasets(plan))
+
+
+def _datasets(plan: Plan) -> tuple[str, ...]:
+    """Name the data sets of the hub that the calibration reads."""
+    if plan.calibrate.source is None or not needs_data(plan.subject.groups):
+        return ()
+    names = [source.name.split(":")[1] for source in sources_of(plan.calibrate) if source.is_hub]
+    return tuple(dict.fromkeys(names))

@@ -57,6 +57,7 @@ def summary(
     losses: Mapping[str, float],
     scores: Manifest,
     config: FactorizeConfig,
+    about: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Make lowrank.json: what was asked, what was reached, and how each matrix or module is stored."""
     itemsize = getattr(torch, config.dtype).itemsize
@@ -96,6 +97,7 @@ def summary(
         "stored_bytes": after,
         "reached_ratio_bytes": 1 - (after + others * itemsize) / whole,
         "unit": planned["unit"],
+        "about": dict(about),
         "matrices": matrices,
     }
 
@@ -133,28 +135,3 @@ def recast(report: Mapping[str, Any], plan: Blueprint, dtype: str) -> dict[str, 
         "reached_ratio_bytes": 1 - (after + others * itemsize) / whole,
         "matrices": matrices,
     }
-
-
-def model_card(report: Mapping[str, Any]) -> str:
-    """Write a short README.md for the checkpoint."""
-    where = "inside the blocks" if report["ratio_of"] == "blocks" else "of the model"
-    return f"""---
-library_name: transformers
-tags: [low-rank, lowrank_compress]
----
-
-# A low-rank compressed checkpoint
-
-Method `{report["method"]}`: {report["reached_ratio"]:.2%} of the parameters {where} were removed
-({report["claimed_elements"]:,} weights inside the blocks became {report["stored_elements"]:,} stored elements), and
-{report["reached_ratio_bytes"]:.2%} of their bytes ({report["claimed_bytes"]:,} became {report["stored_bytes"]:,}).
-
-```python
-import lowrank_compress  # or pass trust_remote_code=True below
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("path/to/this/checkpoint")
-```
-
-`config.json` says how each layer is stored; `lowrank.json` is a report for people.
-"""

@@ -14,8 +14,9 @@ from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.export import ShardWriter, config_json, write_companions
 from lowrank_compress.shipped.saving import remote_code_entries, write_remote_code
+from lowrank_compress.stages.card import CARD, copy_licences, model_card
 from lowrank_compress.stages.identity import checkpoint_id
-from lowrank_compress.stages.report import REPORT, facts, model_card
+from lowrank_compress.stages.report import REPORT, facts
 
 
 def contents_of(checkpoint: Checkpoint) -> dict[str, str]:
@@ -77,6 +78,7 @@ def rewrite(
     if (checkpoint.path / REPORT).exists():
         made = report(read_json(checkpoint.path / REPORT))
         write_json(out / REPORT, made)
-        write_text(out / "README.md", model_card(made))
+        copy_licences(checkpoint, made, out)
+        write_text(out / CARD, model_card(made))
         found = facts(made) | found
     return found

@@ -1,0 +1,270 @@
+"""The model card of a compressed checkpoint, and what of its original it says: name, licence, languages.
+
+What the card says of the original is found once, when the checkpoint is first made, and kept in lowrank.json, of which
+later stages make theirs. Nothing in a card depends on when or where it was made.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+
+from lowrank_compress.artifacts.files import read_small_text, sha256
+from lowrank_compress.errors import ArtifactError
+from lowrank_compress.model.blueprint import AUTO, Blueprint
+from lowrank_compress.model.checkpoint import Checkpoint
+
+CARD = "README.md"
+PIPELINES = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModel": "feature-extraction",
+}
+PEFT_TASKS = {"AutoModelForCausalLM": "CAUSAL_LM", "AutoModelForSequenceClassification": "SEQ_CLS"}
+# Where a model of the hub lies in its cache.
+_CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)$")
+_LICENCES = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY)([.-][\w.-]+)?", re.IGNORECASE)
+_WORD = re.compile(r"[\w.+-]{1,64}")
+_LARGEST_LICENCE = 1 << 20
+
+
+def about(model: Blueprint, datasets: Sequence[str] = ()) -> dict[str, Any]:
+    """Find what a card says of the dense checkpoint that it was made from; only what there is.
+
+    Parameters
+    ----------
+    model
+        The dense checkpoint.
+    datasets
+        Data sets of the hub that it was calibrated on.
+    """
+    checkpoint = model.checkpoint
+    said = _header(checkpoint.path / CARD)
+    licence = {name: said[name] for name in ("license", "license_name", "license_link") if _is_text(said.get(name))}
+    languages = said.get("language")
+    found = {
+        "auto_class": AUTO[model.task].__name__,
+        "sentence_transformers": (checkpoint.path / "modules.json").exists(),
+        "base_model": _hub_name(checkpoint.path),
+        "licence": licence,
+        "licence_files": {path.name: sha256(path) for path in _licence_files(checkpoint)},
+        "language": [
+            each
+            for each in (languages if isinstance(languages, list) else [languages])
+            if isinstance(each, str) and _WORD.fullmatch(each)
+        ],
+        "datasets": list(datasets),
+    }
+    return {name: value for name, value in found.items() if value}
+
+
+def _header(path: Path) -> Mapping[str, Any]:
+    """Read the metadata of a card; nothing where there is none that can be read."""
+    try:
+        text = read_small_text(path, _LARGEST_LICENCE)
+        found = yaml.safe_load(text.split("---", 2)[1]) if text.startswith("---") and text.count("---") > 1 else None
+    except (OSError, ArtifactError, yaml.YAMLError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value.isprintable() and 0 < len(value.strip()) <= 200
+
+
+def _hub_name(path: Path) -> str | None:
+    """Name the repository of the hub that a directory is the cached copy of."""
+    if path.parent.name != "snapshots" or (found := _CACHED.fullmatch(path.parent.parent.name)) is None:
+        return None
+    return f"{found[1]}/{found[2]}"
+
+
+def _licence_files(checkpoint: Checkpoint) -> list[Path]:
+    found = [path for path in sorted(checkpoint.path.iterdir()) if _LICENCES.fullmatch(path.name)]
+    return [path for path in found if path.is_file() and path.stat().st_size <= _LARGEST_LICENCE]
+
+
+def copy_licences(checkpoint: Checkpoint, report: Mapping[str, Any], out: Path) -> None:
+    """Copy the files of the licence that a report names, where they are as they were."""
+    for name, digest in report.get("about", {}).get("licence_files", {}).items():
+        path = checkpoint.path / Path(name).name
+        if path.is_file() and sha256(path) == digest:
+            shutil.copyfile(path, out / path.name)
+
+
+def model_card(report: Mapping[str, Any], metrics: Mapping[str, Any] | None = None) -> str:
+    """Make the README.md of a checkpoint.
+
+    Parameters
+    ----------
+    report
+        Its lowrank.json.
+    metrics
+        What was measured of it: metrics.json of all evaluations of a run; None for nothing.
+    """
+    about = report.get("about", {})
+    measured = list(_measured(metrics)) if metrics else []
+    header = _metadata(report, about, measured)
+    parts = [
+        f"---\n{header}\n---\n",
+        f"# {_title(about)}\n",
+        _summary(report, about),
+        _loading(about),
+        _sizes(report),
+        _measurements(measured),
+        _recipe(report),
+        _limits(about, bool(measured)),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _title(about: Mapping[str, Any]) -> str:
+    return f"{about['base_model']}, low-rank" if "base_model" in about else "A low-rank compressed checkpoint"
+
+
+def _metadata(report: Mapping[str, Any], about: Mapping[str, Any], measured: Sequence[Mapping[str, Any]]) -> str:
+    """Return the card's header in YAML, as the hub reads it."""
+    pipeline = PIPELINES.get(about.get("auto_class", ""))
+    results = [
+        EvalResult(
+            task_type=pipeline or "text-generation",
+            dataset_type=row["kind"],
+            dataset_name=row["name"],
+            metric_type=row["metric"],
+            metric_value=row["compressed"],
+        )
+        for row in measured
+    ]
+    base = about.get("base_model")
+    data = ModelCardData(
+        base_model=base,
+        base_model_relation="quantized" if base else None,
+        datasets=about.get("datasets"),
+        language=about.get("language"),
+        library_name="sentence-transformers" if about.get("sentence_transformers") else "transformers",
+        pipeline_tag="sentence-similarity" if about.get("sentence_transformers") else pipeline,
+        tags=["low-rank", "lowrank_compress"],
+        model_name=(f"{base} {report['method']}" if base else f"low-rank {report['method']}") if results else None,
+        eval_results=results or None,
+        **about.get("licence", {}),
+    )
+    return data.to_yaml().strip()
+
+
+def _summary(report: Mapping[str, Any], about: Mapping[str, Any]) -> str:
+    where = "inside the blocks" if report["ratio_of"] == "blocks" else "of the model"
+    base = about.get("base_model")
+    of = f"[{base}](https://huggingface.co/{base}) compressed. " if base else ""
+    text = f"{of}Method `{report['method']}`: {report['reached_ratio']:.2%} of the parameters {where} were removed\n"
+    text += f"({report['claimed_elements']:,} weights inside the blocks became {report['stored_elements']:,} stored "
+    text += "elements)"
+    if "reached_ratio_bytes" in report:
+        text += f", and\n{report['reached_ratio_bytes']:.2%} of their bytes "
+        text += f"({report['claimed_bytes']:,} became {report['stored_bytes']:,})"
+    return text + ".\n"
+
+
+def _loading(about: Mapping[str, Any]) -> str:
+    auto = about.get("auto_class", "AutoModelForCausalLM")
+    code = f"""import lowrank_compress  # or pass trust_remote_code=True below
+from transformers import {auto}
+
+model = {auto}.from_pretrained("path/to/this/checkpoint")
+"""
+    if about.get("sentence_transformers"):
+        code = """from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("path/to/this/checkpoint", trust_remote_code=True)
+"""
+    task = f', task_type="{PEFT_TASKS[auto]}"' if auto in PEFT_TASKS else ""
+    return f"""## Use
+
+```python
+{code}```
+
+`config.json` says how each layer is stored; `lowrank.json` is a report for people. Adapters of
+[peft](https://huggingface.co/docs/peft) go onto the factors: `LoraConfig(target_modules="all-linear"{task})`.
+"""
+
+
+def _sizes(report: Mapping[str, Any]) -> str:
+    """Say what each kind of matrix, or module, keeps over all blocks."""
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    for name, matrix in report["matrices"].items():
+        kinds.setdefault(name.rpartition(".")[2], []).append(matrix)
+    lines = ["| matrix or module | number | kept | stored as |", "|---|---:|---:|---|"]
+    for kind, matrices in kinds.items():
+        share = sum(each["stored"] for each in matrices) / sum(each["dense"] for each in matrices)
+        counts = Counter(each["format"] for each in matrices)
+        formats = ", ".join(f"{name} ({n}×)" for name, n in sorted(counts.items()))
+        lines.append(f"| `{kind}` | {len(matrices)} | {share:.1%} | {formats} |")
+    return "## What is stored\n\n" + "\n".join(lines) + "\n"
+
+
+def _measured(metrics: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield what was measured: once for each text, table or metric of a task, in a fixed order."""
+    rows: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for _, found in sorted(metrics["evaluations"].items()):
+        for kind, metric in (("perplexity", "perplexity"), ("classification", "accuracy")):
+            for name, values in found[kind].items():
+                short = name.removeprefix("hf:") if name.startswith("hf:") else Path(name).name
+                rows[metric, short, _amount(values)] = {"kind": _slug(short), "name": short, "metric": metric, **values}
+        for task, values in found["tasks"].items():
+            for metric in values.get("compressed", {}):
+                if "stderr" not in metric:
+                    both = {role: measured.get(metric) for role, measured in values.items()}
+                    rows[metric, task, ""] = {"kind": _slug(task), "name": task, "metric": metric, **both}
+    for key in sorted(rows):
+        if isinstance(rows[key].get("compressed"), int | float):
+            yield rows[key] | {"amount": key[2]}
+
+
+def _amount(values: Mapping[str, Any]) -> str:
+    return f"{values['tokens']:,} tokens" if "tokens" in values else f"{values.get('n', 0):,} examples"
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^\w./-]+", "-", name)
+
+
+def _measurements(measured: Sequence[Mapping[str, Any]]) -> str:
+    if not measured:
+        return ""
+    lines = ["| | | this checkpoint | dense original |", "|---|---|---:|---:|"]
+    for row in measured:
+        cells = [
+            f"{row[role]:.4g}" if isinstance(row.get(role), int | float) else "–" for role in ("compressed", "dense")
+        ]
+        name = row["name"].replace("|", "\\|")
+        lines.append(f"| {row['metric']} | {name} {row['amount']} | {cells[0]} | {cells[1]} |")
+    return "## Measured\n\n" + "\n".join(lines) + "\n"
+
+
+def _recipe(report: Mapping[str, Any]) -> str:
+    lines = {
+        "method": report["method"],
+        "ratio asked": f"{report['asked_ratio']:.2%} of the {'blocks' if report['ratio_of'] == 'blocks' else 'model'}",
+        "plan": report.get("plan"),
+        "dtype": report["dtype"],
+    }
+    rows = "\n".join(f"| {name} | {value} |" for name, value in lines.items() if value)
+    return f"## Recipe\n\n| | |\n|---|---|\n{rows}\n\nMade with lowrank_compress, `lrc compress`.\n"
+
+
+def _limits(about: Mapping[str, Any], measured: bool) -> str:
+    licence = "The licence of the original holds for it. " if about.get("licence") or about.get("licence_files") else ""
+    untold = "" if measured else "Nothing was measured of this copy when the card was written. "
+    return f"""## Limits
+
+A compressed model is worse than its original, and most so on text that is unlike what it was calibrated on: measure it
+on your own. {untold}What holds for the original, its biases too, holds for it. {licence}
+""".replace(" \n", "\n")

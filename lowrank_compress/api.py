@@ -32,6 +32,7 @@ from lowrank_compress.stages import pipeline
 from lowrank_compress.stages.contamination import refuse_calibration_text
 from lowrank_compress.stages.environment import compute_device
 from lowrank_compress.stages.plan import make_plan
+from lowrank_compress.stages.publishing import publish
 from lowrank_compress.stages.reach import check_ratio
 from lowrank_compress.stages.report import REPORT
 from lowrank_compress.stages.reporting import Reporter, Silent
@@ -71,6 +72,29 @@ class Result:
     def load(self, **options: Any) -> PreTrainedModel:
         """Load the model, as :func:`load` does."""
         return load(self.run, **options)
+
+    def push_to_hub(
+        self, repo: str, *, token: str | None = None, private: bool = False, overwrite: bool = False
+    ) -> str:
+        """Put the checkpoint, and nothing else of the run, on the Hugging Face hub; return its address.
+
+        Parameters
+        ----------
+        repo
+            OWNER/NAME, or a name for a repository of the token's own account; it is made if there is none.
+        token
+            None for that of the environment, or of a log-in.
+        private
+            Whether a new repository is to be.
+        overwrite
+            Replace a model that is not from this program.
+
+        Raises
+        ------
+        LrcError
+            It was changed, the hub cannot be reached or refuses, or another model is there.
+        """
+        return publish(self.run, repo, token=token, private=private, overwrite=overwrite)
 
 
 def compress(

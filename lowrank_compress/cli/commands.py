@@ -19,7 +19,7 @@ from lowrank_compress.demo import text as demo_text
 from lowrank_compress.errors import ArtifactError, InputError
 from lowrank_compress.methods.table import METHODS
 from lowrank_compress.model.checkpoint import Checkpoint
-from lowrank_compress.model.locate import locate
+from lowrank_compress.model.locate import in_folder, locate
 from lowrank_compress.recipe import METHOD, Recipe, load_recipe
 from lowrank_compress.resources.memory import keep_freed
 from lowrank_compress.resources.resources import Resources
@@ -43,6 +43,12 @@ from lowrank_compress.stages.table import STAGES, directories
 def device_name(device: str | None) -> str:
     """Resolve the device option."""
     return str(compute_device(device or "auto"))
+
+
+def recipe_of(config: Path | None, given: dict[str, Any], subfolder: str | None) -> Recipe:
+    """Read a recipe as `load_recipe` does, of a checkpoint that may lie in a folder of its model."""
+    recipe = load_recipe(config, given)
+    return recipe.model_copy(update={"model": in_folder(recipe.model, subfolder)})
 
 
 def compress(

@@ -15,26 +15,25 @@ from lowrank_compress.model.native import write_native
 from lowrank_compress.stages.run import Run
 
 
-def export(target: str, dense: Path | None, native: Path | None, overwrite: bool, reporter: TerminalReporter) -> None:
-    """Write compressed weights as a checkpoint of transformers' own: dense, or as small as it is.
+def export(target: str, dense: Path | None, native: Path | None, overwrite: bool, reporter: TerminalReporter) -> Path:
+    """Write compressed weights as a checkpoint of transformers' own: dense, or as small as it is; return where.
 
     Raises
     ------
     LrcError
         Not one of both is asked for, or the target cannot be exported so.
     """
-    if (dense is None) == (native is None):
-        raise InputError(
-            "Expected either --dense PATH or --native PATH, got " + ("none." if dense is None else "both.")
-        )
+    places = [place for place in (dense, native) if place is not None]
+    if len(places) != 1:
+        raise InputError(f"Expected either --dense PATH or --native PATH, got {'both' if places else 'none'}.")
     run = Run(Path(target))
     final = run.finished() if run.exists() else None
     source = Checkpoint(final.path if final else locate(target))
-    if native is not None:
-        refuse_unsafe(native, "--native", **precious(source.path, run, final))
-        write_native(source, native, overwrite=overwrite)
-        console().print(f"Native checkpoint: {native}")
-    elif dense is not None:
-        refuse_unsafe(dense, "--dense", **precious(source.path, run, final))
+    option = "--native" if dense is None else "--dense"
+    refuse_unsafe(places[0], option, **precious(source.path, run, final))
+    if dense is None:
+        write_native(source, places[0], overwrite=overwrite)
+    else:
         write_dense(source, dense, lambda done, total: reporter.advance("export", done, total), overwrite=overwrite)
-        console().print(f"Dense checkpoint: {dense}")
+    console().print(f"{'Native' if dense is None else 'Dense'} checkpoint: {places[0]}")
+    return places[0]

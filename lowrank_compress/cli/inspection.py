@@ -67,12 +67,13 @@ def _described(options: Iterable[Option]) -> str:
 def show(target: str, as_json: bool) -> None:
     """Print every matrix of a run or compressed checkpoint."""
     from lowrank_compress.cli.commands import read_report
+    from lowrank_compress.model.locate import files_of
     from lowrank_compress.stages.report import REPORT
     from lowrank_compress.stages.run import Run
 
     run = Run(Path(target))
     is_run = run.exists()
-    report = read_report(run.finished(names=(REPORT,)).path if is_run else Path(target))
+    report = read_report(run.finished(names=(REPORT,)).path if is_run else files_of(target, ("config.json", REPORT)))
     spectra = {name: values for name, values in (_spectra(run) if is_run else {}).items() if name in report["matrices"]}
     texts = _texts(run) if is_run else []
     if as_json:
@@ -167,11 +168,26 @@ _CODE = {
 }
 
 
-def verify(path: Path, as_json: bool) -> None:
-    """Check a run's files; exits with code 2 where one is damaged."""
-    from lowrank_compress.stages.verification import verify as check
+def verify(target: str, as_json: bool) -> Path:
+    """Check the files of a run, or of a checkpoint that is in none; return where they are.
 
-    findings = check(path)
+    Raises
+    ------
+    ArtifactError
+        One is damaged.
+    """
+    from lowrank_compress.artifacts.manifest import MANIFEST, read_manifest
+    from lowrank_compress.model.locate import files_of
+    from lowrank_compress.stages import verification
+    from lowrank_compress.stages.run import Run
+
+    path = files_of(target, (MANIFEST,))
+    if Run(path).exists() or not (path / MANIFEST).exists():
+        findings = verification.verify(path)
+    else:
+        manifest = read_manifest(path)
+        path = files_of(target, () if manifest is None else manifest.outputs)
+        findings = verification.verify_checkpoint(path)
     bad = [
         finding
         for finding in findings
@@ -191,6 +207,7 @@ def verify(path: Path, as_json: bool) -> None:
             f"{len(bad)} of {len(findings)} files are not what was written, the first {first['file']} "
             f"({first['state']}). {_mend(first['stage'])}"
         )
+    return path
 
 
 def _mend(stage: str) -> str:

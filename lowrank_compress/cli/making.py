@@ -9,17 +9,19 @@ import typer
 
 from lowrank_compress.cli import options as o
 from lowrank_compress.cli.app import app
+from lowrank_compress.cli.hub import Hub, Subfolder, Token, pushes, use_token
 from lowrank_compress.cli.terminal import friendly, prepare_libraries, print_json, reported
 from lowrank_compress.config import COMMAND_LINE, EvaluateConfig, evaluate_config
-from lowrank_compress.recipe import load_recipe
 
 _BATCH, _SEED = (EvaluateConfig.model_fields[name].default for name in ("batch_size", "seed"))
 
 
 @app.command()
 @o.takes_recipe("compress")
+@pushes
 def compress(
     given: dict[str, Any],
+    hub: Hub,
     out: o.Out = None,
     config: o.Config = None,
     memory_budget: o.MemoryBudget = None,
@@ -33,6 +35,7 @@ def compress(
             "--dry-run", help="Print budget, ranks, memory and disk, and write nothing.", rich_help_panel=o.WHERE
         ),
     ] = False,
+    subfolder: Subfolder = None,
     check: o.Check = None,
     tolerance: o.Tolerance = None,
     against: o.ExpectedRun = None,
@@ -48,14 +51,16 @@ def compress(
         prepare_libraries()
         from lowrank_compress.cli import checking, commands, printing
 
-        recipe = load_recipe(config, given)
+        recipe = commands.recipe_of(config, given, subfolder)
         checking.refuse_options(check, dry_run=dry_run, overwrite=overwrite, other=(tolerance, against, report))
+        hub.check(made=not dry_run and check is None)
         if dry_run:
             printing.print_dry_run(commands.dry_run(recipe, out, memory_budget), json)
             return
         if check is None:
             with reported() as reporter:
                 result = commands.compress(recipe, out, memory_budget, keep_statistics, overwrite, reporter)
+                hub.push(result["run"], result, json, overwrite, reporter)
             printing.print_result(result, json)
             return
         with reported() as reporter:
@@ -83,6 +88,8 @@ def calibrate(
     config: o.Config = None,
     memory_budget: o.MemoryBudget = None,
     overwrite: o.Overwrite = False,
+    subfolder: Subfolder = None,
+    token: Token = None,
     json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
@@ -92,7 +99,9 @@ def calibrate(
         from lowrank_compress.cli import commands, printing
 
         with reported() as reporter:
-            result = commands.calibrate(load_recipe(config, given), out, memory_budget, overwrite, reporter)
+            use_token(token)
+            recipe = commands.recipe_of(config, given, subfolder)
+            result = commands.calibrate(recipe, out, memory_budget, overwrite, reporter)
         printing.print_stage(result, json)
 
 
@@ -135,7 +144,9 @@ def factorize(
 
 
 @app.command()
+@pushes
 def cast(
+    hub: Hub,
     target: Annotated[str, typer.Argument(help="A run directory or a compressed checkpoint.", show_default=False)],
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16 or float64", show_default=False)],
     out: Annotated[Path | None, o.new_checkpoint("cast")] = None,
@@ -149,12 +160,16 @@ def cast(
         from lowrank_compress.cli import commands, printing
 
         with reported() as reporter:
+            hub.check()
             result = commands.follow("cast", target, {"dtype": dtype}, out, overwrite, reporter)
+            hub.push(result["model"], result, json, overwrite, reporter)
         printing.print_stage(result, json)
 
 
 @app.command()
+@pushes
 def refine(
+    hub: Hub,
     target: Annotated[str, typer.Argument(help="A run directory or a compressed checkpoint.", show_default=False)],
     dense: Annotated[
         str | None, typer.Option("--dense", help="The dense original, of a checkpoint that is in no run.")
@@ -192,7 +207,9 @@ def refine(
             "trust_remote_code": trust_remote_code,
         }
         with reported() as reporter:
+            hub.check()
             result = commands.refine(target, given, dense, out, overwrite, reporter)
+            hub.push(result["model"], result, json, overwrite, reporter)
         printing.print_stage(result, json)
 
 

@@ -27,6 +27,14 @@ PATH: dict[str, Any] = {"parser": a_path, "metavar": "PATH"}
 RunDir = Annotated[
     Path, typer.Argument(parser=a_path, metavar="RUN", help="Run directory (what --out named).", show_default=False)
 ]
+Target = Annotated[
+    str,
+    typer.Argument(
+        help="A run directory, a compressed checkpoint, or one on the hub: OWNER/NAME, or "
+        "hf://OWNER/NAME@REVISION/FOLDER.",
+        show_default=False,
+    ),
+]
 Out = Annotated[
     Path | None,
     typer.Option(

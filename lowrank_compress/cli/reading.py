@@ -9,13 +9,15 @@ import typer
 
 from lowrank_compress.cli import options as o
 from lowrank_compress.cli.app import app
+from lowrank_compress.cli.hub import Hub, Token, pushes, use_token
 from lowrank_compress.cli.terminal import friendly, prepare_libraries, reported
 from lowrank_compress.recipe import RATIO
 
 
 @app.command()
 def show(
-    target: Annotated[str, typer.Argument(help="A run directory or a compressed checkpoint.", show_default=False)],
+    target: o.Target,
+    token: Token = None,
     json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
@@ -24,6 +26,7 @@ def show(
         prepare_libraries()
         from lowrank_compress.cli import inspection
 
+        use_token(token)
         inspection.show(target, json)
 
 
@@ -42,7 +45,7 @@ def list_entries(
 
 @app.command()
 def verify(
-    run: o.RunDir,
+    target: o.Target,
     write: Annotated[
         Path | None,
         typer.Option(
@@ -56,17 +59,19 @@ def verify(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Let --write replace a file that is no expectation.")
     ] = False,
+    token: Token = None,
     json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
-    """Check every file of a run against its manifests; exit code 2 if one is damaged."""
+    """Check every file of a run, or of a checkpoint, against its manifests; exit code 2 if one is damaged."""
     with friendly(debug):
         prepare_libraries()
         from lowrank_compress.cli import checking, inspection
 
-        inspection.verify(run, json)
+        use_token(token)
+        place = inspection.verify(target, json)
         if write is not None:
-            checking.write(run, write, overwrite)
+            checking.write(place, write, overwrite)
 
 
 @app.command()
@@ -89,8 +94,10 @@ def refresh(
 
 
 @app.command()
+@pushes
 def export(
-    target: Annotated[str, typer.Argument(help="A run directory or a compressed checkpoint.", show_default=False)],
+    hub: Hub,
+    target: o.Target,
     dense: Annotated[
         Path | None,
         typer.Option(
@@ -121,7 +128,9 @@ def export(
         from lowrank_compress.cli import exporting
 
         with reported() as reporter:
-            exporting.export(target, dense, native, overwrite, reporter)
+            hub.check()
+            written = exporting.export(target, dense, native, overwrite, reporter)
+            hub.push(written, {}, False, overwrite, reporter)
 
 
 @app.command()

@@ -151,7 +151,13 @@ def _lacks_memory(problem: Exception) -> bool:
 
 def _one_line(text: str) -> str:
     """Show a text in one paragraph, with what cannot be printed spelled out and very long words cut in the middle."""
-    return re.sub(r"(\S{100})\S{200,}(\S{100})", r"\1…\2", printable(text.replace("\n", " ")))
+    return re.sub(r"(\S{100})\S{200,}(\S{100})", r"\1…\2", printable(without_token(text).replace("\n", " ")))
+
+
+def without_token(text: str) -> str:
+    """Leave the hub's token out of a text, whoever has written it there."""
+    token = os.environ.get("HF_TOKEN", "").strip()
+    return text.replace(token, "…") if token else text
 
 
 def printable(text: str) -> str:
@@ -166,8 +172,8 @@ def _unexpected(problem: Exception) -> str:
         with tempfile.NamedTemporaryFile(
             "w", prefix="lrc-", suffix=".txt", delete=False, encoding="utf-8", errors="backslashreplace"
         ) as file:
-            file.write(f"{sys.version}\n{sys.argv}\n\n")
-            traceback.print_exception(problem, file=file)
+            told = f"{sys.version}\n{sys.argv}\n\n{''.join(traceback.format_exception(problem))}"
+            file.write(without_token(told))
     except OSError:
         return f"{what}. This is a fault of lrc. Repeat with --debug for the traceback, and report it with that."
     return f"{what}. This is a fault of lrc; please report it with {file.name}, which holds the traceback."

@@ -9,13 +9,16 @@ import typer
 
 from lowrank_compress.cli import options as o
 from lowrank_compress.cli.app import app
+from lowrank_compress.cli.hub import Hub, pushes
 from lowrank_compress.cli.terminal import friendly, prepare_libraries, reported
 from lowrank_compress.errors import InputError
 from lowrank_compress.recipe import DATA, WHAT
 
 
 @app.command()
+@pushes
 def recover(
+    hub: Hub,
     target: Annotated[str, typer.Argument(help="A run directory or a compressed checkpoint.", show_default=False)],
     block: Annotated[
         bool,
@@ -132,5 +135,7 @@ def recover(
         how: dict[str, Any] = {"steps": steps, "seconds": seconds, "lr": lr, "train": train, "batch": batch}
         how |= {"block": block_steps if block else None, "lora": lora, "towards": "dense" if text is None else "text"}
         with reported() as reporter:
+            hub.check()
             result = recovering.recover(target, data, how, device, dense, out, overwrite, reporter)
+            hub.push(result["model"], result, json, overwrite, reporter)
         printing.print_stage(result, json)

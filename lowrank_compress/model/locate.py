@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from lowrank_compress.errors import InputError, first_line
 from lowrank_compress.model.adapter import merged
@@ -12,6 +15,61 @@ from lowrank_compress.model.kinds import few, no_config, no_weights
 from lowrank_compress.model.shards import ADAPTER, COMPANIONS, INDEX, MODULES, SINGLE, read_index
 
 Snapshot = Callable[..., str]
+HUB = "hf://"
+_ADDRESS = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^/@]+))?(/(?P<folder>[^@]+?))?/?")
+
+
+class Address(NamedTuple):
+    """A place on the Hugging Face hub: a repository, its revision, and a folder in it."""
+
+    repo: str
+    revision: str | None = None
+    folder: str = ""
+
+    @classmethod
+    def of(cls, model: str, revision: str | None = None) -> Address:
+        """Read a hub name, or hf://OWNER/NAME[@REVISION][/FOLDER] as in huggingface_hub's file system.
+
+        Raises
+        ------
+        InputError
+            It is none, or names another revision.
+        """
+        if not model.startswith(HUB):
+            return cls(model, revision)
+        found = _ADDRESS.fullmatch(model)
+        if found is None or _climbs(found["folder"] or ""):
+            raise InputError(f"{model} names nothing on the hub; expected hf://OWNER/NAME[@REVISION][/FOLDER].")
+        if revision is not None and found["revision"] not in (None, revision):
+            raise InputError(f"{model} names the revision {found['revision']}, and --revision {revision}. Pass one.")
+        return cls(found["repo"], found["revision"] or revision, found["folder"] or "")
+
+
+def _climbs(folder: str) -> bool:
+    return any(part in ("", ".", "..") for part in folder.split("/")) if folder else False
+
+
+def in_folder(model: str, folder: str | None) -> str:
+    """Name a folder of a directory, or of a repository of the hub.
+
+    Raises
+    ------
+    InputError
+        The folder does not lie in it, or the repository is named without its owner.
+    """
+    if folder is None:
+        return model
+    folder = folder.strip("/")
+    if not folder or _climbs(folder):
+        raise InputError(f"--subfolder {folder!r} is no folder of a model; expected one like 'base' or 'v2/base'.")
+    directory = directory_of(model)
+    if directory is not None:
+        return str(directory / folder)
+    known = Address.of(model)
+    if "/" not in known.repo:
+        raise InputError(f"--subfolder needs the repository's full name, OWNER/NAME; got {model}.")
+    at = f"@{known.revision}" if known.revision else ""
+    return f"{HUB}{known.repo}{at}/" + "/".join(part for part in (known.folder, folder) if part)
 
 
 def locate(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Path:
@@ -65,6 +123,8 @@ def directory_of(model: str) -> Path | None:
     """
     if not model.strip():
         raise InputError("The model's name is empty; expected a checkpoint directory or a hub name.")
+    if model.startswith(HUB):
+        return None
     try:
         path = Path(model).expanduser()
         if path.is_dir():
@@ -111,21 +171,23 @@ def download(
         It cannot be had, or is no checkpoint.
     """
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    snapshot = snapshot or huggingface_hub.snapshot_download
     listing = listing or huggingface_hub.list_repo_files
+    address = Address.of(model, revision)
+    inside = f"{address.folder}/" if address.folder else ""
+    where = f"The repository {address.repo}" + (f", in {address.folder}," if inside else "")
 
     def fetch(patterns: list[str], at: str | None) -> Path:
-        return Path(snapshot(model, revision=at, allow_patterns=patterns))
+        return _fetched(address, patterns, at, snapshot)
 
     def names(at: str | None) -> list[str]:
         try:
-            return sorted(listing(model, revision=at))
+            found = sorted(listing(address.repo, revision=at))
         except Exception:  # no network: nothing is known
             return []
+        return [name.removeprefix(inside) for name in found if name.startswith(inside)]
 
-    try:
+    with _reaching(model):
         small = [
             "config.json",
             ADAPTER,
@@ -135,25 +197,59 @@ def download(
             f"{MODULES}/*.safetensors",
             *(["*.py"] if trust_remote_code else []),
         ]
-        path = fetch(small, revision)
+        path = fetch(small, address.revision)
         # All parts from the same state of the repository.
-        at = path.name if path.parent.name == "snapshots" else revision
+        root = path.parents[address.folder.count("/")] if inside else path
+        at = root.name if root.parent.name == "snapshots" else address.revision
         if (path / ADAPTER).exists():
             fetch(["adapter_model.safetensors"], at)
         if not (path / "config.json").exists():
             if (path / ADAPTER).exists():
                 return path
-            raise InputError(no_config(f"The repository {model}", names(at)))
+            raise InputError(no_config(where, names(at)))
         fetch([SINGLE], at)
         if (path / SINGLE).exists():
             return path
         if not (path / INDEX).exists():
-            raise InputError(no_weights(f"The repository {model}", names(at)))
+            raise InputError(no_weights(where, names(at)))
         shards = sorted(set(read_index(path / INDEX).values()))
         fetch(shards, at)
         if lacking := [name for name in shards if not (path / name).exists()]:
-            raise InputError(f"The repository {model} lacks {few(lacking)}, though its {INDEX} names them.")
+            raise InputError(f"{where} lacks {few(lacking)}, though its {INDEX} names them.")
         return path
+
+
+def files_of(model: str, names: Iterable[str]) -> Path:
+    """Return the directory of a checkpoint of which only some files are read: they are all that is downloaded.
+
+    Raises
+    ------
+    InputError
+        It is neither a directory nor a repository that can be had.
+    """
+    directory = directory_of(model)
+    if directory is not None:
+        return directory
+    with _reaching(model):
+        address = Address.of(model)
+        return _fetched(address, list(names), address.revision, None)
+
+
+def _fetched(address: Address, patterns: list[str], at: str | None, snapshot: Snapshot | None) -> Path:
+    import huggingface_hub
+
+    inside = f"{address.folder}/" if address.folder else ""
+    fetch = snapshot or huggingface_hub.snapshot_download
+    return Path(fetch(address.repo, revision=at, allow_patterns=[f"{inside}{name}" for name in patterns])) / inside
+
+
+@contextmanager
+def _reaching(model: str) -> Iterator[None]:
+    """Say what it means that a repository cannot be had."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        yield
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError, json.JSONDecodeError) as problem:
         raise InputError(
             f"{model!r} is neither a directory here nor a model that could be had from the Hugging Face hub "

@@ -13,6 +13,7 @@ from lowrank_compress.calibration.sources import Source
 from lowrank_compress.calibration.textfiles import check_file
 from lowrank_compress.errors import CalibrationError
 from lowrank_compress.model.checkpoint import Checkpoint
+from lowrank_compress.model.locate import HUB
 
 
 def checkpoint_id(checkpoint: Checkpoint) -> str:
@@ -46,5 +47,7 @@ def text_name(text: str) -> str:
 
 def display_name(model: str) -> str:
     """Name a model without the path to it: the hub name, or the directory's own name."""
+    if model.startswith(HUB):
+        return model.removeprefix(HUB)
     path = Path(model).expanduser()
     return path.resolve().name if path.is_dir() else model

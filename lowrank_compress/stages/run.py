@@ -160,7 +160,7 @@ class Run:
 
 
 # Endings and names of files that transformers, or an other loader of checkpoints, looks for.
-_LOADED = (
+LOADED = (
     *(".json", ".safetensors", ".py", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".jinja", ".model"),
     *("vocab.txt", "merges.txt", "additional_chat_templates"),
 )
@@ -169,7 +169,7 @@ _LOADED = (
 def strangers(directory: Path, manifest: Manifest) -> list[str]:
     """Name what is not of a checkpoint of ours and yet would be loaded with it."""
     names = {path.name for path in directory.iterdir()} - {*manifest.outputs, MANIFEST}
-    return sorted(name for name in names if name.lower().endswith(_LOADED))
+    return sorted(name for name in names if name.lower().endswith(LOADED))
 
 
 def require_alone(directory: Path, manifest: Manifest) -> None:

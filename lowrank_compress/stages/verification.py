@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lowrank_compress.artifacts.documents import read_json
@@ -48,6 +48,25 @@ def verify(path: Path) -> list[dict[str, str]]:
     findings += _verify_file("factorize", run.index, _index_is_intact(run))
     metrics = run.evaluations / METRICS
     return findings + _verify_file("eval", metrics, metrics.exists() and _reads(metrics) == merged(run.evaluations))
+
+
+def verify_checkpoint(directory: Path) -> list[dict[str, str]]:
+    """Check the files of a checkpoint that is in no run, against the manifest that it carries.
+
+    Returns
+    -------
+    list of dict
+        As `verify`.
+
+    Raises
+    ------
+    ArtifactError
+        It carries none, or a damaged one.
+    """
+    manifest = read_manifest(directory)
+    if manifest is None:
+        raise ArtifactError(f"{directory} is neither a run nor a checkpoint with a {MANIFEST} of this program.")
+    return _verify_files(STAGES[manifest.key.stage], directory, manifest, "", lambda name: False)
 
 
 def _chain(run: Run) -> tuple[Link, ...]:
@@ -106,19 +125,36 @@ def _verify_result(run: Run, stage: Stage, directory: Path, chain: Sequence[Link
         return [finding(where, "not there yet")]
     if not _belongs(stage, directory, manifest, chain) or not _follows(run, manifest):
         return [finding(f"{where}/{MANIFEST}", "of another result")]
+    return _verify_files(
+        stage,
+        directory,
+        manifest,
+        f"{where}/",
+        lambda name: name in stage.editable and stage.editable[name](run, directory / name, manifest),
+    )
+
+
+def _verify_files(
+    stage: Stage, directory: Path, manifest: Manifest, inside: str, edited: Callable[[str], bool]
+) -> list[dict[str, str]]:
+    """Report on each file of a result; `inside` is written before their names."""
+
+    def finding(file: str, state: str) -> dict[str, str]:
+        return {"stage": stage.command, "file": file, "state": state}
+
     wrong = set(altered(directory, manifest, remember=False))
     findings = []
     for name in manifest.outputs:
         state = "missing or altered" if name in wrong else "intact"
-        if name in wrong and name in stage.editable and stage.editable[name](run, directory / name, manifest):
+        if name in wrong and edited(name):
             state = "edited by hand"
         elif name == REMOTE_FILE and state == "intact" and (code := code_of(directory, manifest)) != "ours":
             state = code
-        findings.append(finding(f"{where}/{name}", state))
+        findings.append(finding(f"{inside}{name}", state))
     if stage.writes == "checkpoint":
-        findings += [finding(f"{where}/{name}", "not of this checkpoint") for name in strangers(directory, manifest)]
+        findings += [finding(f"{inside}{name}", "not of this checkpoint") for name in strangers(directory, manifest)]
     if manifest.report.get("kept") is False:
-        findings.append(finding(where, "dropped"))
+        findings.append(finding(inside.rstrip("/"), "dropped"))
     return findings
 
 

@@ -28,7 +28,7 @@ BELOW: dict[str, set[str]] = {
     "stages": STAGES_USE,
     "methods": {"calibration", "allocation", "formats", "linalg", "model", "shipped", "arch"},
     "formats": {"allocation", "linalg", "model", "shipped", "arch"},
-    "calibration": {"linalg", "model", "arch", "artifacts", "resources"},
+    "calibration": {"linalg", "model", "shipped", "arch", "artifacts", "resources"},
     "evaluation": {"model", "arch", "artifacts"},
     "training": {"linalg", "model", "shipped", "arch", "resources"},
     "model": {"shipped", "arch", "artifacts"},

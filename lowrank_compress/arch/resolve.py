@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lowrank_compress.arch.spec import HEAD, Architecture, Projection, Reads, Role
+from lowrank_compress.arch.spec import EXPERTS, HEAD, LATENT, Architecture, Projection, Reads, Role
 from lowrank_compress.arch.table import architecture_of
 from lowrank_compress.arch.targets import Heads, Resolved, Rows, Target, View
 from lowrank_compress.errors import UnsupportedError
+from lowrank_compress.shipped.experts import SeparateExperts, separable, separate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -21,7 +22,7 @@ def resolve(model: PreTrainedModel) -> Resolved:
     """List the matrices of `model` that may be compressed; the model may be on the meta device.
 
     Every parameter with two or more dimensions inside the blocks is claimed by exactly one module of the result or
-    ignored by name in the architecture's entry.
+    ignored by name in the architecture's entry. Experts must be separate already (`separate_experts`).
 
     Raises
     ------
@@ -44,6 +45,26 @@ def resolve(model: PreTrainedModel) -> Resolved:
         _check_complete(model.get_submodule(path), path, architecture, {target.parameter for target in found})
         targets += found
     return Resolved(architecture, blocks, tuple(targets), heads, _outside(model, architecture, len(blocks)))
+
+
+def separate_experts(model: PreTrainedModel) -> None:
+    """Give every expert of `model` modules of its own, which compute the same.
+
+    Raises
+    ------
+    UnsupportedError
+        The model type is not supported, or its experts are others than its entry says.
+    """
+    architecture = architecture_of(model.config)
+    for path in block_paths(model) if architecture.experts else ():
+        experts = _find(model, place := f"{path}.{architecture.experts}")
+        if experts is not None:
+            if not isinstance(experts, SeparateExperts) and not separable(experts):
+                raise UnsupportedError(
+                    f"{type(model).__name__} has a {type(experts).__name__} at {place!r}; expected gated experts "
+                    f"without biases in two tensors, as architecture {architecture.name!r} has."
+                )
+            separate(model, place)
 
 
 def block_paths(model: PreTrainedModel) -> tuple[str, ...]:
@@ -69,9 +90,13 @@ def block_paths(model: PreTrainedModel) -> tuple[str, ...]:
 def _block_targets(
     model: PreTrainedModel, architecture: Architecture, heads: Heads, index: int, block: str
 ) -> list[Target]:
-    shapes = {projection: _shape(model, block, projection) for projection in architecture.projections}
+    shapes = {
+        projection: _shape(model, block, projection)
+        for projection in architecture.projections
+        if not (projection.optional and _find(model, f"{block}.{projection.path}") is None)
+    }
     width = model.config.hidden_size
-    inner = next(shape[1] for projection, shape in shapes.items() if projection.reads == "hidden")
+    inner = next((shape[1] for projection, shape in shapes.items() if projection.reads == "hidden"), 0)
     rows: dict[Role, int] = {
         "q": heads.query * heads.size,
         "k": heads.key * heads.size,
@@ -85,8 +110,11 @@ def _block_targets(
     targets: list[Target] = []
     for projection, shape in shapes.items():
         path = f"{block}.{projection.path}"
-        expected = (sum(rows[role] for role in projection.parts), columns[projection.reads])
-        if shape != expected:
+        latent = architecture.latent and architecture.group_of(projection.parts[0]) == LATENT
+        if latent:
+            rows |= {projection.parts[0]: shape[0]}
+        expected = (sum(rows[role] for role in projection.parts), columns.get(projection.reads))
+        if shape != expected and not latent:
             raise UnsupportedError(
                 f"{path}.weight has shape {shape} as (out, in); expected {expected}, because the configuration implies "
                 f"hidden size {width}, {heads.query} heads, {heads.key} key-value heads of size {heads.size}, and the "
@@ -108,7 +136,31 @@ def _block_targets(
                     group=architecture.group_of(role).name,
                     shape=(part.size, shape[1]),
                     reads=projection.reads,
-                    heads=heads if role in ("q", "k", "v", "o") else None,
+                    heads=heads if role in ("q", "k", "v", "o") and not latent else None,
+                )
+            )
+    return targets + _expert_targets(model, architecture, index, block)
+
+
+def _expert_targets(model: PreTrainedModel, architecture: Architecture, index: int, block: str) -> list[Target]:
+    path = f"{block}.{architecture.experts}"
+    experts = _find(model, path) if architecture.experts else None
+    if experts is None:
+        return []
+    if not isinstance(experts, SeparateExperts):
+        raise UnsupportedError(
+            f"{path} is a {type(experts).__name__}; expected experts that were made separate before."
+        )
+    targets = []
+    for number in range(len(experts)):
+        for role in EXPERTS.roles:
+            own = f"{path}.{number}.lr_{role}"
+            rows, columns = model.get_parameter(f"{own}.weight").shape
+            view, reads = View(Rows(1, rows, 0, rows)), f"expert.{number}"
+            reads = f"{reads}.hidden" if role == "down" else reads
+            targets.append(
+                Target(
+                    own, index, f"{own}.weight", view, None, role, EXPERTS.name, (rows, columns), reads, None, number
                 )
             )
     return targets

@@ -26,17 +26,29 @@ class Group:
         Its name in ranks.json, behind the path of a block.
     title
         Its name in messages.
+    like
+        Another group whose module methods, and whose methods in mixtures, are for this one too; "" for none.
     """
 
     name: str
     roles: tuple[Role, ...]
     label: str
     title: str
+    like: str = ""
+
+    @property
+    def kind(self) -> str:
+        """The name of the group that methods know it by."""
+        return self.like or self.name
 
 
 QUERY_KEY = Group("qk", ("q", "k"), "query-key", "queries and keys")
 VALUE_OUTPUT = Group("vo", ("v", "o"), "value-output", "values and output")
 MLP = Group("mlp", ("gate", "up", "down"), "mlp", "MLP")
+EXPERTS = Group("experts", ("gate", "up", "down"), "experts", "experts", like="mlp")
+"""The routed experts of a block; each of them is a whole by itself, as an MLP is."""
+LATENT = Group("latent", ("q", "q_a", "q_b", "kv_a", "kv_b", "o"), "latent", "latent attention")
+"""The projections of attention whose keys and values are made of a latent vector; no head of it can shrink."""
 BLOCK_GROUPS = (QUERY_KEY, VALUE_OUTPUT, MLP)
 """The groups of a block with attention and one MLP, in the order of computation."""
 HEAD = Group("head", ("head",), "head", "the head")
@@ -62,6 +74,8 @@ class Projection:
         the same.
     conv1d
         Whether the module is a ``transformers.pytorch_utils.Conv1D``, whose weight is stored as (in, out).
+    optional
+        Whether only some blocks or configurations have it.
     """
 
     path: str
@@ -69,6 +83,7 @@ class Projection:
     reads: Reads
     layout: Layout = "blocked"
     conv1d: bool = False
+    optional: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +111,8 @@ class Architecture:
         What of a block has a method of its own, in the order of computation; every role is in one.
     head
         Path of a language model's head; None where a family has none.
+    experts
+        Path, below a block, of its routed experts; "" where the family has none. Blocks without are as others are.
     """
 
     name: str
@@ -107,6 +124,12 @@ class Architecture:
     traits: Traits = Traits()  # noqa: RUF009  (nothing can change it)
     groups: tuple[Group, ...] = BLOCK_GROUPS
     head: str | None = "lm_head"
+    experts: str = ""
+
+    @property
+    def latent(self) -> bool:
+        """Whether keys and values are made of a latent vector, so that there are no heads to make narrower."""
+        return LATENT in self.groups
 
     @property
     def head_norms(self) -> bool:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lowrank_compress.arch import traits
-from lowrank_compress.arch.spec import Architecture, Projection
+from lowrank_compress.arch.spec import BLOCK_GROUPS, EXPERTS, LATENT, MLP, Architecture, Projection
 from lowrank_compress.errors import UnsupportedError
 from lowrank_compress.registry import Registry, unknown
 
@@ -82,6 +83,33 @@ _DISTILBERT = (
     Projection("ffn.lin2", ("down",), "hidden"),
 )
 
+# Dense in some blocks; in the others there are experts, and where the names say so one that all tokens go to.
+_MLP = (
+    Projection("mlp.gate_proj", ("gate",), "mlp", optional=True),
+    Projection("mlp.up_proj", ("up",), "mlp", optional=True),
+    Projection("mlp.down_proj", ("down",), "hidden", optional=True),
+)
+_SHARED_EXPERT = tuple(replace(each, path=each.path.replace("mlp.", "mlp.shared_expert.")) for each in _MLP)
+_SHARED_EXPERTS = tuple(replace(each, path=each.path.replace("mlp.", "mlp.shared_experts.")) for each in _MLP)
+_LATENT = (
+    Projection("self_attn.q_proj", ("q",), "attn", optional=True),
+    Projection("self_attn.q_a_proj", ("q_a",), "attn", optional=True),
+    Projection("self_attn.q_b_proj", ("q_b",), "q_latent", optional=True),
+    Projection("self_attn.kv_a_proj_with_mqa", ("kv_a",), "attn"),
+    Projection("self_attn.kv_b_proj", ("kv_b",), "kv_latent"),
+    Projection("self_attn.o_proj", ("o",), "context"),
+)
+_ROUTER = ("mlp.gate.weight", "mlp.shared_expert_gate.weight")
+
+
+def _mixture(name: str, projections: tuple[Projection, ...], **others: Any) -> Architecture:
+    """Describe a family of which some blocks, or all, have experts; their router stays as it is."""
+    groups = (*others.pop("groups", BLOCK_GROUPS), EXPERTS)
+    return Architecture(
+        name, (name,), "layers", "self_attn", projections, _ROUTER, groups=groups, experts="mlp.experts", **others
+    )
+
+
 _ENTRIES = (
     Architecture("llama", ("llama",), "layers", "self_attn", _GATED),
     Architecture("mistral", ("mistral",), "layers", "self_attn", _GATED, traits=traits.ALL_WINDOWED),
@@ -118,6 +146,12 @@ _ENTRIES = (
         traits=traits.DROPPING,
         head=None,
     ),
+    _mixture("mixtral", _ATTENTION, traits=traits.ALL_WINDOWED),
+    _mixture("qwen2_moe", (*_ATTENTION, *_MLP, *_SHARED_EXPERT), traits=traits.WINDOWED),
+    _mixture("qwen3_moe", (*_ATTENTION, *_MLP), traits=traits.NORMED),
+    _mixture("olmoe", _ATTENTION, traits=traits.NORMED_AS_A_WHOLE),
+    _mixture("deepseek_v2", (*_LATENT, *_MLP, *_SHARED_EXPERTS), groups=(LATENT, MLP)),
+    _mixture("deepseek_v3", (*_LATENT, *_MLP, *_SHARED_EXPERTS), groups=(LATENT, MLP)),
 )
 
 ARCHITECTURES: Registry[Architecture] = Registry(
@@ -139,17 +173,19 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
     Raises
     ------
     UnsupportedError
-        Mixture-of-experts, multimodal, encoder-decoder and cross-attention models, families that run one block several
-        times, and model types that no entry lists (the message names all that are).
+        Other mixtures of experts, multimodal, encoder-decoder and cross-attention models, families that run one block
+        several times, and model types that no entry lists (the message names all that are).
     """
     declared: dict[str, Any] = config.to_dict()
     text: dict[str, Any] = declared | (declared.get("text_config") or {})
     name = config.model_type
     experts = next((key for key in _EXPERT_COUNTS if isinstance(text.get(key), int) and text[key] > 1), None)
-    if experts:
+    known = _by_model_type()
+    if experts and not (name in known and known[name].experts):
         raise UnsupportedError(
-            f"Mixture-of-experts models are not supported yet: model type {name!r} has {experts}={text[experts]}. "
-            "Choose a dense checkpoint."
+            f"Mixture-of-experts models of this kind are not supported: model type {name!r} has "
+            f"{experts}={text[experts]}. Supported are {', '.join(n for n, entry in known.items() if entry.experts)}; "
+            "or choose a dense checkpoint."
         )
     modality = next((key for key in _MODALITIES if declared.get(key)), None)
     if modality:
@@ -157,7 +193,6 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
             f"Multimodal models are not supported: model type {name!r} has a {modality}. Extract the language model "
             "into a checkpoint of its own (for gemma3, one of model type 'gemma3_text') and compress that."
         )
-    known = _by_model_type()
     if name not in known and declared.get("is_encoder_decoder"):
         raise UnsupportedError(
             f"Encoder-decoder models are not supported: model type {name!r} has two stacks of blocks. Choose a "

@@ -110,7 +110,10 @@ class Target:
     reads
         Input tensor, the very same for all targets of a block with this value.
     heads
-        The attention heads that the rows (q, k, v) or columns (o) belong to; None in the MLP.
+        The attention heads that the rows (q, k, v) or columns (o) belong to; None in the MLP, and where heads are made
+        of a latent vector.
+    expert
+        Number of the routed expert that it is a matrix of; None for others.
     """
 
     name: str
@@ -123,6 +126,7 @@ class Target:
     shape: tuple[int, int]
     reads: Reads
     heads: Heads | None
+    expert: int | None = None
 
     @property
     def module(self) -> str:

@@ -23,8 +23,9 @@ from torch import Tensor
 from lowrank_compress.arch.targets import Target
 from lowrank_compress.calibration.again import Again
 from lowrank_compress.calibration.hooks import hooked
-from lowrank_compress.calibration.moments import ROWS, Moments
+from lowrank_compress.calibration.moments import Moments
 from lowrank_compress.calibration.statistics import STATISTICS, enough_tokens, statistic_key
+from lowrank_compress.calibration.sums import ROWS
 from lowrank_compress.errors import InputError
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.model.walk.batch import Batch

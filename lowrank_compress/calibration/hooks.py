@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_compress.arch.targets import Target
-from lowrank_compress.calibration.moments import Moments, Seen
+from lowrank_compress.calibration.experts import Routing
+from lowrank_compress.calibration.moments import Moments
+from lowrank_compress.calibration.sums import Seen
 from lowrank_compress.errors import NumericsError
 from lowrank_compress.model import weights
 from lowrank_compress.model.skeleton import Skeleton
@@ -31,11 +33,14 @@ def hooked(
     """
     handles = []
     if moments is not None:
-        for path, targets in skeleton.resolved.modules().items():
-            if targets[0].block == index:
-                module = skeleton.model.get_submodule(path)
-                own = None if weighed_by is None else weighed_by.model.get_submodule(path)
-                handles += _hook(module, targets, moments, batch, clip, own)
+        routing = None
+        for path, targets in skeleton.resolved.modules_of(index).items():
+            module = skeleton.model.get_submodule(path)
+            own = None if weighed_by is None else weighed_by.model.get_submodule(path)
+            if targets[0].expert is not None and routing is None:
+                routing = Routing(batch)
+                handles.append(routing.watch(skeleton.model.get_submodule(path.rsplit(".", 2)[0])))
+            handles += _hook(module, targets, moments, batch, clip, own, routing)
     try:
         yield
     finally:
@@ -50,6 +55,7 @@ def _hook(
     batch: Batch,
     clip: float | None,
     weighed_by: nn.Module | None = None,
+    routing: Routing | None = None,
 ):
     """Hook a module: measure what it sees now, and the gradient of its output when that is known.
 
@@ -65,8 +71,11 @@ def _hook(
     mask = None if batch.mask is None else batch.mask.bool()[..., None]
     alone = len(targets) == 1 and moments.wants(targets[0], "in_fisher") and weighed_by is None
     weight = (weighed_by or module).get_parameter("weight")
+    expert = targets[0].expert
 
     def measured(values: Tensor, device: torch.device) -> Tensor:
+        if routing is not None and expert is not None:
+            return routing.of(expert).packed(values.detach())
         values = values.detach().reshape(*shape, -1)
         return values if mask is None else values.masked_fill(~mask.to(device), 0)
 
@@ -91,8 +100,11 @@ def _hook(
                 inner = delta
                 if g is not None and inner is None and moments.wants(target, "in_fisher"):
                     inner = g @ weights.read(weight.detach(), target)
+                own = None if routing is None or expert is None else routing.of(expert)
                 moments.add(
-                    target, Seen(x, part, biased, g, inner, target.heads, batch.first), gradient=gradient is not None
+                    target,
+                    Seen(x, part, biased, g, inner, target.heads, batch.first, own),
+                    gradient=gradient is not None,
                 )
 
         waiting: list[tuple[Tensor, Tensor | None]] = []

@@ -5,52 +5,25 @@ The notation is that of `statistics`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from lowrank_compress.arch.targets import Heads, Target
-from lowrank_compress.calibration.statistics import HALVES, INFLUENCE, STATISTICS, first_half, statistic_key
+from lowrank_compress.arch.targets import Target
+from lowrank_compress.calibration.experts import fill_unseen, routed_keys
+from lowrank_compress.calibration.statistics import (
+    HALVES,
+    INFLUENCE,
+    ROUTED,
+    STATISTICS,
+    TOKENS,
+    first_half,
+    statistic_key,
+)
+from lowrank_compress.calibration.sums import ROWS, SUMS, Seen
 from lowrank_compress.errors import InputError, NumericsError
 from lowrank_compress.resources.workers import Workers
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What one target sees of one batch.
-
-    Attributes
-    ----------
-    x
-        (sequences, length, in); padded positions are zero.
-    y
-        (sequences, length, out) without bias; padded positions are zero.
-    z
-        (sequences, length, out) with the bias; padded positions are zero.
-    g
-        (sequences, length, out), or None where no gradient is taken; padded positions are zero.
-    delta
-        g W, (sequences, length, in), where ``in_fisher`` is wanted of the target and g is there; or None.
-    heads
-        How an attention projection divides; None in the MLP.
-    first
-        Number of the first sequence in the calibration set.
-    """
-
-    x: Tensor
-    y: Tensor
-    z: Tensor
-    g: Tensor | None
-    delta: Tensor | None
-    heads: Heads | None
-    first: int = 0
-
-
-def _rows(values: Tensor) -> Tensor:
-    return values.flatten(0, -2)
-
 
 PANEL = 256
 
@@ -70,69 +43,6 @@ def mirror(total: Tensor) -> None:
     for stop in range(PANEL, len(total), PANEL):
         panel = slice(stop - PANEL, stop)
         total[panel, stop:] = total[stop:, panel].T
-
-
-def _gradient(seen: Seen) -> Tensor:
-    assert seen.g is not None
-    return seen.g
-
-
-def _delta(seen: Seen) -> Tensor:
-    assert seen.delta is not None
-    return seen.delta
-
-
-def _heads(seen: Seen) -> Heads:
-    assert seen.heads is not None
-    return seen.heads
-
-
-def _second_by_head(values: Tensor, heads: Heads) -> Tensor:
-    """Σ over tokens of v vᵀ of each head, (heads, size, size); values are (…, heads · size)."""
-    parts = _rows(values).unflatten(1, (-1, heads.size)).movedim(1, 0)
-    return parts.mT @ parts
-
-
-def _score_gradient(z: Tensor, g: Tensor, heads: Heads) -> Tensor:
-    """Return t, (…, key · size): the sum of g ⊙ z over the query heads of each key-value head."""
-    return (g * z).unflatten(-1, (heads.key, -1, heads.size)).sum(-2).flatten(-2)
-
-
-def row_sums_of_squared_gradients(x: Tensor, g: Tensor) -> Tensor:
-    """Sum over sequences of the row sums of (∂ℒ/∂W)², ∂ℒ/∂W = gᵀx of a sequence; (out,).
-
-    Takes the cheaper of two equal ways: form ∂ℒ/∂W, or use Σ_j (gᵀx)²_ij = g_iᵀ (x xᵀ) g_i without forming it.
-
-    Parameters
-    ----------
-    x
-        (sequences, length, in).
-    g
-        (sequences, length, out).
-    """
-    length, width, out = x.shape[1], x.shape[2], g.shape[2]
-    if length * (width + out) < width * out:
-        return (g * ((x @ x.transpose(1, 2)) @ g)).sum((0, 1))
-    return (g.transpose(1, 2) @ x).square().sum((0, 2))
-
-
-# Statistics that are second moments of whole rows, by those rows; and the other ones.
-ROWS: Mapping[str, Callable[[Seen], Tensor]] = {
-    "in_gram": lambda seen: seen.x,
-    "out_gram": lambda seen: seen.y,
-    "out_fisher": _gradient,
-    "in_fisher": _delta,
-}
-SUMS: Mapping[str, Callable[[Seen], Tensor]] = {
-    "in_mean": lambda seen: _rows(seen.x).sum(0),
-    "in_abs": lambda seen: _rows(seen.x).abs().sum(0),
-    "in_square": lambda seen: _rows(seen.x).square().sum(0),
-    "out_square": lambda seen: _rows(_gradient(seen)).square().sum(0),
-    "row_fisher": lambda seen: row_sums_of_squared_gradients(seen.x, _gradient(seen)),
-    "head_gram": lambda seen: _second_by_head(seen.z, _heads(seen)),
-    "head_fisher": lambda seen: _second_by_head(_gradient(seen), _heads(seen)),
-    "score_fisher": lambda seen: _second_by_head(_score_gradient(seen.z, _gradient(seen), _heads(seen)), _heads(seen)),
-}
 
 
 def turned(before: Tensor, after: Tensor) -> Tensor:
@@ -169,18 +79,27 @@ class Moments:
     ) -> None:
         self._halved = halved
         self._wanted = {target.name: wanted.get(target.name, frozenset()) for target in targets}
+        # The share of the tokens that an expert sees is taken along, under the name of its down matrix.
+        self._shares = routed_keys(targets, self._wanted)
+        for key in self._shares.values():
+            self._wanted[key.rpartition("/")[0]] |= {ROUTED}
+        self._targets = targets
         self._sums: dict[str, Tensor] = {}
         # A shared statistic is summed for the first target that asks for it.
         self._owner: dict[str, str] = {}
+        self._share_of: dict[str, str] = {}
         for target in targets:
             for statistic in sorted(self._wanted[target.name]):
-                if not STATISTICS[statistic].fits(target.role):
+                if not STATISTICS[statistic].fits(target.role, target.expert):
                     raise InputError(
                         f"{statistic} ({STATISTICS[statistic].help}) is taken of "
                         f"{', '.join(STATISTICS[statistic].roles or ())} only, but wanted of {target.name} "
                         f"({target.role}). Check what the method says it needs."
                     )
-                self._owner.setdefault(statistic_key(target, statistic), target.name)
+                key = statistic_key(target, statistic)
+                self._owner.setdefault(key, target.name)
+                if target.expert is not None:
+                    self._share_of[key] = self._shares[target.expert]
 
     def wants(self, target: Target, statistic: str) -> bool:
         """Whether a statistic is wanted of a target."""
@@ -206,6 +125,8 @@ class Moments:
                     values = values[1 - seen.first % 2 :: 2]
                 self._add_rows(key, values, what)
             else:
+                if statistic == ROUTED and self._halved and seen.routed is not None:
+                    self._sum(first_half(key), seen.routed.counts[seen.first % 2 :: 2].sum()[None], what)
                 self._sum(key, SUMS[statistic](seen).double(), what)
 
     def add_influence(self, before: Tensor, after: Tensor, mask: Tensor | None) -> None:
@@ -231,7 +152,7 @@ class Moments:
         self._sum(INFLUENCE, change.sum()[None], "The influence of a block")
 
     def _add_rows(self, key: str, values: Tensor, what: str) -> None:
-        rows = _rows(values)
+        rows = values.flatten(0, -2)
         size = rows.shape[1]
         if key not in self._sums:
             self._sums[key] = rows.new_zeros(size, size, dtype=torch.float64)
@@ -267,23 +188,43 @@ class Moments:
         workers, owner
             Who has taken sums of the same block, and which of them gets the means; the others get none.
         """
+        self._complete()
         workers.sum(self._sums, owner)
         sums, self._sums = self._sums, {}
         if workers.rank != owner:
             return {}
         halved = [key for key in sums if first_half(key) in sums]
         for key in halved:
-            sums[key] += sums[first_half(key)]
+            if not key.endswith(f"/{ROUTED}"):
+                sums[key] += sums[first_half(key)]
+        shares = {key: float(sums[key]) / tokens for key in self._shares.values()}
         for key, value in sums.items():
             statistic = key.rsplit("/", 1)[-1].split("@")[0]
             if statistic in ROWS:
                 mirror(value)
-            counts = first if "@" in key else (tokens, losses)
-            value /= counts[statistic in STATISTICS and STATISTICS[statistic].gradient]
+            gradient = statistic in STATISTICS and STATISTICS[statistic].gradient
+            value /= (first if "@" in key and statistic != ROUTED else (tokens, losses))[gradient]
+            if gradient and (own := self._share_of.get(key.split("@")[0])):
+                value /= shares[own] or 1.0
         found = {key: value.cpu() for key, value in sums.items()}
         if halved:
             found[HALVES] = torch.tensor([first[0] / tokens, first[1] / losses], dtype=torch.float64)
+        if self._shares:
+            found[TOKENS] = torch.tensor([tokens], dtype=torch.float64)
+            fill_unseen(self._targets, self._wanted, found)
         return found
+
+    def _complete(self) -> None:
+        """Put zeros where an expert saw nothing, so that everybody who shares the work has sums of everything."""
+        device = next(iter(self._sums.values())).device if self._sums else None
+        for target in self._targets:
+            for statistic in self._wanted[target.name] if target.expert is not None else ():
+                key = statistic_key(target, statistic)
+                halved = key in self._halved or (statistic == ROUTED and self._halved)
+                for each in (key, first_half(key)) if halved else (key,):
+                    if each not in self._sums:
+                        shape = STATISTICS[statistic].shape(target)
+                        self._sums[each] = torch.zeros(shape, dtype=torch.float64, device=device)
 
 
 def _check(values: Tensor, what: str) -> None:

@@ -4,6 +4,7 @@ Notation: x (tokens, in) enters a linear map, y = x Wᵀ (tokens, out) leaves it
 g = ∂ℒ/∂y of the *summed* loss, δ = g W (tokens, in). Statistics by head split z and g into (tokens, heads, size); t is,
 for each key-value head, the sum of g ⊙ z over its query heads. Means of activations are over real tokens; means of
 gradient products over what the summed loss is a sum of: scored tokens of a language model, examples of a classifier.
+Those of a routed expert are sums over its tokens, divided as `experts` says; w is the router's weight of a token.
 """
 
 from __future__ import annotations
@@ -17,6 +18,12 @@ from lowrank_compress.arch.targets import Target
 
 INFLUENCE = "influence"
 """Key of a block's influence among its means: it belongs to no target."""
+
+ROUTED = "routed"
+"""Name of the statistic that says which share of all tokens an expert sees; it is taken wherever any other is."""
+
+TOKENS = "tokens"
+"""Key of the number of all tokens, (1,), among the means of a block with experts."""
 
 HALVES = "halves"
 """Key of the shares of tokens and of losses, (2,), that belong to the first half of the calibration set."""
@@ -60,7 +67,7 @@ class Statistic:
         Key in tables and files.
     dimensions
         Its dimensions by name: "in" and "out" of the target; or "heads" of the target or "key_heads", with the "size"
-        of one.
+        of one; or "one".
     gradient
         Needs g, and is a mean over losses rather than tokens.
     shared
@@ -69,6 +76,8 @@ class Statistic:
         The formula.
     roles
         Roles of which it can be taken; None for all.
+    experts
+        It can be taken of routed experts only.
     """
 
     name: str
@@ -77,14 +86,20 @@ class Statistic:
     shared: bool
     help: str
     roles: tuple[Role, ...] | None = None
+    experts: bool = False
 
-    def fits(self, role: Role) -> bool:
-        """Whether it can be taken of targets of a role."""
-        return self.roles is None or role in self.roles
+    def fits(self, role: Role, expert: int | None = None) -> bool:
+        """Whether it can be taken of targets of a role, be they an expert's or not."""
+        return (self.roles is None or role in self.roles) and not (self.experts and expert is None)
+
+    @property
+    def filled(self) -> bool:
+        """Whether the average of other experts can stand for that of one which saw no token."""
+        return not self.experts
 
     def shape(self, target: Target) -> tuple[int, ...]:
         """Return the shape of the statistic of a target."""
-        sizes = {"out": target.shape[0], "in": target.shape[1]}
+        sizes = {"out": target.shape[0], "in": target.shape[1], "one": 1}
         if target.heads is not None:
             heads = target.heads
             own = heads.query if target.role == "q" else heads.key
@@ -113,6 +128,11 @@ STATISTICS: Mapping[str, Statistic] = {
         Statistic("head_gram", _BY_HEAD, False, False, "E[z zᵀ] of each head", ("q", "k", "v")),
         Statistic("head_fisher", _BY_HEAD, True, False, "E[g gᵀ] of each head", ("q", "k", "v")),
         Statistic("score_fisher", ("key_heads", "size", "size"), True, False, "E[t tᵀ] of each key-value head", ("q",)),
+        Statistic(ROUTED, ("one",), False, False, "share of the tokens that an expert sees", ("down",), True),
+        Statistic("router_weight", ("one",), False, False, "E[w]", ("down",), True),
+        Statistic("output_norm", ("one",), False, False, "E[‖y‖]", ("down",), True),
+        Statistic("routed_norm", ("one",), False, False, "E[w ‖y‖]", ("down",), True),
+        Statistic("hidden_energy", ("in",), False, False, "E[(w x)²]", ("down",), True),
     )
 }
 

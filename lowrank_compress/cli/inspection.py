@@ -99,6 +99,8 @@ def show(target: str, as_json: bool) -> None:
     columns = ["matrix", "spectrum (6 decades)", "kind", "format", "shape", "rank or width", "kept", "bytes", loss]
     out = console()
     out.print(table(f"{target}: {report['method']}", columns, rows, left=4))
+    if experts := report.get("experts"):
+        out.print(_experts_table(experts, report["matrices"]))
     kinds = [row[2] for row in rows]
     total = sum(matrix["predicted_loss"] for matrix in report["matrices"].values())
     out.print(
@@ -139,6 +141,17 @@ def _texts(run: Any) -> list[dict[str, Any]]:
     except ArtifactError:
         return []
     return [] if manifest is None else manifest.report.get("texts", [])
+
+
+def _experts_table(experts: dict[str, Any], matrices: dict[str, Any]) -> Any:
+    """List what each routed expert saw, and what is left of it."""
+    rows = []
+    for path, expert in experts.items():
+        ranks = [matrices[name]["rank"] for name in expert["entries"]]
+        tokens = "–" if expert["tokens"] is None else f"{expert['tokens']:,}" if expert["tokens"] else "none"
+        said = ", ".join("dense" if rank is None else str(rank) for rank in ranks) or "dense"
+        rows.append([path, tokens, said, f"{expert['stored'] / expert['dense']:.1%}"])
+    return table("Routed experts", ["expert", "tokens seen", "width, or ranks of gate, up, down", "kept"], rows, left=1)
 
 
 def _spectra(run: Any) -> dict[str, list[float]]:

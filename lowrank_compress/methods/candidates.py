@@ -49,7 +49,7 @@ def candidates_of(resolved: Resolved, scheme: Scheme) -> tuple[Candidates, ...]:
     for block, path in enumerate((*resolved.blocks, "")):
         for part in parts_of(scheme, resolved, block):
             if part.methods:
-                name = f"{path}:{part.group.label}"
+                name = f"{path}:{part.label}"
                 if block == len(resolved.blocks):
                     _require_no_data(part)
                 found.append(Candidates(tuple(_groups(each, name, part.targets, resolved) for each in part.methods)))

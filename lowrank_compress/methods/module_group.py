@@ -82,10 +82,11 @@ class ModuleGroup:
         return {target.name: wanted.get(target.role, frozenset()) for target in self.targets}
 
     def choices(self, format: str, multiple: int = 1) -> Choices:
-        """All widths that store less; even ones of queries and keys that are rotated, whose pairs stay together."""
+        """All widths that store less; of a routed expert 0 too, of queries and keys that are rotated only even ones."""
         (width,) = self.shape
         step = math.lcm(2 if self._rotated else 1, multiple)
-        widths = np.arange(step, width, step, dtype=np.int64)
+        # A routed expert may vanish: there are others, and the residual stream goes on without it.
+        widths = np.arange(step if self.targets[0].expert is None else 0, width, step, dtype=np.int64)
         stored = widths * self._elements
         paying = stored < dense_elements(self)
         return of_ranks("width", widths[paying], stored[paying], widths[paying] * self._indices)

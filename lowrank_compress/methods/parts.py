@@ -12,7 +12,7 @@ from lowrank_compress.recipe import PART_OPTIONS, Recipe
 from lowrank_compress.registry import unknown
 
 # Names of several groups together.
-TOGETHER: Mapping[str, tuple[str, ...]] = {"attention": ("qk", "vo")}
+TOGETHER: Mapping[str, tuple[str, ...]] = {"attention": ("qk", "vo", "latent"), "mlp": ("mlp", "experts")}
 
 
 def own_methods(recipe: Recipe) -> dict[str, str]:
@@ -51,7 +51,7 @@ def require_known(names: Iterable[str], resolved: Resolved) -> None:
     """
     architecture, targets = resolved.architecture, (*resolved.targets, *resolved.outside)
     groups, roles = (group.name for group in architecture.groups), dict.fromkeys(target.role for target in targets)
-    known = [*(name for name in TOGETHER if groups_of(name, architecture)), *groups, *roles]
+    known = list(dict.fromkeys([*(name for name in TOGETHER if groups_of(name, architecture)), *groups, *roles]))
     for name in names:
         if name == HEAD.name and not resolved.outside:
             raise UnsupportedError(

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from lowrank_compress.arch.spec import HEAD, QUERY_KEY, Group
+from lowrank_compress.arch.spec import HEAD, LATENT, QUERY_KEY, VALUE_OUTPUT, Architecture, Group
 from lowrank_compress.arch.targets import Resolved, Target
 from lowrank_compress.config import ModuleMetric, Scheme
-from lowrank_compress.errors import InputError
+from lowrank_compress.errors import InputError, UnsupportedError
 from lowrank_compress.methods.cr import unit_members
 from lowrank_compress.methods.linear import LinearMethod
 from lowrank_compress.methods.mixture import Mixture
@@ -31,7 +31,7 @@ class Part:
     Attributes
     ----------
     group
-        The group that they are of; all of it where they have a module method.
+        The group that they are of; all of it, or all of one expert, where they have a module method.
     targets
         The matrices.
     methods
@@ -41,6 +41,12 @@ class Part:
     group: Group
     targets: tuple[Target, ...]
     methods: tuple[Method, ...]
+
+    @property
+    def label(self) -> str:
+        """Its name in ranks.json, behind the path of its block."""
+        expert = self.targets[0].expert
+        return self.group.label if expert is None else f"{self.group.label}.{expert}"
 
 
 def scheme_of(recipe: Recipe, resolved: Resolved) -> tuple[Scheme, tuple[str, ...]]:
@@ -63,8 +69,10 @@ def scheme_of(recipe: Recipe, resolved: Resolved) -> tuple[Scheme, tuple[str, ..
         method.
     """
     own = own_methods(recipe)
-    require_known(own, resolved)
     architecture = resolved.architecture
+    if architecture.latent:
+        _refuse_heads(own | {"": recipe.method}, architecture)
+    require_known(own, resolved)
     covered = {name: groups_of(name, architecture) for name in own}
     asked = {group.name: recipe.method for group in architecture.groups}
     for name in sorted(own, key=lambda name: -len(covered[name])):  # what is said of one group is said last
@@ -90,6 +98,12 @@ def scheme_of(recipe: Recipe, resolved: Resolved) -> tuple[Scheme, tuple[str, ..
                 "with --qk."
             )
         methods["qk"] = OR.join(linear) or mixture.instead_of_qk
+    mixture = _known(asked.get(LATENT.name, DENSE))
+    if isinstance(mixture, Mixture) and methods[LATENT.name] == mixture.instead_of_qk:
+        notes.append(
+            f"Heads of {architecture.name!r} are made of a latent vector, and cannot be made narrower; {mixture.name} "
+            f"compresses the attention by {mixture.instead_of_qk} here. Choose with --attention."
+        )
     methods |= {name: own[name] for name in own if not covered[name]}
     chosen = [method for name in methods.values() for method in _alternatives(name)]
     if not any(isinstance(method, ModuleMethod) for method in chosen) and recipe.metric is not None:
@@ -110,7 +124,8 @@ def rival_of(recipe: Recipe, resolved: Resolved) -> Scheme | None:
     None where parts have methods of their own, or the architecture does not allow it.
     """
     method = METHODS[recipe.method]
-    if not isinstance(method, Mixture) or method.rival is None or resolved.architecture.head_norms:
+    architecture = resolved.architecture
+    if not isinstance(method, Mixture) or method.rival is None or architecture.head_norms or architecture.latent:
         return None
     if own_methods(recipe) or recipe.metric not in (None, method.metric):
         return None
@@ -131,13 +146,18 @@ def parts_of(scheme: Scheme, resolved: Resolved, block: int) -> Iterator[Part]:
         group's.
     """
     for group in (*resolved.architecture.groups, HEAD):
-        members = [target for target in resolved.of_block(block) if target.group == group.name]
+        yield from _parts_of_group(scheme, group, [t for t in resolved.of_block(block) if t.group == group.name])
+
+
+def _parts_of_group(scheme: Scheme, group: Group, together: Sequence[Target]) -> Iterator[Part]:
+    for expert in dict.fromkeys(target.expert for target in together):
+        members = [target for target in together if target.expert == expert]
         names = [scheme.methods[key] if (key := deciding(each, scheme.methods)) else DENSE for each in members]
         for name in dict.fromkeys(names):
             own = tuple(target for target, each in zip(members, names, strict=True) if each == name)
             methods = tuple(_single(method, scheme.metric) for method in _alternatives(name))
             for method in methods:
-                if isinstance(method, ModuleMethod) and (method.group != group or len(own) < len(members)):
+                if isinstance(method, ModuleMethod) and (not _is_for(method, group) or len(own) < len(members)):
                     raise InputError(
                         f"The method {method.name!r} makes {method.group.title} narrower, as a whole; it is not for "
                         f"{' and '.join(target.name for target in own)} alone. Choose a linear method there, or dense."
@@ -181,8 +201,40 @@ def _part(asked: str, group: Group) -> str:
         raise InputError(unknown("method", asked, [*METHODS, DENSE]))
     method = METHODS[asked]
     if isinstance(method, Mixture):
-        return method.methods.get(group.name, DENSE)
-    return asked if isinstance(method, LinearMethod) or method.group == group else DENSE
+        return _of_mixture(method, group)
+    return asked if isinstance(method, LinearMethod) or _is_for(method, group) else DENSE
+
+
+def _known(name: str) -> LinearMethod | ModuleMethod | Mixture | None:
+    return METHODS[name] if name in METHODS else None  # noqa: SIM401  (the registry's complains)
+
+
+def _is_for(method: ModuleMethod, group: Group) -> bool:
+    return method.group.name == group.kind
+
+
+def _of_mixture(mixture: Mixture, group: Group) -> str:
+    """Name of a mixture's method for a group; of latent attention, the linear one that it has for queries and keys."""
+    if group.name in mixture.methods or group != LATENT:
+        return mixture.methods.get(group.name, mixture.methods.get(group.kind, DENSE))
+    names = mixture.methods.get(QUERY_KEY.name, DENSE).split(OR)
+    linear = [name for name in names if name == DENSE or not isinstance(METHODS[name], ModuleMethod)]
+    return (linear or [mixture.instead_of_qk])[0]
+
+
+def _refuse_heads(asked: Mapping[str, str], architecture: Architecture) -> None:
+    """Refuse what would make heads narrower where these are made of a latent vector."""
+    for part, name in asked.items():
+        method = _known(name)
+        of_heads = isinstance(method, ModuleMethod) and method.group in (QUERY_KEY, VALUE_OUTPUT)
+        if of_heads or part in (QUERY_KEY.name, VALUE_OUTPUT.name):
+            what = (
+                f"The method {name!r} makes heads narrower, and" if of_heads else f"There is no {flag_of(part)} here:"
+            )
+            raise UnsupportedError(
+                f"{what} those of {architecture.name!r} are made of a latent vector. Give its attention a linear "
+                "method, for instance --attention kfac, which compresses the projections to it and from it."
+            )
 
 
 def _alternatives(name: str) -> list[LinearMethod | ModuleMethod | Mixture]:

@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from lowrank_compress.arch.resolve import resolve
+from lowrank_compress.arch.resolve import resolve, separate_experts
 from lowrank_compress.arch.table import architecture_of
 from lowrank_compress.arch.targets import Resolved, Target
 from lowrank_compress.errors import CheckpointError, LrcError, UnsupportedError
@@ -239,6 +239,7 @@ def _built(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Blueprint:
                 dtype=checkpoint.dtype if dtype is None else dtype,
                 trust_remote_code=checkpoint.trust_remote_code and config.model_type not in CONFIG_MAPPING,
             )
+        separate_experts(model)
         resolved = resolve(model)
         if checkpoint.quantization is not None:
             swap_modules(model, LowRankConfig(**checkpoint.quantization))

@@ -15,6 +15,7 @@ from lowrank_compress.artifacts.hashes import file_hashes
 from lowrank_compress.errors import ArtifactError, CheckpointError
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.export import ShardWriter, write_companions
+from lowrank_compress.model.names import stock_names
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.model.walk.walk import Walk
 from lowrank_compress.shipped.restore import restore_modules
@@ -101,7 +102,7 @@ def _write(checkpoint: Checkpoint, out: Path, advance: Callable[[int, int], None
     skeleton = Skeleton(checkpoint, torch.device("cpu"), checkpoint.dtype)
     plan = skeleton.blueprint
     writer = ShardWriter(out, SHARD_BYTES)
-    restored = skeleton.restored_outside()
+    restored, experts = skeleton.restored_outside(), stock_names(plan.model)
     factored = {name.rpartition(".")[0] for name in restored}
     for name in plan.outside():
         if not name.startswith(tuple(f"{path}." for path in factored)):
@@ -118,7 +119,7 @@ def _write(checkpoint: Checkpoint, out: Path, advance: Callable[[int, int], None
             name = f"{prefix}.{leaf}"
             # What compression left alone is written in the dtype it is stored in.
             untouched = name.rpartition(".")[0] not in made
-            writer.add(plan.name_on_disk(name), plan.read(name) if untouched else tensor)
+            writer.add(experts.get(name) or plan.name_on_disk(name), plan.read(name) if untouched else tensor)
         advance(step.index + 1, len(plan.resolved.blocks))
     writer.close()
     dropped = ("quantization_config", "auto_map")

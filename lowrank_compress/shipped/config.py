@@ -13,9 +13,9 @@ from .traits import traits_problem
 
 QUANT_METHOD = "lowrank"
 # Of what a checkpoint holds; raised when code that knows only earlier ones could not load it. 2: indices are int32.
-# 3: attentions may say their traits, and parts be svd-core. A checkpoint bears the first version that has all that is
-# in it.
-VERSION = 3
+# 3: attentions may say their traits, and parts be svd-core. 4: experts may be compressed. A checkpoint bears the first
+# version that has all that is in it.
+VERSION = 4
 REMOTE_FILE = "modeling_lowrank.py"
 IN_PACKAGE = __name__.startswith("lowrank_compress.")
 
@@ -38,6 +38,9 @@ class LowRankConfig(QuantizationConfigMixin):
         Projections that are smaller than stock have entries in `dense_shapes`, those with factors in `modules`. The
         traits are those of `Traits` that are not as usual; where all are, and in what was written before version 3,
         the key is missing.
+    experts : mapping, optional
+        Path of a block's experts to how many there are, where each has matrices of its own (see `SeparateExperts`), to
+        which entries of `modules` and `dense_shapes` may lead. Where no experts have, the key is missing.
     version : int
         That of the checkpoint, up to `VERSION`; what is saved again has the first one that has all that is in it.
     factor_quantization : None
@@ -49,6 +52,9 @@ class LowRankConfig(QuantizationConfigMixin):
         If the version, a format or any other value is not one this code knows how to load.
     """
 
+    # Not an attribute of its own where there are none: everything else that checkpoints say stays as it was.
+    experts: Mapping[str, int] = {}
+
     def __init__(
         self,
         modules: Mapping[str, Mapping[str, Any]] | None = None,
@@ -57,6 +63,7 @@ class LowRankConfig(QuantizationConfigMixin):
         version: int = VERSION,
         factor_quantization: None = None,
         quant_method: str = QUANT_METHOD,
+        experts: Mapping[str, int] | None = None,
         **unknown: Any,
     ) -> None:
         if quant_method != QUANT_METHOD:
@@ -77,9 +84,18 @@ class LowRankConfig(QuantizationConfigMixin):
         self.modules = {path: _checked(path, entry) for path, entry in (modules or {}).items()}
         self.dense_shapes = {path: [int(n) for n in shape] for path, shape in (dense_shapes or {}).items()}
         self.attention = {path: _checked_attention(path, entry) for path, entry in (attention or {}).items()}
+        if experts:
+            self.experts = {path: _checked_count(path, count) for path, count in experts.items()}
         needed = [3 for entry in self.attention.values() if "traits" in entry]
+        needed += [4 for _ in self.experts]
         needed += [FORMATS[part["format"]].since for entry in self.modules.values() for part in entry["parts"]]
         self.version = max([self.version, *needed])
+
+
+def _checked_count(path: str, count: Any) -> int:
+    if type(count) is not int or count < 1:
+        raise ValueError(f"quantization_config.experts[{path!r}]: expected how many there are, got {count!r}")
+    return count
 
 
 def _checked(path: str, entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -72,6 +72,10 @@ def dense_module(stock: Stock, like: Tensor) -> Any:
         with torch.device("meta"):
             conv = Conv1D(stock.out_features, stock.in_features).to(like.dtype)
         return conv if like.device.type == "meta" else conv.to_empty(device=like.device)
-    return nn.utils.skip_init(
-        nn.Linear, stock.in_features, stock.out_features, bias=stock.bias, device=like.device, dtype=like.dtype
-    )
+    # An expert may have lost all its hidden units; of nothing torch makes no layer without a warning.
+    sizes = max(stock.in_features, 1), max(stock.out_features, 1)
+    linear: Any = nn.utils.skip_init(nn.Linear, *sizes, bias=stock.bias, device=like.device, dtype=like.dtype)
+    if 0 in (stock.in_features, stock.out_features):
+        linear.in_features, linear.out_features = stock.in_features, stock.out_features
+        linear.weight = nn.Parameter(linear.weight.new_empty(stock.out_features, stock.in_features))
+    return linear

@@ -11,6 +11,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from .adapters import adapt_peft
 from .config import IN_PACKAGE, QUANT_METHOD, LowRankConfig
+from .experts import join_experts
 from .formats.base import INDEX_DTYPE
 from .linear import CompressedLinear
 from .restore import restore_modules
@@ -94,6 +95,7 @@ class LowRankQuantizer(HfQuantizer):
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         restore_modules(model)
+        join_experts(model)
         return model
 
     def __reduce__(self) -> Any:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .attention import CompressedAttention
+from .experts import SeparateExperts
 from .linear import CompressedLinear, Stock
 from .modules import dense_module, put, stock_of
 
@@ -17,7 +18,8 @@ def restore_modules(model: nn.Module) -> list[str]:
     """Put stock modules in the place of all that `swap_modules` replaced, in `model` or a part of it.
 
     A module that is smaller than the stock one is padded with zeros, where its attention says or else at its end,
-    which leaves the function of an attention or MLP unchanged because its neighbours are padded alike.
+    which leaves the function of an attention or MLP unchanged because its neighbours are padded alike. Experts stay
+    modules of their own (see `join_experts`).
 
     Returns
     -------
@@ -52,7 +54,7 @@ def restore_modules(model: nn.Module) -> list[str]:
             weight = old.weight.T if stock.conv1d else old.weight
         kept = torch.arange(stock.out_features).view(stock.parts, -1)[:, : len(weight) // stock.parts].flatten()
         rows = places.get(name, kept).to(weight.device)
-        weight = weight.unflatten(1, (stock.groups, -1))
+        weight = weight.unflatten(1, (stock.groups, weight.shape[1] // stock.groups))
         whole = weight.new_zeros(stock.out_features, stock.groups, stock.in_features // stock.groups)
         whole[rows, :, : weight.shape[2]] = weight
         new = dense_module(stock, weight).train(old.training)
@@ -62,6 +64,9 @@ def restore_modules(model: nn.Module) -> list[str]:
             if old.bias is not None:
                 new.bias[rows] = old.bias
         put(model, name, new)
+    for module in model.modules():
+        if isinstance(module, SeparateExperts):
+            module.unmark()
     for _, attention in attentions:
         attention.__dict__.pop("lr_heads")
         attention._buffers.pop("lr_rotary", None)

@@ -10,6 +10,7 @@ from torch import nn
 
 from .attention import CompressedAttention, Heads, compressed_class
 from .config import LowRankConfig
+from .experts import separate
 from .family import family
 from .formats.base import INDEX_DTYPE, require_distinct
 from .linear import CompressedLinear, Stock
@@ -21,8 +22,8 @@ from .traits import Traits
 def swap_modules(model: nn.Module, config: LowRankConfig) -> None:
     """Replace the modules that `config` names by uninitialised ones of its shapes, on their device and in their dtype.
 
-    Attention modules stay the objects they are; they get a class that computes with smaller projections. Paths are
-    those of the saved model (see `find`).
+    Attention modules stay the objects they are; they get a class that computes with smaller projections. Experts become
+    modules of their own, in which the other paths lead on. Paths are those of the saved model (see `find`).
 
     Raises
     ------
@@ -30,6 +31,11 @@ def swap_modules(model: nn.Module, config: LowRankConfig) -> None:
         If a path leads nowhere, or to a module that is not a linear layer of the shape that the entry replaces, or not
         an attention with such heads.
     """
+    for path, count in config.experts.items():
+        experts = separate(model, path)
+        if len(experts) != count:
+            raise ValueError(f"{path} has {len(experts)} experts in the model, but {count} in the low-rank config")
+        experts.mark()
     for path, (rows, columns, *parts) in config.dense_shapes.items():
         name, old = find(model, path)
         stock = stock_of(path, old)._replace(parts=parts[0] if parts else 1)

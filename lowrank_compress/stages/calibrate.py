@@ -13,6 +13,7 @@ import torch
 from lowrank_compress.artifacts.manifest import Key, Manifest, commit, committed, read_manifest
 from lowrank_compress.artifacts.tensors import BlockFiles
 from lowrank_compress.calibration.capture import capture, needs_gradient
+from lowrank_compress.calibration.experts import tokens_seen
 from lowrank_compress.calibration.windows import batches_hash
 from lowrank_compress.config import CalibrateConfig
 from lowrank_compress.errors import ArtifactError, InputError
@@ -37,6 +38,8 @@ from lowrank_compress.stages.subject import Subject
 from lowrank_compress.stages.texts import PerText
 
 VERSION = 6
+# Experts that a warning names.
+NAMED = 8
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,7 @@ def run(
         if any(target.heads is not None for group in groups if len(group.targets) > 1 for target in group.targets):
             check_narrowing(skeleton, batches[0])
         out_dir.mkdir(parents=True, exist_ok=True)
-        own = len(workers.share(missing))
+        own, blind = len(workers.share(missing)), list[str]()
         captured = capture(
             skeleton,
             batches,
@@ -171,11 +174,18 @@ def run(
         for done, part in in_parts(captured, receiver.at_once):
             receiver.take({statistics.block: statistics.means for statistics in part})
             for statistics in part:
+                blind += [path for path, tokens in tokens_seen(statistics.means).items() if not tokens]
                 statistics.means.clear()  # they are large, and the next block's are under way
             reporter.advance(receiver.step, done, own)
         if outside := [block for block in missing if block >= len(subject.resolved.blocks)]:
             receiver.take({block: {} for block in workers.share(outside)})
         receiver.flush()
+        if blind:
+            reporter.warn(
+                f"{len(blind)} experts saw no token of the calibration set ({', '.join(blind[:NAMED])}"
+                f"{', …' if len(blind) > NAMED else ''}): they are taken for the average of their block's. Pass more "
+                "text, or a larger --samples."
+            )
     report["texts"] = texts.report(workers)
     return workers.once(lambda: commit(out_dir, identity, outputs, report, environment(config.device)))
 

@@ -14,6 +14,7 @@ from lowrank_compress.arch.targets import Target
 from lowrank_compress.artifacts.documents import canonical_hash
 from lowrank_compress.artifacts.manifest import Manifest
 from lowrank_compress.artifacts.tensors import BlockFiles
+from lowrank_compress.calibration.experts import of_experts
 from lowrank_compress.calibration.statistics import INFLUENCE, first_half
 from lowrank_compress.linalg.eigen import eigh
 from lowrank_compress.linalg.metric import Identity
@@ -133,6 +134,7 @@ class Bases:
         for block, found in tensors.items():
             if INFLUENCE in blocks[block]:
                 found[INFLUENCE] = blocks[block][INFLUENCE]
+            found |= of_experts(blocks[block])
             here = {name: tensor.detach().cpu() for name, tensor in found.items()}
             self._behind.do(partial(self.files.write, block, here))
         if not self._resources.may_wait(sum(tensor.nbytes for found in tensors.values() for tensor in found.values())):

@@ -21,6 +21,7 @@ from lowrank_compress.methods.groups import TargetGroup
 from lowrank_compress.model.blueprint import Blueprint
 from lowrank_compress.model.casting import cast
 from lowrank_compress.model.surgery import ROTARY, attention_entry
+from lowrank_compress.shipped.experts import FUSED
 from lowrank_compress.shipped.formats.base import INDEX_DTYPE
 
 
@@ -32,7 +33,7 @@ class EncodedBlock:
     ----------
     tensors
         All tensors of the block, by their names on disk.
-    modules, dense_shapes, attention
+    modules, dense_shapes, attention, experts
         The block's entries of `LowRankConfig`.
     choices
         How each group is stored.
@@ -42,6 +43,7 @@ class EncodedBlock:
     modules: dict[str, Any] = field(default_factory=dict)
     dense_shapes: dict[str, list[int]] = field(default_factory=dict)
     attention: dict[str, Any] = field(default_factory=dict)
+    experts: dict[str, int] = field(default_factory=dict)
     choices: dict[str, Choice] = field(default_factory=dict)
 
     def notes(self) -> dict[str, Any]:
@@ -50,6 +52,7 @@ class EncodedBlock:
             "modules": self.modules,
             "dense_shapes": self.dense_shapes,
             "attention": self.attention,
+            **({"experts": self.experts} if self.experts else {}),
             "choices": {name: [choice.format, *choice.parameters] for name, choice in self.choices.items()},
         }
 
@@ -97,14 +100,26 @@ class Encoder:
                 )
                 edits.append(edit)
                 made.choices[group.name] = edit.choice
+        self._experts(block, edits, made)
         replaced = self._modules(block, edits, made)
         self._attention(block, edits, made)
         for name in self.plan.inside(block):
             if name not in replaced:
-                made.tensors[self.plan.name_on_disk(name)] = cast(
-                    self.plan.read(name), self.dtype, f"The tensor {name}"
-                )
+                made.tensors[self._on_disk(name, made)] = cast(self.plan.read(name), self.dtype, f"The tensor {name}")
         return made
+
+    def _experts(self, block: int, edits: Sequence[Edit], made: EncodedBlock) -> None:
+        """Have all experts of a block stored one by one if any is changed, beside what fails a load as stock ones."""
+        changed = {name for edit in edits for name in edit.parts}
+        own = [target for target in self.plan.resolved.of_block(block) if target.expert is not None]
+        if any(target.name in changed for target in own):
+            path = own[0].module.rsplit(".", 2)[0]
+            made.experts[path] = len({target.expert for target in own})
+            made.tensors |= {f"{path}.{leaf}": torch.empty(0, dtype=self.dtype) for leaf in FUSED}
+
+    def _on_disk(self, name: str, made: EncodedBlock) -> str:
+        """Where a tensor of the dense model goes: to its name there, but for experts that are stored one by one."""
+        return name if name.startswith(tuple(f"{path}." for path in made.experts)) else self.plan.name_on_disk(name)
 
     def _modules(self, block: int, edits: Sequence[Edit], made: EncodedBlock) -> set[str]:
         """Put parts together to modules; return the names of the stock tensors that they replace."""
@@ -117,7 +132,7 @@ class Encoder:
             if not any(target.name in encoded for target in targets):
                 continue
             parts = [encoded.get(target.name) or self._dense(target) for target in targets]
-            on_disk = plan.name_on_disk(first.parameter)
+            on_disk = self._on_disk(first.parameter, made)
             stem = on_disk.removesuffix(first.parameter.removeprefix(f"{path}."))
             if all(part.format == "dense" for part in parts):
                 weight = joined(targets, [part.inner for part in parts])

@@ -23,6 +23,7 @@ from lowrank_compress.artifacts.manifest import (
     require_intact,
 )
 from lowrank_compress.artifacts.tensors import BlockFiles
+from lowrank_compress.calibration.experts import tokens_seen
 from lowrank_compress.config import FactorizeConfig, Scheme
 from lowrank_compress.errors import ArtifactError
 from lowrank_compress.methods.candidates import all_groups, candidates_of
@@ -178,17 +179,20 @@ def _write(
     writer = ShardWriter(out_dir, config.shard_bytes)
     for name in plan.outside() if len(blocks) == len(plan.resolved.blocks) else ():
         writer.add(plan.name_on_disk(name), cast(plan.read(name), dtype, f"The tensor {name}"))
-    layout: dict[str, dict[str, Any]] = {"modules": {}, "dense_shapes": {}, "attention": {}}
+    layout: dict[str, dict[str, Any]] = {"modules": {}, "dense_shapes": {}, "attention": {}, "experts": {}}
     stored: dict[str, Choice] = {}
     losses: dict[str, float] = {}
+    seen: dict[str, int] = {}
     for block in blocks:
         for name, tensor in work.read(block).items():
             writer.add(name, tensor)
         notes = work.notes(block)
         for kind, entries in layout.items():
-            entries |= notes[kind]
+            entries |= notes.get(kind, {})
         made = {name: Choice(form, tuple(parameters)) for name, (form, *parameters) in notes["choices"].items()}
-        losses |= block_losses(groups, bases.read(block), made, scores.report["unit"])
+        basis = bases.read(block)
+        losses |= block_losses(groups, basis, made, scores.report["unit"])
+        seen |= tokens_seen(basis)
         stored |= made
         reporter.advance("write", block + 1, len(blocks))
     shards = writer.close()
@@ -196,7 +200,7 @@ def _write(
     write_json(out_dir / "config.json", settings)
     write_remote_code(out_dir)
     write_companions(plan.checkpoint, out_dir)
-    report = summary(plan, groups, stored, losses, scores, config, about(plan, inputs.datasets))
+    report = summary(plan, groups, stored, losses, scores, config, about(plan, inputs.datasets), seen)
     write_json(out_dir / REPORT, report)
     copy_licences(plan.checkpoint, report, out_dir)
     write_text(out_dir / CARD, model_card(report))

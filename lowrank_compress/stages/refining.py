@@ -68,8 +68,8 @@ class Map:
 
     @property
     def fits(self) -> bool:
-        """Whether it is one that can be fitted."""
-        return not (self.fewer_rows if self.writes else self.fewer_columns)
+        """Whether it is one that can be fitted. Routed experts see other tokens in one model than in the other."""
+        return self.target.expert is None and not (self.fewer_rows if self.writes else self.fewer_columns)
 
     @property
     def folded(self) -> bool:

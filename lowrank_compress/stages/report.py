@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lowrank_compress.allocation.choice import Choice, Choices
+from lowrank_compress.arch.targets import Target
 from lowrank_compress.artifacts.manifest import Manifest
 from lowrank_compress.config import FactorizeConfig, Scheme
 from lowrank_compress.evaluation.size import measure_size, weight_bytes
@@ -58,8 +59,12 @@ def summary(
     scores: Manifest,
     config: FactorizeConfig,
     about: Mapping[str, Any],
+    seen: Mapping[str, int],
 ) -> dict[str, Any]:
-    """Make lowrank.json: what was asked, what was reached, and how each matrix or module is stored."""
+    """Make lowrank.json: what was asked, what was reached, and how each matrix or module is stored.
+
+    `seen` is how many tokens of the calibration set each routed expert saw, by its path.
+    """
     itemsize = getattr(torch, config.dtype).itemsize
     matrices = {
         group.name: {
@@ -99,7 +104,28 @@ def summary(
         "unit": planned["unit"],
         "about": dict(about),
         "matrices": matrices,
+        **({"experts": experts} if (experts := _experts(plan, groups, matrices, seen)) else {}),
     }
+
+
+def _experts(
+    plan: Blueprint, groups: Sequence[TargetGroup], matrices: Mapping[str, Any], seen: Mapping[str, int]
+) -> dict[str, Any]:
+    """Tell of each routed expert what it saw, how many elements it has and keeps, and by what entries."""
+    own: dict[str, list[Target]] = {}
+    for target in plan.resolved.targets:
+        if target.expert is not None:
+            own.setdefault(target.module.rpartition(".")[0], []).append(target)
+    entries: dict[str, list[str]] = {}
+    for group in groups:
+        if group.targets[0].expert is not None:
+            entries.setdefault(group.targets[0].module.rpartition(".")[0], []).append(group.name)
+    found = {}
+    for path, targets in own.items():
+        names, dense = entries.get(path, []), sum(target.elements for target in targets)
+        removed = sum(matrices[name]["dense"] - matrices[name]["stored"] for name in names)
+        found[path] = {"tokens": seen.get(path), "dense": dense, "stored": dense - removed, "entries": names}
+    return found
 
 
 def recast(report: Mapping[str, Any], plan: Blueprint, dtype: str) -> dict[str, Any]:

@@ -6,15 +6,37 @@ from transformers import CONFIG_MAPPING, AutoModel, PreTrainedConfig
 
 from lowrank_compress.arch.table import ARCHITECTURES, architecture_of
 from lowrank_compress.errors import UnsupportedError
+from tests.moe import MOE
 from tests.tiny import TINY, tiny_config
 
 
 def test_every_model_type_has_a_tiny_model() -> None:
     listed = [model_type for entry in ARCHITECTURES.values() for model_type in entry.model_types]
-    assert sorted(listed) == sorted(TINY), "every model type of the table needs an entry in tests/tiny.py, once"
+    tiny = [*TINY, *MOE]
+    assert sorted(listed) == sorted(tiny), (
+        "every model type of the table needs an entry in tests/tiny.py or moe.py, once"
+    )
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", MOE)
+def test_entry_of_experts_is_consistent(name: str) -> None:
+    entry = ARCHITECTURES[name]
+    attention, dense, shared = (
+        [role for each in entry.projections if each.path.startswith(place) for role in each.parts]
+        for place in ("self_attn.", "mlp.", "mlp.shared")
+    )
+    latent = name.startswith("deepseek")
+    assert entry.latent == latent
+    assert attention == (["q", "q_a", "q_b", "kv_a", "kv_b", "o"] if latent else ["q", "k", "v", "o"])
+    assert shared in ([], ["gate", "up", "down"])
+    assert dense in ([], 2 * ["gate", "up", "down"] if shared else ["gate", "up", "down"])
+    assert entry.experts == "mlp.experts"
+    first = ["latent"] if latent else ["qk", "vo"]
+    assert [group.name for group in entry.groups] == [*first, "mlp", "experts"]
+    assert entry.groups[-1].kind == "mlp"
+
+
+@pytest.mark.parametrize("name", TINY)
 def test_entry_is_consistent(name: str) -> None:
     entry = ARCHITECTURES[name]
     roles = [role for projection in entry.projections for role in projection.parts]
@@ -40,17 +62,14 @@ def test_entry_found_and_head_norms_true_to_the_model(model_type: str) -> None:
 @pytest.mark.parametrize(
     ("model_type", "field"),
     [
-        ("mixtral", "num_local_experts=8"),
-        ("qwen2_moe", "num_experts=60"),
-        ("qwen3_moe", "num_local_experts=128"),
         ("gpt_oss", "num_local_experts=128"),
-        ("deepseek_v3", "n_routed_experts=256"),
         ("ernie4_5_moe", "moe_num_experts=64"),
         ("llama4", "num_local_experts=16"),
     ],
 )
-def test_mixtures_of_experts_are_refused(model_type: str, field: str) -> None:
-    with pytest.raises(UnsupportedError, match=f"Mixture-of-experts models are not supported yet.*{field}"):
+def test_other_mixtures_of_experts_are_refused(model_type: str, field: str) -> None:
+    known = "Supported are mixtral, qwen2_moe, qwen3_moe, olmoe, deepseek_v2, deepseek_v3"
+    with pytest.raises(UnsupportedError, match=f"Mixture-of-experts models of this kind.*{field}.*{known}"):
         architecture_of(CONFIG_MAPPING[model_type]())
 
 

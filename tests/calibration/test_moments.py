@@ -5,18 +5,9 @@ import torch
 
 from lowrank_compress.arch.spec import Role
 from lowrank_compress.arch.targets import Heads, Rows, Target, View
-from lowrank_compress.calibration.moments import (
-    PANEL,
-    ROWS,
-    SUMS,
-    Moments,
-    Seen,
-    add_second,
-    mirror,
-    row_sums_of_squared_gradients,
-    turned,
-)
+from lowrank_compress.calibration.moments import PANEL, Moments, add_second, mirror, turned
 from lowrank_compress.calibration.statistics import STATISTICS
+from lowrank_compress.calibration.sums import ROWS, SUMS, Seen, row_sums_of_squared_gradients
 from lowrank_compress.errors import InputError, NumericsError
 
 HEADS = Heads(query=6, key=2, size=4, rotary=4)

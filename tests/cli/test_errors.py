@@ -150,7 +150,7 @@ def lacking(model: Path) -> None:
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
 
 
-MIXTRAL = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 4}
+GPT_OSS = {"model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], "num_local_experts": 4}
 DAMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "nan": (poison(float("nan")), ["model.layers.1.mlp.up_proj.weight", "1 NaN or infinite elements"]),
     "inf": (poison(float("-inf")), ["model.layers.1.mlp.up_proj.weight", "1 NaN or infinite elements"]),
@@ -163,7 +163,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "bad config": (lambda m: (m / "config.json").write_text("{"), ["config.json"]),
     "unknown type": (configured(model_type="llamma"), ["llamma"]),
     "unsupported type": (configured(model_type="mamba", architectures=["MambaForCausalLM"]), ["mamba", "llama"]),
-    "mixture of experts": (configured(**MIXTRAL), ["mixtral"]),
+    "mixture of experts": (configured(**GPT_OSS), ["gpt_oss", "mixtral"]),
     "unsupported head": (configured(architectures=["LlamaForTokenClassification"]), ["LlamaForTokenClassification"]),
     "quantized": (configured(quantization_config={"quant_method": "gptq", "bits": 4}), ["gptq", "dense checkpoint"]),
     "no tokenizer": (lambda m: [p.unlink() for p in m.glob("tokenizer*")], ["no tokenizer"]),

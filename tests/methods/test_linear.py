@@ -112,7 +112,9 @@ def samples_of(model_type: str, *lengths: int) -> dict[str, Sample]:
     for target in targets:
         weight = matrix(model, target.name).detach()
         means = statistics(seen[target.name], weight, terms)
-        assert means.keys() == {name for name, entry in STATISTICS.items() if "size" not in entry.dimensions}
+        assert means.keys() == {
+            name for name, entry in STATISTICS.items() if entry.fits("up") and "size" not in entry.dimensions
+        }
         keyed = {statistic_key(target, name): value for name, value in means.items()}
         found[f"{model_type}:{target.role}"] = Sample(target, weight.numpy(), keyed)
     return found

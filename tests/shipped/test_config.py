@@ -26,7 +26,7 @@ def test_config_survives_its_dict() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 4}, "of low-rank format version 4, but this code reads versions 1 to 3: update lowrank_compress"),
+        ({"version": 5}, "of low-rank format version 5, but this code reads versions 1 to 4: update lowrank_compress"),
         ({"version": 0}, "format version 0, but"),
         ({"version": True}, "format version True, but"),
         ({"version": "2"}, "format version '2', but"),

@@ -1,0 +1,142 @@
+"""Experts with matrices of their own, in the place of a stock module that holds those of all of them in two tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .modules import find, put
+
+ROLES = ("lr_gate", "lr_up", "lr_down")
+FUSED = ("gate_up_proj", "down_proj")
+
+
+class Expert(nn.Module):
+    """One expert, a gated MLP: ``lr_down(act_fn(lr_gate(x)) * lr_up(x))``; its width may be 0, and it then gives zeros.
+
+    Each of the three is a linear layer, which may be compressed as any other. Their names are none that transformers
+    would take for those of stored experts, and join to a tensor.
+    """
+
+    lr_gate: Any
+    lr_up: Any
+    lr_down: Any
+
+    def __init__(self, width: int, size: int, act_fn: Any, like: Tensor) -> None:
+        super().__init__()
+        shapes = dict(zip(ROLES, ((width, size), (width, size), (size, width)), strict=True))
+        for role, (rows, columns) in shapes.items():
+            linear = nn.utils.skip_init(nn.Linear, columns, rows, bias=False, device=like.device, dtype=like.dtype)
+            self.add_module(role, linear)
+        self.act_fn = act_fn
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (tokens, size) to (tokens, size)."""
+        return self.lr_down(self.act_fn(self.lr_gate(x)) * self.lr_up(x))
+
+
+class SeparateExperts(nn.ModuleList):
+    """The experts of a block, each a module of its own, which may have a width, formats and ranks of its own.
+
+    It is called as the stock module is, and computes what that does where `config._experts_implementation` is eager;
+    to others it pays no heed. Experts that no token goes to are not run.
+
+    Parameters
+    ----------
+    stock : nn.Module
+        What it stands for; its weights are taken along unless they are on the meta device.
+
+    Notes
+    -----
+    Once `marked`, it has empty buffers (0,) under the names of the stock tensors, which make a load by code that does
+    not know this module fail with a size mismatch instead of starting from random weights.
+    """
+
+    def __init__(self, stock: Any) -> None:
+        gate_up, down = (stock.get_parameter(name) for name in FUSED)
+        count, size, width = down.shape
+        super().__init__(Expert(width, size, stock.act_fn, down) for _ in range(count))
+        self.train(stock.training)
+        if down.device.type != "meta":
+            with torch.no_grad():
+                for expert, both, last in zip(list[Any](self), gate_up, down, strict=True):
+                    for role, weight in zip(ROLES, (*both.chunk(2), last), strict=True):
+                        getattr(expert, role).weight.copy_(weight)
+        # No submodule: it has no memory and no place in any state.
+        self.__dict__["stock"] = stock.to("meta")
+
+    def mark(self) -> None:
+        """Have the empty buffers."""
+        like = next(self.parameters())
+        for name in FUSED:
+            self.register_buffer(name, torch.empty(0, device=like.device, dtype=like.dtype))
+
+    def unmark(self) -> None:
+        """Have no such buffers."""
+        for name in FUSED:
+            self._buffers.pop(name, None)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Sum what experts make of their tokens, times the router's weights: (tokens, size), as is `hidden_states`.
+
+        `top_k_index` and `top_k_weights` are (tokens, experts a token).
+        """
+        out = torch.zeros_like(hidden_states)
+        for number in top_k_index.unique().tolist():
+            if number < len(self):  # others are experts of other processes
+                tokens, places = routed(top_k_index, number)
+                own = self[number](hidden_states[tokens]) * top_k_weights[tokens, places, None]
+                out.index_add_(0, tokens, own.to(out.dtype))
+        return out
+
+    @torch.no_grad()
+    def joined(self) -> nn.Module:
+        """Return the stock module, with these experts' weights; all three layers of each must be stock again."""
+        stock = self.__dict__["stock"]
+        experts: list[Any] = list(self)
+        gate_up = torch.stack([torch.cat([expert.lr_gate.weight, expert.lr_up.weight]) for expert in experts])
+        stock.gate_up_proj = nn.Parameter(gate_up)
+        stock.down_proj = nn.Parameter(torch.stack([expert.lr_down.weight for expert in experts]))
+        return stock.train(self.training)
+
+
+def routed(top_k_index: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """Return which tokens go to an expert, ascending, and at which place of their choices it stands."""
+    tokens, places = torch.where(top_k_index == number)
+    return tokens, places
+
+
+def separable(module: nn.Module) -> bool:
+    """Tell whether a stock module holds gated experts without biases, gate rows before up rows, as (out, in)."""
+    told = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
+    gate_up, down = (getattr(module, name, None) for name in FUSED)
+    shaped = isinstance(gate_up, Tensor) and isinstance(down, Tensor) and gate_up.ndim == down.ndim == 3
+    return shaped and hasattr(module, "act_fn") and all(getattr(module, k, v) == v for k, v in told.items())
+
+
+def separate(model: nn.Module, path: str) -> SeparateExperts:
+    """Put `SeparateExperts` in the place of the stock experts at a path, unless they are there; return them.
+
+    Raises
+    ------
+    ValueError
+        There is something else.
+    """
+    name, old = find(model, path)
+    if isinstance(old, SeparateExperts):
+        return old
+    if not separable(old):
+        raise ValueError(
+            f"{path} is a {type(old).__name__}, expected experts whose gate, up and down can be told apart"
+        )
+    put(model, name, new := SeparateExperts(old))
+    return new
+
+
+def join_experts(model: nn.Module) -> None:
+    """Put the stock modules in the place of all separate experts."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, SeparateExperts):
+            put(model, name, module.joined())

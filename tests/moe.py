@@ -1,0 +1,139 @@
+"""Tiny random models of every family with routed experts; and what these do, computed the ordinary way."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CONFIG_MAPPING, PreTrainedModel
+
+from tests.ordinary import summed_loss
+from tests.tiny import _COMMON, _LLAMA, random_model, tiny_tokenizer
+
+_LATENT: dict[str, Any] = {
+    **_LLAMA,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 12,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 24,
+    "num_experts_per_tok": 2,
+}
+MOE: dict[str, dict[str, Any]] = {
+    "mixtral": {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 40},
+    "qwen2_moe": {
+        **_LLAMA,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+        "mlp_only_layers": [0],
+    },
+    "qwen3_moe": {
+        **_LLAMA,
+        "head_dim": 16,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "decoder_sparse_step": 2,
+    },
+    "olmoe": {**_LLAMA, "num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 24},
+    "deepseek_v2": {**_LATENT, "n_routed_experts": 4, "n_shared_experts": 2, "q_lora_rank": None},
+    "deepseek_v3": {
+        **_LATENT,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "q_lora_rank": 16,
+        "n_group": 2,
+        "topk_group": 1,
+    },
+}
+
+
+def moe_model(model_type: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
+    """Return a tiny model."""
+    config = CONFIG_MAPPING[model_type](**(_COMMON | MOE[model_type] | overrides))
+    return random_model(config, dtype=dtype)
+
+
+def save_moe(model_type: str, directory: Path, dtype: torch.dtype = torch.float32, **overrides: Any) -> Path:
+    """Write a complete checkpoint, model and tokenizer, and return its directory."""
+    moe_model(model_type, dtype, **overrides).save_pretrained(directory)
+    tiny_tokenizer(directory)
+    return directory
+
+
+class Watched:
+    """Runs the stock model with a plain loop over experts in the place of theirs, and keeps what each one sees."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.seen: dict[str, tuple[Tensor, ...]] = {}
+        for path, module in model.named_modules():
+            if path.endswith(".experts") and hasattr(module, "gate_up_proj"):
+                module.forward = self._forward(path, module)
+
+    def _forward(self, path: str, experts: Any) -> Any:
+        def forward(x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+            out = torch.zeros_like(x)
+            for number in range(len(experts.down_proj)):
+                tokens, places = torch.where(index == number)
+                gate, up = (x[tokens] @ part.T for part in experts.gate_up_proj[number].chunk(2))
+                hidden = experts.act_fn(gate) * up
+                made = hidden @ experts.down_proj[number].T
+                self.seen[f"{path}.{number}"] = (x[tokens], gate, up, hidden, made, weights[tokens, places].double())
+                out = out.index_add(0, tokens, made * weights[tokens, places, None].to(made))
+            return out
+
+        return forward
+
+    def traces(self, sequences: Sequence[Tensor]) -> dict[str, list[tuple[Tensor, Tensor, Tensor, Tensor]]]:
+        """Return x, y, g and the router's weights of each expert's matrices, by target, for one sequence at a time."""
+        found = defaultdict(list)
+        for ids in sequences:
+            loss, _ = summed_loss(self.model, ids, None)
+            outputs = [part for seen in self.seen.values() for part in (seen[1], seen[2], seen[4])]
+            gradients = iter(torch.autograd.grad(loss, outputs, allow_unused=True))
+            for path, (x, gate, up, hidden, made, weights) in self.seen.items():
+                for role, inputs, y in (("gate", x, gate), ("up", x, up), ("down", hidden, made)):
+                    g = next(gradients)
+                    g = torch.zeros_like(y) if g is None else g
+                    found[f"{path}.lr_{role}"].append((inputs.detach(), y.detach(), g, weights.detach()))
+        return found
+
+
+def expert_statistics(
+    seen: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]], weight: Tensor, role: str, tokens: int, losses: int
+) -> dict[str, Tensor]:
+    """Statistics of one expert's matrix, each by its definition; none where it saw nothing."""
+    x, y, g, w = (torch.cat(part) for part in zip(*seen, strict=True))
+    if not len(x):
+        return {}
+    own, delta = losses * len(x) / tokens, g @ weight
+    found = {
+        "in_gram": x.T @ x / tokens,
+        "in_mean": x.sum(0) / tokens,
+        "in_abs": x.abs().sum(0) / tokens,
+        "in_square": x.square().sum(0) / tokens,
+        "out_gram": y.T @ y / tokens,
+        "out_fisher": g.T @ g / own,
+        "in_fisher": delta.T @ delta / own,
+        "out_square": g.square().sum(0) / own,
+        "row_fisher": sum((each[2].T @ each[0]).square().sum(1) for each in seen) / own,
+    }
+    if role == "down":
+        norms = y.norm(dim=1)
+        found |= {
+            "routed": torch.tensor([len(x) / tokens], dtype=torch.float64),
+            "router_weight": w.sum()[None] / tokens,
+            "output_norm": norms.sum()[None] / tokens,
+            "routed_norm": (w * norms).sum()[None] / tokens,
+            "hidden_energy": (w[:, None] * x).square().sum(0) / tokens,
+        }
+    return found

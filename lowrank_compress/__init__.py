@@ -15,18 +15,20 @@ from lowrank_compress.shipped.imports import when_imported
 if TYPE_CHECKING:
     from lowrank_compress.api import Result, compress, evaluate, load
     from lowrank_compress.errors import LrcError
+    from lowrank_compress.pages.page import report
     from lowrank_compress.recipe import Recipe
     from lowrank_compress.stages.contrast import compare
     from lowrank_compress.stages.diagnosis import diagnose
 
 __version__ = "0.1.0"
-__all__ = ["LrcError", "Recipe", "Result", "compare", "compress", "diagnose", "evaluate", "load"]
+__all__ = ["LrcError", "Recipe", "Result", "compare", "compress", "diagnose", "evaluate", "load", "report"]
 
 _HOME = {
     "Recipe": "recipe",
     "LrcError": "errors",
     "compare": "stages.contrast",
     "diagnose": "stages.diagnosis",
+    "report": "pages.page",
 }  # the others are in api.py
 
 

@@ -30,6 +30,7 @@ from lowrank_compress.resources.resources import Resources
 from lowrank_compress.resources.workers import workers_of
 from lowrank_compress.stages import pipeline
 from lowrank_compress.stages.contamination import refuse_calibration_text
+from lowrank_compress.stages.cost import keep_cost
 from lowrank_compress.stages.environment import compute_device
 from lowrank_compress.stages.plan import make_plan
 from lowrank_compress.stages.publishing import publish
@@ -199,6 +200,7 @@ def run_recipe(
             keep_statistics=keep_statistics,
             overwrite=overwrite,
         )
+        resources.workers.once(lambda: keep_cost(run, meter.cost()))
     return result_of(run, manifest, meter.cost())
 
 

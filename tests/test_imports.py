@@ -23,7 +23,8 @@ STAGES_USE = {*MATHEMATICS, "model", "shipped", "arch", "artifacts", "resources"
 BELOW: dict[str, set[str]] = {
     "__main__": {"cli"},
     "launch": set(),
-    "cli": {"api", "stages", "demo", *STAGES_USE},
+    "cli": {"api", "pages", "stages", "demo", *STAGES_USE},
+    "pages": {"stages", *STAGES_USE},
     "api": {"stages", *STAGES_USE},
     "stages": STAGES_USE,
     "methods": {"calibration", "allocation", "formats", "linalg", "model", "shipped", "arch"},
@@ -44,7 +45,7 @@ BELOW: dict[str, set[str]] = {
 }
 # `import lowrank_compress` registers a quantizer as transformers is imported, and hands out what programs call, when it
 # is asked for; so these imports go up.
-LATER = {("__init__", "shipped"), ("__init__", "api"), ("__init__", "stages")}
+LATER = {("__init__", "shipped"), ("__init__", "api"), ("__init__", "stages"), ("__init__", "pages")}
 
 
 def imports(file: Path) -> Iterator[tuple[str, bool]]:

@@ -68,13 +68,16 @@ def show(target: str, as_json: bool) -> None:
     """Print every matrix of a run or compressed checkpoint."""
     from lowrank_compress.cli.commands import read_report
     from lowrank_compress.model.locate import files_of
+    from lowrank_compress.stages.presenting import spectra_of
     from lowrank_compress.stages.report import REPORT
     from lowrank_compress.stages.run import Run
 
     run = Run(Path(target))
     is_run = run.exists()
     report = read_report(run.finished(names=(REPORT,)).path if is_run else files_of(target, ("config.json", REPORT)))
-    spectra = {name: values for name, values in (_spectra(run) if is_run else {}).items() if name in report["matrices"]}
+    spectra = {
+        name: values for name, values in (spectra_of(run) if is_run else {}).items() if name in report["matrices"]
+    }
     texts = _texts(run) if is_run else []
     if as_json:
         print_json(report | {"spectra": spectra, "texts": texts})
@@ -152,25 +155,6 @@ def _experts_table(experts: dict[str, Any], matrices: dict[str, Any]) -> Any:
         said = ", ".join("dense" if rank is None else str(rank) for rank in ranks) or "dense"
         rows.append([path, tokens, said, f"{expert['stored'] / expert['dense']:.1%}"])
     return table("Routed experts", ["expert", "tokens seen", "width, or ranks of gate, up, down", "kept"], rows, left=1)
-
-
-def _spectra(run: Any) -> dict[str, list[float]]:
-    """Squared singular values in the method's metric, by matrix; of bases that are as they were written."""
-    from safetensors import safe_open
-
-    from lowrank_compress.artifacts.manifest import altered, read_manifest
-
-    spectra = {}
-    manifest = read_manifest(run.scores)
-    prefix = "" if manifest is None else f"{manifest.report['bases_prefix']}-"
-    names = [] if manifest is None else [name for name in manifest.outputs if name.startswith(prefix)]
-    changed = [] if manifest is None else altered(run.scores, manifest, names=names)
-    for name in sorted(set(names) - set(changed)):
-        with safe_open(run.scores / name, framework="np") as handle:
-            for name in sorted(handle.keys()):
-                if name.endswith("/values"):
-                    spectra[name.removesuffix("/values")] = handle.get_tensor(name).tolist()
-    return spectra
 
 
 # What may be said of a checkpoint's model code, which is no damage.

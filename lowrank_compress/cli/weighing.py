@@ -1,4 +1,4 @@
-"""Commands that judge models: two beside each other, the spectra of one, and what a card says of it."""
+"""Commands that judge models: two beside each other, the spectra of one, and what is said of runs."""
 
 from __future__ import annotations
 
@@ -200,3 +200,34 @@ def card(
             raise ArtifactError(f"{out} exists. Choose another name, or pass --overwrite to replace it.")
         write_text(out, text)
         typer.echo(f"Model card: {out}", err=True)
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(parser=o.a_path, metavar="RUN…", help="Finished runs.", show_default=False)
+    ],
+    out: Annotated[
+        Path,
+        typer.Option("--out", parser=o.a_path, metavar="PAGE.html", help="The page to write.", show_default=False),
+    ],
+    text: Annotated[
+        str | None,
+        typer.Option("--text", help="Text to measure each block on, alone in the place of the dense one's."),
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Windows of the text, of up to 512 tokens.")] = 4,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another report.")] = False,
+    debug: o.Debug = False,
+) -> None:
+    """Write one page about runs: sizes, quality, ranks, spectra, losses, costs; of several, what pays.
+
+    It needs no network, opens from disk, and is light or dark as the machine of its reader. Quality is what `lrc eval`
+    has measured in each run. Needs pip install 'lowrank_compress[report]'.
+    """
+    with friendly(debug):
+        prepare_libraries()
+        from lowrank_compress.pages import page
+
+        with reported() as reporter:
+            made = page.report(runs, out, text=text, limit=limit, overwrite=overwrite, reporter=reporter)
+        typer.echo(f"Report: {made}")

@@ -112,7 +112,7 @@ def model_card(report: Mapping[str, Any], metrics: Mapping[str, Any] | None = No
         What was measured of it: metrics.json of all evaluations of a run; None for nothing.
     """
     about = report.get("about", {})
-    measured = list(_measured(metrics)) if metrics else []
+    measured = list(measurements(metrics)) if metrics else []
     header = _metadata(report, about, measured)
     parts = [
         f"---\n{header}\n---\n",
@@ -120,7 +120,7 @@ def model_card(report: Mapping[str, Any], metrics: Mapping[str, Any] | None = No
         _summary(report, about),
         _loading(about),
         _sizes(report),
-        _measurements(measured),
+        _table(measured),
         _recipe(report),
         _limits(about, bool(measured)),
     ]
@@ -210,7 +210,7 @@ def _sizes(report: Mapping[str, Any]) -> str:
     return "## What is stored\n\n" + "\n".join(lines) + "\n"
 
 
-def _measured(metrics: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def measurements(metrics: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield what was measured: once for each text, table or metric of a task, in a fixed order."""
     rows: dict[tuple[str, str, str], dict[str, Any]] = {}
     for _, found in sorted(metrics["evaluations"].items()):
@@ -236,7 +236,7 @@ def _slug(name: str) -> str:
     return re.sub(r"[^\w./-]+", "-", name)
 
 
-def _measurements(measured: Sequence[Mapping[str, Any]]) -> str:
+def _table(measured: Sequence[Mapping[str, Any]]) -> str:
     if not measured:
         return ""
     lines = ["| | | this checkpoint | dense original |", "|---|---|---:|---:|"]

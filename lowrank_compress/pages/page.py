@@ -1,0 +1,205 @@
+"""The report of runs: one page that needs no network, opens from disk, and is light or dark as its reader's machine."""
+
+from __future__ import annotations
+
+import importlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from lowrank_compress.artifacts.files import read_bytes, write_text
+from lowrank_compress.errors import InputError
+from lowrank_compress.pages import charts
+from lowrank_compress.pages.facts import RunFacts, facts_of
+from lowrank_compress.stages.reporting import Reporter, Silent
+
+MARK = "<!-- lrc report -->"
+TEMPLATES = Path(__file__).parent / "templates"
+# Charts of size against a measure; more of them nobody looks at.
+MOST_TRADES = 4
+SMALLER_IS_BETTER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
+
+Place = str | PathLike[str]
+
+
+def report(
+    runs: Place | Sequence[Place],
+    out: Place,
+    *,
+    text: Place | None = None,
+    limit: int = 4,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+) -> Path:
+    """Write one page about runs, as ``lrc report`` does; return where it is.
+
+    Parameters
+    ----------
+    runs
+        One finished run or more.
+    out
+        The page, .html.
+    text
+        A text to measure each block by itself on; None leaves that out.
+    limit
+        Windows of it, of up to 512 tokens.
+    overwrite
+        Replace another report. What is none is never replaced.
+    reporter
+        Told about progress and warnings.
+
+    Raises
+    ------
+    LrcError
+        A run is not finished, something else is at `out`, or a library of the extra ``report`` is not installed.
+    """
+    places = [runs] if isinstance(runs, str | PathLike) else list(runs)
+    page = Path(out)
+    refuse_foreign(page, overwrite)
+    template = _template()
+    charts.library()
+    reporter = reporter or Silent()
+    found = []
+    for number, place in enumerate(places, 1):
+        found.append(facts_of(Path(place), reporter, None if text is None else str(text), limit))
+        reporter.advance("read", number, len(places))
+    made = template.render(mark=MARK, **contents(found))
+    write_text(page, made)
+    return page
+
+
+def refuse_foreign(page: Path, overwrite: bool) -> None:
+    """Refuse to write a page over what is none, or over one that is not to be replaced.
+
+    Raises
+    ------
+    InputError
+        Such is there.
+    """
+    if not page.exists() and not page.is_symlink():
+        return
+    if not page.is_file() or MARK.encode() not in read_bytes(page)[:200]:
+        raise InputError(f"--out {page} exists and is no report of this program. Choose another name.")
+    if not overwrite:
+        raise InputError(f"--out {page} exists. Choose another name, or pass --overwrite to replace it.")
+
+
+def _template() -> Any:
+    try:
+        jinja2 = importlib.import_module("jinja2")
+    except ImportError:
+        raise InputError(
+            "A report is written with jinja2, which is not installed: pip install 'lowrank_compress[report]'."
+        ) from None
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"share": share, "size": size, "figure": figure, "whole": whole}
+    return environment.get_template("report.html.j2")
+
+
+def contents(runs: Sequence[RunFacts]) -> dict[str, Any]:
+    """Make what the template shows; charts are drawn here."""
+    safe = importlib.import_module("markupsafe").Markup
+    metrics = list(dict.fromkeys((row["metric"], row["name"], row["amount"]) for run in runs for row in run.measured))
+    return {
+        "runs": [
+            {
+                "facts": run,
+                "id": f"run-{number}",
+                "heat": heat(run),
+                "spectra": safe(charts.spectra(found)) if (found := by_kind(run)) else None,
+                "losses": safe(charts.losses(run.predicted, measured)) if run.predicted or run.blocks else None,
+                "formats": Counter(matrix.format for matrix in run.matrices).most_common(),
+                "cost": seconds(run.cost),
+            }
+            for number, run in enumerate(runs, 1)
+            for measured in [[(block.increase, block.divergence) for block in run.blocks]]
+        ],
+        "metrics": metrics,
+        "rows": [{"facts": run, "id": f"run-{number}", "values": values(run)} for number, run in enumerate(runs, 1)],
+        "trades": [safe(drawn) for drawn in trades(runs, metrics)] if len(runs) > 1 else [],
+        "title": runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
+    }
+
+
+def values(run: RunFacts) -> dict[tuple[str, str, str], Mapping[str, Any]]:
+    """Look up what was measured of a run: metric, name, amount -> values."""
+    return {(row["metric"], row["name"], row["amount"]): row for row in run.measured}
+
+
+def heat(run: RunFacts) -> dict[str, Any]:
+    """Arrange kept shares as blocks × kinds of matrices, in the order in which they come."""
+    kinds = list(dict.fromkeys(matrix.kind for matrix in run.matrices))
+    blocks = list(dict.fromkeys(matrix.block for matrix in run.matrices))
+    cells = {(matrix.block, matrix.kind): matrix for matrix in run.matrices}
+    return {
+        "kinds": [kind.rpartition(".")[2] for kind in kinds],
+        "rows": [(block, [cells.get((block, kind)) for kind in kinds]) for block in blocks],
+    }
+
+
+def by_kind(run: RunFacts) -> dict[str, list[charts.Spectrum]]:
+    """Gather the spectra of each kind of matrix, block by block, each with its cut."""
+    found: dict[str, list[charts.Spectrum]] = {}
+    for matrix in run.matrices:
+        squares = run.spectra.get(matrix.name)
+        if squares and max(squares) > 0:
+            shares = [value / max(squares) for value in squares]
+            kind = matrix.kind.rpartition(".")[2]
+            found.setdefault(kind, []).append(charts.Spectrum(shares, matrix.rank))
+    return found
+
+
+def trades(runs: Sequence[RunFacts], metrics: Sequence[tuple[str, str, str]]) -> list[str]:
+    """Draw size against each measure that at least two runs have."""
+    drawn = []
+    for metric, name, amount in metrics:
+        points, dense = [], None
+        for run in runs:
+            row = values(run).get((metric, name, amount))
+            if row is None:
+                continue
+            points.append(charts.Point(run.report["method"], run.name, run.size.bytes / 1e6, row["compressed"]))
+            if run.dense_size is not None and isinstance(row.get("dense"), int | float):
+                dense = (run.dense_size.bytes / 1e6, row["dense"])
+        if len(points) > 1 and len(drawn) < MOST_TRADES:
+            better = metric in SMALLER_IS_BETTER
+            drawn.append(charts.trade(points, dense, f"{metric} · {name}", less_is_better=better))
+    return drawn
+
+
+def seconds(cost: Mapping[str, Any] | None) -> list[tuple[str, float, float]]:
+    """List steps with their seconds and their share of the longest."""
+    taken = {step: spent for step, spent in (cost or {}).get("seconds", {}).items() if spent >= 0.005}
+    longest = max(taken.values(), default=1.0)
+    return [(step, spent, spent / longest) for step, spent in taken.items()]
+
+
+def share(value: float) -> str:
+    """Write a share in per cent."""
+    return f"{value:.2%}".replace("%", " %")
+
+
+def size(count: float) -> str:
+    """Write bytes as people do."""
+    for unit, step in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= step:
+            return f"{count / step:.4g} {unit}"
+    return f"{count:.0f} bytes"
+
+
+def figure(value: Any) -> str:
+    """Write a measure with four significant digits."""
+    return f"{value:.4g}" if isinstance(value, int | float) and not isinstance(value, bool) else "–"
+
+
+def whole(value: Any) -> str:
+    """Write a whole number with separators."""
+    return f"{value:,}" if isinstance(value, int) else "–"

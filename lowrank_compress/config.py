@@ -27,6 +27,7 @@ from lowrank_compress.errors import InputError
 
 RatioOf = Literal["blocks", "model"]
 ModuleMetric = Literal["gram", "kfac"]
+SecondBy = Literal["full", "scales"]
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -240,6 +241,7 @@ class ScoreConfig(Strict):
     held_out: bool = False
     rival: Scheme | None = None
     second: bool = False
+    second_by: SecondBy = "full"
 
 
 class FactorizeConfig(Strict):

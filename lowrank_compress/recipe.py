@@ -13,7 +13,18 @@ from typing import Any, Literal
 import yaml
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
-from lowrank_compress.config import COMMAND_LINE, DTYPES, MANY, ModuleMetric, RatioOf, Strict, Texts, explain, option_of
+from lowrank_compress.config import (
+    COMMAND_LINE,
+    DTYPES,
+    MANY,
+    ModuleMetric,
+    RatioOf,
+    SecondBy,
+    Strict,
+    Texts,
+    explain,
+    option_of,
+)
 from lowrank_compress.errors import InputError
 from lowrank_compress.options import ALPHA, CAP, FLOOR, TEMPERATURE, Option
 from lowrank_compress.recipefile import read_recipe_file
@@ -116,6 +127,14 @@ class Recipe(Strict):
         WHAT,
         "score",
         hint="with --method auto from a ratio of 0.25 on",
+    )
+    second_by: SecondBy | None = setting(
+        None,
+        "What is made anew with those gradients: full, all decompositions; or scales, the sizes of predicted losses "
+        "alone, which costs little",
+        WHAT,
+        "score",
+        hint="full, in models of more than 512 dimensions scales",
     )
 
     refine: bool | None = setting(

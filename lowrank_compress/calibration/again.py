@@ -20,7 +20,7 @@ from lowrank_compress.calibration.moments import Moments
 from lowrank_compress.calibration.statistics import STATISTICS, first_half, statistic_key
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.model.walk.batch import Batch
-from lowrank_compress.model.walk.head import head_gradient, lm_chunks
+from lowrank_compress.model.walk.head import head_gradient, lm_chunks, tokens_at_once
 from lowrank_compress.model.walk.step import Step
 from lowrank_compress.model.walk.walk import Walk, gradient_of_loss
 
@@ -63,7 +63,7 @@ class Again:
         if batch.labels is not None:
             return replace(batch, labels=drawn(walk.head(number, hidden)))
         ids = batch.ids.clone()
-        for start, stop in lm_chunks(batch):
+        for start, stop in lm_chunks(batch, tokens_at_once(walk.models[0].vocabulary)):
             ids[:, start + 1 : stop + 1] = drawn(walk.head(number, hidden, start, stop)).to(ids)
         return replace(batch, ids=ids)
 
@@ -89,6 +89,23 @@ class Again:
                         growth = _growth(target, name, dense, edited) if target.name in self.narrowed else None
                         other = edited[each] if growth is None else dense[each] * growth
                         found[each] = (dense[each] + other) / 2
+        return found
+
+
+@dataclass(frozen=True)
+class Growth(Again):
+    """A second look of which only the scales of gradients are asked: ``out_square`` is the one statistic it serves."""
+
+    def combined(
+        self, targets: tuple[Target, ...], dense: Mapping[str, Tensor], edited: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return (2,) for each target: Σ diag F and Σ diag F₁ over the outputs it still has."""
+        found = {}
+        for target in targets:
+            key = statistic_key(target, "out_square")
+            if key in edited:
+                there = edited[key] > 0
+                found[target.name] = torch.stack([means[key][there].sum() for means in (dense, edited)])
         return found
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lowrank_compress.calibration.shortcuts import Shortcuts
 from lowrank_compress.model.walk.step import Step
 
 # How near, relative to itself, a shift must come out at the place where it is added.
@@ -38,7 +39,15 @@ class Look:
 
 
 def look(
-    step: Step, number: int, model: int, path: str, place: str | None = None, *, outputs: bool = True, run: bool = False
+    step: Step,
+    number: int,
+    model: int,
+    path: str,
+    place: str | None = None,
+    *,
+    outputs: bool = True,
+    run: bool = False,
+    shortcuts: Shortcuts | None = None,
 ) -> Look:
     """Run a block on a batch as far as needed to see what a module does.
 
@@ -54,6 +63,8 @@ def look(
         Whether y is asked for.
     run
         Put the batch forward, too.
+    shortcuts
+        What need not be run; if y is asked for and the batch stays, what enters the module is noted in it.
     """
     block = step.blocks[model]
     module = block.get_submodule(path)
@@ -78,7 +89,12 @@ def look(
     if place:
         handles.append(block.get_submodule(place).register_forward_pre_hook(entering("total")))
     try:
-        leaving = _forward(step, number, model, run)
+        with ExitStack() as stack:
+            if shortcuts is not None:
+                stack.enter_context(shortcuts.taken(step, number, model))
+                if outputs and not run:
+                    stack.enter_context(shortcuts.noted(step, number, model, path))
+            leaving = _forward(step, number, model, run)
     finally:
         for handle in handles:
             handle.remove()

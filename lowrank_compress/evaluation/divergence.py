@@ -9,15 +9,15 @@ from torch import Tensor
 
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.model.walk.batch import Batch
-from lowrank_compress.model.walk.head import lm_chunks
+from lowrank_compress.model.walk.head import lm_chunks, tokens_at_once
 from lowrank_compress.model.walk.walk import Walk
 
 
 def divergences(models: Sequence[Skeleton], batches: Sequence[Batch]) -> list[float]:
     """Mean divergence KL(p₀ ‖ p) of each further model's predictions p from the first one's p₀, in nats.
 
-    The mean is over all positions whose next token is known, or over examples for a classifier; it is taken in float64,
-    and infinite where it is not finite, so that a broken model never wins.
+    The mean is over all positions whose next token is known, or over examples for a classifier; it is summed in
+    float64, and infinite where it is not finite, so that a broken model never wins.
 
     Parameters
     ----------
@@ -40,13 +40,17 @@ def divergences(models: Sequence[Skeleton], batches: Sequence[Batch]) -> list[fl
 def divergences_at_the_end(walk: Walk) -> list[float]:
     """Return the same of the models of a walk that has gone forwards through all blocks."""
     totals, terms = [0.0] * (len(walk.models) - 1), 0
+    first = walk.models[0]
     for number, batch in enumerate(walk.batches):
-        for start, stop in lm_chunks(batch) if walk.models[0].task == "lm" else [(0, None)]:
+        chunks = lm_chunks(batch, tokens_at_once(first.vocabulary)) if first.task == "lm" else [(0, None)]
+        for start, stop in chunks:
             expected = _log_probabilities(walk, number, 0, start, stop)
+            probabilities = expected.exp()
             terms += expected[..., 0].numel()
             for model in range(1, len(walk.models)):
                 got = _log_probabilities(walk, number, model, start, stop)
-                totals[model - 1] += float((expected.exp() * (expected - got)).sum())
+                each = torch.sub(expected, got, out=got).mul_(probabilities).sum(-1)
+                totals[model - 1] += float(each.double().sum())
     for model in walk.models:
         model.drop_outside()
     return [total / terms if total == total else float("inf") for total in totals]
@@ -54,4 +58,6 @@ def divergences_at_the_end(walk: Walk) -> list[float]:
 
 @torch.no_grad()
 def _log_probabilities(walk: Walk, number: int, model: int, start: int, stop: int | None) -> Tensor:
-    return walk.head(number, walk.leaving(number, model), start, stop, model).double().log_softmax(-1)
+    """Log-probabilities in single precision at least: which model is nearer shows in fewer digits."""
+    logits = walk.head(number, walk.leaving(number, model), start, stop, model)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)

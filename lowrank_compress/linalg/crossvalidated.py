@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from lowrank_compress.linalg.refine import Sample, Task, error, project, solve, truncate
+from lowrank_compress.linalg.refine import Sample, Solution, Task, error, project, solved, truncate
 from lowrank_compress.linalg.weighted import Projector
 
 LAMBDAS = (0.01, 0.1, 1.0, 10.0, 100.0)
 """What λ is chosen from."""
 
-LARGE = 1024
-"""From how many inputs on candidates are solved and scored in single precision: which λ is best shows in few digits."""
+LARGE = 512
+"""From how many inputs on candidates are solved and scored in single precision, as which λ is best shows in few digits,
+and fitted on the first half alone: the second one has tokens enough to tell."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,9 +50,12 @@ def cross_validate(
     """
     if min(half.count for half in halves) == 0:
         return [None] * len(tasks)
+    folds = [halves, halves[::-1]]
+    if len(halves[0].gram) >= LARGE:
+        folds = [(halves[0].single(), halves[1].single())]
     tried: list[dict[int, float]] = [{} for _ in tasks]
     least = [
-        sum(error(task, now.matrix, now.bias, half.of(task.base)) for half in halves)
+        sum(error(task, now.matrix, now.bias, other.of(task.base)) for _, other in folds)
         for task, now in zip(tasks, present, strict=True)
     ]
     ordered = sorted(lambdas)
@@ -60,7 +63,7 @@ def cross_validate(
         for place in sorted(wanted):
             asking = [number for number, scores in enumerate(tried) if _next(scores, len(ordered)) == place]
             sums = [0.0] * len(asking)
-            for fit, other in (halves, halves[::-1]):
+            for fit, other in folds:
                 for slot, value in enumerate(_scored([tasks[n] for n in asking], fit, other, anchor, ordered[place])):
                     sums[slot] += value
             for number, value in zip(asking, sums, strict=True):
@@ -83,11 +86,10 @@ def _scored(tasks: Sequence[Task], fit: Sample, other: Sample, anchor: Tensor | 
     """Fit tasks on one half, and score them on the other."""
     values = []
     fits = {affine: fit.centred() if affine else fit for affine in {task.affine for task in tasks}}
-    dtype = torch.float64 if len(fit.gram) < LARGE else torch.float32
-    solutions = {affine: solve(sample, anchor, strength, dtype) for affine, sample in fits.items()}
+    solutions = {affine: solved(sample, anchor, strength) for affine, sample in fits.items()}
     for task in tasks:
-        sample = fits[task.affine]
-        found = truncate(task, task.image(solutions[task.affine]), sample)
+        sample, known = fits[task.affine], solutions[task.affine]
+        found = truncate(task, task.image(known.matrix), sample, known)
         bias = fit.of(task.base).offset(found) if task.affine else None
         values.append(error(task, found, bias, other.of(task.base)))
     return values
@@ -106,12 +108,13 @@ def refit(
     found: list[tuple[Tensor, Projector | None] | None] = [None] * len(tasks)
     samples = {affine: sample.centred() if affine else sample for affine in {task.affine for task in tasks}}
     for strength in sorted({value for value in chosen if value is not None}):
-        solutions: dict[bool, Tensor] = {}
+        solutions: dict[bool, Solution] = {}
         for number, task in enumerate(tasks):
             if chosen[number] != strength:
                 continue
             if task.affine not in solutions:
-                solutions[task.affine] = solve(samples[task.affine], anchor, strength)
-            image = task.image(solutions[task.affine])
-            found[number] = task.whole(image), project(task, image, samples[task.affine])
+                solutions[task.affine] = solved(samples[task.affine], anchor, strength)
+            known = solutions[task.affine]
+            image = task.image(known.matrix)
+            found[number] = task.whole(image), project(task, image, samples[task.affine], known)
     return found

@@ -35,7 +35,7 @@ GRAM_SHRINKAGE = 1e-6
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """Moments of inputs x̂ and of what is regressed on them, summed over tokens; all float64.
+    """Moments of inputs x̂ and of what is regressed on them, summed over tokens; float64, or rounded by `single`.
 
     Attributes
     ----------
@@ -65,10 +65,17 @@ class Sample:
             self.count + other.count,
         )
 
+    def single(self) -> Sample:
+        """Round to single precision."""
+        moments = (self.gram, self.cross, self.inputs, self.targets)
+        gram, cross, inputs, targets = (moment.float() for moment in moments)
+        return Sample(gram, cross, inputs, targets, self.count)
+
     def of(self, base: Tensor | None) -> Sample:
         """Take the images of the targets under a matrix (m, k) for the targets; None for themselves."""
         if base is None:
             return self
+        base = base.to(self.cross)
         return Sample(self.gram, base @ self.cross, self.inputs, base @ self.targets, self.count)
 
     def centred(self) -> Sample:
@@ -86,7 +93,7 @@ class Sample:
 
     def offset(self, matrix: Tensor) -> Tensor:
         """Mean of what a matrix (k, n) leaves of the targets, (k,)."""
-        return (self.targets - matrix.double() @ self.inputs) / max(self.count, 1)
+        return (self.targets - matrix.to(self.inputs) @ self.inputs) / max(self.count, 1)
 
     @cached_property
     def root(self) -> TriangularRoot:
@@ -94,8 +101,37 @@ class Sample:
         return Full(self.gram, GRAM_SHRINKAGE).root()
 
 
-def solve(sample: Sample, anchor: Tensor | None, strength: float, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Return W*, (k, n).
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """W* of a regression, and what it is the solution of: W* D = B with D = (1 − α) E + α s I and α = λ / (1 + λ).
+
+    Attributes
+    ----------
+    matrix
+        W*, (k, n), in the sample's dtype.
+    wanted
+        B, (k, n).
+    shrinkage, pull
+        α, and α s.
+    """
+
+    matrix: Tensor
+    wanted: Tensor
+    shrinkage: float
+    pull: float
+
+    @cached_property
+    def square(self) -> Tensor:
+        """W* W*ᵀ, (k, k)."""
+        return self.matrix @ self.matrix.mT
+
+    def form(self) -> Tensor:
+        """Return W* E W*ᵀ, (k, k), of which B knows all but what damping adds: nothing of size (n, n) is multiplied."""
+        return (self.wanted @ self.matrix.mT - self.pull * self.square) / (1 - self.shrinkage)
+
+
+def solved(sample: Sample, anchor: Tensor | None, strength: float) -> Solution:
+    """Regress in the sample's dtype, if that is precise enough; else in float64.
 
     Parameters
     ----------
@@ -105,8 +141,6 @@ def solve(sample: Sample, anchor: Tensor | None, strength: float, dtype: torch.d
         A, (k, n); None for I.
     strength
         λ > 0.
-    dtype
-        In which to solve, if that is precise enough; else it is float64.
 
     Raises
     ------
@@ -114,20 +148,25 @@ def solve(sample: Sample, anchor: Tensor | None, strength: float, dtype: torch.d
         A moment is not finite.
     """
     shrinkage = strength / (1 + strength)  # the damped matrix over 1 + λ
-    lower = _lower(sample.gram, shrinkage, dtype)
+    lower = _lower(sample.gram, shrinkage)
     pull = shrinkage * (sample.gram.diagonal().mean().item() or 1.0)
     wanted = sample.cross.to(lower.dtype) * (1 - shrinkage)
     if anchor is None:
         wanted.diagonal().add_(pull)
     else:
         wanted += pull * anchor.to(lower.dtype)
-    return torch.cholesky_solve(wanted.mT, lower).mT
+    return Solution(torch.cholesky_solve(wanted.mT, lower).mT, wanted, shrinkage, pull)
 
 
-def _lower(gram: Tensor, shrinkage: float, dtype: torch.dtype) -> Tensor:
+def solve(sample: Sample, anchor: Tensor | None, strength: float) -> Tensor:
+    """Return the W*, (k, n), of `solved`."""
+    return solved(sample, anchor, strength).matrix
+
+
+def _lower(gram: Tensor, shrinkage: float) -> Tensor:
     """Root of a damped Gram matrix."""
-    if dtype != torch.float64:
-        damped = gram.to(dtype) * (1 - shrinkage)
+    if gram.dtype != torch.float64:
+        damped = gram * (1 - shrinkage)
         damped.diagonal().add_(shrinkage * damped.diagonal().mean() / (1 - shrinkage))
         lower, info = torch.linalg.cholesky_ex(damped)
         if int(info) == 0:
@@ -176,14 +215,22 @@ class Task:
         return found if self.left is None else self.left @ found
 
 
-def project(task: Task, found: Tensor, sample: Sample) -> Projector | None:
-    """Find the best projection of a matrix (k, n) to its task's rank; None where it may have any."""
+def project(task: Task, found: Tensor, sample: Sample, known: Solution | None = None) -> Projector | None:
+    """Find the best projection of a matrix (k, n) to its task's rank; None where it may have any.
+
+    `known` is the regression that the matrix is the very solution of, where it is one: that saves work.
+    """
     if task.rank is None:
         return None
     if task.side == "out":
-        gram = sample.gram.to(found.dtype, copy=True)
-        gram.diagonal().add_(GRAM_SHRINKAGE * gram.diagonal().mean())
-        return decompose(found @ gram @ found.mT, _Known(task.root), task.rank)
+        scale = sample.gram.diagonal().mean()
+        if known is not None and known.matrix is found:
+            form = known.form().add_(known.square, alpha=GRAM_SHRINKAGE * scale.item())
+        else:
+            gram = sample.gram.to(found.dtype, copy=True)
+            gram.diagonal().add_(GRAM_SHRINKAGE * scale)
+            form = found @ gram @ found.mT
+        return decompose(form, _Known(task.root), task.rank)
     return decompose(found.mT @ task.metric.to(found) @ found, _Known(sample.root), task.rank)
 
 
@@ -197,9 +244,9 @@ class _Known:
         return self.found
 
 
-def truncate(task: Task, found: Tensor, sample: Sample) -> Tensor:
-    """Return the best approximation of a matrix (k, n) at its task's rank."""
-    projector = project(task, found, sample)
+def truncate(task: Task, found: Tensor, sample: Sample, known: Solution | None = None) -> Tensor:
+    """Return the best approximation of a matrix (k, n) at its task's rank; `known` as in `project`."""
+    projector = project(task, found, sample, known)
     if projector is None:
         return found
     expand, contract = projector.expand.to(found), projector.contract.to(found)
@@ -218,9 +265,11 @@ def error(task: Task, found: Tensor, bias: Tensor | None, sample: Sample) -> flo
     sample
         With the targets of the task.
     """
-    gram, cross = sample.gram.to(found), sample.cross.to(found)
-    value = (task.metric * ((found @ gram - 2 * cross) @ found.mT)).sum()
+    found = found.to(sample.gram)
+    value = (task.metric * ((found @ sample.gram - 2 * sample.cross) @ found.mT)).sum()
     if bias is not None:
+        bias = bias.to(task.metric)
         image = task.metric @ bias
-        value += 2 * image @ (found.double() @ sample.inputs - sample.targets) + sample.count * (image @ bias)
+        left = (found @ sample.inputs - sample.targets).to(image)
+        value += 2 * image @ left + sample.count * (image @ bias)
     return value.item()

@@ -33,6 +33,8 @@ class Skeleton:
     edit
         Called with the number of a block and the block each time that it is in memory, before it is run; it may put
         other weights into it, and so make another model of the same checkpoint. What it reads is not changed.
+    beside
+        A model that is in memory at the same time: what lies outside the blocks of both and is the same is so once.
 
     Raises
     ------
@@ -46,18 +48,25 @@ class Skeleton:
         device: torch.device,
         dtype: torch.dtype,
         edit: Callable[[int, nn.Module], None] | None = None,
+        beside: Skeleton | None = None,
     ) -> None:
         # The dtype matters: Gemma keeps the scale of its embeddings in it.
         self.blueprint = blueprint(checkpoint, dtype)
         self.device = device
         self.dtype = dtype
         self._edit = edit
+        self._beside = beside
         self.task = self.blueprint.task
         self.model = self.blueprint.model
         self.resolved = self.blueprint.resolved
         self._outside = False
         self.blueprint.check_ties()
         self.load_outside()
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens there are."""
+        return self.model.config.vocab_size
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -70,7 +79,8 @@ class Skeleton:
             return
         inside = tuple(f"{name}." for name in self.resolved.blocks)
         model = self.model
-        model.load_state_dict({name: self._read(name) for name in self.blueprint.outside()}, strict=False, assign=True)
+        state = {name: self._read_outside(name) for name in self.blueprint.outside()}
+        model.load_state_dict(state, strict=False, assign=True)
         if model.all_tied_weights_keys:
             model.tie_weights()
         for name, module in model.named_modules():
@@ -112,6 +122,15 @@ class Skeleton:
         if self.model.all_tied_weights_keys:
             self.model.tie_weights()
         self._outside = False
+
+    def _read_outside(self, name: str) -> Tensor:
+        """Read a tensor, or take that of the model beside this one, if it is the same."""
+        tensor = self._read(name)
+        if self._beside is not None and self._beside._outside:
+            there = self._beside.model.state_dict().get(name)
+            if there is not None and there.dtype == tensor.dtype and torch.equal(there, tensor):
+                return there
+        return tensor
 
     def _read(self, name: str) -> Tensor:
         tensor = self.blueprint.read(name)

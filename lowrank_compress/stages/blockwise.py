@@ -50,7 +50,8 @@ class Blocks:
         self, data: Data, held: Sequence[Batch], steps: int, lr: float, train: Train, reporter: Reporter
     ) -> tuple[float, float]:
         """Reconstruct all blocks that are not finished; return the divergence from the dense model before and after."""
-        dense, compressed = (Skeleton(one, self.device, torch.float32) for one in (self.dense, self.compressed))
+        dense = Skeleton(self.dense, self.device, torch.float32)
+        compressed = Skeleton(self.compressed, self.device, torch.float32, beside=dense)
         batches = joined(data.items[:SEQUENCES], data.micro)
         finished = self.workers.once(
             lambda: [self.files.finished(index) for index in range(len(dense.resolved.blocks))]
@@ -72,7 +73,7 @@ class Blocks:
         )
         # What others read, the first must have written.
         self.workers.once(lambda: None)
-        made = Skeleton(self.compressed, self.device, torch.float32, self._put)
+        made = Skeleton(self.compressed, self.device, torch.float32, self._put, beside=dense)
         before, after = divergences([dense, compressed, made], held)
         return before, after
 

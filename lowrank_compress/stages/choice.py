@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -36,9 +36,10 @@ from lowrank_compress.stages.decompose import Bases
 
 # Weight of the divergence on tokens drawn at random, beside that on text.
 FAR = 0.5
-# In large models no plan is tried that is predicted, by the same losses, to lose so many times what the first one does.
-HOPELESS = 2.0
-FIRST, SECOND = "held-out losses", "second allocation"
+# In large models no plan is tried that is predicted, by the same losses, to lose so many times what the first one does,
+# and of the others no more than so many.
+HOPELESS, RIVALS = 2.0, 2
+FIRST, SECOND, SCALED = "held-out losses", "second allocation", "scaled losses"
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +69,7 @@ def plans_of(bases: Bases) -> list[Plan]:
     """Plan in every way that is worth trying; the first is that of the allocator, by the best knowledge of losses.
 
     One way is enough where nothing was asked of other text. Trials of large models cost more than they tell of plans
-    that lose `HOPELESS` times as much as the first one, by the same prediction.
+    that lose `HOPELESS` times as much as the first one, by the same prediction: the `RIVALS` of least loss are tried.
     """
     chooser, curves = bases.chooser, bases.curves()
     plans = [_plan(FIRST, bases, curves, chooser.choose(curves), chooser.allocate)]
@@ -77,6 +78,7 @@ def plans_of(bases: Bases) -> list[Plan]:
     if bases.halved():
         sample = bases.curves(on_sample=True)
         plans.append(_plan("losses on the sample", bases, sample, chooser.choose(sample), chooser.allocate))
+    rivals = []
     for name, position in (("linear only", 0), ("modules", -1)):
         groups = chooser.of_position(position)
         ways = [("", chooser.allocate), (", uniform", partial(uniform, limit=chooser.budget.limit))]
@@ -84,12 +86,20 @@ def plans_of(bases: Bases) -> list[Plan]:
             with contextlib.suppress(InputError):  # out of reach
                 plan = _plan(f"{name}{how}", bases, curves, groups, allocate)
                 if chooser.small or plan.predicted <= HOPELESS * plans[0].predicted:
-                    plans.append(plan)
+                    rivals.append(plan)
+    plans = _different([*plans, *rivals])
+    if not chooser.small:
+        plans = [plans[0], *sorted(plans[1:], key=lambda plan: plan.predicted)[:RIVALS]]
     if bases.rival is not None and chooser.config.ratio >= MUCH:
         with contextlib.suppress(InputError):
             found = bases.rival.curves()
             groups = bases.rival.chooser.choose(found)
             plans.append(_plan("narrower modules", bases.rival, found, groups, bases.rival.chooser.allocate))
+    return _different(plans)
+
+
+def _different(plans: Sequence[Plan]) -> list[Plan]:
+    """Leave the first of several that choose the same."""
     return [plan for number, plan in enumerate(plans) if all(plan.choices != other.choices for other in plans[:number])]
 
 
@@ -97,6 +107,13 @@ def second_plan(bases: Bases) -> Plan:
     """Plan as first, with the decompositions of a second look."""
     chooser, curves = bases.chooser, bases.curves()
     return _plan(SECOND, bases, curves, chooser.choose(curves), chooser.allocate)
+
+
+def scaled_plan(bases: Bases, scales: Mapping[str, float]) -> Plan:
+    """Plan as first, with the losses of each group multiplied by a number of its own."""
+    chooser = bases.chooser
+    curves = {name: replace(curve, loss=curve.loss * scales[name]) for name, curve in bases.curves().items()}
+    return _plan(SCALED, bases, curves, chooser.choose(curves), chooser.allocate)
 
 
 def _plan(
@@ -138,14 +155,20 @@ def best(plans: Sequence[Plan], found: Sequence[Mapping[str, Any]]) -> Plan:
     return min(plans, key=lambda plan: totals.get(plan.name, float("inf")))
 
 
-def edited(plan: Plan) -> Skeleton:
-    """Make a plan's result: the dense model, one block at a time, with other matrices in it."""
+def edited(plan: Plan, beside: Skeleton | None = None) -> Skeleton:
+    """Make a plan's result: the dense model, one block at a time, with other matrices in it.
+
+    Parameters
+    ----------
+    beside
+        The dense model, where it is in memory at the same time.
+    """
     bases = plan.bases
 
     def edit(index: int, block: nn.Module) -> None:
         _put(made, replacements(plan, index, bases.device))
 
-    made = Skeleton(bases.chooser.subject.checkpoint, bases.device, torch.float32, edit)
+    made = Skeleton(bases.chooser.subject.checkpoint, bases.device, torch.float32, edit, beside)
     return made
 
 

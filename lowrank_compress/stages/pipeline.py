@@ -9,7 +9,8 @@ from typing import Any
 
 from lowrank_compress.artifacts.directories import keep_aside
 from lowrank_compress.artifacts.files import sweep, write_text
-from lowrank_compress.artifacts.manifest import Manifest, difference
+from lowrank_compress.artifacts.manifest import Key, Manifest, difference
+from lowrank_compress.artifacts.tensors import BlockFiles
 from lowrank_compress.config import EvaluateConfig
 from lowrank_compress.errors import ArtifactError, InputError
 from lowrank_compress.methods.parts import own_methods
@@ -25,8 +26,10 @@ from lowrank_compress.stages.identity import checkpoint_id, display_name
 from lowrank_compress.stages.index import Index, Link, read_index
 from lowrank_compress.stages.inputs import inputs_of_score
 from lowrank_compress.stages.plan import Plan
+from lowrank_compress.stages.refining import COSTS
 from lowrank_compress.stages.reporting import Reporter, Silent
 from lowrank_compress.stages.run import Run, recipe_state, recipe_text
+from lowrank_compress.stages.sinks import Keeping, Sink
 from lowrank_compress.stages.stage import Given, Stage
 from lowrank_compress.stages.table import STAGES, directories
 
@@ -137,12 +140,23 @@ def compress(
             plan,
             run,
             reporter,
-            sink=None if keep_statistics else bases,
+            sink=None if keep_statistics else _keeping(plan, run, bases, inputs.calibration),
             resources=resources,
             overwrite=overwrite,
         )
         step(STAGES["score"], plan, run, reporter, bases=bases, resources=resources, overwrite=overwrite)
     return finish(plan, run, reporter, resources=resources, overwrite=overwrite)
+
+
+def _keeping(plan: Plan, run: Run, bases: Bases, calibration: Key) -> Sink:
+    """Where statistics go: to the bases, and those of gradients to what `refine` will look for them in."""
+    if plan.refine is None or not plan.calibrate.held_out:
+        return bases
+    return Keeping(bases, _gradients(run, calibration), COSTS)
+
+
+def _gradients(run: Run, calibration: Key) -> BlockFiles:
+    return BlockFiles(run.work, calibration.id, "fisher")
 
 
 def finish(
@@ -164,7 +178,13 @@ def finish(
     if plan.refine is not None:
         stage = STAGES["refine"]
         given = Given(Checkpoint(place), manifest.report, plan.checkpoint)
-        manifest = stage.run(plan.refine, given, run.model, reporter, resources=resources, overwrite=overwrite)
+        gradients: tuple[BlockFiles, ...] = ()
+        if plan.calibrate.held_out:  # which takes them as `refine` does
+            calibration = inputs_of_score(plan, run).calibration
+            gradients = _gradients(run, calibration), BlockFiles(run.statistics, calibration.id)
+        manifest = stage.run(
+            plan.refine, given, run.model, reporter, gradients=gradients, resources=resources, overwrite=overwrite
+        )
         links.append(Link(stage.name, run.model.name, manifest.id))
     resources.workers.once(lambda: _begin_chain(plan, run, links, reporter or Silent()))
     return manifest

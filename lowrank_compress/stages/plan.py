@@ -11,7 +11,7 @@ import torch
 from lowrank_compress.allocation.table import ALLOCATORS
 from lowrank_compress.calibration.capture import needs_gradient
 from lowrank_compress.calibration.sources import PAPERS_DATA
-from lowrank_compress.calibration.statistics import specialises
+from lowrank_compress.calibration.statistics import SMALL, specialises
 from lowrank_compress.calibration.tokens import load_tokenizer
 from lowrank_compress.config import (
     DTYPES,
@@ -131,6 +131,7 @@ class Plan:
                 "device": self.device,
                 "dtype": self.factorize.dtype,
                 "second": self.recipe.second,
+                "second_by": self.score.second_by if self.score.second else self.recipe.second_by,
                 "refine": self.recipe.refine if self.refine is None else True,
             }
         )
@@ -249,6 +250,7 @@ def make_plan(recipe: Recipe, *, reads_text: bool = True) -> Plan:
         held_out=held_out,
         rival=rival,
         second=second and (recipe.ratio >= SECOND if recipe.second is None else recipe.second),
+        second_by=recipe.second_by or ("full" if subject.largest <= SMALL else "scales"),
     )
     factorize = FactorizeConfig(
         method=label(recipe), scheme=scheme, storage=storage, round_to=round_to, dtype=dtype, device=device

@@ -32,7 +32,7 @@ from lowrank_compress.resources.resources import Resources
 from lowrank_compress.resources.workers import Workers
 from lowrank_compress.stages.environment import environment
 from lowrank_compress.stages.identity import checkpoint_id
-from lowrank_compress.stages.refining import BlockRefiner, computing_dtype
+from lowrank_compress.stages.refining import BlockRefiner, computing_dtype, kept_bytes
 from lowrank_compress.stages.reporting import Reporter, Silent
 from lowrank_compress.stages.rewrite import contents_of, rewrite
 from lowrank_compress.stages.run import require_alone, work_of
@@ -57,6 +57,7 @@ def run(
     out_dir: Path,
     reporter: Reporter | None = None,
     *,
+    gradients: Sequence[BlockFiles] = (),
     resources: Resources = Resources(),
     overwrite: bool = False,
 ) -> Manifest:
@@ -70,6 +71,9 @@ def run(
         The directory of the new checkpoint, which appears whole or not at all.
     reporter
         Told about progress and warnings.
+    gradients
+        Where statistics of the dense model's gradients may be that were taken of this very text, by halves; what is
+        missing is taken anew, to the same bytes.
     resources
         What the first process may use; all are called with the same.
     overwrite
@@ -96,7 +100,7 @@ def run(
             require_alone(out_dir, found)
             return found
         alone = replace(resources, workers=Workers()).on(config.device)
-        return _Refinement(config, inputs, out_dir, identity, reporter or Silent(), alone).make()
+        return _Refinement(config, inputs, out_dir, identity, reporter or Silent(), alone, gradients).make()
 
     return resources.workers.once(made)
 
@@ -112,13 +116,14 @@ class _Refinement:
         identity: Key,
         reporter: Reporter,
         resources: Resources,
+        gradients: Sequence[BlockFiles],
     ) -> None:
         assert inputs.dense is not None
         self.config, self.checkpoint, self.out_dir = config, inputs.checkpoint, out_dir
         self.identity, self.reporter, self.resources = identity, reporter, resources
         device, dtype = torch.device(config.device), computing_dtype(inputs.checkpoint.dtype)
         self.dense = Skeleton(inputs.dense, device, dtype)
-        self.compressed = Skeleton(inputs.checkpoint, device, dtype)
+        self.compressed = Skeleton(inputs.checkpoint, device, dtype, beside=self.dense)
         if _shape(self.dense) != _shape(self.compressed):
             raise CheckpointError(
                 f"{inputs.checkpoint.path} was not made from {inputs.dense.path}: they have other blocks. Name its "
@@ -128,6 +133,7 @@ class _Refinement:
         self.held_out = held_out_batches(config, inputs.dense, self.dense.blueprint.task)
         self.work = work_of(out_dir)
         self.fisher = BlockFiles(self.work, identity.id, "fisher")
+        self.known = gradients if dtype == torch.float32 else ()
         self.refined = BlockFiles(self.work, identity.id, "refined")
         self.blocks = range(len(self.dense.resolved.blocks))
 
@@ -142,10 +148,17 @@ class _Refinement:
 
     def make(self) -> Manifest:
         """Refine all blocks that are not yet, and write the better checkpoint."""
+        # Of both models what enters blocks, and what attention and MLP come to.
+        beside = 2 * (boundary_bytes(self.dense, self.batches) + kept_bytes(self.dense, self.batches))
         refiner = BlockRefiner(
-            self.dense, self.compressed, self.batches, self.config.lambdas, self.config.damping_fisher
+            self.dense,
+            self.compressed,
+            self.batches,
+            self.config.lambdas,
+            self.config.damping_fisher,
+            keeps=beside <= self.resources.for_states,
         )
-        self._take_gradients(refiner.wanted())
+        self._take_gradients(refiner)
         self._refine(refiner)
         before, after = self._divergences()
         taken = after < before
@@ -158,32 +171,35 @@ class _Refinement:
         said = {"taken": taken, "divergence_before": before, "divergence_after": after, "lambdas": chosen}
         with replacing(self.out_dir, listed) as draft:
             manifest = self._write(draft, taken, said)
-        self.refined.remove(self.blocks)
-        self.fisher.remove(self.blocks)
+        for files in (self.refined, self.fisher, *(files for files in self.known if files.directory == self.work)):
+            files.remove(self.blocks)
         return manifest
 
-    def _take_gradients(self, wanted: Mapping[str, frozenset[str]]) -> None:
-        """Keep what errors of each block cost."""
-        missing = [b for b in self.blocks if not (self.refined.finished(b) or self.fisher.finished(b))]
+    def _take_gradients(self, refiner: BlockRefiner) -> None:
+        """Keep what errors of each block cost, where it is not known yet."""
+        missing = [b for b in self.blocks if not self.refined.finished(b) and self._costs(b, refiner) is None]
         if not missing:
             return
         self.work.mkdir(parents=True, exist_ok=True)
         captured = capture(
             self.dense,
             self.batches,
-            wanted,
+            refiner.wanted(),
             skip=lambda block: block not in missing,
             clip=self.config.clip,
             advance=self.reporter.advance,
             spill_to=self.work,
             resources=self.resources,
+            halves=True,
         )
         for block in captured:
-            names = {name for names in wanted.values() for name in names}
-            self.fisher.write(
-                block.block,
-                {name: mean.float() for name, mean in block.means.items() if name.rsplit("/", 1)[-1] in names},
-            )
+            keys = refiner.keys(block.block)
+            self.fisher.write(block.block, {key: mean.float() for key, mean in block.means.items() if key in keys})
+
+    def _costs(self, block: int, refiner: BlockRefiner) -> BlockFiles | None:
+        """Where all is that is asked of a block's gradients; None if it is nowhere."""
+        keys = refiner.keys(block)
+        return next((f for f in (self.fisher, *self.known) if f.finished(block) and keys <= {*f.shapes(block)}), None)
 
     def _refine(self, refiner: BlockRefiner) -> None:
         """Fit block after block, each to what those before it have become."""
@@ -195,7 +211,10 @@ class _Refinement:
             if self.refined.finished(step.index):
                 self._load(self.compressed, step.index)
             else:
-                tensors, chosen = refiner.block(step, self.fisher.read(step.index))
+                costs = self._costs(step.index, refiner)
+                assert costs is not None
+                fisher = {key: mean.float() for key, mean in costs.read(step.index).items()}
+                tensors, chosen = refiner.block(step, fisher)
                 lambdas = {name: KEEP if value is None else value for name, value in chosen.items()}
                 step.leave()
                 self.refined.write(step.index, tensors, notes={"lambdas": lambdas})
@@ -210,6 +229,7 @@ class _Refinement:
             self.dense.device,
             self.dense.dtype,
             edit=lambda index, block: self._load(refined, index),
+            beside=self.dense,
         )
         self.reporter.advance("compare", 0, 1)
         before, after = divergences([self.dense, self.compressed, refined], self.held_out)

@@ -17,6 +17,7 @@ from torch import Tensor
 from lowrank_compress.arch.targets import Target
 from lowrank_compress.calibration.looking import look, place_of
 from lowrank_compress.calibration.pairs import PairSums
+from lowrank_compress.calibration.shortcuts import Shortcuts
 from lowrank_compress.calibration.statistics import statistic_key
 from lowrank_compress.formats.dense import dense
 from lowrank_compress.formats.matrix import StoredMatrix, stored_matrices
@@ -32,6 +33,8 @@ from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.model.walk.step import Step
 
 DENSE, COMPRESSED = 0, 1
+# What may be asked of the dense model's gradients.
+COSTS = frozenset({"in_fisher", "out_square", "out_fisher"})
 # What reads these is added to the residual stream.
 WRITERS = ("context", "hidden")
 
@@ -105,6 +108,9 @@ class BlockRefiner:
         To choose from.
     damping
         Relative shrinkage of Fisher matrices.
+    keeps
+        There is memory to keep what attention and MLP come to while a block is fitted (`kept_bytes`); no result
+        depends on it.
     """
 
     def __init__(
@@ -114,7 +120,10 @@ class BlockRefiner:
         batches: Sequence[Batch],
         lambdas: Sequence[float],
         damping: float,
+        *,
+        keeps: bool = False,
     ) -> None:
+        self._keeps = keeps
         self.dense, self.compressed, self.batches = dense, compressed, batches
         self.lambdas, self.damping = lambdas, damping
         self.maps = maps_of(dense, compressed)
@@ -124,6 +133,11 @@ class BlockRefiner:
     def wanted(self) -> dict[str, frozenset[str]]:
         """What has to be known of the dense model's gradients, by target."""
         return {name: each.statistics for name, each in self.maps.items()}
+
+    def keys(self, block: int) -> set[str]:
+        """The same of a block, by the keys that it has among the block's statistics."""
+        own = [each for each in self.maps.values() if each.target.block == block]
+        return {statistic_key(each.target, name) for each in own for name in each.statistics}
 
     def block(self, step: Step, fisher: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float | None]]:
         """Fit a block in place.
@@ -145,24 +159,31 @@ class BlockRefiner:
         groups = list(dict.fromkeys(each.target.reads for each in own))
         changed: dict[str, Tensor] = {}
         chosen: dict[str, float | None] = {}
+        shortcuts = Shortcuts() if self._keeps else None
         for reads in groups:
             members = [each for each in own if each.target.reads == reads]
-            halves = self._sums(step, members, last=reads == groups[-1])
+            halves = self._sums(step, members, shortcuts, last=reads == groups[-1])
             for each, (strength, state) in zip(members, self._fit(members, halves, fisher), strict=True):
                 chosen[each.target.name] = strength
                 changed |= {f"{each.target.module}.{leaf}": tensor for leaf, tensor in state.items()}
+        if shortcuts is not None:
+            for number in range(len(self.batches)):
+                with shortcuts.taken(step, number, COMPRESSED):
+                    step.run(number, COMPRESSED)
         stored = {name: t.to(self.dtype) if t.is_floating_point() else t for name, t in changed.items()}
         return stored, chosen
 
-    def _sums(self, step: Step, members: Sequence[Map], last: bool) -> tuple[Sample, Sample]:
+    def _sums(
+        self, step: Step, members: Sequence[Map], shortcuts: Shortcuts | None, last: bool
+    ) -> tuple[Sample, Sample]:
         """Take the sums that maps need which read the same: of the inputs' targets, or of the outputs'."""
         target, writes = members[0].target, members[0].writes
         path = target.module.removeprefix(f"{self.dense.resolved.blocks[step.index]}.")
         place = self._place(step, path) if writes else None
         sums = PairSums()
         for number, batch in enumerate(self.batches):
-            here = look(step, number, COMPRESSED, path, place, outputs=place is not None)
-            there = look(step, number, DENSE, path, place, outputs=writes, run=last)
+            here = look(step, number, COMPRESSED, path, place, outputs=place is not None, shortcuts=shortcuts)
+            there = look(step, number, DENSE, path, place, outputs=writes, run=last, shortcuts=shortcuts)
             if not writes:
                 sums.add(batch, here.x, there.x)
                 continue
@@ -260,6 +281,15 @@ def _folded(weight: Tensor, now: Tensor, bias: Tensor | None) -> Present:
     columns = now if bias is None else torch.cat([now, bias[:, None]], 1)
     solved = torch.cholesky_solve(weight.mT @ columns, root)
     return Present(solved[:, : now.shape[1]], None if bias is None else solved[:, -1])
+
+
+def kept_bytes(skeleton: Skeleton, batches: Sequence[Batch]) -> int:
+    """Bytes of what enters the matrices that write into the residual stream, in the largest block."""
+    widths: dict[int, int] = {}
+    for target in skeleton.resolved.targets:
+        if target.reads in WRITERS:
+            widths[target.block] = widths.get(target.block, 0) + target.shape[1]
+    return sum(batch.ids.numel() for batch in batches) * max(widths.values(), default=0) * skeleton.dtype.itemsize
 
 
 def computing_dtype(compressed: torch.dtype) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -116,8 +117,15 @@ def check_shares(config: CalibrationSet) -> None:
         )
 
 
-# Of text that plans are tried on: windows, and tokens in all of them.
-TRIED_WINDOWS, TRIED_TOKENS = 16, 8192
+# Of text that plans are tried on: windows, tokens in all of them, and in large models no more of these, down to FEWEST,
+# than come to so many products with the model's elements.
+TRIED_WINDOWS, TRIED_TOKENS, TRIED_PRODUCTS, FEWEST = 16, 8192, 1 << 40, 2048
+
+
+def few_tokens(checkpoint: Checkpoint) -> int:
+    """How many tokens a model is run on where one number is to be found for all of it."""
+    elements = sum(math.prod(stored.shape) for stored in checkpoint.tensors.values())
+    return min(TRIED_TOKENS, max(FEWEST, TRIED_PRODUCTS // elements))
 
 
 def held_out_batches(config: CalibrationSet, checkpoint: Checkpoint, task: Task) -> list[Batch]:
@@ -125,7 +133,7 @@ def held_out_batches(config: CalibrationSet, checkpoint: Checkpoint, task: Task)
 
     A text that is spent by the calibration set has none left; then it is the first of that set.
     """
-    count = max(1, min(TRIED_WINDOWS, TRIED_TOKENS // config.seq_len))
+    count = max(1, min(TRIED_WINDOWS, few_tokens(checkpoint) // config.seq_len))
     few = config.model_copy(update={"samples": count})
     return calibration_batches(few, checkpoint, task, skip=config.samples) or calibration_batches(few, checkpoint, task)
 

@@ -6,7 +6,7 @@ Writes a basis file a block (kept up to the largest rank that can pay) and ranks
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,14 @@ from lowrank_compress.methods.groups import dense_elements, needs_data, price_of
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.registry import unknown
 from lowrank_compress.resources.resources import Resources
-from lowrank_compress.stages.choice import Plan, best, plans_of, second_plan, tried
+from lowrank_compress.resources.workers import Workers
+from lowrank_compress.stages.choice import Plan, best, plans_of, scaled_plan, second_plan, tried
 from lowrank_compress.stages.choose import Chooser
 from lowrank_compress.stages.decompose import VERSION, Bases
 from lowrank_compress.stages.environment import environment
 from lowrank_compress.stages.ranks import RANKS, write_ranks
 from lowrank_compress.stages.reporting import Reporter, Silent, in_parts
-from lowrank_compress.stages.second import second_bases
+from lowrank_compress.stages.second import scales, second_bases
 from lowrank_compress.stages.subject import Subject
 
 
@@ -182,13 +183,18 @@ def _choose(
         return plans[0], []
     found = workers.once(lambda: tried(bases, batches, plans))
     reporter.advance("choose", len(plans), len(plans))
-    if again is not None:
-        first = best([plan for plan in plans if plan.bases is bases], found)
-        second = second_bases(first, again, reporter, resources=resources)
-        plans.append(second_plan(second))
-        found += workers.once(lambda: tried(bases, batches, plans[-1:]))
-        if best(plans, found).bases is not second:
-            workers.once(lambda: second.files.remove(inputs.subject.scopes))
+    if again is None:
+        return best(plans, found), found
+    first = best([plan for plan in plans if plan.bases is bases], found)
+    if config.second_by == "scales":
+        alone = replace(resources, workers=Workers()).on(config.device)
+        told = workers.once(lambda: scales(first, again, reporter, resources=alone))
+        plans.append(scaled_plan(bases, told))
+    else:
+        plans.append(second_plan(second_bases(first, again, reporter, resources=resources)))
+    found += workers.once(lambda: tried(bases, batches, plans[-1:]))
+    if plans[-1].bases is not bases and best(plans, found) is not plans[-1]:
+        workers.once(lambda: plans[-1].bases.files.remove(inputs.subject.scopes))
     return best(plans, found), found
 
 

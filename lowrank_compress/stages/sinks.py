@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Collection, Mapping, MutableMapping
 from typing import Protocol
 
 from torch import Tensor
@@ -58,3 +58,42 @@ class FileSink:
 
     def flush(self) -> None:
         """Do nothing: they are."""
+
+
+class Keeping:
+    """Keeps some statistics of each block, in single precision, before another sink takes them all.
+
+    Parameters
+    ----------
+    sink
+        The other one.
+    files
+        Where they are kept.
+    names
+        Which.
+    """
+
+    def __init__(self, sink: Sink, files: BlockFiles, names: Collection[str]) -> None:
+        self._sink, self._files, self._names = sink, files, names
+        self.step = sink.step
+
+    @property
+    def at_once(self) -> int:
+        """That of the other one."""
+        return self._sink.at_once
+
+    def finished(self, block: int) -> bool:
+        """Whether the other one has taken the block."""
+        return self._sink.finished(block)
+
+    def take(self, blocks: Mapping[int, MutableMapping[str, Tensor]]) -> None:
+        """Keep, and hand on."""
+        for block, means in blocks.items():
+            kept = {key: mean.float() for key, mean in means.items() if key.rsplit("/", 1)[-1] in self._names}
+            if kept:
+                self._files.write(block, kept)
+        self._sink.take(blocks)
+
+    def flush(self) -> None:
+        """Return when all that was taken is on disk."""
+        self._sink.flush()

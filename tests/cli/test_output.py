@@ -132,7 +132,9 @@ def test_the_recipe_says_everything(pristine: Finished):
     without = ("trust_remote_code", "methods", "options")
     assert list(recipe) == [name for name in Recipe.model_fields if name not in without]
     parts = {"attention", "qk", "vo", "mlp", "metric"}
-    decided = set(recipe) - {"revision", "text_column", "label_column", "clip", "temperature", "second"} - parts
+    decided = (
+        set(recipe) - {"revision", "text_column", "label_column", "clip", "temperature", "second", "second_by"} - parts
+    )
     assert all(recipe[name] is not None for name in decided)
 
 

@@ -10,6 +10,7 @@ from lowrank_compress.evaluation.divergence import divergences
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.model.walk.batch import Batch
+from lowrank_compress.model.walk.head import tokens_at_once
 from lowrank_compress.model.walk.walk import Walk, gradient_of_loss
 from tests.ordinary import CLASSIFIERS, LM, Saved, load, tokens
 
@@ -66,3 +67,24 @@ def test_an_edited_model_is_walked_backwards_too(saved: Saved) -> None:
             out = step.call(0, hidden)
             found = torch.autograd.grad(out, hidden, step.gradient(0))[0]
             torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
+
+
+def test_of_a_large_vocabulary_few_logits_are_in_memory() -> None:
+    assert [tokens_at_once(size) for size in (2, 32_768, 151_936, 1 << 30)] == [512, 512, 110, 1]
+
+
+def test_what_lies_outside_the_blocks_of_two_models_is_in_memory_once(saved: Saved) -> None:
+    dense = Skeleton(Checkpoint(saved(LM[0])), CPU, torch.float32)
+    edited = Skeleton(Checkpoint(saved(LM[0])), CPU, torch.float32, halve_the_first, beside=dense)
+    other = Skeleton(Checkpoint(saved(LM[0])), CPU, torch.float64, beside=dense)
+    names = dense.blueprint.outside()
+    for name in names:
+        there = dense.model.get_parameter(name).data_ptr()
+        assert edited.model.get_parameter(name).data_ptr() == there
+        assert other.model.get_parameter(name).data_ptr() != there
+    dense.drop_outside()
+    assert not any(edited.model.get_parameter(name).is_meta for name in names)
+    edited.drop_outside()
+    edited.load_outside()
+    assert all(dense.model.get_parameter(name).is_meta for name in names)
+    assert not any(edited.model.get_parameter(name).is_meta for name in names)

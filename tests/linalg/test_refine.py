@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lowrank_compress.linalg import crossvalidated
 from lowrank_compress.linalg.crossvalidated import LAMBDAS, Present, cross_validate, refit
-from lowrank_compress.linalg.refine import Sample, Task, error, project, solve, truncate
+from lowrank_compress.linalg.refine import Sample, Task, error, project, solve, solved, truncate
 from lowrank_compress.linalg.weighted import Side
 
 
@@ -164,6 +164,30 @@ def test_on_random_targets_nothing_is_ever_worse_in_the_score(tokens: int, rank:
 
     (chosen,) = cross_validate([task], [now], both, anchor)
     assert score(chosen) == min(score(strength) for strength in (None, *LAMBDAS))
+
+
+@pytest.mark.parametrize("anchored", [False, True])
+@pytest.mark.parametrize("single", [False, True])
+def test_what_a_regression_knows_of_its_solution_spares_the_product(anchored: bool, single: bool):
+    x, t = drawn(40, 6), drawn(40, 6, seed=1)
+    seen = sample(x, t).single() if single else sample(x, t)
+    found = solved(seen, drawn(6, 6, seed=2) if anchored else None, 0.3)
+    exact = {"rtol": 1e-4, "atol": 1e-4} if single else {"rtol": 1e-10, "atol": 1e-10}
+    torch.testing.assert_close(found.form(), found.matrix @ seen.gram @ found.matrix.mT, **exact)
+    task = Task(spd(6), 3, "out")
+    torch.testing.assert_close(truncate(task, found.matrix, seen, found), truncate(task, found.matrix, seen), **exact)
+
+
+def test_large_maps_are_fitted_on_one_half(monkeypatch: pytest.MonkeyPatch):
+    """The λ of least error on the second half, as the whole search would find it there."""
+    monkeypatch.setattr(crossvalidated, "LARGE", 1)
+    x, t, now = drawn(40, 6), drawn(40, 4, seed=1), Present(0.01 * drawn(4, 6, seed=2))
+    (first, second), task = halves(x, t), Task(spd(4), 2, "out")
+    scores: dict[float | None, float] = {None: error(task, now.matrix, None, second)}
+    for strength in LAMBDAS:
+        scores[strength] = error(task, truncate(task, solve(first, None, strength), first), None, second)
+    (chosen,) = cross_validate([task], [now], (first, second), None)
+    assert chosen == min(scores, key=scores.__getitem__)
 
 
 def test_a_map_of_any_rank_has_no_projection():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,11 @@ from lowrank_compress.artifacts.manifest import read_manifest
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.recipe import Recipe
-from lowrank_compress.stages import choice, pipeline
+from lowrank_compress.stages import choice, pipeline, samples
 from lowrank_compress.stages.decompose import Bases
 from lowrank_compress.stages.plan import make_plan
 from lowrank_compress.stages.run import Run
+from lowrank_compress.stages.samples import few_tokens
 from tests.runs import Tiny, done
 
 
@@ -88,3 +90,25 @@ def test_random_tokens_stand_beside_little_text_alone(samples: int, method: str,
     plan = make_plan(recipe)
     assert plan.calibrate.drawn == drawn
     assert plan.refine is None or plan.refine.drawn == drawn
+
+
+def test_of_large_models_few_plans_are_tried_on_few_tokens(halved: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch):
+    recipe = dict(model=str(tiny.model), calibration=str(tiny.text), samples=8, seq_len=32, ratio=0.5)
+    plan = make_plan(Recipe(**recipe))  # pyright: ignore[reportArgumentType]
+    run = Run(halved)
+    bases = Bases(plan.chooser, pipeline.inputs_of_score(plan, run).calibration.id, run.scores)
+    bases.rival = None
+    many = choice.plans_of(bases)
+    monkeypatch.setattr("lowrank_compress.stages.choose.SMALL", 8)
+    monkeypatch.setattr(choice, "HOPELESS", float("inf"))
+    few = choice.plans_of(bases)
+    assert len(many) > len(few) == 1 + choice.RIVALS
+    assert few[0].choices == many[0].choices
+    others = sorted(plan.predicted for plan in many[1:])
+    assert [plan.predicted for plan in few[1:]] == others[: choice.RIVALS]
+    assert few_tokens(plan.checkpoint) == 8192
+    elements = sum(math.prod(stored.shape) for stored in plan.checkpoint.tensors.values())
+    monkeypatch.setattr(samples, "TRIED_PRODUCTS", 3000 * elements)
+    assert few_tokens(plan.checkpoint) == 3000
+    monkeypatch.setattr(samples, "TRIED_PRODUCTS", elements)
+    assert few_tokens(plan.checkpoint) == 2048

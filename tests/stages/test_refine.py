@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from lowrank_compress.artifacts import tensors as block_files
 from lowrank_compress.artifacts.manifest import read_manifest
+from lowrank_compress.calibration import shortcuts
 from lowrank_compress.formats.table import FORMATS
+from lowrank_compress.stages import pipeline, refine
 from lowrank_compress.stages.index import read_index
 from tests.runs import FEW, Tiny, contents, done, forked, refused, results
 from tests.tiny import MODELS, save_tiny
@@ -180,6 +182,56 @@ def test_a_killed_refinement_goes_on_to_the_same_bytes(
     done("refine", run)
     assert contents(run / "refine") == contents(expected / "refine")
     assert not (run / "work").exists()
+
+
+def test_gradients_that_scoring_kept_give_the_same_bytes(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As taken anew; and as those among statistics that were kept."""
+    sent: list[bool] = []
+    capture = refine.capture
+
+    def told(*given: object, **more: object) -> object:
+        sent.append(True)
+        return capture(*given, **more)  # pyright: ignore
+
+    monkeypatch.setattr(refine, "capture", told)
+    ways = {"kept": (), "statistics": ("--keep-statistics",), "anew": ()}
+    for way, more in ways.items():
+        if way == "anew":
+            monkeypatch.setattr(pipeline, "_keeping", lambda plan, run, bases, calibration: bases)
+        done("compress", *tiny.options(tmp_path / way, "auto"), "--samples", 16, *more)
+        assert bool(sent) == (way == "anew")
+        assert not (tmp_path / way / "work").exists()
+    assert load_equal(tmp_path / "kept" / "model", tmp_path / "anew" / "model")
+    assert load_equal(tmp_path / "kept" / "model", tmp_path / "statistics" / "model")
+
+
+@pytest.mark.parametrize(("name", "ends"), [("llama-lm", 2), ("gpt2-lm", 2), ("gpt_neox-lm", 2), ("opt-lm", 1)])
+def test_what_is_kept_while_a_block_is_fitted_changes_no_byte(
+    tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, name: str, ends: int
+):
+    kind, task, overrides = MODELS[name]
+    model = save_tiny(kind, tmp_path / "model", task, **overrides)
+    options = [model, "--method", "kfac", "--calibration", tiny.text, "--samples", 16, "--seq-len", 32, "--refine"]
+    taken: set[str] = set()
+    only = shortcuts._only
+
+    def told(matrix: torch.nn.Module, x: torch.Tensor, outputs: int | None) -> Callable[..., object]:
+        forward = only(matrix, x, outputs)
+
+        def run(*given: object, **more: object) -> object:
+            taken.add(f"{tuple(x.shape[-1:])} {outputs}")
+            return forward(*given, **more)
+
+        return run
+
+    monkeypatch.setattr(shortcuts, "_only", told)
+    done("compress", *options, "--ratio", 0.4, "--out", tmp_path / "kept")
+    assert len(taken) == ends
+    monkeypatch.setattr(refine, "kept_bytes", lambda *_: 1 << 60)
+    taken.clear()
+    done("compress", *options, "--ratio", 0.4, "--out", tmp_path / "again")
+    assert not taken
+    assert load_equal(tmp_path / "kept" / "model", tmp_path / "again" / "model")
 
 
 def test_weights_that_do_not_get_better_stay(tiny: Tiny, finished: Finished, monkeypatch: pytest.MonkeyPatch):

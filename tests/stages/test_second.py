@@ -112,6 +112,62 @@ def test_killed_and_resumed_it_gives_the_same_bytes(once: Path, tiny: Tiny, tmp_
     assert results(out) == results(once)
 
 
+def test_scales_are_those_of_the_traces_of_both_fisher_matrices(once: Path, tiny: Tiny) -> None:
+    plan, run = planned(tiny), Run(once)
+    bases = Bases(plan.chooser, pipeline.inputs_of_score(plan, run).calibration.id, run.scores)
+    first = choice.plans_of(bases)[0]
+    found = second.scales(first, plan.calibrate, Silent(), resources=bases._resources)
+    narrowed = second._narrowed(first)
+    assert narrowed
+    again = Again(choice.edited(first), narrowed, plan.calibrate.seed)
+    dense = Skeleton(plan.checkpoint, torch.device("cpu"), torch.float32)
+    batches = calibration_batches(plan.calibrate, plan.checkpoint, "lm")
+    wanted = {target.name: frozenset({"out_square"}) for target in plan.subject.resolved.targets}
+    either: list[dict[str, torch.Tensor]] = []
+    for how in (None, again):
+        captured = capture(dense, batches, wanted, skip=lambda block: False, again=how)
+        either.append({name: mean for block in captured for name, mean in block.means.items()})
+    for group in plan.subject.groups:
+        (target,) = group.targets if len(group.targets) == 1 else [t for t in group.targets if t.role == "down"]
+        before, both = (each[f"{target.name}/out_square"].sum().item() for each in either)
+        assert found[group.name] == pytest.approx(both / before, rel=1e-6)
+    assert any(abs(scale - 1) > 0.01 for scale in found.values())
+
+
+def test_scaled_losses_are_a_plan_that_needs_no_other_bases(once: Path, tiny: Tiny, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    done("compress", *tiny.options(out), *ARGUMENTS, "--second-by", "scales")
+    report = json.loads((out / "model" / "lowrank.json").read_text())
+    names = [entry["plan"] for entry in report["plans"]]
+    assert choice.SCALED in names
+    assert choice.SECOND not in names
+    assert not list((out / "scores").glob("second-*"))
+    before = results(out)
+    done("compress", *tiny.options(out), *ARGUMENTS, "--second-by", "scales")
+    assert results(out) == before
+
+
+def test_losses_times_the_same_number_choose_the_same(once: Path, tiny: Tiny) -> None:
+    plan, run = planned(tiny), Run(once)
+    bases = Bases(plan.chooser, pipeline.inputs_of_score(plan, run).calibration.id, run.scores)
+    first = choice.plans_of(bases)[0]
+    doubled = choice.scaled_plan(bases, {group.name: 2.0 for group in plan.subject.groups})
+    assert doubled.choices == first.choices
+    assert doubled.predicted == pytest.approx(2 * first.predicted)
+    single = [group.name for group in first.groups if len(group.targets) == 1]
+    dear = next(name for name in single if not first.choices[name].is_dense)
+    scales = {group.name: 1e4 if group.name == dear else 1.0 for group in plan.subject.groups}
+    changed = choice.scaled_plan(bases, scales).choices
+    assert changed[dear].is_dense or changed[dear].parameters > first.choices[dear].parameters
+
+
+def test_large_models_are_scaled(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert planned(tiny).score.second_by == "full"
+    monkeypatch.setattr("lowrank_compress.stages.plan.SMALL", 8)
+    assert planned(tiny).score.second_by == "scales"
+    assert planned(tiny, second_by="full").score.second_by == "full"
+
+
 def test_where_it_is_not_asked_for_nothing_is_tried(tiny: Tiny) -> None:
     assert planned(tiny).score.second
     assert not planned(tiny, second=False).score.second

@@ -11,7 +11,13 @@ from lowrank_compress.errors import NumericsError
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.model.walk.replay import Replay
 
-HEAD_TOKENS = 512  # logits of this many tokens at a time stand in memory
+# Logits of this many tokens at a time stand in memory, and no more than so many logits where the vocabulary is large.
+HEAD_TOKENS, HEAD_LOGITS = 512, 1 << 24
+
+
+def tokens_at_once(vocabulary: int) -> int:
+    """How many tokens' logits stand in memory at a time."""
+    return max(1, min(HEAD_TOKENS, HEAD_LOGITS // vocabulary))
 
 
 def lm_chunks(batch: Batch, tokens: int = HEAD_TOKENS) -> Iterator[tuple[int, int]]:
@@ -34,7 +40,9 @@ def token_loss(logits: Tensor, targets: Tensor, what: str) -> Tensor:
     """
     logits = logits.flatten(0, -2)
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    if not torch.isfinite(logits.detach()).all():
+    # A sum is finite only if all terms are, and needs no second matrix; it may overflow where no term does.
+    seen = logits.detach()
+    if not torch.isfinite(seen.sum()) and not torch.isfinite(seen).all():
         raise NumericsError(
             f"The model gave NaN or infinite logits on {what}. Nothing is dropped from a loss here: check the "
             "checkpoint, or compute in float32 (--dtype concerns only what is written)."
@@ -42,7 +50,7 @@ def token_loss(logits: Tensor, targets: Tensor, what: str) -> Tensor:
     return nn.functional.cross_entropy(logits, targets.flatten().to(logits.device), reduction="sum")
 
 
-def head_loss(replay: Replay, batch: Batch, hidden: Tensor, tokens: int = HEAD_TOKENS) -> float:
+def head_loss(replay: Replay, batch: Batch, hidden: Tensor, tokens: int | None = None) -> float:
     """Summed loss of a language model in nats, from the hidden states that leave the last block.
 
     Raises
@@ -51,7 +59,7 @@ def head_loss(replay: Replay, batch: Batch, hidden: Tensor, tokens: int = HEAD_T
         A logit is not finite.
     """
     nats = 0.0
-    for start, stop in lm_chunks(batch, tokens):
+    for start, stop in lm_chunks(batch, tokens or tokens_at_once(replay.skeleton.vocabulary)):
         with torch.no_grad():
             logits = replay.head(batch, hidden, start, stop)
         nats += token_loss(logits, batch.ids[:, start + 1 : stop + 1], "the calibration set").double().item()
@@ -62,12 +70,13 @@ def head_gradient(
     replay: Replay,
     batch: Batch,
     hidden: Tensor,
-    tokens: int = HEAD_TOKENS,
+    tokens: int | None = None,
     told: Callable[[float], None] = lambda nats: None,
 ) -> Tensor:
     """Gradient of the summed loss in the hidden states that leave the last block, (sequences, length, width).
 
-    The logits of a language model are made for so many tokens at a time; `told` gets the losses as they are.
+    The logits of a language model are made for so many tokens at a time, by default as memory allows; `told` gets the
+    losses as they are.
 
     Raises
     ------
@@ -80,7 +89,7 @@ def head_gradient(
             loss = token_loss(replay.head(batch, leaf), batch.labels, "the calibration set")
         return torch.autograd.grad(loss, leaf)[0]
     gradient = torch.zeros_like(hidden)
-    for start, stop in lm_chunks(batch, tokens):
+    for start, stop in lm_chunks(batch, tokens or tokens_at_once(replay.skeleton.vocabulary)):
         leaf = hidden[:, start:stop].detach().requires_grad_()
         padded = Batch(batch.ids[:, start:stop])
         with torch.enable_grad():

@@ -69,6 +69,10 @@ def save_moe(model_type: str, directory: Path, dtype: torch.dtype = torch.float3
     return directory
 
 
+# What the matrices of an expert are called.
+LEAVES = {"gate": "lr_gating", "up": "lr_up", "down": "lr_down"}
+
+
 class Watched:
     """Runs the stock model with a plain loop over experts in the place of theirs, and keeps what each one sees."""
 
@@ -104,7 +108,7 @@ class Watched:
                 for role, inputs, y in (("gate", x, gate), ("up", x, up), ("down", hidden, made)):
                     g = next(gradients)
                     g = torch.zeros_like(y) if g is None else g
-                    found[f"{path}.lr_{role}"].append((inputs.detach(), y.detach(), g, weights.detach()))
+                    found[f"{path}.{LEAVES[role]}"].append((inputs.detach(), y.detach(), g, weights.detach()))
         return found
 
 

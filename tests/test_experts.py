@@ -112,6 +112,33 @@ def _changed(module: Any) -> bool:
     return isinstance(module, CompressedLinear) or hasattr(module, "lr_stock")
 
 
+def test_experts_of_one_width_are_a_stock_model(place: Path, tmp_path: Path) -> None:
+    options = ("--method", "nystrom", "--attention", "dense", "--allocate", "equal-widths")
+    run = compress(place, "mixtral", tmp_path / "run", *options)
+    done("export", run, "--native", tmp_path / "native")
+    found = load(tmp_path / "native")
+    assert found.config.intermediate_size < 40
+    assert not any(isinstance(module, SeparateExperts) for module in found.modules())
+    torch.testing.assert_close(logits_of(found), logits_of(load(run / "model")), rtol=1e-5, atol=1e-5)
+    other = compress(place, "mixtral", tmp_path / "other", "--method", "nystrom")
+    assert "is no stock model" in refused("export", other, "--native", tmp_path / "none")
+
+
+def test_a_router_keeps_its_dtype(tmp_path: Path) -> None:
+    """Families that want single precision for it store and load it so, whatever the others are."""
+    model = save_moe("deepseek_v3", tmp_path / "half", torch.bfloat16)
+    name = "model.layers.1.mlp.gate.weight"
+    state = load_file(model / "model.safetensors")
+    state[name] = state[name].float() * 1.001
+    save_file(state, model / "model.safetensors", {"format": "pt"})
+    done("compress", model, "--method", "svd", "--ratio", "0.3", "--out", tmp_path / "run")
+    assert torch.equal(load_file(tmp_path / "run/model/model.safetensors")[name], state[name])
+    found = load(tmp_path / "run/model")
+    assert found.state_dict()[name].dtype == torch.float32
+    assert {p.dtype for name, p in found.named_parameters() if ".experts." in name} == {torch.bfloat16}
+    assert logits_of(found).isfinite().all()
+
+
 def test_it_computes_the_same_however_it_is_loaded(run: Path, tmp_path: Path) -> None:
     model = load(run / "model")
     expected = logits_of(model)

@@ -12,7 +12,7 @@ from lowrank_compress.arch.spec import EXPERTS, HEAD, LATENT, Architecture, Proj
 from lowrank_compress.arch.table import architecture_of
 from lowrank_compress.arch.targets import Heads, Resolved, Rows, Target, View
 from lowrank_compress.errors import UnsupportedError
-from lowrank_compress.shipped.experts import SeparateExperts, separable, separate
+from lowrank_compress.shipped.experts import ROLES, SeparateExperts, separable, separate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -153,8 +153,8 @@ def _expert_targets(model: PreTrainedModel, architecture: Architecture, index: i
         )
     targets = []
     for number in range(len(experts)):
-        for role in EXPERTS.roles:
-            own = f"{path}.{number}.lr_{role}"
+        for role, leaf in zip(EXPERTS.roles, ROLES, strict=True):
+            own = f"{path}.{number}.{leaf}"
             rows, columns = model.get_parameter(f"{own}.weight").shape
             view, reads = View(Rows(1, rows, 0, rows)), f"expert.{number}"
             reads = f"{reads}.hidden" if role == "down" else reads

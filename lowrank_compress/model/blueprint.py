@@ -6,6 +6,7 @@ Which name on disk a tensor has is for `names` to say; nothing else in this pack
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -123,12 +124,29 @@ class Blueprint:
         NumericsError
             It has values beyond the dtype that config.json asks for.
         """
-        return self._read(self.name_on_disk(name))
+        return self._read(self.name_on_disk(name), self.kept_dtype(name, self.checkpoint.dtype))
 
-    def _read(self, on_disk: str) -> Tensor:
-        return cast(
-            self.checkpoint.read(on_disk), self.checkpoint.dtype, f"The tensor {on_disk} of {self.checkpoint.path}"
-        )
+    def _read(self, on_disk: str, dtype: torch.dtype | None = None) -> Tensor:
+        found = self.checkpoint.read(on_disk)
+        return cast(found, dtype or self.checkpoint.dtype, f"The tensor {on_disk} of {self.checkpoint.path}")
+
+    def kept_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        """Return the dtype of a tensor in a model of some dtype: that, or single precision if the family wants it."""
+        kept: set[str] = set()
+        if dtype in (torch.float16, torch.bfloat16):
+            kept |= set(self.model._keep_in_fp32_modules_strict or ())
+        # As transformers looks for them.
+        return torch.float32 if any(re.search(each.replace("*", ".*"), name) for each in kept) else dtype
+
+    def rounded(self, name: str, dtype: torch.dtype) -> Tensor:
+        """Read a tensor as a checkpoint of some dtype stores it.
+
+        Raises
+        ------
+        CheckpointError, NumericsError
+            As `read`; or it has values beyond that dtype.
+        """
+        return cast(self.read(name), self.kept_dtype(name, dtype), f"The tensor {name}")
 
     def weight(self, target: Target) -> Tensor:
         """Read the matrix of a target, (out, in), as stored."""

@@ -12,15 +12,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowrank_compress.arch.resolve import separate_experts
 from lowrank_compress.errors import CheckpointError
 from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
-from lowrank_compress.model.dense import exporting
-from lowrank_compress.model.export import write_companions
+from lowrank_compress.model.dense import SHARD_BYTES, exporting
+from lowrank_compress.model.export import ShardWriter, write_companions
+from lowrank_compress.model.names import experts_of, stock_names
 from lowrank_compress.model.shards import INDEX
+from lowrank_compress.shipped.experts import FUSED
 
-# What the families' configs call the width of an MLP.
-WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "hidden_dim")
+# What the families' configs call the width of an MLP, or of each expert.
+WIDTHS = ("moe_intermediate_size", "intermediate_size", "ffn_dim", "n_inner", "hidden_dim")
 HOW = (
     "Compress with --method nystrom --attention dense --allocate equal-widths for a native export, or "
     "export with --dense, which every compressed checkpoint can, at the original's size."
@@ -28,7 +31,7 @@ HOW = (
 
 
 def write_native(checkpoint: Checkpoint, out: Path, *, overwrite: bool = False) -> None:
-    """Copy the tensors as they are, beside a config that is the stock one of their shapes.
+    """Copy the tensors as they are, experts under stock names, beside a config that is the stock one of their shapes.
 
     The result needs nothing of this package, and runs at its smaller size wherever the family runs. The directory
     appears whole or not at all.
@@ -49,11 +52,25 @@ def write_native(checkpoint: Checkpoint, out: Path, *, overwrite: bool = False) 
         raise CheckpointError(f"{checkpoint.path} is not compressed by this package; it is native already.")
     settings = native_config(checkpoint)
     with exporting(out, overwrite) as draft:
-        for path in sorted({*checkpoint.files.values(), checkpoint.path / INDEX}):
-            if path.exists():
-                shutil.copyfile(path, draft / path.name)
+        if (checkpoint.quantization or {}).get("experts"):
+            _write_renamed(checkpoint, draft)
+        else:
+            for path in sorted({*checkpoint.files.values(), checkpoint.path / INDEX}):
+                if path.exists():
+                    shutil.copyfile(path, draft / path.name)
         (draft / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         write_companions(checkpoint, draft)
+
+
+def _write_renamed(checkpoint: Checkpoint, draft: Path) -> None:
+    """Write the tensors, those of experts under the names that stock checkpoints have for them."""
+    plan = blueprint(checkpoint)
+    names = {stored: name for name, stored in plan.stored.items()}
+    experts, writer = stock_names(plan.model), ShardWriter(draft, SHARD_BYTES)
+    for stored in checkpoint.files:
+        if not stored.endswith(tuple(f".experts.{leaf}" for leaf in FUSED)):
+            writer.add(experts.get(names.get(stored, stored), stored), checkpoint.read(stored))
+    writer.close()
 
 
 def native_config(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -98,8 +115,11 @@ def _built(kind: Any, config: Any, key: str, width: int) -> nn.Module:
     with torch.device("meta"):
         narrower = copy.deepcopy(config)
         setattr(narrower, key, width)
-        return kind._from_config(narrower)
+        model = kind._from_config(narrower)
+    separate_experts(model)
+    return model
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    marks = {f"{path}.{leaf}" for path in experts_of(model) for leaf in FUSED}
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in marks}

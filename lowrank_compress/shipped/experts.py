@@ -9,18 +9,18 @@ from torch import Tensor, nn
 
 from .modules import find, put
 
-ROLES = ("lr_gate", "lr_up", "lr_down")
+ROLES = ("lr_gating", "lr_up", "lr_down")
 FUSED = ("gate_up_proj", "down_proj")
 
 
 class Expert(nn.Module):
-    """One expert, a gated MLP: ``lr_down(act_fn(lr_gate(x)) * lr_up(x))``; its width may be 0, and it then gives zeros.
+    """One expert, a gated MLP: ``lr_down(act_fn(lr_gating(x)) * lr_up(x))``; of width 0 it gives zeros.
 
     Each of the three is a linear layer, which may be compressed as any other. Their names are none that transformers
-    would take for those of stored experts, and join to a tensor.
+    would take for those of stored experts, and join to a tensor, or for a router, whose dtype is its own.
     """
 
-    lr_gate: Any
+    lr_gating: Any
     lr_up: Any
     lr_down: Any
 
@@ -34,7 +34,7 @@ class Expert(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (tokens, size) to (tokens, size)."""
-        return self.lr_down(self.act_fn(self.lr_gate(x)) * self.lr_up(x))
+        return self.lr_down(self.act_fn(self.lr_gating(x)) * self.lr_up(x))
 
 
 class SeparateExperts(nn.ModuleList):
@@ -96,7 +96,7 @@ class SeparateExperts(nn.ModuleList):
         """Return the stock module, with these experts' weights; all three layers of each must be stock again."""
         stock = self.__dict__["stock"]
         experts: list[Any] = list(self)
-        gate_up = torch.stack([torch.cat([expert.lr_gate.weight, expert.lr_up.weight]) for expert in experts])
+        gate_up = torch.stack([torch.cat([expert.lr_gating.weight, expert.lr_up.weight]) for expert in experts])
         stock.gate_up_proj = nn.Parameter(gate_up)
         stock.down_proj = nn.Parameter(torch.stack([expert.lr_down.weight for expert in experts]))
         return stock.train(self.training)

@@ -12,7 +12,6 @@ from lowrank_compress.artifacts.manifest import Key, Manifest, commit, committed
 from lowrank_compress.config import Strict
 from lowrank_compress.errors import CheckpointError
 from lowrank_compress.model.blueprint import blueprint
-from lowrank_compress.model.casting import cast
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.resources.resources import Resources
 from lowrank_compress.stages.environment import environment
@@ -93,7 +92,7 @@ def _write(config: CastConfig, checkpoint: Checkpoint, out: Path, reporter: Repo
     found = rewrite(
         checkpoint,
         out,
-        lambda block, name: cast(plan.read(name), dtype, f"The tensor {name}"),
+        lambda block, name: plan.rounded(name, dtype),
         dtype=config.dtype,
         shard_bytes=config.shard_bytes,
         report=lambda report: recast(report, plan, config.dtype),

@@ -105,7 +105,7 @@ class Encoder:
         self._attention(block, edits, made)
         for name in self.plan.inside(block):
             if name not in replaced:
-                made.tensors[self._on_disk(name, made)] = cast(self.plan.read(name), self.dtype, f"The tensor {name}")
+                made.tensors[self._on_disk(name, made)] = self.plan.rounded(name, self.dtype)
         return made
 
     def _experts(self, block: int, edits: Sequence[Edit], made: EncodedBlock) -> None:

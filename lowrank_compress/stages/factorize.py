@@ -29,7 +29,6 @@ from lowrank_compress.errors import ArtifactError
 from lowrank_compress.methods.candidates import all_groups, candidates_of
 from lowrank_compress.methods.groups import TargetGroup
 from lowrank_compress.model.blueprint import Blueprint
-from lowrank_compress.model.casting import cast
 from lowrank_compress.model.export import ShardWriter, config_json, write_companions
 from lowrank_compress.resources.resources import Resources
 from lowrank_compress.shipped.saving import remote_code_entries, write_remote_code
@@ -178,7 +177,7 @@ def _write(
     blocks = scopes_of(plan.resolved, groups)
     writer = ShardWriter(out_dir, config.shard_bytes)
     for name in plan.outside() if len(blocks) == len(plan.resolved.blocks) else ():
-        writer.add(plan.name_on_disk(name), cast(plan.read(name), dtype, f"The tensor {name}"))
+        writer.add(plan.name_on_disk(name), plan.rounded(name, dtype))
     layout: dict[str, dict[str, Any]] = {"modules": {}, "dense_shapes": {}, "attention": {}, "experts": {}}
     stored: dict[str, Choice] = {}
     losses: dict[str, float] = {}

@@ -2,7 +2,7 @@
 
 Each runs in a process of its own where the package cannot be imported (but where the row says otherwise), on
 checkpoints of one small Llama in every form: pairs, pivots, narrower heads and MLPs (modegpt), and a native export.
-Usage, from the root of the repository::
+Programs may also lie in directories of PYTHONPATH. Usage, from the root of the repository::
 
     python scripts/check_ecosystem.py MODEL TEXT --write docs/serving.md
 """
@@ -24,7 +24,7 @@ from typing import Annotated
 import typer
 
 ROOT = Path(__file__).resolve().parents[1]
-LIMIT = 240  # seconds a program
+LIMIT = 540  # seconds a program
 FORMS = {
     "pair": ("--method", "svd-llm", "--storage", "pair"),
     "pivot": ("--method", "svd-llm", "--storage", "pivot"),
@@ -63,9 +63,44 @@ COMPILE = LOAD + (
     "torch.testing.assert_close(made(input_ids=ids, use_cache=False).logits, "
     "model(input_ids=ids, use_cache=False).logits)"
 )
+ONNX = LOAD + (
+    "import tempfile, onnxruntime; place = tempfile.mkdtemp() + '/model.onnx'; "
+    "run = lambda self, ids: self.model(input_ids=ids, use_cache=False).logits; "
+    "made = type('Logits', (torch.nn.Module,), {'forward': run})(); made.model = model; "
+    "torch.onnx.export(made.eval(), (ids,), place, dynamo=True, verbose=False); "
+    "session = onnxruntime.InferenceSession(place, providers=['CPUExecutionProvider']); "
+    "(found,) = session.run(None, {session.get_inputs()[0].name: ids.numpy()}); "
+    "torch.testing.assert_close(torch.from_numpy(found), made(ids), rtol=1e-3, atol=1e-3)"
+)
+# A step, and merged: the same as before; saved and loaded again, too.
 LORA = LOAD + (
-    "import peft; made = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules='all-linear', "
-    "task_type='CAUSAL_LM')); made(input_ids=ids, labels=ids).loss.backward(); made.merge_and_unload()"
+    "import peft, tempfile; place = tempfile.mkdtemp(); names = sys.argv[2:] or None; "
+    "config = peft.LoraConfig(r=2, target_modules=names[0] if names == ['all-linear'] else names, "
+    "task_type='CAUSAL_LM'); made = peft.get_peft_model(model, config); "
+    "step = torch.optim.SGD([p for p in made.parameters() if p.requires_grad], lr=1.0); "
+    "before = made(input_ids=ids, labels=ids).loss; before.backward(); step.step(); "
+    "after = made.eval()(input_ids=ids, labels=ids); assert after.loss < before; "
+    "merged = made.merge_and_unload(); merged.save_pretrained(place); "
+    "again = t.AutoModelForCausalLM.from_pretrained(place, trust_remote_code=True).eval(); "
+    "[torch.testing.assert_close(one(input_ids=ids).logits, after.logits, rtol=1e-3, atol=1e-3) "
+    "for one in (merged, again)]"
+)
+SFT = LOAD + (
+    "import datasets, peft, tempfile, trl; tokenizer = t.AutoTokenizer.from_pretrained(sys.argv[1]); "
+    "tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token; "
+    "data = datasets.Dataset.from_list([{'text': 'Once upon a time there was a frog.'}] * 4); "
+    "settings = trl.SFTConfig(output_dir=tempfile.mkdtemp(), max_steps=1, per_device_train_batch_size=2, "
+    "report_to='none', use_cpu=True, bf16=False, max_length=32); "
+    "trainer = trl.SFTTrainer(model, args=settings, train_dataset=data, processing_class=tokenizer, "
+    "peft_config=peft.LoraConfig()); trainer.train(); made = trainer.model.eval(); "
+    "after = made(input_ids=ids).logits; "
+    "torch.testing.assert_close(made.merge_and_unload()(input_ids=ids).logits, after, rtol=1e-3, atol=1e-3)"
+)
+EMBED = (
+    "import sys, sentence_transformers as s; "
+    "model = s.SentenceTransformer(sys.argv[1], trust_remote_code=True, device='cpu'); "
+    "model.tokenizer.pad_token = model.tokenizer.eos_token; "
+    "assert model.encode(['Once upon a time', 'A frog']).shape[0] == 2"
 )
 NATIVELY = (
     "import sys, transformers as t; "
@@ -112,7 +147,16 @@ ROWS = (
     ),
     Row("torch", "`torch.export.export`", ("-c", EXPORT, "{model}")),
     Row("torch", "`torch.compile(fullgraph=True)`", ("-c", COMPILE, "{model}")),
-    Row("peft", '`LoraConfig(target_modules="all-linear")`, a step, merged', ("-c", LORA, "{model}")),
+    Row("onnxruntime", "`torch.onnx.export(…, dynamo=True)`", ("-c", ONNX, "{model}")),
+    Row(
+        "peft",
+        '`LoraConfig(target_modules=["q_proj", "v_proj"])`, a step, merged, saved, loaded',
+        ("-c", LORA, "{model}", "q_proj", "v_proj"),
+    ),
+    Row("peft", "`LoraConfig()`, the same", ("-c", LORA, "{model}")),
+    Row("peft", '`LoraConfig(target_modules="all-linear")`, the same', ("-c", LORA, "{model}", "all-linear")),
+    Row("trl", "`SFTTrainer(…, peft_config=LoraConfig())`, a step, merged", ("-c", SFT, "{model}")),
+    Row("sentence_transformers", "`SentenceTransformer(…, trust_remote_code=True)`", ("-c", EMBED, "{model}")),
     Row(
         "transformers", "`from_pretrained(…)` without package and remote code", ("-c", NATIVELY, "{model}"), ("native",)
     ),
@@ -121,7 +165,7 @@ ROWS = (
 
 def run(words: Sequence[str], place: Path, *, installed: bool) -> str:
     """Run a program; return what went wrong, or nothing."""
-    paths = [str(ROOT)] if installed else [str(place / "absent")]
+    paths = [str(ROOT if installed else place / "absent"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(paths),
         "HF_HOME": str(place / "hub"),
@@ -174,6 +218,7 @@ def _put(page: Path, lines: Sequence[str]) -> None:
 def main(
     model: Annotated[Path, typer.Argument(help="A small Llama.")],
     text: Annotated[Path, typer.Argument(help="Text to calibrate on.")],
+    only: Annotated[str, typer.Option(help="Rows of the programs whose names, or commands, hold this.")] = "",
     write: Annotated[Path | None, typer.Option(help="File whose table is replaced.")] = None,
 ) -> None:
     """Print the table, and exit with 1 if a program that is installed fails."""
@@ -189,7 +234,7 @@ def main(
         data.write_text("".join(json.dumps(one) + "\n" for one in documents), encoding="utf-8")
         (place / "tasks" / "check.yaml").write_text(TASK % data, encoding="utf-8")
         checkpoints = {form: made(form, model.resolve(), text.resolve(), place) for form in FORMS}
-        for row in ROWS:
+        for row in (row for row in ROWS if only in row.package or only in row.shown):
             cells = []
             for form in FORMS:
                 if form not in row.forms:

@@ -7,6 +7,7 @@ without one holds unfinished work.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Collection, Container, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from lowrank_compress.artifacts.files import is_regular, sha256, sweep
 from lowrank_compress.artifacts.hashes import file_hashes
 from lowrank_compress.errors import ArtifactError
 
+log = logging.getLogger(__name__)
 SCHEMA = 1
 MANIFEST = "manifest.json"
 
@@ -186,6 +188,7 @@ def committed(directory: Path, key: Key, *, overwrite: bool = False, editable: C
         return None  # the stage verifies and reuses what is whole
     changed = [name for name in altered(directory, found) if name not in editable]
     if not changed:
+        log.info("%s is there already, from the same recipe (%s)", directory, found.id[:12])
         return found
     if overwrite:
         return None

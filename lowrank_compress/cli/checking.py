@@ -10,7 +10,8 @@ from pathlib import Path
 
 from lowrank_compress.artifacts.files import read_bytes, write_text
 from lowrank_compress.cli.comparing import as_lines, as_markdown, headline
-from lowrank_compress.cli.terminal import TerminalReporter, console, is_first, messages, print_json
+from lowrank_compress.cli.saying import hint, is_first
+from lowrank_compress.cli.terminal import TerminalReporter, console, print_json
 from lowrank_compress.errors import ArtifactError, InputError
 from lowrank_compress.recipe import Recipe
 from lowrank_compress.resources.workers import started
@@ -55,7 +56,7 @@ def write(run: Path, path: Path, overwrite: bool) -> None:
     if inside is not None and (len(inside.parts) > 1 or (path.exists() and not is_expectation(path))):
         raise InputError(f"--write {path} is among the files of the run itself. Choose another place.")
     write_expectation(path, expect(run, path.parent), overwrite=overwrite)
-    messages.print(f"Expectation: {path}", markup=False, soft_wrap=True)
+    hint(f"Expectation: {path}")
 
 
 def check(

@@ -13,7 +13,8 @@ from lowrank_compress import api
 from lowrank_compress.artifacts.directories import refuse_unsafe
 from lowrank_compress.artifacts.documents import read_json
 from lowrank_compress.artifacts.lock import locked
-from lowrank_compress.cli.terminal import TerminalReporter, is_first
+from lowrank_compress.cli.saying import is_first
+from lowrank_compress.cli.terminal import TerminalReporter
 from lowrank_compress.config import COMMAND_LINE, EvaluateConfig, Strict, stage_config
 from lowrank_compress.demo import text as demo_text
 from lowrank_compress.errors import ArtifactError, InputError

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lowrank_compress.cli.terminal import console, number, print_json, printable, table
+from lowrank_compress.cli.saying import printable
+from lowrank_compress.cli.terminal import console, number, print_json, table
 
 
 def show(found: dict[str, Any], as_json: bool) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 from rich.progress import filesize
 
-from lowrank_compress.cli.terminal import became, console, messages, number, print_json, share_of, table
+from lowrank_compress.cli.saying import hint
+from lowrank_compress.cli.terminal import became, console, number, print_json, share_of, table
 
 
 def print_dry_run(found: dict[str, Any], as_json: bool) -> None:
@@ -78,9 +79,9 @@ def print_result(result: dict[str, Any], as_json: bool) -> None:
         + f"Checkpoint: {result['model']}"
     )
     if "cost" in result:
-        messages.print(_cost(result["cost"]), style="dim", markup=False, soft_wrap=True)
+        hint(_cost(result["cost"]))
     how = "--perplexity YOUR_TEXT.txt (a classifier: --classification YOUR_TABLE.tsv)"
-    messages.print(f"Next: lrc eval {result['run']} {how}", style="dim", markup=False, soft_wrap=True)
+    hint(f"Next: lrc eval {result['run']} {how}")
 
 
 def _cost(cost: dict[str, Any]) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
-import re
 import sys
 import tempfile
 import traceback
@@ -27,16 +27,10 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from lowrank_compress.cli.saying import LOG, is_first, is_quiet, messages, one_line, printable, without_token
 from lowrank_compress.errors import LrcError
 
-# Errors, warnings and progress go to stderr: stdout is for results, and for nothing but the object under --json.
-messages = Console(stderr=True, highlight=False)
 BLOCKS = "▁▂▃▄▅▆▇█"
-
-
-def is_first() -> bool:
-    """Whether this process speaks: of several that torchrun started the first; the others only of errors."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 class TerminalReporter:
@@ -50,7 +44,7 @@ class TerminalReporter:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=messages,
-            disable=not (messages.is_terminal and is_first()),
+            disable=not (messages.is_terminal and is_first()) or is_quiet(),
         )
         self._tasks: dict[str, TaskID] = {}
         self._warned: set[str] = set()
@@ -60,12 +54,12 @@ class TerminalReporter:
         if step not in self._tasks:
             self._tasks[step] = self._progress.add_task(step, total=total)
         self._progress.update(self._tasks[step], completed=done, total=total)
-        if done == total and is_first() and not messages.is_terminal:
+        if done == total and is_first() and not messages.is_terminal and not is_quiet():
             messages.print(f"{step}: done ({total})")
 
     def warn(self, text: str) -> None:
         """Print a warning once."""
-        if is_first() and text not in self._warned:
+        if is_first() and text not in self._warned and not is_quiet():
             self._warned.add(text)
             messages.print(f"[yellow]Warning:[/] {_escape(text)}", soft_wrap=True)
 
@@ -114,7 +108,7 @@ def friendly(debug: bool) -> Iterator[None]:
             raise
         text = _explained(problem)
         if text is not None:
-            messages.print(f"[bold red]Error:[/] {_escape(_one_line(text))}", soft_wrap=True)
+            messages.print(f"[bold red]Error:[/] {_escape(one_line(text))}", soft_wrap=True)
             raise typer.Exit(2) from None
         messages.print(f"[bold red]Unexpected:[/] {_escape(_unexpected(problem))}", soft_wrap=True)
         raise typer.Exit(1) from None
@@ -149,25 +143,9 @@ def _lacks_memory(problem: Exception) -> bool:
     )
 
 
-def _one_line(text: str) -> str:
-    """Show a text in one paragraph, with what cannot be printed spelled out and very long words cut in the middle."""
-    return re.sub(r"(\S{100})\S{200,}(\S{100})", r"\1…\2", printable(without_token(text).replace("\n", " ")))
-
-
-def without_token(text: str) -> str:
-    """Leave the hub's token out of a text, whoever has written it there."""
-    token = os.environ.get("HF_TOKEN", "").strip()
-    return text.replace(token, "…") if token else text
-
-
-def printable(text: str) -> str:
-    """Spell out what a terminal cannot show, or would obey."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
 def _unexpected(problem: Exception) -> str:
     """Keep the traceback in a file, and say where."""
-    what = f"{type(problem).__name__}: {_one_line(str(problem))[:200]}"
+    what = f"{type(problem).__name__}: {one_line(str(problem))[:200]}"
     try:
         with tempfile.NamedTemporaryFile(
             "w", prefix="lrc-", suffix=".txt", delete=False, encoding="utf-8", errors="backslashreplace"
@@ -206,7 +184,10 @@ def prepare_libraries() -> None:
 
     from lowrank_compress.resources.memory import give_back_freed
 
-    transformers.logging.set_verbosity_error()
+    noise = {logging.INFO: logging.WARNING, logging.DEBUG: logging.INFO}.get(LOG.level, logging.ERROR)
+    for name in ("transformers", "huggingface_hub", "datasets", "peft"):
+        logging.getLogger(name).setLevel(noise)
+    transformers.logging.set_verbosity(noise)
     transformers.logging.disable_progress_bar()
     give_back_freed()
 

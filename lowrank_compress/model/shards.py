@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from lowrank_compress.artifacts.files import SMALL, is_regular
 from lowrank_compress.errors import ArtifactError, CheckpointError
 from lowrank_compress.model.kinds import names_in, no_weights
 
+log = logging.getLogger(__name__)
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 ADAPTER = "adapter_config.json"
@@ -104,6 +106,7 @@ def stored_tensors(directory: Path) -> dict[str, Stored]:
                     )
                 part = handle.get_slice(key)
                 found[key] = Stored(path, part.get_dtype(), tuple(part.get_shape()))
+        log.info("Reading %s (%.1f MB)", path, path.stat().st_size / 1e6)
     for key, name in (index or {}).items():
         if key not in found or found[key].file.name != name:
             raise CheckpointError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import resource
 import sys
 import time
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+
+log = logging.getLogger(__name__)
 
 
 class Listener(Protocol):
@@ -69,6 +72,9 @@ class Meter:
         self._since = now
         if peak > self._peak:
             self._peak, self.peak_step = peak, step
+        log.debug("%s: %d of %d, peak of memory %.1f MB", step, done, total, peak / 1e6)
+        if done == total:
+            log.info("%s took %.3g s", step, self.seconds[step])
         self._listener.advance(step, done, total)
 
     def warn(self, text: str) -> None:

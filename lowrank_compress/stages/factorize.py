@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,6 +44,7 @@ from lowrank_compress.stages.reporting import Reporter, Silent
 from lowrank_compress.stages.run import require_alone
 from lowrank_compress.stages.subject import scopes_of
 
+log = logging.getLogger(__name__)
 VERSION = 7
 
 
@@ -193,6 +195,10 @@ def _write(
         losses |= block_losses(groups, basis, made, scores.report["unit"])
         seen |= tokens_seen(basis)
         stored |= made
+        for group in groups:
+            if (choice := made.get(group.name)) is not None:
+                shapes = ", ".join("×".join(map(str, target.shape)) for target in group.targets)
+                log.info("%s (%s): %s %s", group.name, shapes, choice.format, ", ".join(map(str, choice.parameters)))
         reporter.advance("write", block + 1, len(blocks))
     shards = writer.close()
     settings = config_json(plan.checkpoint, config.dtype, layout, remote_code_entries(plan.model.config))

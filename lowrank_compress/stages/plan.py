@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -39,6 +40,8 @@ from lowrank_compress.stages.identity import source_id
 from lowrank_compress.stages.samples import check_own, check_shares, sources_of
 from lowrank_compress.stages.score import check_options
 from lowrank_compress.stages.subject import Subject, subject_of
+
+log = logging.getLogger(__name__)
 
 # Tokens a micro-batch unless the recipe says otherwise, on a CPU and on a GPU: little memory, and much work at once. A
 # result depends on it in the last bits, so it is in the key.
@@ -263,4 +266,21 @@ def make_plan(recipe: Recipe, *, reads_text: bool = True) -> Plan:
         drawn=drawn,
     )
     notes = (*design.warnings, *notes)
+    log.info(
+        "Plan: %s of %d blocks with %d matrices; ratio %g of %s, allocate %s, storage %s; %d windows or examples of %d "
+        "tokens from %s, %d at once; output %s, on %s",
+        type(design.model).__name__,
+        len(design.resolved.blocks),
+        len(design.resolved.targets),
+        recipe.ratio,
+        recipe.ratio_of,
+        allocate,
+        storage,
+        recipe.samples,
+        seq_len,
+        recipe.calibration if reads else "nowhere, as no method needs any",
+        calibrate.micro_batch,
+        dtype,
+        device,
+    )
     return Plan(recipe, subject, calibrate, score, factorize, notes, refine if refines else None)

@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from lowrank_compress.recipe import Recipe
     from lowrank_compress.stages.contrast import compare
     from lowrank_compress.stages.diagnosis import diagnose
+    from lowrank_compress.stages.sweep import sweep
 
 __version__ = "0.1.0"
-__all__ = ["LrcError", "Recipe", "Result", "compare", "compress", "diagnose", "evaluate", "load", "report"]
+__all__ = ["LrcError", "Recipe", "Result", "compare", "compress", "diagnose", "evaluate", "load", "report", "sweep"]
 
 _HOME = {
     "Recipe": "recipe",
@@ -29,6 +30,7 @@ _HOME = {
     "compare": "stages.contrast",
     "diagnose": "stages.diagnosis",
     "report": "pages.page",
+    "sweep": "stages.sweep",
 }  # the others are in api.py
 
 

@@ -231,3 +231,50 @@ def report(
         with reported() as reporter:
             made = page.report(runs, out, text=text, limit=limit, overwrite=overwrite, reporter=reporter)
         typer.echo(f"Report: {made}")
+
+
+@app.command()
+def sweep(
+    config: Annotated[
+        Path,
+        typer.Argument(
+            parser=o.a_path,
+            metavar="SWEEP.yaml",
+            help="Grid of methods, ratios, seeds, calibrations.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", parser=o.a_path, metavar="PATH", help="Directory for the runs (default: runs/<SWEEP>)"),
+    ] = None,
+    page: Annotated[
+        bool, typer.Option("--report/--no-report", help="Write OUT/report.html, where its libraries are installed.")
+    ] = True,
+    keep_statistics: Annotated[
+        bool, typer.Option("--keep-statistics", help="Keep shared statistics, for ratios that are added later.")
+    ] = False,
+    overwrite: o.Overwrite = False,
+    json: o.Json = False,
+    debug: o.Debug = False,
+) -> None:
+    """Compress one model in many ways: a grid of methods × ratios × seeds × calibrations, and one table of all.
+
+    Statistics and decompositions are computed once for all runs that can share them; each is an ordinary run in
+    OUT/runs, with the bytes that `lrc compress` gives. A run that fails is listed, and the others go on. The same
+    command goes on where it was stopped, and makes what was added to the file. Under torchrun each process has its
+    share.
+    """
+    with friendly(debug):
+        prepare_libraries()
+        from lowrank_compress.cli import sweeping
+        from lowrank_compress.cli.terminal import is_first
+        from lowrank_compress.stages.sweep import sweep as run_sweep
+
+        place = out or Path("runs") / config.stem
+        with reported() as reporter:
+            found = run_sweep(config, place, overwrite=overwrite, keep_statistics=keep_statistics, reporter=reporter)
+            if is_first() and page:
+                found["report"] = sweeping.page_of(found, place, reporter)
+        if is_first():
+            sweeping.show(found, json)

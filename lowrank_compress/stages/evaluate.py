@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, MutableMapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,7 @@ def run(
     reporter: Reporter | None = None,
     *,
     resources: Resources = Resources(),
+    known: MutableMapping[str, Any] | None = None,
 ) -> Manifest:
     """Evaluate, and where there is a directory for it, keep the result.
 
@@ -85,6 +87,8 @@ def run(
         Told about progress.
     resources
         The processes that do this together, all called with the same: they share windows, examples and requests.
+    known
+        Measurements of dense originals that this process has made already, and will make.
 
     Returns
     -------
@@ -110,7 +114,7 @@ def run(
     for role, checkpoint in models.items():
         for warning in blueprint(checkpoint).warnings:
             reporter.warn(warning)
-        measured = _measure(config, checkpoint, role, reporter, workers)
+        measured = _measured(config, checkpoint, role, reporter, workers, {} if known is None else known)
         for kind in metrics:
             for name, values in measured[kind].items():
                 slot = metrics[kind].setdefault(name, {})
@@ -128,6 +132,23 @@ def run(
         return replace(made, report=metrics)
 
     return workers.once(keep)
+
+
+def _measured(
+    config: EvaluateConfig,
+    checkpoint: Checkpoint,
+    role: str,
+    reporter: Reporter,
+    workers: Workers,
+    known: MutableMapping[str, Any],
+) -> dict[str, dict[str, Any]]:
+    """As `_measure`; a dense original that many runs have is measured once."""
+    if role != "dense":
+        return _measure(config, checkpoint, role, reporter, workers)
+    name = canonical_hash([checkpoint_id(checkpoint), config.model_dump(mode="json")])
+    if name not in known:
+        known[name] = _measure(config, checkpoint, role, reporter, workers)
+    return copy.deepcopy(known[name])
 
 
 def _models(inputs: Given) -> dict[str, Checkpoint]:

@@ -67,6 +67,7 @@ def _described(options: Iterable[Option]) -> str:
 def show(target: str, as_json: bool) -> None:
     """Print every matrix of a run or compressed checkpoint."""
     from lowrank_compress.cli.commands import read_report
+    from lowrank_compress.cli.quantization import print_layers
     from lowrank_compress.model.locate import files_of
     from lowrank_compress.stages.presenting import spectra_of
     from lowrank_compress.stages.report import REPORT
@@ -75,12 +76,15 @@ def show(target: str, as_json: bool) -> None:
     run = Run(Path(target))
     is_run = run.exists()
     report = read_report(run.finished(names=(REPORT,)).path if is_run else files_of(target, ("config.json", REPORT)))
-    spectra = {
-        name: values for name, values in (spectra_of(run) if is_run else {}).items() if name in report["matrices"]
-    }
+    of_matrices = report.get("matrices", {})
+    spectra = {name: values for name, values in (spectra_of(run) if is_run else {}).items() if name in of_matrices}
     texts = _texts(run) if is_run else []
     if as_json:
         print_json(report | {"spectra": spectra, "texts": texts})
+        return
+    if "quantize" in report:
+        print_layers(target, report["quantize"])
+    if not of_matrices:
         return
     nats = report["unit"] == "nats"
     rows = []

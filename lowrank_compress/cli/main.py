@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from lowrank_compress.cli import making, reading, training, weighing  # noqa: F401  (in this order `lrc --help` lists them)
+# In this order `lrc --help` lists the commands.
+from lowrank_compress.cli import making, quantizing, reading, training, weighing  # noqa: F401
 from lowrank_compress.cli.app import app
 
 __all__ = ["app"]

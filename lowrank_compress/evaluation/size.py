@@ -43,13 +43,22 @@ def measure_size(checkpoint: Checkpoint) -> Size:
     blocks = block_bytes = elements = total = 0
     for name in names:
         shape, size = checkpoint.stored(plan.name_on_disk(name))
-        count = math.prod(shape)
+        count = _weights_in(plan, name, math.prod(shape))
         elements += count
         total += size
         if (name.startswith(claimed) and not name.endswith(".bias")) or name.endswith(f".{ROTARY}"):
             blocks += count
             block_bytes += size
     return Size(blocks, block_bytes, elements, total, kv_bytes(checkpoint))
+
+
+def _weights_in(plan: Blueprint, name: str, elements: int) -> int:
+    """Count the elements of a tensor; of packed weights the weights, and nothing for what says their grid."""
+    path, _, leaf = name.rpartition(".")
+    if not leaf.startswith("weight_"):
+        return elements
+    shape = plan.model.get_submodule(path).get_parameter("weight").shape
+    return math.prod(shape) if leaf == "weight_packed" else 0
 
 
 def weight_bytes(plan: Blueprint, target: Target) -> int:

@@ -18,7 +18,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, Pretraine
 
 from lowrank_compress.arch.table import unknown_model_type
 from lowrank_compress.errors import CheckpointError, UnsupportedError
-from lowrank_compress.model import settings
+from lowrank_compress.model import packing, settings
 from lowrank_compress.model.kinds import PICKLED, names_in, no_config
 from lowrank_compress.model.shards import (
     ADAPTER,
@@ -106,6 +106,8 @@ class Checkpoint:
     def quantization(self) -> dict[str, Any] | None:
         """How this package compressed the checkpoint: its ``quantization_config``; None for a dense one.
 
+        Of one in the format of compressed-tensors it is what ours would be.
+
         Raises
         ------
         UnsupportedError
@@ -113,6 +115,9 @@ class Checkpoint:
         CheckpointError
             The entry is malformed.
         """
+        found = self.raw_config.get("quantization_config")
+        if isinstance(found, dict) and found.get("quant_method") == packing.METHOD:
+            return packing.layout_of(self.path, found, self.tensors, self.read)
         return settings.quantization(self.path, self.raw_config)
 
     @cached_property

@@ -13,6 +13,7 @@ from lowrank_compress.artifacts.directories import files_in, recover, replacing
 from lowrank_compress.artifacts.documents import read_sealed, write_sealed
 from lowrank_compress.artifacts.hashes import file_hashes
 from lowrank_compress.errors import ArtifactError, CheckpointError
+from lowrank_compress.model.blueprint import Blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.export import ShardWriter, write_companions
 from lowrank_compress.model.names import stock_names
@@ -98,6 +99,12 @@ def _refuse_foreign(out: Path, overwrite: bool) -> None:
         )
 
 
+def _on_disk(plan: Blueprint, name: str) -> str:
+    """Name a dense tensor as the original would, also where a packed one is stored in its place."""
+    packed = f"{name}_packed"
+    return plan.name_on_disk(packed).removesuffix("_packed") if packed in plan.stored else plan.name_on_disk(name)
+
+
 def _write(checkpoint: Checkpoint, out: Path, advance: Callable[[int, int], None]) -> None:
     skeleton = Skeleton(checkpoint, torch.device("cpu"), checkpoint.dtype)
     plan = skeleton.blueprint
@@ -119,7 +126,7 @@ def _write(checkpoint: Checkpoint, out: Path, advance: Callable[[int, int], None
             name = f"{prefix}.{leaf}"
             # What compression left alone is written in the dtype it is stored in.
             untouched = name.rpartition(".")[0] not in made
-            writer.add(experts.get(name) or plan.name_on_disk(name), plan.read(name) if untouched else tensor)
+            writer.add(experts.get(name) or _on_disk(plan, name), plan.read(name) if untouched else tensor)
         advance(step.index + 1, len(plan.resolved.blocks))
     writer.close()
     dropped = ("quantization_config", "auto_map")

@@ -82,6 +82,11 @@ def native_config(checkpoint: Checkpoint) -> dict[str, Any]:
         There is none, for the reason that is named.
     """
     found: Mapping[str, Any] = checkpoint.quantization or {}
+    if packed := (found.get("factor_quantization") or {}).get("linears"):
+        raise CheckpointError(
+            f"{checkpoint.path} is no stock model: {next(iter(packed))} is quantized. Export what it was quantized "
+            "from, and quantize that: `lrc quantize` of a stock checkpoint writes one that compressed-tensors loads."
+        )
     for entries, what in (("modules", "is stored as factors"), ("attention", "has narrower heads")):
         if found.get(entries):
             name = next(iter(found[entries]))

@@ -9,13 +9,14 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .formats.table import FORMATS
+from .packed import checked_packing
 from .traits import traits_problem
 
 QUANT_METHOD = "lowrank"
 # Of what a checkpoint holds; raised when code that knows only earlier ones could not load it. 2: indices are int32.
-# 3: attentions may say their traits, and parts be svd-core. 4: experts may be compressed. A checkpoint bears the first
-# version that has all that is in it.
-VERSION = 4
+# 3: attentions may say their traits, and parts be svd-core. 4: experts may be compressed. 5: linear layers may be
+# packed. A checkpoint bears the first version that has all that is in it.
+VERSION = 5
 REMOTE_FILE = "modeling_lowrank.py"
 IN_PACKAGE = __name__.startswith("lowrank_compress.")
 
@@ -43,8 +44,9 @@ class LowRankConfig(QuantizationConfigMixin):
         which entries of `modules` and `dense_shapes` may lead. Where no experts have, the key is missing.
     version : int
         That of the checkpoint, up to `VERSION`; what is saved again has the first one that has all that is in it.
-    factor_quantization : None
-        Reserved for a quantization of the factors themselves.
+    factor_quantization : mapping, optional
+        Which linear layers, those inside compressed modules among them, are packed: ``{"layout": "pack-quantized",
+        "linears": {path: [bits, group, symmetric]}}`` (see `PackedLinear`).
 
     Raises
     ------
@@ -61,7 +63,7 @@ class LowRankConfig(QuantizationConfigMixin):
         dense_shapes: Mapping[str, Sequence[int]] | None = None,
         attention: Mapping[str, Mapping[str, Any]] | None = None,
         version: int = VERSION,
-        factor_quantization: None = None,
+        factor_quantization: Mapping[str, Any] | None = None,
         quant_method: str = QUANT_METHOD,
         experts: Mapping[str, int] | None = None,
         **unknown: Any,
@@ -73,14 +75,14 @@ class LowRankConfig(QuantizationConfigMixin):
                 f"this checkpoint is of low-rank format version {version!r}, but this code reads versions 1 to "
                 f"{VERSION}: update lowrank_compress, or install the version that wrote the checkpoint"
             )
-        if factor_quantization is not None or unknown:
-            what = ", ".join(sorted(unknown)) or "factor_quantization"
+        if unknown:
+            what = ", ".join(sorted(unknown))
             raise ValueError(
                 f"the low-rank quantization_config uses {what}, unknown to this code: update lowrank_compress"
             )
         self.quant_method: Any = QUANT_METHOD
         self.version = 2
-        self.factor_quantization = factor_quantization
+        self.factor_quantization = checked_packing(factor_quantization)
         self.modules = {path: _checked(path, entry) for path, entry in (modules or {}).items()}
         self.dense_shapes = {path: [int(n) for n in shape] for path, shape in (dense_shapes or {}).items()}
         self.attention = {path: _checked_attention(path, entry) for path, entry in (attention or {}).items()}
@@ -89,6 +91,7 @@ class LowRankConfig(QuantizationConfigMixin):
         needed = [3 for entry in self.attention.values() if "traits" in entry]
         needed += [4 for _ in self.experts]
         needed += [FORMATS[part["format"]].since for entry in self.modules.values() for part in entry["parts"]]
+        needed += [] if self.factor_quantization is None else [5]
         self.version = max([self.version, *needed])
 
 

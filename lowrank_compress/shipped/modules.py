@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .linear import CompressedLinear, Stock
+from .packed import PackedLinear
 
 
 def find(model: nn.Module, path: str) -> tuple[str, Any]:
@@ -50,7 +51,7 @@ def stock_of(path: str, module: nn.Module) -> Stock:
     """
     if isinstance(module, CompressedLinear):
         return module.stock
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear | PackedLinear):
         own = Stock(module.out_features, module.in_features, module.bias is not None, False)
     elif isinstance(module, Conv1D):
         own = Stock(module.weight.shape[1], module.weight.shape[0], True, True)

@@ -11,6 +11,7 @@ from .attention import CompressedAttention
 from .experts import SeparateExperts
 from .linear import CompressedLinear, Stock
 from .modules import dense_module, put, stock_of
+from .packed import PackedLinear
 
 
 @torch.no_grad()
@@ -38,13 +39,17 @@ def restore_modules(model: nn.Module) -> list[str]:
         for leaf, rows in attention.stock_rows().items()
     }
     found: list[tuple[str, Any, Stock]] = []
+    inner: set[int] = set()
     for name, old in model.named_modules():
-        if not (isinstance(old, CompressedLinear) or hasattr(old, "lr_stock") or name in places):
+        if isinstance(old, CompressedLinear):
+            inner |= {id(child) for child in old.children()}
+        packed = isinstance(old, PackedLinear) and id(old) not in inner
+        if not (isinstance(old, CompressedLinear) or packed or hasattr(old, "lr_stock") or name in places):
             continue
         stock = stock_of(name, old)
         if old.bias is not None and not stock.bias:
             raise ValueError(f"{name} has a bias of its own, which a stock {type(model).__name__} has no place for")
-        if any(tensor.device.type == "meta" for tensor in old.parameters()):
+        if any(tensor.device.type == "meta" for tensor in (*old.parameters(), *old.buffers())):
             raise ValueError(f"the weights of {name} are not in memory: load the model without offloading")
         found.append((name, old, stock))
     for name, old, stock in found:

@@ -16,6 +16,7 @@ from .formats.base import INDEX_DTYPE, require_distinct
 from .linear import CompressedLinear, Stock
 from .lookup import lacking, looked_up
 from .modules import dense_module, find, put, shape_of, stock_of
+from .packed import packed_like
 from .traits import Traits
 
 
@@ -54,6 +55,9 @@ def swap_modules(model: nn.Module, config: LowRankConfig) -> None:
         put(model, name, new.train(old.training))
     for path, entry in config.attention.items():
         _swap_attention(model, path, entry)
+    for path, packing in (config.factor_quantization or {}).get("linears", {}).items():
+        name, old = find(model, path)
+        put(model, name, packed_like(path, old, tuple(packing)))
 
 
 def _swap_attention(model: nn.Module, path: str, entry: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ from lowrank_compress.resources.resources import Resources
 from lowrank_compress.stages.environment import environment
 from lowrank_compress.stages.report import recast
 from lowrank_compress.stages.reporting import Reporter, Silent
-from lowrank_compress.stages.rewrite import contents_of, rewrite
+from lowrank_compress.stages.rewrite import contents_of, refuse_packed, rewrite
 from lowrank_compress.stages.run import require_alone
 from lowrank_compress.stages.stage import Given
 
@@ -71,6 +71,7 @@ def run(
             f"{inputs.checkpoint.path} is not compressed by this program; there is nothing of ours to cast. `lrc "
             "compress` takes --dtype."
         )
+    refuse_packed(inputs.checkpoint, "cast")
     identity = key(config, inputs)
 
     def made() -> Manifest:

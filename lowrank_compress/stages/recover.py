@@ -14,7 +14,7 @@ from lowrank_compress.stages.identity import checkpoint_id
 from lowrank_compress.stages.recoverconfig import RecoverConfig
 from lowrank_compress.stages.recovering import Training, teacher_of
 from lowrank_compress.stages.reporting import Reporter, Silent
-from lowrank_compress.stages.rewrite import contents_of, rewrite
+from lowrank_compress.stages.rewrite import contents_of, refuse_packed, rewrite
 from lowrank_compress.stages.run import require_alone, work_of
 from lowrank_compress.stages.samples import has_own, settings_of, text_id
 from lowrank_compress.stages.stage import Given
@@ -66,6 +66,7 @@ def run(
             f"{inputs.checkpoint.path} is not compressed by this program; there is nothing to recover. Compress it "
             "first with `lrc compress`."
         )
+    refuse_packed(inputs.checkpoint, "recover")
     identity = key(config, inputs)
     workers.once(lambda: recover(out_dir, listed))
     if (found := workers.once(lambda: committed(out_dir, identity, overwrite=overwrite))) is not None:

@@ -34,7 +34,7 @@ from lowrank_compress.stages.environment import environment
 from lowrank_compress.stages.identity import checkpoint_id
 from lowrank_compress.stages.refining import BlockRefiner, computing_dtype, kept_bytes
 from lowrank_compress.stages.reporting import Reporter, Silent
-from lowrank_compress.stages.rewrite import contents_of, rewrite
+from lowrank_compress.stages.rewrite import contents_of, refuse_packed, rewrite
 from lowrank_compress.stages.run import require_alone, work_of
 from lowrank_compress.stages.samples import calibration_batches, held_out_batches, settings_of, text_id, with_drawn
 from lowrank_compress.stages.stage import Given
@@ -92,6 +92,7 @@ def run(
         )
     if inputs.dense is None:
         raise InputError("Refining needs the dense original beside the compressed checkpoint; name it with --dense.")
+    refuse_packed(inputs.checkpoint, "refine")
     identity = key(config, inputs)
 
     def made() -> Manifest:

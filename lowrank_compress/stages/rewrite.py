@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lowrank_compress.artifacts.documents import read_json, write_json
 from lowrank_compress.artifacts.files import sha256, write_text
+from lowrank_compress.errors import CheckpointError
 from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.export import ShardWriter, config_json, write_companions
@@ -25,6 +26,21 @@ def contents_of(checkpoint: Checkpoint) -> dict[str, str]:
     if (report := checkpoint.path / REPORT).exists():
         found["report"] = sha256(report)
     return found
+
+
+def refuse_packed(checkpoint: Checkpoint, command: str) -> None:
+    """Refuse a quantized checkpoint, whose weights cannot be changed any more.
+
+    Raises
+    ------
+    CheckpointError
+        It is one.
+    """
+    if ((checkpoint.quantization or {}).get("factor_quantization") or {}).get("linears"):
+        raise CheckpointError(
+            f"{checkpoint.path} is quantized, which comes last: `lrc {command}` cannot change its weights. Name the "
+            f"checkpoint that it was quantized from, and quantize the result of `lrc {command}`."
+        )
 
 
 def rewrite(

@@ -7,9 +7,10 @@ from typing import get_args
 
 from lowrank_compress.config import CalibrateConfig, EvaluateConfig, FactorizeConfig, RefineConfig, ScoreConfig
 from lowrank_compress.registry import Registry
-from lowrank_compress.stages import calibrate, cast, evaluate, factorize, recover, refine, score
+from lowrank_compress.stages import calibrate, cast, evaluate, factorize, quantize, recover, refine, score
 from lowrank_compress.stages.edits import ranks_fit
 from lowrank_compress.stages.inputs import inputs_of_calibrate, inputs_of_factorize, inputs_of_score
+from lowrank_compress.stages.quantizeconfig import QuantizeConfig
 from lowrank_compress.stages.ranks import RANKS
 from lowrank_compress.stages.recoverconfig import RecoverConfig
 from lowrank_compress.stages.run import Run
@@ -90,6 +91,18 @@ _OWN = (
         directory="cast",
         command="cast",
         help="the same weights in another dtype",
+    ),
+    Stage(
+        name="quantize",
+        version=quantize.VERSION,
+        config=QuantizeConfig,
+        inputs=Given,
+        run=quantize.run,
+        reads="checkpoint",
+        writes="checkpoint",
+        directory="quantize",
+        command="quantize",
+        help="the same matrices in a few bits a weight",
     ),
     Stage(
         name="evaluate",

@@ -26,13 +26,13 @@ def test_config_survives_its_dict() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 5}, "of low-rank format version 5, but this code reads versions 1 to 4: update lowrank_compress"),
+        ({"version": 6}, "of low-rank format version 6, but this code reads versions 1 to 5: update lowrank_compress"),
         ({"version": 0}, "format version 0, but"),
         ({"version": True}, "format version True, but"),
         ({"version": "2"}, "format version '2', but"),
         ({"version": None}, "format version None, but"),
         ({"quant_method": "gptq"}, "expected quant_method 'lowrank', got 'gptq'"),
-        ({"factor_quantization": {"bits": 8}}, "uses factor_quantization, unknown to this code"),
+        ({"factor_quantization": {"bits": 8}}, "factor_quantization: expected the keys layout and linears"),
         ({"rotation": 1}, "uses rotation, unknown to this code"),
     ],
 )

@@ -1,0 +1,81 @@
+"""Body of `lrc quantize`, and what is printed of its results."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich import filesize
+
+from lowrank_compress.cli.commands import device_name, followed
+from lowrank_compress.cli.terminal import TerminalReporter, console, number, print_json, table
+from lowrank_compress.config import COMMAND_LINE, stage_config
+from lowrank_compress.recipe import load_recipe
+from lowrank_compress.stages.quantizeconfig import QuantizeConfig, options_of
+from lowrank_compress.stages.run import Run
+
+
+def quantize(
+    target: str,
+    data: dict[str, Any],
+    how: dict[str, Any],
+    device: str | None,
+    out: Path | None,
+    overwrite: bool,
+    reporter: TerminalReporter,
+) -> dict[str, Any]:
+    """Quantize a checkpoint; what is not said of the data is as the run's recipe has it."""
+    run = Run(Path(target))
+    recipe = load_recipe(run.recipe, {}) if run.exists() else None
+    options = options_of(data, recipe, how["rounding"], device_name(device)) | how
+    config = stage_config(QuantizeConfig, COMMAND_LINE, options)
+    return followed("quantize", target, config, out, overwrite, reporter)
+
+
+def print_result(result: dict[str, Any], as_json: bool) -> None:
+    """Print what a quantization came to."""
+    if as_json:
+        print_json(result)
+        return
+    console().print(f"{summary(result['quantize'])}\nCheckpoint: {result['model']}")
+
+
+def summary(said: Mapping[str, Any]) -> str:
+    """Say in a sentence or two what was quantized, and what it takes."""
+    loss = said["predicted_loss"]
+    loads = "compressed-tensors" if said["format"] == "compressed-tensors" else "lowrank_compress, or remote code"
+    return (
+        f"Quantized ({said['rounding']}): {said['weights']:,} weights in {said['bits_per_weight']:.3f} bits each, "
+        f"scales included. All weights inside the blocks take {said['stored_bytes']:,} bytes, of the original's "
+        f"{said['original_bytes']:,} ({said['stored_bytes'] / said['original_bytes']:.1%}). Loads with {loads}."
+        + ("" if loss is None else f" Predicted loss increase by rounding: {loss:.4g} nats a token.")
+    )
+
+
+def print_layers(target: str, said: Mapping[str, Any]) -> None:
+    """Print how each layer is stored."""
+    rows = []
+    for name, layer in said["layers"].items():
+        grid = "as it was"
+        if layer["bits"] is not None:
+            grid = f"{layer['group']}, {'symmetric' if layer['symmetric'] else 'asymmetric'}"
+        rows.append(
+            [
+                name,
+                "×".join(map(str, layer["shape"])),
+                "–" if layer["bits"] is None else str(layer["bits"]),
+                grid,
+                filesize.decimal(layer["bytes"]),
+                number(layer.get("loss", 0.0)),
+            ]
+        )
+    loss = "loss, nats/token" if said["unit"] == "nats" else "loss, share"
+    out = console()
+    out.print(table(f"{target}: quantized", ["layer", "shape", "bits", "group", "bytes", loss], rows, left=1))
+    counts = Counter(layer["bits"] for layer in said["layers"].values())
+    spread = ", ".join(f"{n} with {bits or 'all their'} bits" for bits, n in sorted(counts.items(), key=str))
+    left = Counter(said["left"].values())
+    stay = "".join(f" Not quantized: {n} ({why})." for why, n in sorted(left.items()))
+    out.print(f"{summary(said)}\nLayers: {spread}. Embeddings, norms and biases stay as they were.{stay}")

@@ -1,0 +1,123 @@
+"""`lrc quantize`: the matrices of a checkpoint in a few bits a weight."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lowrank_compress.cli import options as o
+from lowrank_compress.cli.app import app
+from lowrank_compress.cli.terminal import friendly, prepare_libraries, reported
+from lowrank_compress.recipe import DATA, WHAT
+
+
+@app.command()
+def quantize(
+    target: Annotated[
+        str, typer.Argument(help="A run directory, a checkpoint of ours, or a dense one.", show_default=False)
+    ],
+    bits: Annotated[
+        float | None,
+        typer.Option(
+            "--bits",
+            help="Bits of every weight: 2, 3, 4, 5, 6 or 8 (default: 4). A fraction, say 3.3, is what a weight may "
+            "take on average, scales included: then the bits of each matrix are chosen by what they lose.",
+            rich_help_panel=WHAT,
+            show_default=False,
+        ),
+    ] = None,
+    share: Annotated[
+        float | None,
+        typer.Option(
+            "--bytes",
+            help="In place of --bits: the share of the original's bytes that may be stored, of all weights that a run "
+            "compresses; 0.2 for 20 %.",
+            rich_help_panel=WHAT,
+            show_default=False,
+        ),
+    ] = None,
+    group: Annotated[
+        int,
+        typer.Option(
+            "--group",
+            help="Columns of a row that share a scale; where it does not divide a matrix, all of a row do.",
+            rich_help_panel=WHAT,
+        ),
+    ] = 64,
+    symmetric: Annotated[
+        bool,
+        typer.Option(
+            "--symmetric/--asymmetric",
+            help="Zero points take some bits more and lose less; with them a dense checkpoint becomes one of ours.",
+            rich_help_panel=WHAT,
+        ),
+    ] = True,
+    rounding: Annotated[
+        str,
+        typer.Option(
+            "--rounding",
+            help="How: rtn (to the nearest; needs no text), gptq, quantease, or kfac, in the metric of the loss.",
+            rich_help_panel=WHAT,
+        ),
+    ] = "kfac",
+    damping: Annotated[
+        float,
+        typer.Option("--damping", help="Share of its mean diagonal added to the inputs' metric", rich_help_panel=WHAT),
+    ] = 0.01,
+    damping_fisher: Annotated[
+        float,
+        typer.Option("--damping-fisher", help="The same for the metric of the outputs, of kfac", rich_help_panel=WHAT),
+    ] = 0.1,
+    calibration: Annotated[list[str] | None, o.of_recipe("calibration")] = None,
+    text_column: Annotated[list[str] | None, o.of_recipe("text_column")] = None,
+    label_column: Annotated[str | None, o.of_recipe("label_column")] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option("--samples", min=1, help="Windows (default: the recipe's, or 128)", rich_help_panel=DATA),
+    ] = None,
+    seq_len: Annotated[
+        int | None,
+        typer.Option("--seq-len", min=8, help="Tokens a window (default: the recipe's, or 512)", rich_help_panel=DATA),
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed of the shuffle", rich_help_panel=DATA)] = None,
+    device: Annotated[str | None, o.of_recipe("device")] = None,
+    out: Annotated[Path | None, o.new_checkpoint("quantize")] = None,
+    overwrite: o.Overwrite = False,
+    json: o.Json = False,
+    debug: o.Debug = False,
+) -> None:
+    """Store the linear layers of a checkpoint in a few bits a weight: it comes last.
+
+    Of a dense checkpoint the result is one in the format of compressed-tensors, which stock transformers loads. Of a
+    run or a compressed checkpoint the factors are quantized; it loads as before. Embeddings, norms and biases stay.
+
+    [dim]lrc quantize ./my-model --bits 4 --calibration my-text.txt --out ./my-model-4bit[/]
+
+    [dim]lrc quantize runs/my-run --bits 3.3        bits chosen matrix by matrix; the run's own text[/]
+    """
+    with friendly(debug):
+        prepare_libraries()
+        from lowrank_compress.cli import quantization
+
+        data = {
+            "source": calibration or None,
+            "text_column": o.joined(text_column),
+            "label_column": label_column,
+            "samples": samples,
+            "seq_len": seq_len,
+            "seed": seed,
+        }
+        how = {
+            "bits": 4.0 if bits is None and share is None else bits,
+            "bytes": share,
+            "group": group,
+            "symmetric": symmetric,
+            "rounding": rounding,
+            "damping": damping,
+            "damping_fisher": damping_fisher,
+        }
+        with reported() as reporter:
+            result = quantization.quantize(target, data, how, device, out, overwrite, reporter)
+        quantization.print_result(result, json)

@@ -1,0 +1,43 @@
+"""A quantized matrix as it is stored: its tensors, and their bytes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowrank_compress.linalg.quantize import Grid, Quantized
+from lowrank_compress.shipped.packed import pack, words_for
+
+_WORD_BYTES, _SHAPE_BYTES = 4, 16
+
+
+def scale_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which scales are stored in a checkpoint of a dtype: in two bytes, that it loses nothing of."""
+    return torch.float16 if dtype == torch.float16 else torch.bfloat16
+
+
+def packed_tensors(found: Quantized, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Name the tensors of a quantized matrix by their leaf names (see `PackedLinear`).
+
+    Parameters
+    ----------
+    dtype
+        Of the scales, which have such values already.
+    """
+    grid = found.scales.grid
+    tensors = {
+        "weight_packed": pack(found.codes, grid.bits),
+        "weight_scale": found.scales.scale.to(dtype),
+        "weight_shape": torch.tensor(found.codes.shape),
+    }
+    if not grid.symmetric:
+        tensors["weight_zero_point"] = pack(found.scales.zero.mT, grid.bits).mT.contiguous()
+    return tensors
+
+
+def packed_bytes(shape: tuple[int, int], grid: Grid, dtype: torch.dtype) -> int:
+    """Count the bytes of a quantized matrix (m, n): those of `packed_tensors`."""
+    m, n = shape
+    groups = n // grid.group
+    zeros = 0 if grid.symmetric else words_for(m, grid.bits) * groups * _WORD_BYTES
+    return m * words_for(n, grid.bits) * _WORD_BYTES + m * groups * dtype.itemsize + zeros + _SHAPE_BYTES

@@ -1,0 +1,269 @@
+"""Store the matrices of a checkpoint in a few bits a weight: of a dense one, or of one that is compressed already.
+
+A dense checkpoint of plain linear layers becomes one in the format of compressed-tensors, which stock transformers
+loads; any other one of ours, in which linear layers are packed, those inside of compressed modules too. So does one
+with zero points, which transformers (5.24) builds in another shape than compressed-tensors stores.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_compress.artifacts.directories import files_in, recover, replacing
+from lowrank_compress.artifacts.documents import read_json, write_json
+from lowrank_compress.artifacts.files import write_text
+from lowrank_compress.artifacts.manifest import Key, Manifest, commit, committed, listed
+from lowrank_compress.errors import InputError
+from lowrank_compress.evaluation.size import measure_size
+from lowrank_compress.methods.rounding import ROUNDINGS
+from lowrank_compress.model import packing
+from lowrank_compress.model.blueprint import Blueprint
+from lowrank_compress.model.export import ShardWriter, config_json, write_companions
+from lowrank_compress.model.skeleton import Skeleton
+from lowrank_compress.resources.resources import Resources
+from lowrank_compress.resources.workers import Workers
+from lowrank_compress.shipped.packed import LAYOUT
+from lowrank_compress.shipped.saving import remote_code_entries, write_remote_code
+from lowrank_compress.stages.card import CARD, about, copy_licences, model_card
+from lowrank_compress.stages.environment import environment
+from lowrank_compress.stages.quantizeconfig import QuantizeConfig
+from lowrank_compress.stages.quantizing import Layer, Quantizer, described
+from lowrank_compress.stages.report import REPORT, facts
+from lowrank_compress.stages.reporting import Reporter, Silent
+from lowrank_compress.stages.rewrite import contents_of, refuse_packed
+from lowrank_compress.stages.run import require_alone, work_of
+from lowrank_compress.stages.samples import settings_of, text_id
+from lowrank_compress.stages.stage import Given
+
+VERSION = 1
+
+
+def key(config: QuantizeConfig, inputs: Given) -> Key:
+    """Everything that the quantized checkpoint and its report depend on; a text counts by its content."""
+    found = contents_of(inputs.checkpoint)
+    if config.source is not None:
+        found["text"] = text_id(config)
+    return Key("quantize", VERSION, settings_of(config), found)
+
+
+def run(
+    config: QuantizeConfig,
+    inputs: Given,
+    out_dir: Path,
+    reporter: Reporter | None = None,
+    *,
+    resources: Resources = Resources(),
+    overwrite: bool = False,
+) -> Manifest:
+    """Quantize.
+
+    Parameters
+    ----------
+    config, inputs
+        How, and what: any checkpoint that this program reads and that is not quantized.
+    out_dir
+        The directory of the new checkpoint, which appears whole or not at all; see `work_of` for the state meanwhile.
+    reporter
+        Told about progress and warnings.
+    resources
+        What the first process may use; all are called with the same.
+    overwrite
+        Replace another checkpoint in `out_dir`.
+
+    Raises
+    ------
+    LrcError
+        The checkpoint is quantized, the text is missing or cannot be used, the budget is out of reach, or another
+        result is in `out_dir`.
+    """
+    refuse_packed(inputs.checkpoint, "quantize")
+    if config.source is None and ROUNDINGS[config.rounding].needs != "nothing":
+        raise InputError(f"Rounding by {config.rounding} looks at the model on a text: name one with --calibration.")
+    identity = key(config, inputs)
+
+    def made() -> Manifest:
+        recover(out_dir, listed)
+        if (found := committed(out_dir, identity, overwrite=overwrite)) is not None:
+            require_alone(out_dir, found)
+            return found
+        alone = replace(resources, workers=Workers()).on(config.device)
+        return _quantized(config, inputs, out_dir, identity, reporter or Silent(), alone)
+
+    return resources.workers.once(made)
+
+
+def _quantized(
+    config: QuantizeConfig, inputs: Given, out_dir: Path, identity: Key, reporter: Reporter, resources: Resources
+) -> Manifest:
+    checkpoint = inputs.checkpoint
+    before = read_json(checkpoint.path / REPORT) if (checkpoint.path / REPORT).exists() else None
+    own = measure_size(checkpoint).block_bytes
+    original = int((before or {}).get("claimed_bytes", own))
+    computing = torch.promote_types(checkpoint.dtype, torch.float32)
+    skeleton = Skeleton(checkpoint, torch.device(config.device), computing)
+    if ROUNDINGS[config.rounding].needs == "gradients" and skeleton.task == "embedding":
+        raise InputError(
+            f"Rounding by {config.rounding} takes gradients of a loss, and a {type(skeleton.model).__name__} has no "
+            "head to give one. Take --rounding quantease."
+        )
+    longest = skeleton.blueprint.longest_input()
+    if config.source is not None and config.seq_len > longest:
+        raise InputError(
+            f"--seq-len {config.seq_len} is more than the {longest} positions of the model. Use at most that."
+        )
+    quantizer = Quantizer(config, skeleton, original, work_of(out_dir), identity.id, reporter, resources)
+    chosen = quantizer.make()
+    with replacing(out_dir, listed) as draft:
+        shards = _write_tensors(quantizer, chosen, draft)
+        report = _report(quantizer, chosen, before, own)
+        _write_rest(quantizer, chosen, report, draft)
+        said = {name: value for name, value in report["quantize"].items() if name not in ("layers", "left")}
+        found = facts(report) | {"shards": shards, "quantize": said}
+        manifest = commit(draft, identity, files_in(draft), found, environment(config.device))
+    quantizer.clear()
+    return manifest
+
+
+def _write_tensors(quantizer: Quantizer, chosen: Mapping[str, int], out: Path) -> int:
+    """Write all tensors; return how many shards they take."""
+    plan = quantizer.plan
+    writer = ShardWriter(out, quantizer.config.shard_bytes)
+    layers = {f"{layer.path}.weight": layer for layer in quantizer.layers if layer.path in chosen}
+    for block in range(-1, len(quantizer.blocks)):
+        kept = quantizer.rounded.read(block) if block >= 0 else {}
+        for name in plan.outside() if block < 0 else plan.inside(block):
+            on_disk = plan.name_on_disk(name)
+            if name not in layers:
+                writer.add(on_disk, plan.read(name))
+                continue
+            layer = layers[name]
+            tensors = quantizer.tensors(layer, chosen[layer.path], kept)
+            for leaf, tensor in _named(layer, tensors, quantizer.dtype):
+                writer.add(f"{on_disk.removesuffix('weight')}{leaf}", tensor)
+        quantizer.reporter.advance("write", block + 1, len(quantizer.blocks))
+    return len(writer.close())
+
+
+def _named(layer: Layer, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Name tensors below their module: in a compressed module, which alone can stand for a transposed weight."""
+    if layer.transposed:
+        yield "weight", torch.empty(0, dtype=dtype)
+    for leaf, tensor in tensors.items():
+        yield f"lr_in.{leaf}" if layer.transposed else leaf, tensor
+
+
+def _layout(quantizer: Quantizer, chosen: Mapping[str, int]) -> dict[str, Any]:
+    """What `LowRankConfig` is to say."""
+    found: dict[str, Any] = dict(quantizer.plan.checkpoint.quantization or {})
+    modules, linears = dict(found.get("modules", {})), {}
+    for layer in quantizer.layers:
+        if layer.path not in chosen:
+            continue
+        grid = layer.grid(chosen[layer.path], quantizer.config)
+        if layer.transposed:
+            rows, columns = layer.shape
+            part = {"rows": rows, "format": "dense", "rank": rows}
+            modules[layer.path] = {
+                "in_features": columns, "out_features": rows, "bias": True, "heads": 1, "parts": [part]
+            }  # fmt: skip
+        linears[f"{layer.path}.lr_in" if layer.transposed else layer.path] = [grid.bits, grid.group, grid.symmetric]
+    return found | {"modules": modules, "factor_quantization": {"layout": LAYOUT, "linears": linears}}
+
+
+def _is_stock(quantizer: Quantizer) -> bool:
+    """Whether the quantized checkpoint is one of a stock model, in the format of compressed-tensors."""
+    plain = not any(layer.transposed for layer in quantizer.layers)
+    return plain and quantizer.config.symmetric and quantizer.plan.checkpoint.quantization is None
+
+
+def _write_rest(quantizer: Quantizer, chosen: Mapping[str, int], report: Mapping[str, Any], out: Path) -> None:
+    """Write all but the tensors."""
+    plan, checkpoint = quantizer.plan, quantizer.plan.checkpoint
+    layout = _layout(quantizer, chosen)
+    if _is_stock(quantizer):
+        settings = {**checkpoint.raw_config, "quantization_config": _stock_config(plan, layout)}
+        (out / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    else:
+        dtype = str(checkpoint.dtype).removeprefix("torch.")
+        write_json(out / "config.json", config_json(checkpoint, dtype, layout, remote_code_entries(plan.model.config)))
+        write_remote_code(out)
+    write_companions(checkpoint, out)
+    write_json(out / REPORT, report)
+    write_text(out / CARD, _card(report))
+    copy_licences(checkpoint, report, out)
+
+
+def _stock_config(plan: Blueprint, layout: Mapping[str, Any]) -> dict[str, Any]:
+    model = plan.model
+    shapes = {path: each for path, each in model.named_modules() if isinstance(each, nn.Linear)}
+    linears = layout["factor_quantization"]["linears"]
+    packed = {path: (tuple(entry), shapes[path].in_features) for path, entry in linears.items()}
+    return packing.config_of(packed, [path for path in shapes if path not in packed], model.base_model_prefix)
+
+
+def _report(
+    quantizer: Quantizer, chosen: Mapping[str, int], before: Mapping[str, Any] | None, own: int
+) -> dict[str, Any]:
+    """Make lowrank.json."""
+    config, layers = quantizer.config, described(quantizer, chosen)
+    weights = sum(layer.weights for layer in quantizer.layers)
+    taken = sum(entry["bytes"] for entry in layers.values())
+    stored = own + taken - sum(quantizer.bytes_of(layer, None) for layer in quantizer.layers)
+    nats = quantizer.rounding.needs == "gradients"
+    said = {
+        "rounding": config.rounding,
+        "asked_bits": config.bits,
+        "asked_bytes": config.bytes,
+        "bits_per_weight": 8 * taken / weights,
+        "weights": weights,
+        "layer_bytes": taken,
+        "stored_bytes": stored,
+        "original_bytes": quantizer.original_bytes,
+        "predicted_loss": sum(entry.get("loss", 0.0) for entry in layers.values()) if nats else None,
+        "unit": "nats" if nats else "share",
+        "format": packing.METHOD if _is_stock(quantizer) else "lowrank",
+        "left": quantizer.left,
+        "layers": layers,
+    }
+    if before is None:
+        return {"schema": 1, "method": "dense", "about": about(quantizer.plan), "quantize": said}
+    return {**before, **_bytes_now(before, stored), "quantize": said}
+
+
+def _bytes_now(before: Mapping[str, Any], stored: int) -> dict[str, Any]:
+    """What a report of the checkpoint before says of bytes, as it is now."""
+    if "reached_ratio_bytes" not in before:  # an older version counted elements alone
+        return {}
+    # Counted in the ratio and not claimed, nothing or all the rest of the model, has stayed as it is.
+    removed = before["claimed_elements"] - before["stored_elements"]
+    others = round(removed / before["reached_ratio"]) - before["claimed_elements"]
+    beside = others * getattr(torch, before["dtype"]).itemsize
+    whole = round((before["stored_bytes"] + beside) / (1 - before["reached_ratio_bytes"]))
+    return {"stored_bytes": stored, "reached_ratio_bytes": 1 - (stored + beside) / whole}
+
+
+def _card(report: Mapping[str, Any]) -> str:
+    """Write a short README.md for the checkpoint."""
+    said = report["quantize"]
+    text = f"""
+## Quantized
+
+The {said["weights"]:,} weights of its linear layers take {said["bits_per_weight"]:.2f} bits each, scales included
+(`lrc quantize`, rounding `{said["rounding"]}`); all weights inside the blocks take {said["stored_bytes"]:,} bytes, of
+the original's {said["original_bytes"]:,}.
+"""
+    if said["format"] == "lowrank":
+        if "reached_ratio" in report:
+            return model_card(report) + text
+        how = "import lowrank_compress, or pass trust_remote_code=True"
+    else:
+        how = "pip install compressed-tensors"
+    head = "---\nlibrary_name: transformers\ntags: [quantized]\n---\n\n# A quantized checkpoint\n"
+    return f"{head}{text}\nTo load: {how}.\n"

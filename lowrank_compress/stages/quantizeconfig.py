@@ -1,0 +1,108 @@
+"""What `lrc quantize` can be told, and what it takes from a run's recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pydantic import Field, model_validator
+
+from lowrank_compress.calibration.sources import PAPERS_DATA
+from lowrank_compress.config import MANY, CalibrationSet
+from lowrank_compress.errors import InputError
+from lowrank_compress.methods.rounding import ROUNDINGS
+from lowrank_compress.recipe import Recipe
+from lowrank_compress.stages.plan import MICRO_BATCH_TOKENS
+
+SEQ_LEN, SAMPLES = 512, 128
+BITS = (2, 3, 4, 5, 6, 8)
+"""What a budget chooses from, matrix by matrix."""
+
+
+class QuantizeConfig(CalibrationSet):
+    """What the quantized checkpoint depends on.
+
+    Attributes
+    ----------
+    rounding
+        How (`rounding.ROUNDINGS`).
+    bits
+        Of every weight, a whole number; or so many stored bits for a weight on average, scales included.
+    bytes
+        In place of bits: the share of the original's bytes, of all claimed weights, that may be stored.
+    group
+        Columns that share a scale.
+    symmetric
+        Whether zero points are 0.
+    damping, damping_fisher
+        Shares of their mean diagonals that are added to the diagonals of Gram and Fisher matrices.
+    clip
+        As in `CalibrateConfig`.
+    device
+        Where.
+    """
+
+    samples: int = Field(default=SAMPLES, ge=1, le=MANY)
+    rounding: str = "kfac"
+    bits: float | None = Field(default=None, ge=2, le=16)
+    bytes: float | None = Field(default=None, gt=0, lt=1)
+    group: int = Field(default=64, ge=8, le=4096)
+    symmetric: bool = True
+    damping: float = Field(default=0.01, gt=0, le=1)
+    damping_fisher: float = Field(default=0.1, gt=0, le=100)
+    clip: float | None = Field(default=None, gt=0)
+    device: str = "cpu"
+    shard_bytes: int = 1_000_000_000
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> QuantizeConfig:
+        if (self.bits is None) == (self.bytes is None):
+            raise ValueError("bits and bytes are one budget; expected one of them")
+        if self.whole is None and self.bits is not None and self.bits > BITS[-1] + 1:
+            raise ValueError(f"bits is {self.bits:g}; expected up to 9 bits for a weight, scales included")
+        if self.whole is not None and self.whole not in BITS:
+            raise ValueError(f"bits is {self.whole}; expected one of {', '.join(map(str, BITS))}, or a fraction")
+        return self
+
+    @property
+    def whole(self) -> int | None:
+        """The bits of all weights, where all have the same."""
+        return int(self.bits) if self.bits is not None and self.bits.is_integer() else None
+
+
+def options_of(data: Mapping[str, Any], recipe: Recipe | None, rounding: str, device: str) -> dict[str, Any]:
+    """Decide what a config says of data and device.
+
+    Parameters
+    ----------
+    data
+        What was asked for: source, text_column, label_column, samples, seq_len, seed; None for what was not.
+    recipe
+        Of the run whose checkpoint is quantized; None for a checkpoint that is none's.
+    rounding
+        Which needs a text, or none.
+    device
+        Where to compute.
+
+    Raises
+    ------
+    InputError
+        No text is named, and one is needed; or the rounding is unknown.
+    """
+    given = {name: value for name, value in data.items() if value is not None}
+    if recipe is not None:
+        own = {name: getattr(recipe, name) for name in ("samples", "seq_len", "seed")}
+        if "source" not in given:
+            columns = {name: getattr(recipe, name) for name in ("text_column", "label_column")}
+            own |= {"source": recipe.calibration or PAPERS_DATA, **columns}
+        given = {name: value for name, value in own.items() if value is not None} | given
+    if ROUNDINGS[rounding].needs == "nothing":
+        given = {name: value for name, value in given.items() if name == "seed"} | {"source": None}
+    elif "source" not in given:
+        raise InputError(
+            f"Rounding by {rounding} looks at the model on a text: name one with --calibration, or take --rounding "
+            "rtn, which needs none."
+        )
+    length: int = given.setdefault("seq_len", SEQ_LEN) or SEQ_LEN
+    return given | {"device": device, "micro_batch": max(1, MICRO_BATCH_TOKENS[torch.device(device).type] // length)}

@@ -1,0 +1,263 @@
+"""Round every layer of a checkpoint that can be, block by block, and choose how many bits each is to have."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lowrank_compress.allocation.choice import of_ranks
+from lowrank_compress.allocation.curve import Curve
+from lowrank_compress.allocation.loss import allocate
+from lowrank_compress.artifacts.tensors import BlockFiles
+from lowrank_compress.calibration.capture import numbered
+from lowrank_compress.calibration.layers import LayerMoments, layer_moments
+from lowrank_compress.errors import InputError
+from lowrank_compress.evaluation.size import measure_size
+from lowrank_compress.formats.packed import packed_bytes, packed_tensors, scale_dtype
+from lowrank_compress.linalg.quantize import Grid, Quantized, Scales
+from lowrank_compress.methods.rounding import ROUNDINGS, Problem
+from lowrank_compress.model.blueprint import Blueprint
+from lowrank_compress.model.skeleton import Skeleton
+from lowrank_compress.resources.resources import Resources
+from lowrank_compress.shipped.linear import CompressedLinear
+from lowrank_compress.stages.quantizeconfig import BITS, QuantizeConfig
+from lowrank_compress.stages.reporting import Reporter
+from lowrank_compress.stages.samples import calibration_batches
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A module that multiplies by one matrix, which can be quantized.
+
+    Attributes
+    ----------
+    path
+        Of the module in the checkpoint's model; its weight is ``path.weight``.
+    block
+        Its block.
+    shape
+        (out, in).
+    transposed
+        Whether the weight lies as (in, out).
+    """
+
+    path: str
+    block: int
+    shape: tuple[int, int]
+    transposed: bool
+
+    @property
+    def weights(self) -> int:
+        """How many weights it has."""
+        return self.shape[0] * self.shape[1]
+
+    def grid(self, bits: int, config: QuantizeConfig) -> Grid:
+        """The grid of so many bits; where the group does not divide the columns, all of a row share one scale."""
+        columns = self.shape[1]
+        return Grid(bits, config.group if columns % config.group == 0 else columns, config.symmetric)
+
+
+def layers_of(plan: Blueprint) -> tuple[list[Layer], dict[str, str]]:
+    """Find the layers of a checkpoint's blocks that can be quantized, and why others of the claimed ones cannot."""
+    found: list[Layer] = []
+    left: dict[str, str] = {}
+    for path, targets in plan.resolved.modules().items():
+        module = plan.model.get_submodule(path)
+        inside = dict(module.named_children()) if isinstance(module, CompressedLinear) else {}
+        for name, each in {f"{path}.{leaf}": child for leaf, child in inside.items()}.items() or [(path, module)]:
+            if isinstance(each, nn.Linear) and each.weight.numel():
+                found.append(Layer(name, targets[0].block, (each.out_features, each.in_features), False))
+            elif isinstance(each, Conv1D):
+                found.append(Layer(name, targets[0].block, (each.weight.shape[1], each.weight.shape[0]), True))
+            elif not isinstance(each, nn.Linear):
+                left[name] = f"a {type(each).__name__} is no linear layer"
+    for target in plan.resolved.outside:
+        left[target.module] = "outside of the blocks"
+    return found, left
+
+
+class Quantizer:
+    """Rounds layers, keeping each finished block on the disk.
+
+    Parameters
+    ----------
+    config
+        How.
+    skeleton
+        The checkpoint's model.
+    original_bytes
+        Of all claimed weights as the original stores them.
+    work, id
+        Where finished blocks lie, and of which result they are.
+    reporter, resources
+        Told about progress; what may be used.
+    """
+
+    def __init__(
+        self,
+        config: QuantizeConfig,
+        skeleton: Skeleton,
+        original_bytes: int,
+        work: Path,
+        id: str,
+        reporter: Reporter,
+        resources: Resources,
+    ) -> None:
+        self.config, self.skeleton, self.plan = config, skeleton, skeleton.blueprint
+        self.original_bytes, self.reporter, self.resources = original_bytes, reporter, resources
+        self.layers, self.left = layers_of(self.plan)
+        if not self.layers:
+            raise InputError(f"{self.plan.checkpoint.path} has no linear layer in its blocks that could be quantized.")
+        self.rounding = ROUNDINGS[config.rounding]
+        self.dtype = self.plan.checkpoint.dtype
+        self.scales = scale_dtype(self.dtype)
+        self.bits = BITS if config.whole is None else (config.whole,)
+        self.work = work
+        self.rounded = BlockFiles(work, id, "rounded")
+        self.blocks = range(len(self.plan.resolved.blocks))
+        if config.whole is None:
+            self._require_reachable()
+
+    def of_block(self, block: int) -> list[Layer]:
+        """The layers of a block."""
+        return [layer for layer in self.layers if layer.block == block]
+
+    def make(self) -> dict[str, int]:
+        """Round what is not rounded yet; return the bits of each layer by its path, none for one that stays."""
+        missing = [block for block in self.blocks if not self.rounded.finished(block)]
+        if missing:
+            self.work.mkdir(parents=True, exist_ok=True)
+            for block, moments in self._moments(missing):
+                self._round(block, moments)
+        return self._chosen()
+
+    def clear(self) -> None:
+        """Remove what lies on the disk."""
+        self.rounded.remove(self.blocks)
+
+    def _moments(self, missing: Sequence[int]) -> Iterator[tuple[int, Mapping[str, LayerMoments]]]:
+        if self.rounding.needs == "nothing":
+            for block in missing:
+                yield block, {}
+                self.reporter.advance("quantize", block + 1, len(self.blocks))
+            return
+        yield from layer_moments(
+            self.skeleton,
+            numbered(calibration_batches(self.config, self.plan.checkpoint, self.plan.task)),
+            [[layer.path for layer in self.of_block(block)] for block in self.blocks],
+            gradients=self.rounding.needs == "gradients",
+            skip=lambda block: block not in missing,
+            clip=self.config.clip,
+            advance=self.reporter.advance,
+            spill_to=self.work,
+            resources=self.resources,
+        )
+
+    def _round(self, block: int, moments: Mapping[str, LayerMoments]) -> None:
+        tensors: dict[str, Tensor] = {}
+        losses: dict[str, dict[str, float]] = {}
+        device = torch.device(self.config.device)
+        for layer in self.of_block(block):
+            known = moments.get(layer.path)
+            weight = self.plan.read(f"{layer.path}.weight").to(device, torch.float64)
+            problem = Problem(
+                weight.mT.contiguous() if layer.transposed else weight,
+                self.scales,
+                self.config.damping,
+                self.config.damping_fisher,
+                None if known is None else known.gram.to(device),
+                None if known is None or known.fisher is None else known.fisher.to(device),
+            )
+            for bits in self.bits:
+                found = self.rounding.fit(problem, layer.grid(bits, self.config))
+                losses.setdefault(layer.path, {})[str(bits)] = problem.lost(found)
+                kept = {"codes": found.codes.to(torch.int8), "scale": found.scales.scale.to(self.scales)}
+                kept["zero"] = found.scales.zero.to(torch.int8)
+                tensors |= {f"{layer.path}/{bits}/{name}": tensor for name, tensor in kept.items()}
+        self.rounded.write(block, tensors, notes={"losses": losses})
+
+    def losses(self) -> dict[str, dict[int, float]]:
+        """What each layer loses at each number of bits (`Problem.lost`)."""
+        return {
+            path: {int(bits): value for bits, value in each.items()}
+            for block in self.blocks
+            for path, each in self.rounded.notes(block)["losses"].items()
+        }
+
+    def tensors(self, layer: Layer, bits: int, block: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a layer by their leaf names; `block` is what was kept of its block."""
+        codes, scale, zero = (block[f"{layer.path}/{bits}/{name}"] for name in ("codes", "scale", "zero"))
+        scales = Scales(layer.grid(bits, self.config), scale.double(), zero.double())
+        return packed_tensors(Quantized(scales, codes.double()), self.scales)
+
+    def bytes_of(self, layer: Layer, bits: int | None) -> int:
+        """Bytes of a layer's weight; None for as it is."""
+        if bits is None:
+            return layer.weights * self.dtype.itemsize
+        return packed_bytes(layer.shape, layer.grid(bits, self.config), self.scales)
+
+    def _limit(self) -> int:
+        """How many bytes the layers may take together."""
+        config = self.config
+        if config.bytes is None:
+            return math.floor(Fraction(str(config.bits)) * sum(layer.weights for layer in self.layers) / 8)
+        own = sum(self.bytes_of(layer, None) for layer in self.layers)
+        others = measure_size(self.plan.checkpoint).block_bytes - own
+        return math.floor(Fraction(str(config.bytes)) * self.original_bytes) - others
+
+    def _require_reachable(self) -> None:
+        least = sum(self.bytes_of(layer, BITS[0]) for layer in self.layers)
+        if least <= (limit := self._limit()):
+            return
+        if self.config.bytes is None:
+            weights = sum(layer.weights for layer in self.layers)
+            smallest = f"--bits {math.ceil(800 * least / weights) / 100}"
+        else:
+            lacking = (least - limit) / self.original_bytes
+            smallest = f"--bytes {math.ceil(1e4 * (self.config.bytes + lacking)) / 1e4}"
+        raise InputError(
+            f"The budget is out of reach: with {BITS[0]} bits and scales for groups of {self.config.group} the layers "
+            f"take {least:,} bytes, and {max(limit, 0):,} are theirs. The smallest budget is {smallest}; a larger "
+            "--group needs less."
+        )
+
+    def _chosen(self) -> dict[str, int]:
+        whole = self.config.whole
+        if whole is not None:
+            return {layer.path: whole for layer in self.layers}
+        losses = self.losses()
+        curves, kinds = [], []
+        for layer in self.layers:
+            kind = [bits for bits in BITS if self.bytes_of(layer, bits) < self.bytes_of(layer, None)]
+            stored = np.array([self.bytes_of(layer, bits) for bits in (*kind, None)], dtype=np.int64)
+            # What a search misses: more bits lose no more than fewer.
+            loss = np.minimum.accumulate([losses[layer.path][bits] for bits in kind])
+            choices = of_ranks("packed", np.array(kind, dtype=np.int64), stored[:-1])
+            curves.append(Curve(layer.path, choices, stored, np.append(loss, 0.0), block=layer.block))
+            kinds.append([*kind, None])
+        points = allocate(curves, self._limit())
+        found = {layer.path: kind[point] for layer, kind, point in zip(self.layers, kinds, points, strict=True)}
+        return {path: bits for path, bits in found.items() if bits is not None}
+
+
+def described(quantizer: Quantizer, chosen: Mapping[str, int]) -> dict[str, Any]:
+    """Say of each layer how it is stored, for lowrank.json."""
+    losses = quantizer.losses()
+    found = {}
+    for layer in quantizer.layers:
+        bits = chosen.get(layer.path)
+        entry: dict[str, Any] = {"shape": list(layer.shape), "bits": bits, "bytes": quantizer.bytes_of(layer, bits)}
+        if bits is not None:
+            grid = layer.grid(bits, quantizer.config)
+            entry |= {"group": grid.group, "symmetric": grid.symmetric, "loss": losses[layer.path][bits]}
+        found[layer.path] = entry
+    return found

@@ -45,11 +45,13 @@ def print_result(result: dict[str, Any], as_json: bool) -> None:
 def summary(said: Mapping[str, Any]) -> str:
     """Say in a sentence or two what was quantized, and what it takes."""
     loss = said["predicted_loss"]
+    beside = said.get("residual_bytes")
     loads = "compressed-tensors" if said["format"] == "compressed-tensors" else "lowrank_compress, or remote code"
     return (
         f"Quantized ({said['rounding']}): {said['weights']:,} weights in {said['bits_per_weight']:.3f} bits each, "
         f"scales included. All weights inside the blocks take {said['stored_bytes']:,} bytes, of the original's "
         f"{said['original_bytes']:,} ({said['stored_bytes'] / said['original_bytes']:.1%}). Loads with {loads}."
+        + (f" The adapter of rank {said['residual_rank']} beside takes {beside:,} bytes." if beside else "")
         + ("" if loss is None else f" Predicted loss increase by rounding: {loss:.4g} nats a token.")
     )
 

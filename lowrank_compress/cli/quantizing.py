@@ -54,6 +54,16 @@ def quantize(
             rich_help_panel=WHAT,
         ),
     ] = True,
+    residual_rank: Annotated[
+        int,
+        typer.Option(
+            "--residual-rank",
+            min=0,
+            help="Of a dense checkpoint: write beside it, in OUT/adapter, a LoRA adapter (peft) of this rank that "
+            "makes up for the rounding, from which to fine-tune, too (LQ-LoRA).",
+            rich_help_panel=WHAT,
+        ),
+    ] = 0,
     rounding: Annotated[
         str,
         typer.Option(
@@ -114,6 +124,7 @@ def quantize(
             "bytes": share,
             "group": group,
             "symmetric": symmetric,
+            "residual_rank": residual_rank,
             "rounding": rounding,
             "damping": damping,
             "damping_fisher": damping_fisher,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -11,12 +11,13 @@ from torch import Tensor
 
 from lowrank_compress.linalg.quantease import descended, loss
 from lowrank_compress.linalg.quantize import Grid, Quantized, rounded, searched
+from lowrank_compress.linalg.residual import residual
 from lowrank_compress.linalg.sweep import damped, swept
 from lowrank_compress.linalg.twosided import swept_both
 from lowrank_compress.registry import Registry
 
 Needs = Literal["nothing", "inputs", "gradients"]
-PASSES = 3
+PASSES, ROUNDS = 3, 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,12 +48,13 @@ class Problem:
         assert self.gram is not None
         return damped(self.gram, self.damping)
 
-    def lost(self, found: Quantized) -> float:
-        """What is lost.
+    def lost(self, found: Quantized, product: Tensor | None = None) -> float:
+        """What is lost, by the matrix that was found and perhaps one that is added to it.
 
         In nats a token where F is known (½ tr F E G Eᵀ); else the share of tr W G Wᵀ, with I for a G that is unknown.
         """
         error, gram = self.weight - found.matrix(), self.gram
+        error = error if product is None else error - product
         gram = torch.eye(error.shape[1]).to(error) if gram is None else gram
         if self.fisher is not None:
             return loss(error, gram, self.fisher) / 2
@@ -79,6 +81,46 @@ def _both(problem: Problem, grid: Grid) -> Quantized:
     start = _descended(problem, grid)
     fisher = damped(problem.fisher, problem.damping_fisher)
     return min((swept_both(problem.weight, start.scales, problem.inputs(), fisher), start), key=problem.lost)
+
+
+@dataclass(frozen=True, eq=False)
+class WithResidual:
+    """A matrix as Q + A B.
+
+    Attributes
+    ----------
+    quantized
+        Q.
+    outer, inner
+        A, (m, r), and B, (r, n), float64, with values that the dtype has in which they will be stored.
+    lost
+        As `Problem.lost`, of both together.
+    """
+
+    quantized: Quantized
+    outer: Tensor
+    inner: Tensor
+    lost: float
+
+
+def with_residual(problem: Problem, grid: Grid, rounding: Rounding, rank: int, dtype: torch.dtype) -> WithResidual:
+    """Fit in turn Q to W − A B and A B to W − Q (LQ-LoRA, ICLR 2024), and return the best of `ROUNDS`.
+
+    Parameters
+    ----------
+    rank, dtype
+        Of A and B.
+    """
+    weight, found = problem.weight, list[WithResidual]()
+    gram = torch.eye(weight.shape[1]).to(weight) if problem.gram is None else problem.inputs()
+    fisher = None if problem.fisher is None else damped(problem.fisher, problem.damping_fisher)
+    product = torch.zeros_like(weight)
+    for _ in range(ROUNDS):
+        quantized = rounding.fit(replace(problem, weight=weight - product), grid)
+        outer, inner = (part.to(dtype).double() for part in residual(weight - quantized.matrix(), gram, fisher, rank))
+        product = outer @ inner
+        found.append(WithResidual(quantized, outer, inner, problem.lost(quantized, product)))
+    return min(found, key=lambda each: each.lost)
 
 
 @dataclass(frozen=True)

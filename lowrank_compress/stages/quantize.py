@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lowrank_compress.artifacts.directories import files_in, recover, replacing
@@ -43,6 +44,8 @@ from lowrank_compress.stages.samples import settings_of, text_id
 from lowrank_compress.stages.stage import Given
 
 VERSION = 1
+ADAPTER = "adapter"
+TASKS = {"lm": "CAUSAL_LM", "classification": "SEQ_CLS", "embedding": "FEATURE_EXTRACTION"}
 
 
 def key(config: QuantizeConfig, inputs: Given) -> Key:
@@ -118,12 +121,19 @@ def _quantized(
         raise InputError(
             f"--seq-len {config.seq_len} is more than the {longest} positions of the model. Use at most that."
         )
+    if config.residual_rank and not (config.symmetric and checkpoint.quantization is None and config.whole):
+        raise InputError(
+            "A residual becomes an adapter of a stock checkpoint: expected a dense one to quantize, --symmetric, and a "
+            "whole number of --bits."
+        )
     quantizer = Quantizer(config, skeleton, original, work_of(out_dir), identity.id, reporter, resources)
     chosen = quantizer.make()
     with replacing(out_dir, listed) as draft:
         shards = _write_tensors(quantizer, chosen, draft)
         report = _report(quantizer, chosen, before, own)
         _write_rest(quantizer, chosen, report, draft)
+        if config.residual_rank:
+            _write_adapter(quantizer, chosen, draft / ADAPTER)
         said = {name: value for name, value in report["quantize"].items() if name not in ("layers", "left")}
         found = facts(report) | {"shards": shards, "quantize": said}
         manifest = commit(draft, identity, files_in(draft), found, environment(config.device))
@@ -208,6 +218,35 @@ def _stock_config(plan: Blueprint, layout: Mapping[str, Any]) -> dict[str, Any]:
     return packing.config_of(packed, [path for path in shapes if path not in packed], model.base_model_prefix)
 
 
+def _write_adapter(quantizer: Quantizer, chosen: Mapping[str, int], out: Path) -> None:
+    """Write the products that make up for rounding as an adapter of peft."""
+    tensors: dict[str, Tensor] = {}
+    for block in quantizer.blocks:
+        kept = quantizer.rounded.read(block)
+        for layer in quantizer.of_block(block):
+            for name, side in (("inner", "A"), ("outer", "B")):
+                named = f"base_model.model.{layer.path}.lora_{side}.weight"
+                tensors[named] = kept[f"{layer.path}/{chosen[layer.path]}/{name}"].contiguous()
+    ranks = {layer.path: min(quantizer.config.residual_rank, *layer.shape) for layer in quantizer.layers}
+    usual = max(ranks.values())
+    out.mkdir()
+    save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
+    settings = {
+        "peft_type": "LORA",
+        "task_type": TASKS.get(quantizer.plan.task),
+        "base_model_name_or_path": None,
+        "r": usual,
+        "lora_alpha": usual,
+        "rank_pattern": {path: rank for path, rank in ranks.items() if rank != usual},
+        "alpha_pattern": {path: rank for path, rank in ranks.items() if rank != usual},
+        "target_modules": sorted(ranks),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": False,
+    }
+    write_json(out / "adapter_config.json", settings)
+
+
 def _report(
     quantizer: Quantizer, chosen: Mapping[str, int], before: Mapping[str, Any] | None, own: int
 ) -> dict[str, Any]:
@@ -226,6 +265,8 @@ def _report(
         "layer_bytes": taken,
         "stored_bytes": stored,
         "original_bytes": quantizer.original_bytes,
+        "residual_rank": config.residual_rank,
+        "residual_bytes": sum(_residual_bytes(layer, config.residual_rank) for layer in quantizer.layers),
         "predicted_loss": sum(entry.get("loss", 0.0) for entry in layers.values()) if nats else None,
         "unit": "nats" if nats else "share",
         "format": packing.METHOD if _is_stock(quantizer) else "lowrank",
@@ -235,6 +276,11 @@ def _report(
     if before is None:
         return {"schema": 1, "method": "dense", "about": about(quantizer.plan), "quantize": said}
     return {**before, **_bytes_now(before, stored), "quantize": said}
+
+
+def _residual_bytes(layer: Layer, rank: int) -> int:
+    """Bytes of a layer's product, in two bytes a number."""
+    return 2 * min(rank, *layer.shape) * sum(layer.shape)
 
 
 def _bytes_now(before: Mapping[str, Any], stored: int) -> dict[str, Any]:

@@ -35,6 +35,8 @@ class QuantizeConfig(CalibrationSet):
         Columns that share a scale.
     symmetric
         Whether zero points are 0.
+    residual_rank
+        Of a product that is added to each matrix and makes up for rounding: an adapter beside the checkpoint. 0: none.
     damping, damping_fisher
         Shares of their mean diagonals that are added to the diagonals of Gram and Fisher matrices.
     clip
@@ -49,6 +51,7 @@ class QuantizeConfig(CalibrationSet):
     bytes: float | None = Field(default=None, gt=0, lt=1)
     group: int = Field(default=64, ge=8, le=4096)
     symmetric: bool = True
+    residual_rank: int = Field(default=0, ge=0, le=MANY)
     damping: float = Field(default=0.01, gt=0, le=1)
     damping_fisher: float = Field(default=0.1, gt=0, le=100)
     clip: float | None = Field(default=None, gt=0)

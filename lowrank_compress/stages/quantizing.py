@@ -24,7 +24,7 @@ from lowrank_compress.errors import InputError
 from lowrank_compress.evaluation.size import measure_size
 from lowrank_compress.formats.packed import packed_bytes, packed_tensors, scale_dtype
 from lowrank_compress.linalg.quantize import Grid, Quantized, Scales
-from lowrank_compress.methods.rounding import ROUNDINGS, Problem
+from lowrank_compress.methods.rounding import ROUNDINGS, Problem, with_residual
 from lowrank_compress.model.blueprint import Blueprint
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.resources.resources import Resources
@@ -178,12 +178,24 @@ class Quantizer:
                 None if known is None or known.fisher is None else known.fisher.to(device),
             )
             for bits in self.bits:
-                found = self.rounding.fit(problem, layer.grid(bits, self.config))
-                losses.setdefault(layer.path, {})[str(bits)] = problem.lost(found)
+                found, lost = self._fit(layer, bits, problem, tensors)
+                losses.setdefault(layer.path, {})[str(bits)] = lost
                 kept = {"codes": found.codes.to(torch.int8), "scale": found.scales.scale.to(self.scales)}
                 kept["zero"] = found.scales.zero.to(torch.int8)
                 tensors |= {f"{layer.path}/{bits}/{name}": tensor for name, tensor in kept.items()}
         self.rounded.write(block, tensors, notes={"losses": losses})
+
+    def _fit(self, layer: Layer, bits: int, problem: Problem, tensors: dict[str, Tensor]) -> tuple[Quantized, float]:
+        """Round a layer, with a product beside it if one is asked for, which is added to `tensors`."""
+        grid = layer.grid(bits, self.config)
+        if not self.config.residual_rank:
+            found = self.rounding.fit(problem, grid)
+            return found, problem.lost(found)
+        rank = min(self.config.residual_rank, *layer.shape)
+        both = with_residual(problem, grid, self.rounding, rank, self.scales)
+        for name, part in (("outer", both.outer), ("inner", both.inner)):
+            tensors[f"{layer.path}/{bits}/{name}"] = part.to(self.scales)
+        return both.quantized, both.lost
 
     def losses(self) -> dict[str, dict[int, float]]:
         """What each layer loses at each number of bits (`Problem.lost`)."""

@@ -209,6 +209,27 @@ def test_killed_and_repeated_it_ends_in_the_same_bytes(tiny: Tiny, tmp_path: Pat
     assert manifest.key.stage == "quantize"
 
 
+def test_a_residual_is_an_adapter_of_peft_that_makes_up_for_rounding(tiny: Tiny, tmp_path: Path) -> None:
+    words = ("--bits", 2, "--residual-rank", 6, "--calibration", tiny.text, *FEW)
+    out = tmp_path / "two"
+    said = quantize(tiny.model, *words, "--out", out)["quantize"]
+    tensors = load_file(out / "adapter" / "adapter_model.safetensors")
+    assert said["residual_bytes"] == sum(tensor.nbytes for tensor in tensors.values())
+    assert len(tensors) == 2 * len(json.loads((out / "lowrank.json").read_text())["quantize"]["layers"])
+    message = refused("quantize", tiny.model, *words, "--asymmetric", "--out", tmp_path / "no")
+    assert "A residual becomes an adapter of a stock checkpoint" in message
+    peft = pytest.importorskip("peft")
+    done("export", out, "--dense", tmp_path / "dense")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    expected, base = logits(AutoModelForCausalLM.from_pretrained(tiny.model)), logits(dense)
+    mended = logits(peft.PeftModel.from_pretrained(dense, out / "adapter"))
+    assert (mended - expected).norm() < 0.8 * (base - expected).norm()
+    pytest.importorskip("compressed_tensors")
+    stock = AutoModelForCausalLM.from_pretrained(out)
+    assert torch.equal(logits(stock), base)  # its weights are unpacked at the first call
+    assert torch.allclose(logits(peft.PeftModel.from_pretrained(stock, out / "adapter")), mended, atol=1e-5)
+
+
 def test_what_cannot_be_done_is_said(tiny: Tiny, tmp_path: Path) -> None:
     out = ("--out", tmp_path / "no")
     assert "name one with --calibration, or take --rounding rtn" in refused("quantize", tiny.model, *out)

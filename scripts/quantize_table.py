@@ -1,0 +1,142 @@
+"""Measure the tables of docs/quantization.md: perplexity by rounding and bits, counted from what is on the disk.
+
+Usage, from the root of the repository::
+
+    python scripts/quantize_table.py                                    # print
+    python scripts/quantize_table.py --write docs/quantization.md       # replace what stands between the markers
+    python scripts/quantize_table.py --only stories260k
+
+A table stands between ``<!-- quantize:NAME -->`` and ``<!-- /quantize:NAME -->``. A model that is not there is passed
+over, with a line on stderr, and its table stays as it was.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from running import ASSETS, lrc, perplexity
+
+ROUNDINGS = ("rtn", "gptq", "quantease", "kfac")
+BITS = (8, 4, 3)
+MIXED = (3.5, 3.25, 3.0, 2.75, 2.6)
+RATIOS = (0.05, 0.1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model with the texts to calibrate and to measure it on."""
+
+    name: str
+    title: str
+    model: Path
+    calibration: Path
+    heldout: Path
+    windows: int
+    ratios: tuple[float, ...] = RATIOS
+
+    def sampled(self) -> list[object]:
+        """Options that name the calibration set."""
+        return ["--calibration", self.calibration, "--samples", self.windows, "--seq-len", 256]
+
+    def measured(self, checkpoint: Path) -> float:
+        """Perplexity of a checkpoint."""
+        return perplexity(checkpoint, self.heldout, "--seq-len", 256, "--limit", 64)
+
+
+CASES = (
+    Case(
+        "stories260k",
+        "stories260K (Llama, 0.26 M parameters), TinyStories",
+        ASSETS / "models/stories260k-llama-gqa",
+        ASSETS / "text/tinystories-calibration.txt",
+        ASSETS / "text/tinystories-dev.txt",
+        64,
+    ),
+    Case(
+        "books",
+        "books-gpt2-2m (GPT-2, 2.3 M parameters), public-domain books",
+        ASSETS / "models/books-gpt2-2m",
+        ASSETS / "text/books-train-part.txt",
+        ASSETS / "text/books-validation.txt",
+        64,
+    ),
+)
+
+
+def rows(case: Case, place: Path) -> Iterator[tuple[str, str, dict[str, Any], float]]:
+    """Yield rounding, what was asked for, what was stored, and the perplexity of each row."""
+
+    def quantized(target: Path, *options: object) -> tuple[dict[str, Any], Path]:
+        found = lrc("quantize", target, *options, "--overwrite")
+        return found["quantize"], Path(found["model"])
+
+    out = ["--out", place / "quantized"]
+    for bits in BITS:
+        for rounding in ROUNDINGS:
+            said, made = quantized(case.model, "--bits", bits, "--rounding", rounding, *case.sampled(), *out)
+            yield f"`{rounding}`", f"{bits} bits", said, case.measured(made)
+    for bits in MIXED:
+        said, made = quantized(case.model, "--bits", bits, *case.sampled(), *out)
+        yield "`kfac`", f"{bits:g} bits, by loss", said, case.measured(made)
+    for ratio in case.ratios:
+        run = place / f"run-{ratio:g}"
+        lrc("compress", case.model, "--ratio", ratio, *case.sampled(), "--out", run)
+        said, made = quantized(run, "--bits", 4)
+        yield "`kfac`", f"`auto`, {ratio:.0%} removed, then 4 bits", said, case.measured(made)
+
+
+def table(case: Case, place: Path) -> str:
+    """Make the table of a case, in markdown."""
+    dense = case.measured(case.model)
+    lines = [
+        f"{case.title}; {case.windows} × 256 tokens of calibration, 64 × 256 of held-out text, groups of 64.",
+        f"Perplexity of the dense model: {dense:.3f}. Bits are those stored for each weight of the original's blocks.",
+        "",
+        "| rounding | asked | stored bits a weight | perplexity ÷ dense |",
+        "|---|---|---:|---:|",
+    ]
+    original: int | None = None
+    for rounding, asked, said, found in rows(case, place):
+        original = original or said["weights"]
+        lines.append(f"| {rounding} | {asked} | {8 * said['stored_bytes'] / original:.2f} | {found / dense:.4f} |")
+        typer.echo(lines[-1], err=True)
+    return "\n".join(lines)
+
+
+def replaced(text: str, name: str, made: str) -> str:
+    """Put a table between its markers."""
+    begin, end = f"<!-- quantize:{name} -->", f"<!-- /quantize:{name} -->"
+    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+    if not pattern.search(text):
+        raise SystemExit(f"no {begin} there")
+    return pattern.sub(lambda _: f"{begin}\n{made}\n{end}", text)
+
+
+def main(
+    write: Annotated[Path | None, typer.Option(help="The file whose tables are replaced.")] = None,
+    only: Annotated[str | None, typer.Option(help="The one case to measure.")] = None,
+) -> None:
+    """Measure all cases whose models are there."""
+    torch.set_num_threads(1)
+    for case in CASES:
+        if only not in (None, case.name):
+            continue
+        if not case.model.exists():
+            typer.echo(f"{case.model} is not there: its table stays as it was.", err=True)
+            continue
+        with tempfile.TemporaryDirectory() as place:
+            made = table(case, Path(place))
+        typer.echo(f"{made}\n")
+        if write is not None:
+            write.write_text(replaced(write.read_text(encoding="utf-8"), case.name, made), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -32,10 +32,11 @@ from lowrank_compress.resources.resources import Resources
 from lowrank_compress.resources.workers import Workers
 from lowrank_compress.shipped.packed import LAYOUT
 from lowrank_compress.shipped.saving import remote_code_entries, write_remote_code
-from lowrank_compress.stages.card import CARD, about, copy_licences, model_card
+from lowrank_compress.stages.card import CARD, copy_licences
 from lowrank_compress.stages.environment import environment
 from lowrank_compress.stages.quantizeconfig import QuantizeConfig
-from lowrank_compress.stages.quantizing import Layer, Quantizer, described
+from lowrank_compress.stages.quantized import card_of, is_stock, report_of
+from lowrank_compress.stages.quantizing import Layer, Quantizer
 from lowrank_compress.stages.report import REPORT, facts
 from lowrank_compress.stages.reporting import Reporter, Silent
 from lowrank_compress.stages.rewrite import contents_of, refuse_packed
@@ -130,7 +131,7 @@ def _quantized(
     chosen = quantizer.make()
     with replacing(out_dir, listed) as draft:
         shards = _write_tensors(quantizer, chosen, draft)
-        report = _report(quantizer, chosen, before, own)
+        report = report_of(quantizer, chosen, before, own)
         _write_rest(quantizer, chosen, report, draft)
         if config.residual_rank:
             _write_adapter(quantizer, chosen, draft / ADAPTER)
@@ -187,17 +188,11 @@ def _layout(quantizer: Quantizer, chosen: Mapping[str, int]) -> dict[str, Any]:
     return found | {"modules": modules, "factor_quantization": {"layout": LAYOUT, "linears": linears}}
 
 
-def _is_stock(quantizer: Quantizer) -> bool:
-    """Whether the quantized checkpoint is one of a stock model, in the format of compressed-tensors."""
-    plain = not any(layer.transposed for layer in quantizer.layers)
-    return plain and quantizer.config.symmetric and quantizer.plan.checkpoint.quantization is None
-
-
 def _write_rest(quantizer: Quantizer, chosen: Mapping[str, int], report: Mapping[str, Any], out: Path) -> None:
     """Write all but the tensors."""
     plan, checkpoint = quantizer.plan, quantizer.plan.checkpoint
     layout = _layout(quantizer, chosen)
-    if _is_stock(quantizer):
+    if is_stock(quantizer):
         settings = {**checkpoint.raw_config, "quantization_config": _stock_config(plan, layout)}
         (out / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     else:
@@ -206,7 +201,7 @@ def _write_rest(quantizer: Quantizer, chosen: Mapping[str, int], report: Mapping
         write_remote_code(out)
     write_companions(checkpoint, out)
     write_json(out / REPORT, report)
-    write_text(out / CARD, _card(report))
+    write_text(out / CARD, card_of(report))
     copy_licences(checkpoint, report, out)
 
 
@@ -245,71 +240,3 @@ def _write_adapter(quantizer: Quantizer, chosen: Mapping[str, int], out: Path) -
         "inference_mode": False,
     }
     write_json(out / "adapter_config.json", settings)
-
-
-def _report(
-    quantizer: Quantizer, chosen: Mapping[str, int], before: Mapping[str, Any] | None, own: int
-) -> dict[str, Any]:
-    """Make lowrank.json."""
-    config, layers = quantizer.config, described(quantizer, chosen)
-    weights = sum(layer.weights for layer in quantizer.layers)
-    taken = sum(entry["bytes"] for entry in layers.values())
-    stored = own + taken - sum(quantizer.bytes_of(layer, None) for layer in quantizer.layers)
-    nats = quantizer.rounding.needs == "gradients"
-    said = {
-        "rounding": config.rounding,
-        "asked_bits": config.bits,
-        "asked_bytes": config.bytes,
-        "bits_per_weight": 8 * taken / weights,
-        "weights": weights,
-        "layer_bytes": taken,
-        "stored_bytes": stored,
-        "original_bytes": quantizer.original_bytes,
-        "residual_rank": config.residual_rank,
-        "residual_bytes": sum(_residual_bytes(layer, config.residual_rank) for layer in quantizer.layers),
-        "predicted_loss": sum(entry.get("loss", 0.0) for entry in layers.values()) if nats else None,
-        "unit": "nats" if nats else "share",
-        "format": packing.METHOD if _is_stock(quantizer) else "lowrank",
-        "left": quantizer.left,
-        "layers": layers,
-    }
-    if before is None:
-        return {"schema": 1, "method": "dense", "about": about(quantizer.plan), "quantize": said}
-    return {**before, **_bytes_now(before, stored), "quantize": said}
-
-
-def _residual_bytes(layer: Layer, rank: int) -> int:
-    """Bytes of a layer's product, in two bytes a number."""
-    return 2 * min(rank, *layer.shape) * sum(layer.shape)
-
-
-def _bytes_now(before: Mapping[str, Any], stored: int) -> dict[str, Any]:
-    """What a report of the checkpoint before says of bytes, as it is now."""
-    if "reached_ratio_bytes" not in before:  # an older version counted elements alone
-        return {}
-    # Counted in the ratio and not claimed, nothing or all the rest of the model, has stayed as it is.
-    removed = before["claimed_elements"] - before["stored_elements"]
-    others = round(removed / before["reached_ratio"]) - before["claimed_elements"]
-    beside = others * getattr(torch, before["dtype"]).itemsize
-    whole = round((before["stored_bytes"] + beside) / (1 - before["reached_ratio_bytes"]))
-    return {"stored_bytes": stored, "reached_ratio_bytes": 1 - (stored + beside) / whole}
-
-
-def _card(report: Mapping[str, Any]) -> str:
-    """Write a short README.md for the checkpoint."""
-    said = report["quantize"]
-    text = f"""
-## Quantized
-
-The {said["weights"]:,} weights of its linear layers take {said["bits_per_weight"]:.2f} bits each, scales included
-(`lrc quantize`, rounding `{said["rounding"]}`); all weights inside the blocks take {said["stored_bytes"]:,} bytes, of
-the original's {said["original_bytes"]:,}.
-"""
-    if said["format"] == "lowrank":
-        if "reached_ratio" in report:
-            return model_card(report) + text
-        how = "import lowrank_compress, or pass trust_remote_code=True"
-    else:
-        how = "pip install compressed-tensors"
-    head = "---\nlibrary_name: transformers\ntags: [quantized]\n---\n\n# A quantized checkpoint\n"
-    return f"{head}{text}\nTo load: {how}.\n"

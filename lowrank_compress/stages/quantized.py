@@ -1,0 +1,86 @@
+"""lowrank.json and the model card of a quantized checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from lowrank_compress.model import packing
+from lowrank_compress.stages.card import about, model_card
+from lowrank_compress.stages.quantizing import Layer, Quantizer, described
+
+
+def is_stock(quantizer: Quantizer) -> bool:
+    """Whether the quantized checkpoint is one of a stock model, in the format of compressed-tensors."""
+    plain = not any(layer.transposed for layer in quantizer.layers)
+    return plain and quantizer.config.symmetric and quantizer.plan.checkpoint.quantization is None
+
+
+def report_of(
+    quantizer: Quantizer, chosen: Mapping[str, int], before: Mapping[str, Any] | None, own: int
+) -> dict[str, Any]:
+    """Make lowrank.json."""
+    config, layers = quantizer.config, described(quantizer, chosen)
+    weights = sum(layer.weights for layer in quantizer.layers)
+    taken = sum(entry["bytes"] for entry in layers.values())
+    stored = own + taken - sum(quantizer.bytes_of(layer, None) for layer in quantizer.layers)
+    nats = quantizer.rounding.needs == "gradients"
+    said = {
+        "rounding": config.rounding,
+        "asked_bits": config.bits,
+        "asked_bytes": config.bytes,
+        "bits_per_weight": 8 * taken / weights,
+        "weights": weights,
+        "layer_bytes": taken,
+        "stored_bytes": stored,
+        "original_bytes": quantizer.original_bytes,
+        "residual_rank": config.residual_rank,
+        "residual_bytes": sum(_residual_bytes(layer, config.residual_rank) for layer in quantizer.layers),
+        "predicted_loss": sum(entry.get("loss", 0.0) for entry in layers.values()) if nats else None,
+        "unit": "nats" if nats else "share",
+        "format": packing.METHOD if is_stock(quantizer) else "lowrank",
+        "left": quantizer.left,
+        "layers": layers,
+    }
+    if before is None:
+        return {"schema": 1, "method": "dense", "about": about(quantizer.plan), "quantize": said}
+    return {**before, **_bytes_now(before, stored), "quantize": said}
+
+
+def _residual_bytes(layer: Layer, rank: int) -> int:
+    """Bytes of a layer's product, in two bytes a number."""
+    return 2 * min(rank, *layer.shape) * sum(layer.shape)
+
+
+def _bytes_now(before: Mapping[str, Any], stored: int) -> dict[str, Any]:
+    """What a report of the checkpoint before says of bytes, as it is now."""
+    if "reached_ratio_bytes" not in before:  # an older version counted elements alone
+        return {}
+    # Counted in the ratio and not claimed, nothing or all the rest of the model, has stayed as it is.
+    removed = before["claimed_elements"] - before["stored_elements"]
+    others = round(removed / before["reached_ratio"]) - before["claimed_elements"]
+    beside = others * getattr(torch, before["dtype"]).itemsize
+    whole = round((before["stored_bytes"] + beside) / (1 - before["reached_ratio_bytes"]))
+    return {"stored_bytes": stored, "reached_ratio_bytes": 1 - (stored + beside) / whole}
+
+
+def card_of(report: Mapping[str, Any]) -> str:
+    """Write a short README.md for the checkpoint."""
+    said = report["quantize"]
+    text = f"""
+## Quantized
+
+The {said["weights"]:,} weights of its linear layers take {said["bits_per_weight"]:.2f} bits each, scales included
+(`lrc quantize`, rounding `{said["rounding"]}`); all weights inside the blocks take {said["stored_bytes"]:,} bytes, of
+the original's {said["original_bytes"]:,}.
+"""
+    if said["format"] == "lowrank":
+        if "reached_ratio" in report:
+            return model_card(report) + text
+        how = "import lowrank_compress, or pass trust_remote_code=True"
+    else:
+        how = "pip install compressed-tensors"
+    head = "---\nlibrary_name: transformers\ntags: [quantized]\n---\n\n# A quantized checkpoint\n"
+    return f"{head}{text}\nTo load: {how}.\n"

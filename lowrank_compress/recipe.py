@@ -35,7 +35,7 @@ DATA = "Calibration data"
 TUNING = "Fine tuning"
 WHERE = "Where and how to run"
 # Options that are short for an entry of `methods`.
-PART_OPTIONS = ("attention", "qk", "vo", "mlp")
+PART_OPTIONS = ("attention", "qk", "vo", "mlp", "experts")
 
 Command = Literal["calibrate", "score", "factorize"]
 
@@ -101,6 +101,12 @@ class Recipe(Strict):
         None, "Method for values and output alone (vo-svd, a linear one, or dense)", WHAT, "calibrate"
     )
     mlp: str | None = setting(None, "Method for the MLP (nystrom, a linear one, or dense)", WHAT, "calibrate")
+    experts: str | None = setting(
+        None,
+        "Method for routed experts (reap, reap-sum, frequency, camera, nystrom, a linear one, auto, or dense)",
+        WHAT,
+        "calibrate",
+    )
     methods: dict[str, str] = setting(
         {},
         "Method for a part alone, such as mlp=nystrom, down=dense or '*.0.*=svd': a group, a role, or a shell pattern "

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lowrank_compress.arch.spec import EXPERTS, HEAD, LATENT, Architecture, Projection, Reads, Role
 from lowrank_compress.arch.table import architecture_of
-from lowrank_compress.arch.targets import Heads, Resolved, Rows, Target, View
+from lowrank_compress.arch.targets import Heads, Resolved, Router, Rows, Target, View
 from lowrank_compress.errors import UnsupportedError
 from lowrank_compress.shipped.experts import ROLES, SeparateExperts, separable, separate
 
@@ -44,7 +44,8 @@ def resolve(model: PreTrainedModel) -> Resolved:
         found = _block_targets(model, architecture, heads, index, path)
         _check_complete(model.get_submodule(path), path, architecture, {target.parameter for target in found})
         targets += found
-    return Resolved(architecture, blocks, tuple(targets), heads, _outside(model, architecture, len(blocks)))
+    outside = _outside(model, architecture, len(blocks))
+    return Resolved(architecture, blocks, tuple(targets), heads, outside, _router(model, architecture, blocks))
 
 
 def separate_experts(model: PreTrainedModel) -> None:
@@ -164,6 +165,27 @@ def _expert_targets(model: PreTrainedModel, architecture: Architecture, index: i
                 )
             )
     return targets
+
+
+def _router(model: PreTrainedModel, architecture: Architecture, blocks: tuple[str, ...]) -> Router | None:
+    """Say how tokens choose among experts, by the first block that has any."""
+    for block in blocks if architecture.router else ():
+        router = _find(model, f"{block}.{architecture.router}")
+        if router is not None and _find(model, f"{block}.{architecture.experts}") is not None:
+            chosen = int(getattr(router, "top_k", 0) or model.config.num_experts_per_tok)
+            return Router(architecture.router, chosen, _fixed(router))
+    return None
+
+
+def _fixed(router: nn.Module) -> str:
+    """Why a router cannot do with fewer rows of its weight, "" where it can."""
+    groups, method = getattr(router, "num_group", None), getattr(router, "topk_method", None)
+    if method == "group_limited_greedy" or (method is None and (groups or 1) > 1):
+        return f"it chooses among {groups} groups of equally many experts first"
+    names = [name for name, _ in (*router.named_parameters(), *router.named_buffers())]
+    if others := [name for name in names if name != "weight"]:
+        return f"beside its weight it has {others[0]}, with an entry for every expert"
+    return "" if names and hasattr(router, "top_k") else "it has no weight with a row for every expert"
 
 
 def _outside(model: PreTrainedModel, architecture: Architecture, number: int) -> tuple[Target, ...]:

@@ -113,6 +113,8 @@ class Architecture:
         Path of a language model's head; None where a family has none.
     experts
         Path, below a block, of its routed experts; "" where the family has none. Blocks without are as others are.
+    router
+        Path, below a block, of what chooses among them.
     """
 
     name: str
@@ -125,6 +127,7 @@ class Architecture:
     groups: tuple[Group, ...] = BLOCK_GROUPS
     head: str | None = "lm_head"
     experts: str = ""
+    router: str = ""
 
     @property
     def latent(self) -> bool:

@@ -105,9 +105,8 @@ _ROUTER = ("mlp.gate.weight", "mlp.shared_expert_gate.weight")
 def _mixture(name: str, projections: tuple[Projection, ...], **others: Any) -> Architecture:
     """Describe a family of which some blocks, or all, have experts; their router stays as it is."""
     groups = (*others.pop("groups", BLOCK_GROUPS), EXPERTS)
-    return Architecture(
-        name, (name,), "layers", "self_attn", projections, _ROUTER, groups=groups, experts="mlp.experts", **others
-    )
+    paths: Any = {"experts": "mlp.experts", "router": "mlp.gate"}
+    return Architecture(name, (name,), "layers", "self_attn", projections, _ROUTER, groups=groups, **(paths | others))
 
 
 _ENTRIES = (

@@ -140,6 +140,25 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
+class Router:
+    """What chooses among the routed experts of a block; it is alike in all blocks that have experts.
+
+    Parameters
+    ----------
+    path
+        Of the module, below a block.
+    chosen
+        Experts that a token goes to.
+    fixed
+        Why it cannot do with fewer experts, "" where it can.
+    """
+
+    path: str
+    chosen: int
+    fixed: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Resolved:
     """The compressible matrices of a model, block by block in the order of computation.
 
@@ -156,6 +175,8 @@ class Resolved:
     outside
         Matrices outside the blocks that may be compressed where that is asked for; as their block they have the number
         behind the last one's. A head that shares its weight with the embedding is none.
+    router
+        What chooses among experts; None where there are none.
     """
 
     architecture: Architecture
@@ -163,6 +184,7 @@ class Resolved:
     targets: tuple[Target, ...]
     heads: Heads
     outside: tuple[Target, ...] = ()
+    router: Router | None = None
 
     def of_block(self, block: int) -> tuple[Target, ...]:
         """Return the targets of one block, or those outside of all of them."""

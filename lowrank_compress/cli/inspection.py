@@ -154,7 +154,7 @@ def _experts_table(experts: dict[str, Any], matrices: dict[str, Any]) -> Any:
     """List what each routed expert saw, and what is left of it."""
     rows = []
     for path, expert in experts.items():
-        ranks = [matrices[name]["rank"] for name in expert["entries"]]
+        ranks = [expert["width"]] if "width" in expert else [matrices[name]["rank"] for name in expert["entries"]]
         tokens = "–" if expert["tokens"] is None else f"{expert['tokens']:,}" if expert["tokens"] else "none"
         said = ", ".join("dense" if rank is None else str(rank) for rank in ranks) or "dense"
         rows.append([path, tokens, said, f"{expert['stored'] / expert['dense']:.1%}"])

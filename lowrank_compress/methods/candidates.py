@@ -9,12 +9,13 @@ from lowrank_compress.arch.spec import QUERY_KEY
 from lowrank_compress.arch.targets import Resolved, Target
 from lowrank_compress.config import Scheme
 from lowrank_compress.errors import UnsupportedError
+from lowrank_compress.methods.expert_group import ExpertGroup
+from lowrank_compress.methods.experts import ExpertMethod
 from lowrank_compress.methods.groups import TargetGroup, dense_elements
 from lowrank_compress.methods.linear import LinearMethod
 from lowrank_compress.methods.matrix_group import MatrixGroup
-from lowrank_compress.methods.module import ModuleMethod
 from lowrank_compress.methods.module_group import ModuleGroup
-from lowrank_compress.methods.scheme import DENSE, Part, parts_of
+from lowrank_compress.methods.scheme import DENSE, Method, Part, parts_of
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,11 @@ def _require_no_data(part: Part) -> None:
             )
 
 
-def _groups(
-    method: LinearMethod | ModuleMethod, name: str, targets: tuple[Target, ...], resolved: Resolved
-) -> tuple[TargetGroup, ...]:
+def _groups(method: Method, name: str, targets: tuple[Target, ...], resolved: Resolved) -> tuple[TargetGroup, ...]:
     if isinstance(method, LinearMethod):
         return tuple(MatrixGroup(target, method) for target in targets)
+    if isinstance(method, ExpertMethod):
+        return (_experts(method, name, targets, resolved),)
     if method.group == QUERY_KEY and resolved.architecture.head_norms:
         raise UnsupportedError(
             f"{method.name} cannot make queries and keys of {resolved.architecture.name!r} narrower: they are "
@@ -78,6 +79,17 @@ def _groups(
             f"instance --qk kfac, or leave them with --qk {DENSE}."
         )
     return (ModuleGroup(name, targets, method),)
+
+
+def _experts(method: ExpertMethod, name: str, targets: tuple[Target, ...], resolved: Resolved) -> ExpertGroup:
+    router = resolved.router
+    if router is None or (method.whole and router.fixed):
+        raise UnsupportedError(
+            f"{method.name} cannot take experts from {resolved.architecture.name!r}, because its router cannot do with "
+            f"fewer: {'it is not known' if router is None else router.fixed}. Make experts smaller instead, for "
+            "instance with --experts camera, nystrom or kfac."
+        )
+    return ExpertGroup(name, targets, method, f"{resolved.blocks[targets[0].block]}.{router.path}", router)
 
 
 def all_groups(candidates: Sequence[Candidates]) -> tuple[TargetGroup, ...]:

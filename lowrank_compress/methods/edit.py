@@ -61,6 +61,22 @@ class Narrower:
 
 
 @dataclass(frozen=True)
+class Rerouted:
+    """A router that chooses among some of a block's experts only.
+
+    Attributes
+    ----------
+    path
+        Of the router.
+    kept
+        (n,) int64: which experts, ascending.
+    """
+
+    path: str
+    kept: Tensor
+
+
+@dataclass(frozen=True)
 class Edit:
     """What encoding a group changes.
 
@@ -74,12 +90,15 @@ class Edit:
         Target name -> its bias (out,), float64, where that changes.
     heads
         How attention heads become narrower, if they do.
+    router
+        Which experts a router still knows, if not all.
     """
 
     choice: Choice
     parts: Mapping[str, Encoded] = field(default_factory=dict)
     biases: Mapping[str, Tensor] = field(default_factory=dict)
     heads: Narrower | None = None
+    router: Rerouted | None = None
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""What is given one choice: a matrix, or the matrices of a module that shrink together.
+"""What is given one choice: a matrix, the matrices of a module that shrink together, or all experts of a block.
 
 Calibration, allocation, encoding and reports know groups only by this interface.
-`matrix_group` and `module_group` hold the two kinds.
+`matrix_group`, `module_group` and `expert_group` hold the three kinds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from lowrank_compress.allocation.choice import Choice, Choices
 from lowrank_compress.arch.targets import Target
 from lowrank_compress.calibration.statistics import STATISTICS, statistic_key
-from lowrank_compress.methods.edit import Edit, Replacement, Source
+from lowrank_compress.methods.edit import Edit, Replacement, Rerouted, Source
 from lowrank_compress.methods.linear import Damping
 from lowrank_compress.shipped.formats.base import INDEX_DTYPE
 
@@ -56,7 +56,7 @@ class TargetGroup(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(out, in) of a matrix, (width,) of a module."""
+        """(out, in) of a matrix, (width,) of a module, (how many,) of experts."""
         ...
 
     @property
@@ -149,7 +149,7 @@ class TargetGroup(Protocol):
         """
         ...
 
-    def replace(self, source: Source, choice: Choice, basis: Mapping[str, Tensor]) -> list[Replacement]:
+    def replace(self, source: Source, choice: Choice, basis: Mapping[str, Tensor]) -> Sequence[Replacement | Rerouted]:
         """Return what a choice makes of its matrices, not rounded, in the dense model's own shapes."""
         ...
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from lowrank_compress.arch.spec import HEAD, LATENT, QUERY_KEY, VALUE_OUTPUT, Architecture, Group
+from lowrank_compress.arch.spec import EXPERTS, HEAD, LATENT, QUERY_KEY, VALUE_OUTPUT, Architecture, Group
 from lowrank_compress.arch.targets import Resolved, Target
 from lowrank_compress.config import ModuleMetric, Scheme
 from lowrank_compress.errors import InputError, UnsupportedError
 from lowrank_compress.methods.cr import unit_members
+from lowrank_compress.methods.experts import ExpertMethod
 from lowrank_compress.methods.linear import LinearMethod
 from lowrank_compress.methods.mixture import Mixture
 from lowrank_compress.methods.module import ModuleMethod
@@ -21,7 +22,7 @@ from lowrank_compress.registry import unknown
 DENSE = "dense"
 OR = "|"  # between alternatives: the one that loses less is taken, block by block
 
-Method = LinearMethod | ModuleMethod
+Method = LinearMethod | ModuleMethod | ExpertMethod
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Part:
     Attributes
     ----------
     group
-        The group that they are of; all of it, or all of one expert, where they have a module method.
+        The group that they are of; all of it, or all of one expert, where they have a module method; all experts where
+        they have a method for these as a whole.
     targets
         The matrices.
     methods
@@ -45,8 +47,9 @@ class Part:
     @property
     def label(self) -> str:
         """Its name in ranks.json, behind the path of its block."""
-        expert = self.targets[0].expert
-        return self.group.label if expert is None else f"{self.group.label}.{expert}"
+        experts = {target.expert for target in self.targets}
+        expert = experts.pop()
+        return self.group.label if expert is None or experts else f"{self.group.label}.{expert}"
 
 
 def scheme_of(recipe: Recipe, resolved: Resolved) -> tuple[Scheme, tuple[str, ...]]:
@@ -72,6 +75,7 @@ def scheme_of(recipe: Recipe, resolved: Resolved) -> tuple[Scheme, tuple[str, ..
     architecture = resolved.architecture
     if architecture.latent:
         _refuse_heads(own | {"": recipe.method}, architecture)
+    _refuse_experts({**own, "": recipe.method}, architecture)
     require_known(own, resolved)
     covered = {name: groups_of(name, architecture) for name in own}
     asked = {group.name: recipe.method for group in architecture.groups}
@@ -150,6 +154,9 @@ def parts_of(scheme: Scheme, resolved: Resolved, block: int) -> Iterator[Part]:
 
 
 def _parts_of_group(scheme: Scheme, group: Group, together: Sequence[Target]) -> Iterator[Part]:
+    if method := _for_all_experts(scheme, group, together):
+        yield Part(group, tuple(together), (method,))
+        return
     for expert in dict.fromkeys(target.expert for target in together):
         members = [target for target in together if target.expert == expert]
         names = [scheme.methods[key] if (key := deciding(each, scheme.methods)) else DENSE for each in members]
@@ -163,6 +170,22 @@ def _parts_of_group(scheme: Scheme, group: Group, together: Sequence[Target]) ->
                         f"{' and '.join(target.name for target in own)} alone. Choose a linear method there, or dense."
                     )
             yield Part(group, own, methods)
+
+
+def _for_all_experts(scheme: Scheme, group: Group, together: Sequence[Target]) -> ExpertMethod | None:
+    """Return the method for all experts of a block as a whole, if they have one."""
+    keys = (deciding(target, scheme.methods) for target in together)
+    names = {scheme.methods[key] if key else DENSE for key in keys}
+    for name in sorted(names):
+        for method in _alternatives(name):
+            if isinstance(method, ExpertMethod):
+                if group.name != method.group.name or names != {method.name}:
+                    raise InputError(
+                        f"The method {method.name!r} is for all experts of a block as a whole, and no alternative to "
+                        "others. Give it with --experts, and leave them no other method."
+                    )
+                return method
+    return None
 
 
 def methods_of(scheme: Scheme) -> Mapping[str, tuple[Method, ...]]:
@@ -189,7 +212,8 @@ def _part(asked: str, group: Group) -> str:
     """Name of the method or alternatives that `asked` means for one part of a block."""
     if OR in asked:
         found = [_part(name.strip(), group) for name in asked.split(OR)]
-        if DENSE in found or [isinstance(METHODS[name], ModuleMethod) for name in found] != [False, True]:
+        kinds = [type(_known(name)) for name in found]
+        if kinds != [LinearMethod, ModuleMethod]:
             raise InputError(
                 f"The alternatives {asked!r} are not a linear method and a module method for {group.title}, in this "
                 "order. Pass for instance 'kfac|nystrom' as --mlp."
@@ -205,12 +229,12 @@ def _part(asked: str, group: Group) -> str:
     return asked if isinstance(method, LinearMethod) or _is_for(method, group) else DENSE
 
 
-def _known(name: str) -> LinearMethod | ModuleMethod | Mixture | None:
+def _known(name: str) -> Method | Mixture | None:
     return METHODS[name] if name in METHODS else None  # noqa: SIM401  (the registry's complains)
 
 
-def _is_for(method: ModuleMethod, group: Group) -> bool:
-    return method.group.name == group.kind
+def _is_for(method: ModuleMethod | ExpertMethod, group: Group) -> bool:
+    return method.group.name == (group.kind if isinstance(method, ModuleMethod) else group.name)
 
 
 def _of_mixture(mixture: Mixture, group: Group) -> str:
@@ -237,13 +261,23 @@ def _refuse_heads(asked: Mapping[str, str], architecture: Architecture) -> None:
             )
 
 
-def _alternatives(name: str) -> list[LinearMethod | ModuleMethod | Mixture]:
+def _refuse_experts(asked: Mapping[str, str], architecture: Architecture) -> None:
+    """Refuse a method for experts where there are none."""
+    for name in asked.values():
+        if isinstance(_known(name), ExpertMethod) and EXPERTS not in architecture.groups:
+            raise UnsupportedError(
+                f"The method {name!r} is for routed experts, and models of architecture {architecture.name!r} have "
+                "none. Choose another; see `lrc list methods`."
+            )
+
+
+def _alternatives(name: str) -> list[Method | Mixture]:
     if unheard := [each for each in name.split(OR) if each != DENSE and each not in METHODS]:
         raise InputError(unknown("method", unheard[0], [*METHODS, DENSE]))
     return [METHODS[each] for each in name.split(OR) if each != DENSE]
 
 
-def _metric(recipe: Recipe, chosen: Sequence[LinearMethod | ModuleMethod | Mixture]) -> ModuleMetric:
+def _metric(recipe: Recipe, chosen: Sequence[Method | Mixture]) -> ModuleMetric:
     """The mixture's metric; else the one that has the linear methods' unit, so that losses compare."""
     method = METHODS[recipe.method]
     if isinstance(method, Mixture):
@@ -256,7 +290,7 @@ def _module_methods() -> list[str]:
     return [name for name, method in METHODS.items() if isinstance(method, ModuleMethod)]
 
 
-def _single(method: LinearMethod | ModuleMethod | Mixture, metric: ModuleMetric) -> Method:
+def _single(method: Method | Mixture, metric: ModuleMetric) -> Method:
     if isinstance(method, Mixture):
         raise InputError(
             f"{method.name} is a mixture: methods for the parts of a block. Single matrices, and alternatives, have "

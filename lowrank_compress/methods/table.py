@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from lowrank_compress.arch.spec import MLP, QUERY_KEY, VALUE_OUTPUT
-from lowrank_compress.methods import cr, nystrom, value_output
+from lowrank_compress.calibration.statistics import ROUTED
+from lowrank_compress.methods import cr, experts, nystrom, value_output
+from lowrank_compress.methods.experts import ExpertMethod
 from lowrank_compress.methods.linear import (
     ABSOLUTE,
     CENTRED_GRAM,
@@ -95,6 +97,41 @@ _MODULES = (
     ),
 )
 
+_EXPERTS = (
+    ExpertMethod(
+        name="frequency",
+        paper="the usual baseline of expert pruning",
+        help="fewer experts: those stay that most tokens go to; the router forgets the others",
+        statistics=frozenset({ROUTED}),
+        saliency=experts.frequency,
+        whole=True,
+    ),
+    ExpertMethod(
+        name="reap",
+        paper="REAP (Lasby et al.), 2025",
+        help="fewer experts: those stay whose routed outputs are largest in the mean over their tokens",
+        statistics=frozenset({ROUTED, "routed_norm"}),
+        saliency=experts.mean_routed_output,
+        whole=True,
+    ),
+    ExpertMethod(
+        name="reap-sum",
+        paper="REAP (Lasby et al.), 2025, summed over tokens",
+        help="fewer experts: those stay whose routed outputs are largest in sum",
+        statistics=frozenset({"routed_norm"}),
+        saliency=experts.routed_output,
+        whole=True,
+    ),
+    ExpertMethod(
+        name="camera",
+        paper="CAMERA, 2025",
+        help="fewer hidden units in all experts of a block, ranked together by the energy that they put out",
+        statistics=frozenset({"hidden_energy"}),
+        saliency=experts.routed_energy,
+        whole=False,
+    ),
+)
+
 _MIXTURES = (
     Mixture(
         name="auto",
@@ -117,9 +154,9 @@ _MIXTURES = (
     ),
 )
 
-METHODS: Registry[LinearMethod | ModuleMethod | Mixture] = Registry(
+METHODS: Registry[LinearMethod | ModuleMethod | ExpertMethod | Mixture] = Registry(
     "method",
     "lowrank_compress.methods",
-    {method.name: method for method in (*_OWN, *_MODULES, *_MIXTURES)},
-    LinearMethod | ModuleMethod | Mixture,
+    {method.name: method for method in (*_OWN, *_MODULES, *_EXPERTS, *_MIXTURES)},
+    LinearMethod | ModuleMethod | ExpertMethod | Mixture,
 )

@@ -52,6 +52,12 @@ def write_dense(
     """
     if checkpoint.quantization is None:
         raise CheckpointError(f"{checkpoint.path} is not compressed by this package; there is nothing to make dense.")
+    for path, entry in checkpoint.quantization.get("routers", {}).items():
+        raise CheckpointError(
+            f"{checkpoint.path} cannot be made dense: {path} chooses among {entry['kept']} of {entry['experts']} "
+            "experts, and a stock router would choose those that are gone. Compress with --experts camera or nystrom "
+            "for a dense export, or use the checkpoint as it is."
+        )
     with exporting(out, overwrite) as draft:
         _write(checkpoint, draft, advance)
 

@@ -10,6 +10,7 @@ from lowrank_compress.arch.targets import Heads, Target
 from lowrank_compress.shipped.traits import Traits
 
 ROTARY = "lr_rotary"  # the buffer of `CompressedAttention`
+KEPT = "lr_kept"  # that of `PrunedRouter`
 
 
 def attention_entry(

@@ -15,8 +15,8 @@ from .traits import traits_problem
 QUANT_METHOD = "lowrank"
 # Of what a checkpoint holds; raised when code that knows only earlier ones could not load it. 2: indices are int32.
 # 3: attentions may say their traits, and parts be svd-core. 4: experts may be compressed. 5: linear layers may be
-# packed. A checkpoint bears the first version that has all that is in it.
-VERSION = 5
+# packed. 6: routers may know fewer experts. A checkpoint bears the first version that has all that is in it.
+VERSION = 6
 REMOTE_FILE = "modeling_lowrank.py"
 IN_PACKAGE = __name__.startswith("lowrank_compress.")
 
@@ -42,6 +42,9 @@ class LowRankConfig(QuantizationConfigMixin):
     experts : mapping, optional
         Path of a block's experts to how many there are, where each has matrices of its own (see `SeparateExperts`), to
         which entries of `modules` and `dense_shapes` may lead. Where no experts have, the key is missing.
+    routers : mapping, optional
+        Path of a router to ``{"experts", "kept"}``: how many experts the stock model has, and how many the router still
+        chooses among (see `PrunedRouter`). Where all know all, the key is missing.
     version : int
         That of the checkpoint, up to `VERSION`; what is saved again has the first one that has all that is in it.
     factor_quantization : mapping, optional
@@ -56,6 +59,7 @@ class LowRankConfig(QuantizationConfigMixin):
 
     # Not an attribute of its own where there are none: everything else that checkpoints say stays as it was.
     experts: Mapping[str, int] = {}
+    routers: Mapping[str, Mapping[str, int]] = {}
 
     def __init__(
         self,
@@ -66,6 +70,7 @@ class LowRankConfig(QuantizationConfigMixin):
         factor_quantization: Mapping[str, Any] | None = None,
         quant_method: str = QUANT_METHOD,
         experts: Mapping[str, int] | None = None,
+        routers: Mapping[str, Mapping[str, int]] | None = None,
         **unknown: Any,
     ) -> None:
         if quant_method != QUANT_METHOD:
@@ -88,8 +93,10 @@ class LowRankConfig(QuantizationConfigMixin):
         self.attention = {path: _checked_attention(path, entry) for path, entry in (attention or {}).items()}
         if experts:
             self.experts = {path: _checked_count(path, count) for path, count in experts.items()}
+        if routers:
+            self.routers = {path: _checked_router(path, entry) for path, entry in routers.items()}
         needed = [3 for entry in self.attention.values() if "traits" in entry]
-        needed += [4 for _ in self.experts]
+        needed += [4 for _ in self.experts] + [6 for _ in self.routers]
         needed += [FORMATS[part["format"]].since for entry in self.modules.values() for part in entry["parts"]]
         needed += [] if self.factor_quantization is None else [5]
         self.version = max([self.version, *needed])
@@ -99,6 +106,17 @@ def _checked_count(path: str, count: Any) -> int:
     if type(count) is not int or count < 1:
         raise ValueError(f"quantization_config.experts[{path!r}]: expected how many there are, got {count!r}")
     return count
+
+
+def _checked_router(path: str, entry: Mapping[str, Any]) -> dict[str, int]:
+    entry = dict(entry)
+    known = set(entry) == {"experts", "kept"} and all(type(count) is int for count in entry.values())
+    if not known or not 1 <= entry["kept"] <= entry["experts"]:
+        raise ValueError(
+            f"quantization_config.routers[{path!r}]: expected the number of experts, and how many of them are kept, "
+            f"got {entry}"
+        )
+    return entry
 
 
 def _checked(path: str, entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from .experts import join_experts
 from .formats.base import INDEX_DTYPE
 from .linear import CompressedLinear
 from .restore import restore_modules
+from .router import require_all_experts
 from .saving import Saver
 from .swap import check_indices, swap_modules
 
@@ -94,6 +95,7 @@ class LowRankQuantizer(HfQuantizer):
         return model if dtype is None else model.to(dtype)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        require_all_experts(model)
         restore_modules(model)
         join_experts(model)
         return model

@@ -17,13 +17,14 @@ from .linear import CompressedLinear, Stock
 from .lookup import lacking, looked_up
 from .modules import dense_module, find, put, shape_of, stock_of
 from .packed import packed_like
+from .router import PrunedRouter, prune_router
 from .traits import Traits
 
 
 def swap_modules(model: nn.Module, config: LowRankConfig) -> None:
     """Replace the modules that `config` names by uninitialised ones of its shapes, on their device and in their dtype.
 
-    Attention modules stay the objects they are; they get a class that computes with smaller projections. Experts become
+    Attention modules and routers stay the objects they are; they get a class that computes with less. Experts become
     modules of their own, in which the other paths lead on. Paths are those of the saved model (see `find`).
 
     Raises
@@ -37,6 +38,8 @@ def swap_modules(model: nn.Module, config: LowRankConfig) -> None:
         if len(experts) != count:
             raise ValueError(f"{path} has {len(experts)} experts in the model, but {count} in the low-rank config")
         experts.mark()
+    for path, entry in config.routers.items():
+        _swap_router(model, path, entry)
     for path, (rows, columns, *parts) in config.dense_shapes.items():
         name, old = find(model, path)
         stock = stock_of(path, old)._replace(parts=parts[0] if parts else 1)
@@ -58,6 +61,18 @@ def swap_modules(model: nn.Module, config: LowRankConfig) -> None:
     for path, packing in (config.factor_quantization or {}).get("linears", {}).items():
         name, old = find(model, path)
         put(model, name, packed_like(path, old, tuple(packing)))
+
+
+def _swap_router(model: nn.Module, path: str, entry: Mapping[str, int]) -> None:
+    """Let the router at `path` know fewer experts; which ones is loaded."""
+    router = find(model, path)[1]
+    weight = getattr(router, "weight", None)
+    if not isinstance(weight, torch.Tensor) or len(weight) != entry["experts"]:
+        raise ValueError(
+            f"{path} of the low-rank config is a {type(router).__name__}, expected a router with a row for each of "
+            f"{entry['experts']} experts"
+        )
+    prune_router(router, torch.arange(entry["kept"], device=weight.device))
 
 
 def _swap_attention(model: nn.Module, path: str, entry: Mapping[str, Any]) -> None:
@@ -138,3 +153,5 @@ def check_indices(model: nn.Module) -> None:
             # Pivot rows come in their order; those of a head's pairs in any.
             size = module.lr_heads.size
             require_distinct(f"{path}.lr_rotary", module.get_buffer("lr_rotary"), size, ascending=False)
+        elif isinstance(module, PrunedRouter):
+            require_distinct(f"{path}.lr_kept", module.get_buffer("lr_kept"), module.lr_experts)

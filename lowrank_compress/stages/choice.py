@@ -25,12 +25,13 @@ from lowrank_compress.allocation.uniform import allocate as uniform
 from lowrank_compress.arch.targets import Target
 from lowrank_compress.errors import InputError, UnsupportedError
 from lowrank_compress.evaluation.divergence import divergences_at_the_end
-from lowrank_compress.methods.edit import Replacement, Source
+from lowrank_compress.methods.edit import Replacement, Rerouted, Source
 from lowrank_compress.methods.groups import TargetGroup
 from lowrank_compress.model.narrowing import check_narrowing
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.model.walk.walk import Walk
+from lowrank_compress.shipped.router import prune_router, restore_router
 from lowrank_compress.stages.choose import MUCH
 from lowrank_compress.stages.decompose import Bases
 
@@ -205,17 +206,21 @@ def divergences(skeleton: Skeleton, batches: Sequence[Batch], plans: Sequence[Pl
 
 
 @contextlib.contextmanager
-def _in_place_of(skeleton: Skeleton, replacements: Iterable[Replacement]) -> Iterator[None]:
+def _in_place_of(skeleton: Skeleton, replacements: Sequence[Replacement | Rerouted]) -> Iterator[None]:
     """Put matrices and biases into the block in memory, for a while."""
+    routers = [skeleton.model.get_submodule(each.path) for each in replacements if isinstance(each, Rerouted)]
+    weights = [router.get_parameter("weight") for router in routers]
     kept = _put(skeleton, replacements)
     try:
         yield
     finally:
+        for router, weight in zip(routers, weights, strict=True):
+            restore_router(router, weight)
         for name, data in kept.items():
             skeleton.model.get_parameter(name).data = data
 
 
-def _put(skeleton: Skeleton, replacements: Iterable[Replacement]) -> dict[str, Tensor]:
+def _put(skeleton: Skeleton, replacements: Iterable[Replacement | Rerouted]) -> dict[str, Tensor]:
     """Put matrices and biases into the block in memory; return what was there, by parameter."""
     kept: dict[str, Tensor] = {}
 
@@ -228,17 +233,20 @@ def _put(skeleton: Skeleton, replacements: Iterable[Replacement]) -> dict[str, T
         stored[target.view.rows.index().to(stored.device)] = values.to(stored)
 
     for found in replacements:
+        if isinstance(found, Rerouted):
+            prune_router(skeleton.model.get_submodule(found.path), found.kept)
+            continue
         put(found.target.parameter, found.weight, found.target)
         if found.bias is not None and found.target.bias is not None:
             put(found.target.bias, found.bias, found.target)
     return kept
 
 
-def replacements(plan: Plan, block: int, device: torch.device) -> list[Replacement]:
+def replacements(plan: Plan, block: int, device: torch.device) -> list[Replacement | Rerouted]:
     """What a plan makes of a block, in the dense model's shapes."""
     tensors, read = plan.bases.files.read(block), plan.bases.chooser.subject.model
     source = Source(read.weight, read.bias, device, torch.float32)
-    found = []
+    found = list[Replacement | Rerouted]()
     for group in plan.groups:
         choice = plan.choices[group.name]
         if group.block == block and not choice.is_dense:

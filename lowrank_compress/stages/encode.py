@@ -20,7 +20,7 @@ from lowrank_compress.methods.edit import Edit, Source
 from lowrank_compress.methods.groups import TargetGroup
 from lowrank_compress.model.blueprint import Blueprint
 from lowrank_compress.model.casting import cast
-from lowrank_compress.model.surgery import ROTARY, attention_entry
+from lowrank_compress.model.surgery import KEPT, ROTARY, attention_entry
 from lowrank_compress.shipped.experts import FUSED
 from lowrank_compress.shipped.formats.base import INDEX_DTYPE
 
@@ -33,7 +33,7 @@ class EncodedBlock:
     ----------
     tensors
         All tensors of the block, by their names on disk.
-    modules, dense_shapes, attention, experts
+    modules, dense_shapes, attention, experts, routers
         The block's entries of `LowRankConfig`.
     choices
         How each group is stored.
@@ -44,6 +44,7 @@ class EncodedBlock:
     dense_shapes: dict[str, list[int]] = field(default_factory=dict)
     attention: dict[str, Any] = field(default_factory=dict)
     experts: dict[str, int] = field(default_factory=dict)
+    routers: dict[str, dict[str, int]] = field(default_factory=dict)
     choices: dict[str, Choice] = field(default_factory=dict)
 
     def notes(self) -> dict[str, Any]:
@@ -53,6 +54,7 @@ class EncodedBlock:
             "dense_shapes": self.dense_shapes,
             "attention": self.attention,
             **({"experts": self.experts} if self.experts else {}),
+            **({"routers": self.routers} if self.routers else {}),
             "choices": {name: [choice.format, *choice.parameters] for name, choice in self.choices.items()},
         }
 
@@ -101,7 +103,7 @@ class Encoder:
                 edits.append(edit)
                 made.choices[group.name] = edit.choice
         self._experts(block, edits, made)
-        replaced = self._modules(block, edits, made)
+        replaced = self._modules(block, edits, made) | self._routers(edits, made)
         self._attention(block, edits, made)
         for name in self.plan.inside(block):
             if name not in replaced:
@@ -116,6 +118,18 @@ class Encoder:
             path = own[0].module.rsplit(".", 2)[0]
             made.experts[path] = len({target.expert for target in own})
             made.tensors |= {f"{path}.{leaf}": torch.empty(0, dtype=self.dtype) for leaf in FUSED}
+
+    def _routers(self, edits: Sequence[Edit], made: EncodedBlock) -> set[str]:
+        """Take the rows of experts that are gone from routers; return the names of the tensors that become others."""
+        replaced: set[str] = set()
+        for router in (edit.router for edit in edits if edit.router is not None):
+            name = f"{router.path}.weight"
+            weight, on_disk = self.plan.rounded(name, self.dtype), self.plan.name_on_disk(name)
+            made.routers[router.path] = {"experts": len(weight), "kept": len(router.kept)}
+            made.tensors[on_disk] = weight[router.kept]
+            made.tensors[f"{on_disk.removesuffix('weight')}{KEPT}"] = router.kept.to(INDEX_DTYPE)
+            replaced.add(name)
+        return replaced
 
     def _on_disk(self, name: str, made: EncodedBlock) -> str:
         """Where a tensor of the dense model goes: to its name there, but for experts that are stored one by one."""

@@ -39,7 +39,7 @@ from lowrank_compress.stages.encode import Encoder
 from lowrank_compress.stages.environment import environment
 from lowrank_compress.stages.identity import checkpoint_id
 from lowrank_compress.stages.ranks import RANKS, in_storage, read_ranks, require_kept
-from lowrank_compress.stages.report import REPORT, block_losses, facts, summary
+from lowrank_compress.stages.report import REPORT, Experts, block_losses, facts, summary
 from lowrank_compress.stages.reporting import Reporter, Silent
 from lowrank_compress.stages.run import require_alone
 from lowrank_compress.stages.subject import scopes_of
@@ -180,7 +180,8 @@ def _write(
     writer = ShardWriter(out_dir, config.shard_bytes)
     for name in plan.outside() if len(blocks) == len(plan.resolved.blocks) else ():
         writer.add(plan.name_on_disk(name), plan.rounded(name, dtype))
-    layout: dict[str, dict[str, Any]] = {"modules": {}, "dense_shapes": {}, "attention": {}, "experts": {}}
+    kinds = ("modules", "dense_shapes", "attention", "experts", "routers")
+    layout: dict[str, dict[str, Any]] = {kind: {} for kind in kinds}
     stored: dict[str, Choice] = {}
     losses: dict[str, float] = {}
     seen: dict[str, int] = {}
@@ -205,7 +206,8 @@ def _write(
     write_json(out_dir / "config.json", settings)
     write_remote_code(out_dir)
     write_companions(plan.checkpoint, out_dir)
-    report = summary(plan, groups, stored, losses, scores, config, about(plan, inputs.datasets), seen)
+    experts = Experts(seen, layout["dense_shapes"])
+    report = summary(plan, groups, stored, losses, scores, config, about(plan, inputs.datasets), experts)
     write_json(out_dir / REPORT, report)
     copy_licences(plan.checkpoint, report, out_dir)
     write_text(out_dir / CARD, model_card(report))

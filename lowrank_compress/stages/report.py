@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,22 @@ _FACTS = (
     *("asked_ratio", "reached_ratio", "ratio_of", "stored_elements", "claimed_elements"),
     *("stored_bytes", "claimed_bytes", "reached_ratio_bytes"),
 )
+
+
+@dataclass(frozen=True)
+class Experts:
+    """What the report tells of routed experts.
+
+    Attributes
+    ----------
+    seen
+        How many tokens of the calibration set each saw, by its path.
+    shapes
+        (out, in) of matrices that are stored dense and smaller, by their modules' paths.
+    """
+
+    seen: Mapping[str, int]
+    shapes: Mapping[str, Sequence[int]]
 
 
 def facts(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,12 +77,9 @@ def summary(
     scores: Manifest,
     config: FactorizeConfig,
     about: Mapping[str, Any],
-    seen: Mapping[str, int],
+    experts: Experts,
 ) -> dict[str, Any]:
-    """Make lowrank.json: what was asked, what was reached, and how each matrix or module is stored.
-
-    `seen` is how many tokens of the calibration set each routed expert saw, by its path.
-    """
+    """Make lowrank.json: what was asked, what was reached, and how each matrix or module is stored."""
     itemsize = getattr(torch, config.dtype).itemsize
     matrices = {
         group.name: {
@@ -104,12 +119,12 @@ def summary(
         "unit": planned["unit"],
         "about": dict(about),
         "matrices": matrices,
-        **({"experts": experts} if (experts := _experts(plan, groups, matrices, seen)) else {}),
+        **({"experts": found} if (found := _experts(plan, groups, matrices, experts)) else {}),
     }
 
 
 def _experts(
-    plan: Blueprint, groups: Sequence[TargetGroup], matrices: Mapping[str, Any], seen: Mapping[str, int]
+    plan: Blueprint, groups: Sequence[TargetGroup], matrices: Mapping[str, Any], experts: Experts
 ) -> dict[str, Any]:
     """Tell of each routed expert what it saw, how many elements it has and keeps, and by what entries."""
     own: dict[str, list[Target]] = {}
@@ -117,14 +132,25 @@ def _experts(
         if target.expert is not None:
             own.setdefault(target.module.rpartition(".")[0], []).append(target)
     entries: dict[str, list[str]] = {}
+    shared: set[str] = set()
     for group in groups:
-        if group.targets[0].expert is not None:
-            entries.setdefault(group.targets[0].module.rpartition(".")[0], []).append(group.name)
+        for path in dict.fromkeys(t.module.rpartition(".")[0] for t in group.targets if t.expert is not None):
+            entries.setdefault(path, []).append(group.name)
+            shared |= {path} if len({target.expert for target in group.targets}) > 1 else set()
     found = {}
     for path, targets in own.items():
         names, dense = entries.get(path, []), sum(target.elements for target in targets)
-        removed = sum(matrices[name]["dense"] - matrices[name]["stored"] for name in names)
-        found[path] = {"tokens": seen.get(path), "dense": dense, "stored": dense - removed, "entries": names}
+        removed, width = sum(matrices[name]["dense"] - matrices[name]["stored"] for name in names), {}
+        if path in shared:  # the choice is one for all experts
+            shapes = [experts.shapes.get(target.module, target.shape) for target in targets]
+            removed, width = dense - sum(map(math.prod, shapes)), {"width": shapes[0][0]}
+        found[path] = {
+            "tokens": experts.seen.get(path),
+            "dense": dense,
+            "stored": dense - removed,
+            "entries": names,
+            **width,
+        }
     return found
 
 

@@ -131,7 +131,7 @@ def test_the_recipe_says_everything(pristine: Finished):
     # Mappings stand there where there is something in them.
     without = ("trust_remote_code", "methods", "options")
     assert list(recipe) == [name for name in Recipe.model_fields if name not in without]
-    parts = {"attention", "qk", "vo", "mlp", "metric"}
+    parts = {"attention", "qk", "vo", "mlp", "experts", "metric"}
     decided = (
         set(recipe) - {"revision", "text_column", "label_column", "clip", "temperature", "second", "second_by"} - parts
     )

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from lowrank_compress.allocation.table import ALLOCATORS
 from lowrank_compress.calibration.statistics import ENOUGH
 from lowrank_compress.formats.table import FORMATS
+from lowrank_compress.methods.experts import ExpertMethod
 from lowrank_compress.methods.linear import PLAIN, LinearMethod
 from lowrank_compress.methods.table import METHODS
 from lowrank_compress.recipe import Recipe
@@ -45,7 +46,8 @@ def check_counts(run: Path) -> dict:
 
 
 LINEAR = [name for name, method in METHODS.items() if isinstance(method, LinearMethod)]
-MODULES = [name for name in METHODS if name not in (*LINEAR, "auto")]
+EXPERTS = [name for name, method in METHODS.items() if isinstance(method, ExpertMethod)]
+MODULES = [name for name in METHODS if name not in (*LINEAR, *EXPERTS, "auto")]
 # Ratios that some can reach by themselves; others at least a tenth.
 REACHABLE = {"nystrom": 0.4, "modegpt": RATIO}
 

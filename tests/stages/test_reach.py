@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 
 from lowrank_compress.allocation.table import ALLOCATORS
+from lowrank_compress.methods.experts import ExpertMethod
 from lowrank_compress.methods.table import METHODS
 from tests.runs import Tiny, done, lrc, refused
 
 CASES: list[list[object]] = [
-    *(["--method", name] for name in METHODS),
+    *(["--method", name] for name, method in METHODS.items() if not isinstance(method, ExpertMethod)),
     *(["--method", "kfac", "--allocate", name] for name in ALLOCATORS),
     *(["--method", "kfac", "--storage", name] for name in ("pair", "pivot", "auto")),
     ["--method", "modegpt", "--cap", 0.5],

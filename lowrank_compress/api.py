@@ -245,6 +245,7 @@ def evaluate(
     perplexity: Place | Sequence[Place] = (),
     classification: Place | None = None,
     tasks: str | Sequence[str] = (),
+    sts: Place | Sequence[Place] = (),
     device: str = "auto",
     force: bool = False,
     reporter: Reporter | None = None,
@@ -264,6 +265,8 @@ def evaluate(
         A table of labelled examples to measure accuracy on.
     tasks
         Names of lm-eval tasks.
+    sts
+        One or more tables of pairs of texts and how similar they are, for an embedding model.
     device
         "auto", "cpu", "cuda" or "cuda:N".
     force
@@ -289,6 +292,7 @@ def evaluate(
         perplexity=_all(perplexity),
         classification=None if classification is None else str(classification),
         tasks=_all(tasks),
+        sts=_all(sts),
         device=str(compute_device(device)),
         **fields,
     )

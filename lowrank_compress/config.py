@@ -272,6 +272,7 @@ class EvaluateConfig(Strict):
 
     perplexity: tuple[str, ...] = ()
     classification: str | None = None
+    sts: tuple[str, ...] = ()
     text_column: str | None = None
     label_column: str | None = None
     tasks: tuple[str, ...] = ()

@@ -8,14 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModel
+from transformers import AutoModel, AutoTokenizer
 
 from lowrank_compress import api
-from tests.runs import done, refused
+from tests.runs import Tiny, done, refused
 from tests.tiny import tiny_model, tiny_text, tiny_tokenizer
 
+MODULES = [
+    {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+    {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+    {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"},
+]
 SENTENCES: dict[str, Any] = {
-    "modules.json": [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}],
+    "modules.json": MODULES,
     "config_sentence_transformers.json": {"similarity_fn_name": "cosine"},
     "sentence_bert_config.json": {"max_seq_length": 64},
     "1_Pooling/config.json": {"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True},
@@ -76,13 +81,84 @@ def test_replacing_a_run_leaves_nothing_over_and_loses_nothing(tmp_path: Path) -
     assert len(list((run / "cast").rglob("1_Pooling*"))) == 1
 
 
-@pytest.mark.parametrize("method", ["kfac", "fwsvd"])
-def test_gradients_are_refused_by_name(method: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("method", "model_type"), [("kfac", "bert"), ("fwsvd", "distilbert"), ("auto", "bert")])
+def test_gradients_are_of_the_embedding(method: str, model_type: str, tmp_path: Path) -> None:
+    model, data = saved(tmp_path, model_type)
+    run = tmp_path / "run"
+    done("compress", model, "--method", method, "--ratio", "0.3", *data, "--out", run)
+    assert has_all(run / "model")
+    table = pairs(tmp_path / "pairs.csv")
+    found = done("eval", run, "--sts", table, "--json").json["sts"][str(table)]
+    assert 0.5 < found["cosine"] < 1 - 1e-6
+    shown = done("eval", run, "--sts", table)
+    assert "8 pairs, cosine to dense" in " ".join(shown.out.split())
+    if method == "auto":
+        assert "nearer to dense" in " ".join(done("show", run).out.split()) or (run / "unrefined").exists()
+
+
+def test_what_is_behind_the_model_and_not_known_is_refused_by_name(tmp_path: Path) -> None:
     model, data = saved(tmp_path)
-    said = refused("compress", model, "--method", method, *data, "--out", tmp_path / "run")
-    assert "a BertModel has no head" in said
-    assert "--method svd-llm" in said
+    kfac = ["compress", model, "--method", "kfac", *data, "--out", tmp_path / "run"]
+    dense = [*SENTENCES["modules.json"], {"path": "2_Dense", "type": "sentence_transformers.models.Dense"}]
+    (model / "modules.json").write_text(json.dumps(dense))
+    assert "has a Dense module behind the model" in refused(*kfac)
     assert not (tmp_path / "run").exists()
+    (model / "modules.json").write_text(json.dumps(MODULES))
+    (model / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_weightedmean_tokens": True}))
+    said = refused(*kfac)
+    assert "says pooling_mode_weightedmean_tokens; known are mean, cls, max" in said
+    assert "--method svd-llm" in said
+    (model / "modules.json").write_text("{}")
+    assert "holds no list of modules" in refused(*kfac)
+    done("compress", model, "--method", "svd-llm", "--ratio", "0.2", *data, "--out", tmp_path / "run")
+
+
+def pairs(path: Path, header: str = "sentence1,sentence2,score") -> Path:
+    """Write pairs of texts of several lengths, some of which come again."""
+    texts = [tiny_text(12 + 9 * (i % 5), i).replace(",", "").replace("\n", " ").strip() for i in range(12)]
+    rows = [f"{texts[i]},{texts[i + 3]},{(7 * i % 8) / 2}" for i in range(8)]
+    path.write_text("\n".join([header, *rows, ""]))
+    return path
+
+
+def test_rank_correlation_and_nearness_are_those_of_stock_models(tmp_path: Path) -> None:
+    model, data = saved(tmp_path)
+    run, table = tmp_path / "run", pairs(tmp_path / "pairs.csv", "a,b,c")
+    done("compress", model, "--method", "svd-llm", "--ratio", "0.3", *data, "--out", run)
+    columns = ["--text-column", "a", "--text-column", "b", "--label-column", "c"]
+    found = done("eval", run, "--sts", table, *columns, "--json").json["sts"][str(table)]
+    rows = [line.split(",") for line in table.read_text().splitlines()[1:]]
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    embedded: dict[str, dict[str, torch.Tensor]] = {}
+    for role, path in (("dense", model), ("compressed", run / "model")):
+        stock = AutoModel.from_pretrained(path).eval()
+        embedded[role] = {}
+        for text in {text for row in rows for text in row[:2]}:
+            with torch.no_grad():
+                hidden = stock(input_ids=torch.tensor([tokenizer(text)["input_ids"]])).last_hidden_state
+            embedded[role][text] = torch.nn.functional.normalize(hidden.mean(1)[0].double(), dim=0)
+        alike = [float(embedded[role][one] @ embedded[role][other]) for one, other, _ in rows]
+        ranks = [torch.tensor(values).argsort().argsort().double() for values in (alike, [float(r[2]) for r in rows])]
+        assert found[role] == pytest.approx(float(torch.corrcoef(torch.stack(ranks))[0, 1]), abs=1e-9)
+    near = [float(embedded["dense"][text] @ embedded["compressed"][text]) for text in embedded["dense"]]
+    assert found["cosine"] == pytest.approx(sum(near) / len(near), abs=1e-6)
+    assert found["n"] == 8
+    alone = api.evaluate(model, sts=table, text_column="a,b", label_column="c")["sts"][str(table)]
+    assert alone["dense"] == pytest.approx(found["dense"])
+    assert alone["cosine"] is None
+
+
+def test_tables_that_are_none_of_pairs(tmp_path: Path, tiny: Tiny) -> None:
+    model, _ = saved(tmp_path)
+    table = pairs(tmp_path / "pairs.csv", "a,b,c")
+    assert "without the columns sentence1, sentence2 and score" in refused("eval", model, "--sts", table)
+    one = ["--text-column", "a", "--label-column", "c"]
+    assert "--text-column names 1. Give it twice" in refused("eval", model, "--sts", table, *one)
+    words = ["--text-column", "a", "--text-column", "b", "--label-column", "a"]
+    assert "expected a number" in refused("eval", model, "--sts", table, *words).lower()
+    (tmp_path / "same.csv").write_text("sentence1,sentence2,score\na,b,1\nb,a,1\n")
+    assert "2 pairs, and no two different scores" in refused("eval", model, "--sts", tmp_path / "same.csv")
+    assert "a LlamaForCausalLM has a head" in refused("eval", tiny.model, "--sts", pairs(tmp_path / "p.csv"))
 
 
 def test_pickled_modules_are_refused(tmp_path: Path) -> None:

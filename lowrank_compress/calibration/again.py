@@ -54,6 +54,8 @@ class Again:
     def labelled(self, walk: Walk, number: int) -> Batch:
         """Return a batch whose next tokens, or classes, are drawn from the dense model's predictions."""
         batch, hidden = walk.batches[number], walk.leaving(number)
+        if batch.pooled:  # of an embedding's loss there are no labels
+            return batch
         generator = torch.Generator().manual_seed((self.seed + batch.first) % 2**63)
 
         def drawn(logits: Tensor) -> Tensor:

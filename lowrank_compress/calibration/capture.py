@@ -256,11 +256,11 @@ def _even(batch: Batch) -> Batch:
         None if part is None else part[batch.first % 2 :: 2] for part in (batch.ids, batch.mask, batch.labels)
     )
     assert ids is not None
-    return Batch(ids, mask, labels)
+    return Batch(ids, mask, labels, pooled=batch.pooled)
 
 
 def loss_terms(batch: Batch) -> int:
     """How many terms the summed loss of a batch has: scored tokens, or examples."""
-    if batch.labels is not None:
-        return len(batch.labels)
+    if batch.labels is not None or batch.pooled:
+        return len(batch.ids)
     return batch.ids.shape[0] * (batch.ids.shape[1] - 1)

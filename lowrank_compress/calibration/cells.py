@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -122,6 +123,22 @@ class Cell:
         if not isinstance(value, str | int) or value == "":
             raise self._refused("the name or the number of a class")
         return str(value)
+
+    def number(self) -> float:
+        """Return the value, a number or the text of one.
+
+        Raises
+        ------
+        CalibrationError
+            It is anything else, or not finite.
+        """
+        try:
+            found = math.nan if isinstance(self.value, bool) else float(self.value)
+        except (TypeError, ValueError):
+            found = math.nan
+        if not math.isfinite(found):
+            raise self._refused("a number. Name another column with --label-column")
+        return found
 
     def _refused(self, expected: str) -> CalibrationError:
         what = f"a {_kind(self.value)}" if self.value not in (None, "") else "nothing"

@@ -176,6 +176,19 @@ def _text_column(source: Source, row: Mapping[str, Any]) -> str:
     return usual
 
 
+def rows_of(source: Source) -> Iterator[Row]:
+    """Read the rows of a table or data set, those columns of which it names.
+
+    Raises
+    ------
+    CalibrationError, InputError
+        It is missing, is no table, or cannot be read.
+    """
+    if not source.is_table:
+        raise InputError(f"{source.name} is no table; expected a {', '.join(TABLES)} file or an hf: data set.")
+    return _open(source)[0]
+
+
 def read_examples(source: Source, limit: int | None = None) -> Examples:
     """Read texts, or pairs of them, and labels if their column is named, from a table or data set.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich import filesize
 
+from lowrank_compress.artifacts.documents import read_json
 from lowrank_compress.cli.printing import refined
 from lowrank_compress.cli.terminal import became, console, number, print_json, share_of, sparkline, table
 from lowrank_compress.errors import ArtifactError, InputError
@@ -75,7 +76,8 @@ def show(target: str, as_json: bool) -> None:
 
     run = Run(Path(target))
     is_run = run.exists()
-    report = read_report(run.finished(names=(REPORT,)).path if is_run else files_of(target, ("config.json", REPORT)))
+    place = run.finished(names=(REPORT,)).path if is_run else files_of(target, ("config.json", REPORT))
+    report = read_report(place)
     of_matrices = report.get("matrices", {})
     spectra = {name: values for name, values in (spectra_of(run) if is_run else {}).items() if name in of_matrices}
     texts = _texts(run) if is_run else []
@@ -87,6 +89,9 @@ def show(target: str, as_json: bool) -> None:
     if not of_matrices:
         return
     nats = report["unit"] == "nats"
+    (named, *_) = read_json(place / "config.json").get("architectures") or [""]
+    embeds = named.endswith("Model") and not named.endswith("LMHeadModel")
+    unit = "of ½‖Δe‖² (1 − cosine)" if embeds else "nats"
     rows = []
     for name, matrix in report["matrices"].items():
         rows.append(
@@ -102,7 +107,7 @@ def show(target: str, as_json: bool) -> None:
                 number(matrix["predicted_loss"]),
             ]
         )
-    loss = "loss, nats/token" if nats else "loss, share"
+    loss = ("loss, ½‖Δe‖²" if embeds else "loss, nats/token") if nats else "loss, share"
     columns = ["matrix", "spectrum (6 decades)", "kind", "format", "shape", "rank or width", "kept", "bytes", loss]
     out = console()
     out.print(table(f"{target}: {report['method']}", columns, rows, left=4))
@@ -119,9 +124,8 @@ def show(target: str, as_json: bool) -> None:
     for tried in report.get("plans") or []:
         at_random = "" if tried["at_random"] is None else f", {tried['at_random']:.3f} on tokens drawn at random"
         taken = " (taken)" if tried["plan"] == report["plan"] else ""
-        out.print(
-            f"Plan {tried['plan']}{taken}: {tried['divergence']:.3f} nats from dense on held-out text{at_random}."
-        )
+        far = f"{tried['divergence']:.{4 if embeds else 3}f} {unit}"
+        out.print(f"Plan {tried['plan']}{taken}: {far} from dense on held-out text{at_random}.")
     for text in texts:
         dense = "" if text["perplexity"] is None else f", dense perplexity {text['perplexity']:.4g}"
         weight = f", weight {text['weight']:g}" if len(texts) > 1 else ""
@@ -130,9 +134,10 @@ def show(target: str, as_json: bool) -> None:
             f"{dense}."
         )
     if "refine" in report:
-        out.print(refined(report["refine"]))
+        out.print(refined(report["refine"], unit))
     if nats:
-        out.print(f"Predicted loss increase: {total:.4g} nats a token (second order: too low at large ratios).")
+        each = "a text" if embeds else "a token"
+        out.print(f"Predicted loss increase: {total:.4g} {unit} {each} (second order: too low at large ratios).")
     else:
         out.print(
             "Losses are shares of each matrix's own total in the method's metric; they do not compare between matrices."

@@ -224,6 +224,15 @@ def evaluate(
     classification: Annotated[
         str | None, typer.Option("--classification", help="Table of labelled examples to measure accuracy on.")
     ] = None,
+    sts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sts",
+            help="Table of two texts and how similar they are, for an embedding model: rank correlation with the "
+            "cosine, and how near the compressed embeddings are to the dense ones. Columns sentence1, sentence2 and "
+            "score, or --text-column twice and --label-column; may be repeated.",
+        ),
+    ] = None,
     text_column: Annotated[list[str] | None, o.of_recipe("text_column")] = None,
     label_column: Annotated[str | None, o.of_recipe("label_column")] = None,
     tasks: Annotated[str | None, typer.Option("--tasks", help="lm-eval tasks, separated by commas.")] = None,
@@ -262,6 +271,7 @@ def evaluate(
             COMMAND_LINE,
             perplexity=tuple(perplexity or ()),
             classification=classification,
+            sts=tuple(sts or ()),
             text_column=o.joined(text_column),
             label_column=label_column,
             tasks=tuple(name for name in (tasks or "").split(",") if name),

@@ -47,11 +47,11 @@ def print_stage(result: dict[str, Any], as_json: bool) -> None:
         console().print(refined(result["refine"]))
 
 
-def refined(found: Mapping[str, Any]) -> str:
-    """Say what refining came to."""
+def refined(found: Mapping[str, Any], unit: str = "nats") -> str:
+    """Say what refining came to; `unit` is that of distances from the dense model."""
     taken = "taken" if found["taken"] else "not taken, as they are no better"
     said = (
-        f"Refined weights ({taken}): {found['divergence_after']:.4g} nats from dense on held-out text, before "
+        f"Refined weights ({taken}): {found['divergence_after']:.4g} {unit} from dense on held-out text, before "
         f"{found['divergence_before']:.4g}."
     )
     if "lambdas" not in found:
@@ -100,6 +100,9 @@ def print_metrics(target: str, metrics: dict[str, Any]) -> None:
         for name, values in metrics[kind].items():
             note = f"{values[unit]:,} {'tokens' if unit == 'tokens' else 'examples'}"
             rows.append(_row(f"{title} · {Path(name).name}", values, number, note))
+    for name, values in metrics.get("sts", {}).items():
+        near = "" if values["cosine"] is None else f", cosine to dense {values['cosine']:.4f}"
+        rows.append(_row(f"Spearman's ρ · {Path(name).name}", values, number, f"{values['n']:,} pairs{near}"))
     for name, values in metrics["tasks"].items():
         some = next(iter(values.values()))
         for metric in some:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lowrank_compress.evaluation.embedded import distances_at_the_end
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.model.walk.head import lm_chunks, tokens_at_once
@@ -17,7 +18,8 @@ def divergences(models: Sequence[Skeleton], batches: Sequence[Batch]) -> list[fl
     """Mean divergence KL(p₀ ‖ p) of each further model's predictions p from the first one's p₀, in nats.
 
     The mean is over all positions whose next token is known, or over examples for a classifier; it is summed in
-    float64, and infinite where it is not finite, so that a broken model never wins.
+    float64, and infinite where it is not finite, so that a broken model never wins. Of models without a head it is half
+    the squared distance of their embeddings, of normalised ones 1 − cosine.
 
     Parameters
     ----------
@@ -39,6 +41,8 @@ def divergences(models: Sequence[Skeleton], batches: Sequence[Batch]) -> list[fl
 
 def divergences_at_the_end(walk: Walk) -> list[float]:
     """Return the same of the models of a walk that has gone forwards through all blocks."""
+    if walk.models[0].task == "embedding":
+        return distances_at_the_end(walk)
     totals, terms = [0.0] * (len(walk.models) - 1), 0
     first = walk.models[0]
     for number, batch in enumerate(walk.batches):

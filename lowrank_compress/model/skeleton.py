@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from lowrank_compress.errors import CheckpointError
 from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
+from lowrank_compress.model.embedding import Embedding, embedding_of
 from lowrank_compress.shipped.linear import CompressedLinear
 from lowrank_compress.shipped.restore import restore_modules
 from lowrank_compress.shipped.swap import check_indices
@@ -62,6 +64,17 @@ class Skeleton:
         self._outside = False
         self.blueprint.check_ties()
         self.load_outside()
+
+    @cached_property
+    def embedding(self) -> Embedding:
+        """How the hidden states of a model without a head become an embedding.
+
+        Raises
+        ------
+        LrcError
+            That is not known.
+        """
+        return embedding_of(self.blueprint.checkpoint)
 
     @property
     def vocabulary(self) -> int:

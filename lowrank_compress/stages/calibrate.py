@@ -130,7 +130,7 @@ def run(
         )
     by_text = batches_by_text(config, subject.checkpoint, task)
     batches = [batch for part in by_text for batch in part]
-    if needs_gradient(wanted) and any(batch.labels is None for batch in batches) and task != "lm":
+    if needs_gradient(wanted) and any(batch.labels is None for batch in batches) and task == "classification":
         raise InputError(
             "The method takes gradients of a classifier's loss, which needs labels. Pass a table with --text-column "
             "and --label-column."

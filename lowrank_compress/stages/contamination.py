@@ -27,7 +27,7 @@ def refuse_calibration_text(target: Path, config: EvaluateConfig) -> None:
         read = recipe.calibration if calibrated is not None and calibrated.report["tokens"] else None
         texts = [read] if isinstance(read, str) else [part.text for part in read or ()]
         used = [text for text in texts if text != SELF]
-        for name in (*config.perplexity, *([config.classification] if config.classification else [])):
+        for name in (*config.perplexity, *([config.classification] if config.classification else []), *config.sts):
             if any(text == name or _same_content(Path(text), Path(name)) for text in used):
                 raise CalibrationError(
                     f"{name} is the text that this run was calibrated on: measured on it, the compressed model looks "

@@ -34,6 +34,7 @@ from lowrank_compress.resources.workers import Workers
 from lowrank_compress.stages.environment import environment
 from lowrank_compress.stages.identity import checkpoint_id, source_id
 from lowrank_compress.stages.reporting import Reporter, Silent
+from lowrank_compress.stages.similarity import similarities
 from lowrank_compress.stages.stage import Given
 
 VERSION = 2
@@ -52,12 +53,14 @@ def key(config: EvaluateConfig, inputs: Given) -> Key:
         found[f"perplexity:{name}"] = source_id(Source(name, config.text_column))
     if config.classification is not None:
         found[f"classification:{config.classification}"] = source_id(Source(config.classification))
+    for name in config.sts:
+        found[f"sts:{name}"] = source_id(Source(name))
     if config.tasks:
         found["lm_eval"] = harness_version()
     if config.tasks and config.include_path is not None:
         for path in task_files(Path(config.include_path)):
             found[f"task:{path}"] = sha256(path)
-    return Key("evaluate", VERSION, config.model_dump(mode="json"), found)
+    return Key("evaluate", VERSION, config.model_dump(mode="json", exclude=set() if config.sts else {"sts"}), found)
 
 
 def _ratios(inputs: Given) -> dict[str, Any]:
@@ -93,8 +96,8 @@ def run(
     Returns
     -------
     Manifest
-        Its report holds the measurements, ``perplexity``, ``classification``, ``tasks`` and ``size``: see the command's
-        ``--json``. On disk they are in metrics.json, as some may be no numbers.
+        Its report holds the measurements, ``perplexity``, ``classification``, ``tasks``, ``sts`` and ``size``: see the
+        command's ``--json``. On disk they are in metrics.json, as some may be no numbers.
 
     Raises
     ------
@@ -120,6 +123,8 @@ def run(
                 slot = metrics[kind].setdefault(name, {})
                 shared = {name: values.pop(name) for name in ("tokens", "n") if name in values}
                 slot |= {role: values["value"]} | shared
+    if config.sts:
+        metrics["sts"] = workers.once(lambda: similarities(config, models, reporter))
     metrics["size"] = size_report(inputs)
 
     def keep() -> Manifest:

@@ -32,6 +32,7 @@ from lowrank_compress.methods.scheme import label, methods_of, rival_of, scheme_
 from lowrank_compress.methods.table import METHODS
 from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
+from lowrank_compress.model.embedding import embedding_of
 from lowrank_compress.model.locate import directory_of, locate
 from lowrank_compress.recipe import Recipe
 from lowrank_compress.stages.choose import Chooser
@@ -182,10 +183,7 @@ def make_plan(recipe: Recipe, *, reads_text: bool = True) -> Plan:
     held_out = isinstance(method, Mixture) and method.held_out
     refines = held_out if recipe.refine is None else recipe.refine
     if design.task == "embedding" and (refines or needs_gradient(needed(groups))):
-        raise InputError(
-            f"The method {recipe.method} takes gradients of a loss, and a {type(design.model).__name__} has no head to "
-            "give one. Choose a method without gradients, for instance --method svd-llm or modegpt."
-        )
+        embedding_of(checkpoint)  # whose change is the loss
     reads = needs_data(groups) or refines
     if reads and recipe.calibration is None:
         if design.task == "classification" and (refines or needs_gradient(needed(groups))):

@@ -140,7 +140,7 @@ class _Refinement:
 
     def _batches(self, dense: Checkpoint) -> list[Batch]:
         batches = calibration_batches(self.config, dense, self.dense.blueprint.task)
-        if self.dense.blueprint.task != "lm" and any(batch.labels is None for batch in batches):
+        if self.dense.blueprint.task == "classification" and any(batch.labels is None for batch in batches):
             raise InputError(
                 "Refining takes gradients of a classifier's loss, which needs labels. Pass a table with --text-column "
                 "and --label-column."

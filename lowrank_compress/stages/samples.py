@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -12,8 +13,9 @@ from lowrank_compress.artifacts.documents import canonical_hash
 from lowrank_compress.calibration.capture import Advance, loss_terms
 from lowrank_compress.calibration.examples import example_batches
 from lowrank_compress.calibration.own import own_windows
+from lowrank_compress.calibration.passages import passages
 from lowrank_compress.calibration.shares import shares
-from lowrank_compress.calibration.sources import Source, pieces, read_examples, shuffled
+from lowrank_compress.calibration.sources import Examples, Source, pieces, read_examples, shuffled
 from lowrank_compress.calibration.statistics import ENOUGH
 from lowrank_compress.calibration.tokens import bos_of, encode, load_tokenizer, renderer, vocabulary_of
 from lowrank_compress.calibration.windows import calibration_windows, drawn_windows, window_batches
@@ -22,6 +24,7 @@ from lowrank_compress.errors import InputError
 from lowrank_compress.methods.groups import TargetGroup
 from lowrank_compress.model.blueprint import Task
 from lowrank_compress.model.checkpoint import Checkpoint
+from lowrank_compress.model.embedding import longest_of
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.stages.identity import checkpoint_id, source_id
 
@@ -117,6 +120,8 @@ def check_shares(config: CalibrationSet) -> None:
         )
 
 
+# Of a passage of plain text, for each token that is read of it at most.
+CHARACTERS = 6
 # Of text that plans are tried on: windows, tokens in all of them, and in large models no more of these, down to FEWEST,
 # than come to so many products with the model's elements.
 TRIED_WINDOWS, TRIED_TOKENS, TRIED_PRODUCTS, FEWEST = 16, 8192, 1 << 40, 2048
@@ -207,6 +212,8 @@ def _batches(
     skip: int,
 ) -> list[Batch]:
     vocabulary = vocabulary_of(checkpoint)
+    if task == "embedding":
+        return _embedded(config, source, tokenizer, checkpoint, skip)
     named = source.text_column is not None or source.label_column is not None
     if task != "lm" and (named or (source.is_table and not source.is_hub)):
         examples = shuffled(read_examples(source), skip + config.samples, config.seed)
@@ -222,6 +229,22 @@ def _batches(
     bos = bos_of(tokenizer, vocabulary)
     windows = calibration_windows(ids, config.seq_len, skip + config.samples, config.seed, bos)[skip:]
     return window_batches(list(windows), config.micro_batch)
+
+
+def _embedded(
+    config: CalibrationSet, source: Source, tokenizer: PreTrainedTokenizerBase, checkpoint: Checkpoint, skip: int
+) -> list[Batch]:
+    """Make the batches of a model without a head: rows of a table, or passages of a text, as it is to read them."""
+    longest = longest_of(checkpoint)
+    seq_len = config.seq_len if longest is None else min(config.seq_len, longest)
+    if source.is_table and not (source.is_hub and source.text_column is None):
+        found = read_examples(replace(source, label_column=None))
+    else:
+        found = Examples(list(passages(pieces(source, renderer(tokenizer)), CHARACTERS * seq_len)), None)
+    examples = shuffled(found, skip + config.samples, config.seed).picked
+    chosen = examples(range(min(skip + config.samples, len(found.texts)))[skip:])
+    batches = example_batches(tokenizer, chosen, {}, seq_len, config.micro_batch, vocabulary_of(checkpoint))
+    return [replace(batch, pooled=True) for batch in batches]
 
 
 def with_drawn(batches: Sequence[Batch], each: int, checkpoint: Checkpoint, task: Task) -> list[Batch]:

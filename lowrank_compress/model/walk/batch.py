@@ -21,6 +21,8 @@ class Batch:
         (sequences,) int64 class labels; None for language models, whose labels are the ids themselves.
     kinds
         (sequences, length) int64, which sentence of a pair each token is of; None where there is but one.
+    pooled
+        Whether a sequence has one loss as a whole, that of its embedding.
     first
         Number of its first sequence in the calibration set; it says which half a sequence belongs to.
     """
@@ -30,6 +32,7 @@ class Batch:
     labels: Tensor | None = None
     kinds: Tensor | None = None
     first: int = 0
+    pooled: bool = False
 
     @property
     def tokens(self) -> int:

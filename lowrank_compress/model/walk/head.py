@@ -66,6 +66,39 @@ def head_loss(replay: Replay, batch: Batch, hidden: Tensor, tokens: int | None =
     return nats
 
 
+def embeddings(replay: Replay, batch: Batch, hidden: Tensor) -> Tensor:
+    """Embeddings of the sequences of a batch from the hidden states that leave the last block, (sequences, width).
+
+    Raises
+    ------
+    NumericsError
+        One is not finite.
+    """
+    found = replay.skeleton.embedding.of(replay.head(batch, hidden), batch.mask)
+    if not torch.isfinite(found.detach()).all():
+        raise NumericsError("The model gave a NaN or infinite embedding. Check the checkpoint.")
+    return found
+
+
+def embedding_gradient(replay: Replay, batch: Batch, hidden: Tensor) -> Tensor:
+    """Gradient Jᵀv in the hidden states that leave the last block, with J that of an embedding e and v random signs.
+
+    A small change of a model costs it ½‖Δe‖² of a text, of normalised embeddings 1 − cosine. The Hessian of that loss
+    at the dense model is JᵀJ, which is E[Jᵀv vᵀJ]: so the second moments of these gradients are its Fisher matrix, and
+    there are no labels in it (the generalised Gauss–Newton matrix; Schraudolph, Neural Computation 14, 2002).
+
+    The signs are those of a sequence's number in the calibration set.
+    """
+    leaf = hidden.detach().requires_grad_()
+    with torch.enable_grad():
+        found = embeddings(replay, batch, leaf)
+    signs = [
+        torch.randint(2, found.shape[1:], generator=torch.Generator().manual_seed(batch.first + number)) * 2 - 1
+        for number in range(len(found))
+    ]
+    return torch.autograd.grad(found, leaf, torch.stack(signs).to(found))[0]
+
+
 def head_gradient(
     replay: Replay,
     batch: Batch,
@@ -75,14 +108,16 @@ def head_gradient(
 ) -> Tensor:
     """Gradient of the summed loss in the hidden states that leave the last block, (sequences, length, width).
 
-    The logits of a language model are made for so many tokens at a time, by default as memory allows; `told` gets the
-    losses as they are.
+    Without a head it is that of the embedding (`embedding_gradient`). The logits of a language model are made for so
+    many tokens at a time, by default as memory allows; `told` gets the losses as they are.
 
     Raises
     ------
     NumericsError
         A logit is not finite.
     """
+    if replay.skeleton.task == "embedding":
+        return embedding_gradient(replay, batch, hidden)
     if batch.labels is not None:
         leaf = hidden.detach().requires_grad_()
         with torch.enable_grad():

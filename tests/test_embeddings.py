@@ -161,6 +161,19 @@ def test_tables_that_are_none_of_pairs(tmp_path: Path, tiny: Tiny) -> None:
     assert "a LlamaForCausalLM has a head" in refused("eval", tiny.model, "--sts", pairs(tmp_path / "p.csv"))
 
 
+def test_recover_trains_towards_the_dense_embeddings(tmp_path: Path) -> None:
+    model, data = saved(tmp_path)
+    run, table = tmp_path / "run", pairs(tmp_path / "pairs.csv")
+    done("compress", model, "--method", "svd-llm", "--ratio", "0.4", *data, "--out", run)
+    before = done("eval", run, "--sts", table, "--json").json["sts"][str(table)]["cosine"]
+    done("recover", run, "--steps", "40", "--seq-len", "24", "--lr", "3e-3")
+    after = done("eval", run, "--sts", table, "--json").json["sts"][str(table)]["cosine"]
+    assert 1 - after < 0.75 * (1 - before)
+    assert has_all(run / "recover")
+    said = refused("recover", run, "--text", tmp_path / "text.txt", "--steps", "1", "--out", tmp_path / "other")
+    assert "no head that could be trained on a text of one's own" in said
+
+
 def test_pickled_modules_are_refused(tmp_path: Path) -> None:
     model, _ = saved(tmp_path)
     (model / "2_Dense").mkdir()

@@ -15,6 +15,7 @@ from lowrank_compress.artifacts.tensors import BlockFiles
 from lowrank_compress.errors import InputError, UnsupportedError
 from lowrank_compress.model.blueprint import AUTO, Blueprint, blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
+from lowrank_compress.model.embedding import embedding_of
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.resources.resources import Resources
 from lowrank_compress.stages.blockwise import Blocks
@@ -23,7 +24,7 @@ from lowrank_compress.stages.reporting import Reporter
 from lowrank_compress.stages.samples import calibration_batches, has_own
 from lowrank_compress.stages.stage import Given
 from lowrank_compress.training.blockwise import LR
-from lowrank_compress.training.loss import Loss, from_teacher, from_text, mean_loss
+from lowrank_compress.training.loss import Loss, from_embedding, from_teacher, from_text, mean_loss
 from lowrank_compress.training.recovery import Asked, Course, train
 from lowrank_compress.training.student import Student
 from lowrank_compress.training.trainer import Data, joined
@@ -115,7 +116,9 @@ class Training:
             model.load_state_dict(self._blocks.tensors(), strict=False)
         loss: Loss = from_text(model)
         if config.towards == "dense":
-            loss = from_teacher(model, _loaded(dense := teacher_of(self.inputs), blueprint(dense), self.device))
+            teacher = _loaded(dense := teacher_of(self.inputs), blueprint(dense), self.device)
+            embeds = self.plan.task == "embedding"
+            loss = from_embedding(model, teacher, embedding_of(dense)) if embeds else from_teacher(model, teacher)
         entries = (checkpoint.quantization or {})["modules"]
         student = Student(model, entries, self.plan.resolved.blocks, config.train, config.lora, config.seed)
         asked = Asked(config.steps or (None if config.seconds else STEPS), config.seconds, config.lr)
@@ -142,6 +145,11 @@ class Training:
 
 def _data(config: RecoverConfig, inputs: Given, plan: Blueprint) -> tuple[Data, list[Batch]]:
     """Make what is trained on, and what is held out: the last of the shuffled sequences."""
+    if plan.task == "embedding" and config.towards == "text":
+        raise UnsupportedError(
+            f"{inputs.checkpoint.path} has no head that could be trained on a text of one's own. Name the text with "
+            "--calibration: then the dense model's embeddings are what it is trained towards."
+        )
     alone = config.model_copy(update={"micro_batch": 1})
     items = calibration_batches(alone, teacher_of(inputs) if has_own(config) else inputs.checkpoint, plan.task)
     if not isinstance(config.source, str):  # what is held out is of all texts
@@ -160,11 +168,6 @@ def _data(config: RecoverConfig, inputs: Given, plan: Blueprint) -> tuple[Data, 
 
 def _loaded(checkpoint: Checkpoint, plan: Blueprint, device: torch.device) -> PreTrainedModel:
     """Load a whole model in float32, without dropout, and nothing of it to be trained."""
-    if plan.task == "embedding":
-        raise UnsupportedError(
-            f"{checkpoint.path} has no head, whose predictions a compressed model is trained towards. Recover is for "
-            "language models and classifiers."
-        )
     model: Any = AUTO[plan.task].from_pretrained(
         checkpoint.path, dtype=torch.float32, trust_remote_code=checkpoint.trust_remote_code, use_cache=False
     )

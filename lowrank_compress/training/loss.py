@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowrank_compress.model.embedding import Embedding
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.resources.workers import Workers
 
@@ -45,6 +46,22 @@ def from_teacher(student: nn.Module, teacher: nn.Module) -> Loss:
             wanted = scored_logits(teacher, batch)
         found = scored_logits(student, batch)
         return divergence(wanted, found), len(found)
+
+    return loss
+
+
+def from_embedding(student: nn.Module, teacher: nn.Module, embedding: Embedding) -> Loss:
+    """Make the loss of a student without a head: half the squared distance of its embedding from the teacher's."""
+
+    def embedded(model: nn.Module, batch: Batch) -> Tensor:
+        hidden = model(input_ids=batch.ids.to(next(model.parameters()).device)).last_hidden_state
+        return embedding.of(hidden, batch.mask)
+
+    def loss(batch: Batch) -> tuple[Tensor, int]:
+        with torch.no_grad():
+            wanted = embedded(teacher, batch)
+        found = embedded(student, batch)
+        return (found - wanted.to(found)).square().sum() / 2, len(found)
 
     return loss
 

@@ -21,17 +21,20 @@ from transformers.pytorch_utils import Conv1D
 from tests.families import family, register
 from tests.ordinary import key_heads, load, padded, part_rows, task, tokens
 from tests.runs import done, refused
-from tests.tiny import MODELS, tiny_model, tiny_text, tiny_tokenizer
+from tests.tiny import MODELS, WHOLE_HEADS, tiny_model, tiny_text, tiny_tokenizer
 
 ROLES = {
-    "q": ("q_proj", "query", "q_lin", ":q"),
-    "k": ("k_proj", "key", "k_lin", ":k"),
-    "v": ("v_proj", "value", "v_lin", ":v"),
+    "q": ("q_proj", "query", "q_lin", "attn.q", ":q"),
+    "k": ("k_proj", "key", "k_lin", "attn.k", ":k"),
+    "v": ("v_proj", "value", "v_lin", "attn.v", ":v"),
     "gate": ("gate_proj", ":gate"),
-    "up": ("up_proj", "c_fc", "dense_h_to_4h", "fc1", "intermediate.dense", "lin1", ":up"),
+    "up": ("up_proj", "fc_in", "c_fc", "dense_h_to_4h", "fc1", "intermediate.dense", "lin1", ":up"),
 }
 FUSED = {
     "phi3": ("qkv_proj", "gate_up_proj"),
+    "modernbert": ("Wqkv", "Wi"),
+    "glm": ("gate_up_proj",),
+    "glm4": ("gate_up_proj",),
     "gpt2": ("c_attn",),
     "gpt_bigcode": ("c_attn",),
     "gpt_neox": ("query_key_value",),
@@ -39,7 +42,8 @@ FUSED = {
 HEAD_NORMS = ("qwen3", "gemma3_text", "olmo2")
 METRICS = ("gram", "kfac")
 # Every model with one of the metrics, some with both.
-CASES = [(name, METRICS[number % 2]) for number, name in enumerate(MODELS)]
+NARROWED = [name for name in MODELS if MODELS[name][0] not in WHOLE_HEADS]
+CASES = [(name, METRICS[number % 2]) for number, name in enumerate(NARROWED)]
 CASES += [(name, METRICS[1 - number % 2]) for number, name in enumerate(MODELS) if name in ("llama-lm", "gpt2-lm")]
 MIXED = (
     "--method cr --ratio 0.05",
@@ -64,7 +68,11 @@ def targets_of(model: PreTrainedModel) -> dict[tuple[str, str], str]:
         parts = name.split(".")
         block = ".".join(parts[: [part.isdigit() for part in parts].index(True) + 1])
         fused = [leaf for leaf in FUSED.get(model.config.model_type, ()) if name.endswith(leaf)]
-        own = [f"{name}:{role}" for role in (("gate", "up") if "gate" in name else "qkv")] if fused else [name]
+        own = (
+            [f"{name}:{role}" for role in (("gate", "up") if name.endswith(("gate_up_proj", "Wi")) else "qkv")]
+            if fused
+            else [name]
+        )
         for target in own:
             for role, ends in ROLES.items():
                 if target.endswith(ends):
@@ -238,6 +246,20 @@ def test_head_norms_are_refused_by_name_or_left_to_a_linear_method(name: str, tm
     formats = {entry["format"] for name, entry in matrices.items() if name.endswith(("q_proj", "k_proj"))}
     assert formats <= {"pair", "dense"}
     assert {"width"} <= {entry["format"] for entry in matrices.values()}
+
+
+@pytest.mark.parametrize("model_type", WHOLE_HEADS)
+def test_heads_that_cannot_be_narrower_are_refused_by_name_and_linear_methods_are_not(
+    model_type: str, tmp_path: Path
+) -> None:
+    name = f"{model_type}-lm" if f"{model_type}-lm" in MODELS else f"{model_type}-classification"
+    model, data = save_redundant(name, tmp_path)
+    said = refused("compress", model, "--method", "modegpt", *data, "--out", tmp_path / "no")
+    assert "attention with narrower heads" in said
+    assert "--attention kfac" in said
+    run = tmp_path / "run"
+    done("compress", model, "--attention", "kfac", "--mlp", "nystrom", "--ratio", "0.1", *data, "--out", run)
+    check_counts(run, json.loads((run / "model" / "lowrank.json").read_text()))
 
 
 @pytest.mark.parametrize(("name", "parts"), PARTS, ids=" ".join)

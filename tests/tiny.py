@@ -78,6 +78,11 @@ TINY: dict[str, dict[str, Any]] = {
     "phi": {**_LLAMA, "rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5}},
     "stablelm": {**_LLAMA, "rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5}},
     "gpt_bigcode": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 72, "n_positions": 160},
+    "starcoder2": {**_LLAMA, "sliding_window": 8},
+    "cohere": {**_LLAMA, "logit_scale": 0.3},
+    "glm": {**_LLAMA, "head_dim": 8, "rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5}},
+    "glm4": {**_LLAMA, "head_dim": 8, "rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5}},
+    "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 72, "n_positions": 160, "rotary_dim": 4},
     "phi3": {**_LLAMA, "original_max_position_embeddings": 160},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 72, "n_positions": 160},
     "gpt_neox": {**_SIZES, "rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5}},
@@ -88,6 +93,15 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "bert": _SIZES,
     "roberta": _SIZES,
+    "modernbert": {
+        **_SIZES,
+        "num_hidden_layers": 3,
+        "global_attn_every_n_layers": 3,
+        "local_attention": 8,
+        "cls_token_id": BOS,
+        "sep_token_id": EOS,
+    },
+    "mpnet": _SIZES,
     "xlm-roberta": _SIZES,
     "camembert": _SIZES,
     "electra": {**_SIZES, "embedding_size": 24},
@@ -95,8 +109,12 @@ TINY: dict[str, dict[str, Any]] = {
 }
 
 # Families of one kind of model, and those that differ little from another one: with one of the heads.
-_LM_ONLY = ("gemma", "granite", "olmo2", "smollm3", "phi", "stablelm", "gpt_bigcode")
-_CLASSIFICATION_ONLY = ("distilbert", "xlm-roberta", "camembert", "electra")
+_LM_ONLY = ("gemma", "granite", "olmo2", "smollm3", "phi", "stablelm", "gpt_bigcode", "starcoder2", "cohere", "glm")
+_LM_ONLY += ("glm4", "gptj")
+_CLASSIFICATION_ONLY = ("distilbert", "xlm-roberta", "camembert", "electra", "modernbert", "mpnet")
+
+# Families whose heads cannot be made narrower.
+WHOLE_HEADS = ("cohere", "glm", "glm4", "gptj", "modernbert", "mpnet")
 
 CASES: list[tuple[str, Task]] = [
     (model_type, task)

@@ -111,6 +111,8 @@ class Architecture:
         What of a block has a method of its own, in the order of computation; every role is in one.
     head
         Path of a language model's head; None where a family has none.
+    values
+        How many values a block returns, of which the hidden states are the first; 0 where it returns them alone.
     experts
         Path, below a block, of its routed experts; "" where the family has none. Blocks without are as others are.
     router
@@ -126,6 +128,7 @@ class Architecture:
     traits: Traits = Traits()  # noqa: RUF009  (nothing can change it)
     groups: tuple[Group, ...] = BLOCK_GROUPS
     head: str | None = "lm_head"
+    values: int = 0
     experts: str = ""
     router: str = ""
 

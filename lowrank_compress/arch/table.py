@@ -46,6 +46,47 @@ _PHI = (
     Projection("mlp.fc1", ("up",), "attn"),
     Projection("mlp.fc2", ("down",), "hidden"),
 )
+_STARCODER2 = (
+    *_ATTENTION,
+    Projection("mlp.c_fc", ("up",), "mlp"),
+    Projection("mlp.c_proj", ("down",), "hidden"),
+)
+_COHERE = (
+    *_ATTENTION,
+    # Attention and MLP lie side by side behind one norm.
+    Projection("mlp.gate_proj", ("gate",), "attn"),
+    Projection("mlp.up_proj", ("up",), "attn"),
+    Projection("mlp.down_proj", ("down",), "hidden"),
+)
+_GLM = (
+    *_ATTENTION,
+    Projection("mlp.gate_up_proj", ("gate", "up"), "mlp"),
+    Projection("mlp.down_proj", ("down",), "hidden"),
+)
+_GPTJ = (
+    Projection("attn.q_proj", ("q",), "attn"),
+    Projection("attn.k_proj", ("k",), "attn"),
+    Projection("attn.v_proj", ("v",), "attn"),
+    Projection("attn.out_proj", ("o",), "context"),
+    # Attention and MLP lie side by side behind one norm.
+    Projection("mlp.fc_in", ("up",), "attn"),
+    Projection("mlp.fc_out", ("down",), "hidden"),
+)
+_MODERNBERT = (
+    Projection("attn.Wqkv", ("q", "k", "v"), "attn"),
+    Projection("attn.Wo", ("o",), "context"),
+    # The first half goes through the activation.
+    Projection("mlp.Wi", ("gate", "up"), "mlp"),
+    Projection("mlp.Wo", ("down",), "hidden"),
+)
+_MPNET = (
+    Projection("attention.attn.q", ("q",), "attn"),
+    Projection("attention.attn.k", ("k",), "attn"),
+    Projection("attention.attn.v", ("v",), "attn"),
+    Projection("attention.attn.o", ("o",), "context"),
+    Projection("intermediate.dense", ("up",), "mlp"),
+    Projection("output.dense", ("down",), "hidden"),
+)
 _GPT_BIGCODE = (
     Projection("attn.c_attn", ("q", "k", "v"), "attn", layout="interleaved"),
     Projection("attn.c_proj", ("o",), "context"),
@@ -123,12 +164,20 @@ _ENTRIES = (
     Architecture("phi", ("phi",), "layers", "self_attn", _PHI),
     Architecture("stablelm", ("stablelm",), "layers", "self_attn", _GATED),
     Architecture("gpt_bigcode", ("gpt_bigcode",), "h", "attn", _GPT_BIGCODE, traits=traits.GPT_BIGCODE),
+    Architecture("starcoder2", ("starcoder2",), "layers", "self_attn", _STARCODER2, traits=traits.ALL_WINDOWED),
+    # These turn dimensions 2i and 2i + 1 together: their heads keep all dimensions.
+    Architecture("cohere", ("cohere",), "layers", "self_attn", _COHERE),
+    Architecture("glm", ("glm",), "layers", "self_attn", _GLM),
+    Architecture("glm4", ("glm4",), "layers", "self_attn", _GLM),
+    Architecture("gptj", ("gptj",), "h", "attn", _GPTJ),
     Architecture("phi3", ("phi3",), "layers", "self_attn", _PHI3, traits=traits.ALL_WINDOWED),
     Architecture("gpt2", ("gpt2",), "h", "attn", _GPT2, traits=traits.GPT2),
     Architecture("gpt_neox", ("gpt_neox",), "layers", "attention", _GPT_NEOX),
     Architecture("opt", ("opt",), "decoder.layers", "self_attn", _OPT, traits=traits.DROPPING),
     Architecture("bert", ("bert",), "encoder.layer", "attention.self", _BERT, traits=traits.DROPPING, head=None),
     Architecture("roberta", ("roberta",), "encoder.layer", "attention.self", _BERT, traits=traits.DROPPING, head=None),
+    Architecture("mpnet", ("mpnet",), "encoder.layer", "attention.attn", _MPNET, head=None, values=1),
+    Architecture("modernbert", ("modernbert",), "layers", "attn", _MODERNBERT, traits=traits.WINDOWED, head=None),
     Architecture(
         "xlm-roberta", ("xlm-roberta",), "encoder.layer", "attention.self", _BERT, traits=traits.DROPPING, head=None
     ),

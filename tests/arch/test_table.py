@@ -43,7 +43,7 @@ def test_entry_is_consistent(name: str) -> None:
     gated = ["gate"] if "gate" in roles else []
     assert entry.name == name
     assert roles == ["q", "k", "v", "o", *gated, "up", "down"]
-    side_by_side = name == "phi"
+    side_by_side = name in ("phi", "cohere", "gptj")
     mlp = "attn" if side_by_side else "mlp"
     reads = {"q": "attn", "k": "attn", "v": "attn", "o": "context", "gate": mlp, "up": mlp, "down": "hidden"}
     assert all(projection.reads == reads[role] for projection in entry.projections for role in projection.parts)

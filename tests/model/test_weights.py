@@ -63,7 +63,8 @@ def test_place_changes_no_other_part(model_type: str) -> None:
                 assert read(module.weight, other).equal(expected)
 
 
-@pytest.mark.parametrize("name", MODELS)
+# MPNet's attention calls no attention function.
+@pytest.mark.parametrize("name", [name for name in MODELS if not name.startswith("mpnet")])
 def test_parts_are_what_attention_receives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the split that the model itself makes, not this package's idea of the rows."""
     model = build(name)
@@ -93,7 +94,9 @@ def test_parts_are_what_attention_receives(name: str, monkeypatch: pytest.Monkey
             continue
         if role == "q" and resolved.architecture.name == "opt":
             heads = heads * heads.shape[-1] ** 0.5
-        torch.testing.assert_close(heads.flatten(), expected.flatten(), rtol=1e-10, atol=1e-10)
+        # Some families rotate in float32, whatever they compute in.
+        near = 1e-6 if resolved.architecture.name in ("cohere", "modernbert") else 1e-10
+        torch.testing.assert_close(heads.flatten(), expected.flatten(), rtol=near, atol=near)
 
 
 def test_gate_is_what_the_activation_sees() -> None:

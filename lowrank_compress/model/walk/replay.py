@@ -56,12 +56,12 @@ class Replay:
         first: list[Tensor] = []
         calls: list[_Call] = []
 
-        def stub(hidden: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        def stub(hidden: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
             if hidden is None:
                 hidden = kwargs.pop("hidden_states")
             first.append(hidden)  # pyright: ignore[reportArgumentType]
             calls.append(_Call(args, kwargs))
-            return hidden  # pyright: ignore[reportReturnType]
+            return self._returned(hidden)
 
         with torch.no_grad(), self._stubbed(stub):
             self._run(self.skeleton.model.base_model, batch)
@@ -85,6 +85,8 @@ class Replay:
         """Run block `index` on the hidden states (sequences, length, width) of batch `number`."""
         call = self._calls[number][index]
         out = block(hidden, *call.args, **call.kwargs)
+        if self._values and isinstance(out, tuple) and len(out) == self._values:
+            out = out[0]
         if not isinstance(out, Tensor):
             raise UnsupportedError(
                 f"Block {index} of {type(self.skeleton.model).__name__} returns a {type(out).__name__}; expected the "
@@ -113,8 +115,8 @@ class Replay:
         part = slice(start, stop)
         given = hidden[:, part].to(self.skeleton.device)
 
-        def stub(*_: Any, **__: Any) -> Tensor:
-            return given
+        def stub(*_: Any, **__: Any) -> Any:
+            return self._returned(given)
 
         with self._stubbed(stub):
             if self.skeleton.task == "embedding":
@@ -122,6 +124,15 @@ class Replay:
             if self.skeleton.task == "classification":
                 return self._run(self.skeleton.model, batch).logits
             return self._run(self.skeleton.model, Batch(batch.ids[:, part])).logits
+
+    @property
+    def _values(self) -> int:
+        """How many values a block of the family returns; 0 for the hidden states alone."""
+        return self.skeleton.resolved.architecture.values
+
+    def _returned(self, hidden: Tensor | None) -> Any:
+        """What a block returns whose hidden states are these."""
+        return (hidden, *[None] * (self._values - 1)) if self._values else hidden
 
     def _run(self, model: nn.Module, batch: Batch) -> Any:
         device = self.skeleton.device
@@ -131,7 +142,7 @@ class Replay:
         return model(input_ids=batch.ids.to(device), **given)
 
     @contextmanager
-    def _stubbed(self, forward: Callable[..., Tensor]) -> Iterator[None]:
+    def _stubbed(self, forward: Callable[..., Any]) -> Iterator[None]:
         blocks = self.skeleton.blocks
         for block in blocks:
             block.forward = forward

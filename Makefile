@@ -51,8 +51,8 @@ format: $(STAMP)  ## Format the code and mend what ruff can mend
 	$(BIN)/ruff check --fix --quiet . || true
 	$(BIN)/ruff format .
 
-bench: $(STAMP)  ## Measure the README's table of methods anew and write it there (minutes)
-	$(BIN)/python scripts/methods_table.py --write README.md
+bench: $(STAMP)  ## Measure the tables of methods in docs/results.md anew and write it there (minutes)
+	$(BIN)/python scripts/methods_table.py --write docs/results.md
 
 scale: $(STAMP)  ## Measure how long compressing takes against its floor, and draw a chart (tens of minutes)
 	$(BIN)/python scripts/bench_scale.py --parameters 0.3B --chart runs/scale.png --json runs/scale.json

@@ -1,11 +1,11 @@
-"""Measure the README's tables of methods, each as its paper has it and some as this toolkit can, in markdown.
+"""Measure the tables of methods in docs/results.md, each as its paper has it and some as this toolkit can, in markdown.
 
 Each row is calibrated once, and scored, factorized and evaluated at every ratio.
 
 Usage, from the root of the repository::
 
     python scripts/methods_table.py                        # print
-    python scripts/methods_table.py --write README.md      # replace what stands between the markers
+    python scripts/methods_table.py --write docs/results.md      # replace what stands between the markers
 
 A table stands between ``<!-- methods:NAME -->`` and ``<!-- /methods:NAME -->``. A model that is not there is passed
 over, with a line on stderr, and its table stays as it was.

@@ -7,7 +7,7 @@ library, which nothing was calibrated on. Each cell is a process of its own, so 
 Usage, from the root of the repository (tens of minutes; what --json has is not measured again)::
 
     python scripts/real_model.py DIRECTORY/qwen2.5-coder-0.5b --json real.json
-    python scripts/real_model.py DIRECTORY/qwen2.5-coder-0.5b --json real.json --write README.md
+    python scripts/real_model.py DIRECTORY/qwen2.5-coder-0.5b --json real.json --write docs/results.md
 """
 
 from __future__ import annotations

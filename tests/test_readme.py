@@ -1,4 +1,4 @@
-"""What the README says can be done: its commands parse, its paths and targets exist, its Python works."""
+"""What README and the pages of docs/ say can be done: commands parse, paths and targets exist, Python works."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from tests.plugins import installed
 from tests.runs import Tiny
 
 ROOT = Path(__file__).resolve().parent.parent
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
 INLINE = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", TEXT, flags=re.DOTALL | re.MULTILINE))
 SHELL = [line for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()]
@@ -46,9 +47,10 @@ def parse(words: list[str]) -> Any:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_parses(command: str) -> None:
-    words = shlex.split(command, comments=True)[1:]
+    words = [word for word in shlex.split(command, comments=True)[1:] if word != "…"]
     if len(words) == 1:  # spoken of, not given
-        assert words[0] in typer.main.get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
+        group: Any = typer.main.get_command(app)
+        assert words[0] in group.commands or words[0] in {opt for each in group.params for opt in each.opts}
         return
     context = parse(words)
     given = context.params
@@ -119,7 +121,8 @@ def test_python_of_the_first_minutes_runs(tiny: Tiny, tmp_path: Path, monkeypatc
     shutil.copy(tiny.text, tmp_path / "my-text.txt")
     shutil.copy(tiny.heldout, tmp_path / "other-text.txt")
     monkeypatch.chdir(tmp_path)
-    codes = [block for kind, block in BLOCKS if kind == "python" and "METHOD" not in block]
+    first = (ROOT / "README.md").read_text(encoding="utf-8")
+    codes = [block for kind, block in BLOCKS if kind == "python" and block in first]
     codes.sort(key=lambda code: "import compress" not in code)
     made: list[dict[str, Any]] = []
     for code in codes:
@@ -155,3 +158,13 @@ def test_the_tests_of_the_tables_take_plug_ins_up_and_they_pass(tmp_path: Path) 
     said = subprocess.run(command, env=plugged, cwd=tmp_path, text=True, capture_output=True, check=False)
     assert said.returncode == 0, said.stdout
     assert int(re.findall(r"(\d+) passed", said.stdout)[0]) > 50
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_a_newcomer_reads_five_minutes() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 200

@@ -39,6 +39,8 @@ class Case:
     calibration: Path
     heldout: Path
     windows: int
+    bits: tuple[int, ...] = BITS
+    mixed: tuple[float, ...] = MIXED
     ratios: tuple[float, ...] = RATIOS
 
     def sampled(self) -> list[object]:
@@ -65,7 +67,10 @@ CASES = (
         ASSETS / "models/books-gpt2-2m",
         ASSETS / "text/books-train-part.txt",
         ASSETS / "text/books-validation.txt",
-        64,
+        16,
+        bits=(4, 3),
+        mixed=(3.3, 2.75),
+        ratios=(0.1,),
     ),
 )
 
@@ -78,11 +83,11 @@ def rows(case: Case, place: Path) -> Iterator[tuple[str, str, dict[str, Any], fl
         return found["quantize"], Path(found["model"])
 
     out = ["--out", place / "quantized"]
-    for bits in BITS:
+    for bits in case.bits:
         for rounding in ROUNDINGS:
             said, made = quantized(case.model, "--bits", bits, "--rounding", rounding, *case.sampled(), *out)
             yield f"`{rounding}`", f"{bits} bits", said, case.measured(made)
-    for bits in MIXED:
+    for bits in case.mixed:
         said, made = quantized(case.model, "--bits", bits, *case.sampled(), *out)
         yield "`kfac`", f"{bits:g} bits, by loss", said, case.measured(made)
     for ratio in case.ratios:

@@ -120,11 +120,24 @@ def model_card(report: Mapping[str, Any], metrics: Mapping[str, Any] | None = No
         _summary(report, about),
         _loading(about),
         _sizes(report),
+        quantized(report),
         _table(measured),
         _recipe(report),
         _limits(about, bool(measured)),
     ]
     return "\n".join(part for part in parts if part)
+
+
+def quantized(report: Mapping[str, Any]) -> str:
+    """Say how many bits the weights have, where they are quantized."""
+    if (said := report.get("quantize")) is None:
+        return ""
+    return f"""## Quantized
+
+The {said["weights"]:,} weights of its linear layers take {said["bits_per_weight"]:.2f} bits each, scales included
+(`lrc quantize`, rounding `{said["rounding"]}`); all weights inside the blocks take {said["stored_bytes"]:,} bytes, of
+the original's {said["original_bytes"]:,}.
+"""
 
 
 def _title(about: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lowrank_compress.model import packing
-from lowrank_compress.stages.card import about, model_card
+from lowrank_compress.stages.card import about, model_card, quantized
 from lowrank_compress.stages.quantizing import Layer, Quantizer, described
 
 
@@ -67,20 +67,10 @@ def _bytes_now(before: Mapping[str, Any], stored: int) -> dict[str, Any]:
 
 
 def card_of(report: Mapping[str, Any]) -> str:
-    """Write a short README.md for the checkpoint."""
-    said = report["quantize"]
-    text = f"""
-## Quantized
-
-The {said["weights"]:,} weights of its linear layers take {said["bits_per_weight"]:.2f} bits each, scales included
-(`lrc quantize`, rounding `{said["rounding"]}`); all weights inside the blocks take {said["stored_bytes"]:,} bytes, of
-the original's {said["original_bytes"]:,}.
-"""
-    if said["format"] == "lowrank":
-        if "reached_ratio" in report:
-            return model_card(report) + text
-        how = "import lowrank_compress, or pass trust_remote_code=True"
-    else:
-        how = "pip install compressed-tensors"
+    """Write a README.md for the checkpoint."""
+    if "reached_ratio" in report:
+        return model_card(report)
+    ours = report["quantize"]["format"] == "lowrank"
+    how = "import lowrank_compress, or pass trust_remote_code=True" if ours else "pip install compressed-tensors"
     head = "---\nlibrary_name: transformers\ntags: [quantized]\n---\n\n# A quantized checkpoint\n"
-    return f"{head}{text}\nTo load: {how}.\n"
+    return f"{head}\n{quantized(report)}\nTo load: {how}.\n"

@@ -75,6 +75,7 @@ def test_a_run_is_quantized_last_and_everything_follows(tiny: Tiny, finished: Fi
     size = done("eval", run, "--perplexity", tiny.heldout, "--json").json["size"]
     assert size["block_bytes"]["compressed"] == report["stored_bytes"]
     assert done("verify", run, "--json").json["ok"]
+    assert f"take {report['quantize']['bits_per_weight']:.2f} bits each" in (out / "README.md").read_text()
     model = AutoModelForCausalLM.from_pretrained(out)
     assert sum(isinstance(module, PackedLinear) for module in model.modules()) == len(report["quantize"]["layers"])
     model.save_pretrained(tmp_path / "again")

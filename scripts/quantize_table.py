@@ -25,7 +25,7 @@ from running import ASSETS, lrc, perplexity
 
 ROUNDINGS = ("rtn", "gptq", "quantease", "kfac")
 BITS = (8, 4, 3)
-MIXED = (3.5, 3.25, 3.0, 2.75, 2.6)
+MIXED = (3.5, 3.25, 2.95, 2.75, 2.6)
 RATIOS = (0.05, 0.1)
 
 

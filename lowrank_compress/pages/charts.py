@@ -145,7 +145,7 @@ def trade(points: Sequence[Point], dense: tuple[float, float] | None, metric: st
         if dense is not None:
             axes.scatter([dense[0]], [dense[1]], marker="*", s=120, color=INK, label="dense original", zorder=5)
         values = [point.value for point in points] + ([dense[1]] if dense else [])
-        if min(values) > 0 and max(values) / min(values) > 10:
+        if min(values) > 0 and max(values) / min(values) > 5:
             _logarithmic(axes, subs=(1, 2, 5))
         axes.set_xlabel("size of the checkpoint, MB")
         axes.set_ylabel(metric)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, DeepseekV3PreTrainedModel, PreTrainedModel
 
 import lowrank_compress
 from lowrank_compress.recipe import Recipe
@@ -128,6 +128,8 @@ def test_a_router_keeps_its_dtype(tmp_path: Path) -> None:
     """Families that want single precision for it store and load it so, whatever the others are."""
     model = save_moe("deepseek_v3", tmp_path / "half", torch.bfloat16)
     name = "model.layers.1.mlp.gate.weight"
+    if "gate.weight" not in (DeepseekV3PreTrainedModel._keep_in_fp32_modules_strict or ()):
+        pytest.skip("earlier transformers have it in the dtype of the others")
     state = load_file(model / "model.safetensors")
     state[name] = state[name].float() * 1.001
     save_file(state, model / "model.safetensors", {"format": "pt"})

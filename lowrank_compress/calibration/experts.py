@@ -29,6 +29,8 @@ class Routed:
 
     Attributes
     ----------
+    tokens
+        Which tokens of the batch these are, (n,) int64, ascending.
     rows
         Which of the rows that enter the expert are real tokens, (n,) int64.
     sequence, place
@@ -38,6 +40,7 @@ class Routed:
         token is.
     """
 
+    tokens: Tensor
     rows: Tensor
     sequence: Tensor
     place: Tensor
@@ -45,9 +48,18 @@ class Routed:
 
     def packed(self, values: Tensor) -> Tensor:
         """Sort rows (tokens, n) by sequence: (sequences, most of any sequence, n), zeros where no token is."""
+        return self.spread(values[self.rows])
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Sort what there is of each of the tokens, (n, k), in the same way."""
         found = values.new_zeros(*self.weights.shape[:2], values.shape[-1])
-        found[self.sequence, self.place] = values[self.rows]
+        found[self.sequence, self.place] = values
         return found
+
+    @property
+    def real(self) -> Tensor:
+        """Where there is a token in what was sorted, (sequences, most of any sequence) bool."""
+        return torch.arange(self.weights.shape[1], device=self.counts.device) < self.counts[:, None]
 
     @cached_property
     def counts(self) -> Tensor:
@@ -71,6 +83,11 @@ class Routing:
 
         return experts.register_forward_pre_hook(before)
 
+    def chosen(self, index: Tensor, weights: Tensor) -> Routing:
+        """Note the router's choices, (tokens, experts a token)."""
+        self._chosen, self._found = (index, weights), {}
+        return self
+
     def of(self, expert: int) -> Routed:
         """Return the tokens that an expert sees."""
         if expert not in self._found:
@@ -89,7 +106,7 @@ class Routing:
         place = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[sequence]
         own = weights.new_zeros(count, int(counts.max()), 1, dtype=torch.float64)
         own[sequence, place, 0] = weights[tokens, places][rows].double()
-        return Routed(rows, sequence, place, own)
+        return Routed(tokens[rows], rows, sequence, place, own)
 
 
 def routed_keys(targets: Sequence[Target], wanted: Mapping[str, frozenset[str]]) -> dict[int, str]:

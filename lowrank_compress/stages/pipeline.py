@@ -25,8 +25,8 @@ from lowrank_compress.stages.decompose import Bases
 from lowrank_compress.stages.identity import checkpoint_id, display_name
 from lowrank_compress.stages.index import Index, Link, read_index
 from lowrank_compress.stages.inputs import inputs_of_score
+from lowrank_compress.stages.maps import COSTS
 from lowrank_compress.stages.plan import Plan
-from lowrank_compress.stages.refining import COSTS
 from lowrank_compress.stages.reporting import Reporter, Silent
 from lowrank_compress.stages.run import Run, recipe_state, recipe_text
 from lowrank_compress.stages.sinks import Keeping, Sink

@@ -1,14 +1,14 @@
 """One block of a compressed model fitted anew to what the dense one does, map by map, in the order of computation.
 
 Maps that read one tensor are fitted together: queries, keys and values; the attention's output; gate and up; down. Each
-sees what enters it once all before it are fitted. Of what the outputs of attention and MLP are to emit, what the
-residual stream lacks at that place is a part: they make up for all that went wrong before.
+sees what enters it once all before it are fitted. Routed experts (`refiningexperts`) come before an MLP beside them. Of
+what the outputs of attention and MLP are to emit, what the residual stream lacks at that place is a part: they make up
+for all that went wrong before.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ from lowrank_compress.calibration.pairs import PairSums
 from lowrank_compress.calibration.shortcuts import Shortcuts
 from lowrank_compress.calibration.statistics import statistic_key
 from lowrank_compress.formats.dense import dense
-from lowrank_compress.formats.matrix import StoredMatrix, stored_matrices
 from lowrank_compress.formats.spec import Encoded, Product
 from lowrank_compress.formats.table import FORMATS, rebuild
 from lowrank_compress.linalg.crossvalidated import Present, cross_validate, refit
@@ -31,68 +30,10 @@ from lowrank_compress.model import weights
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.model.walk.step import Step
+from lowrank_compress.stages.maps import BEHIND, WRITERS, Map, maps_of
+from lowrank_compress.stages.refiningexperts import fit_experts
 
 DENSE, COMPRESSED = 0, 1
-# What may be asked of the dense model's gradients.
-COSTS = frozenset({"in_fisher", "out_square", "out_fisher"})
-# What reads these is added to the residual stream.
-WRITERS = ("context", "hidden")
-
-
-@dataclass(frozen=True, eq=False)
-class Map:
-    """A matrix that is to be fitted.
-
-    Attributes
-    ----------
-    target
-        In the dense model.
-    stored
-        In the compressed one.
-    """
-
-    target: Target
-    stored: StoredMatrix
-
-    @property
-    def writes(self) -> bool:
-        """Whether it is added to the residual stream."""
-        return self.target.reads in WRITERS
-
-    @property
-    def fewer_rows(self) -> bool:
-        """Whether it has lost rows."""
-        return self.stored.shape[0] != self.target.shape[0]
-
-    @property
-    def fewer_columns(self) -> bool:
-        """Whether it has lost columns."""
-        return self.stored.shape[1] != self.target.shape[1]
-
-    @property
-    def fits(self) -> bool:
-        """Whether it is one that can be fitted. Routed experts see other tokens in one model than in the other."""
-        return self.target.expert is None and not (self.fewer_rows if self.writes else self.fewer_columns)
-
-    @property
-    def folded(self) -> bool:
-        """Whether its output metric is taken on its input side, K = Wᵀ L W, which is smaller or all that is known."""
-        rows, columns = self.target.shape
-        return not self.writes and (rows > columns or self.fewer_rows)
-
-    @property
-    def statistics(self) -> frozenset[str]:
-        """What has to be known of the dense model's gradients."""
-        return frozenset({"in_fisher", "out_square"} if self.folded else {"out_fisher"})
-
-
-def maps_of(dense: Skeleton, compressed: Skeleton) -> dict[str, Map]:
-    """Find what can be fitted, by name."""
-    found = stored_matrices(
-        compressed.model, dense.resolved.modules(), compressed.blueprint.checkpoint.quantization or {}
-    )
-    maps = {target.name: Map(target, found[target.name]) for target in dense.resolved.targets if target.name in found}
-    return {name: each for name, each in maps.items() if each.fits}
 
 
 class BlockRefiner:
@@ -156,16 +97,29 @@ class BlockRefiner:
             of each map, None for those that stay.
         """
         own = [each for each in self.maps.values() if each.target.block == step.index]
-        groups = list(dict.fromkeys(each.target.reads for each in own))
+        routed = [each for each in own if each.target.expert is not None]
+        groups = list(dict.fromkeys(each.target.reads for each in own if each not in routed))
         changed: dict[str, Tensor] = {}
-        chosen: dict[str, float | None] = {}
+        chosen: dict[str, float | None] = {each.target.name: None for each in own}
         shortcuts = Shortcuts() if self._keeps else None
-        for reads in groups:
-            members = [each for each in own if each.target.reads == reads]
-            halves = self._sums(step, members, shortcuts, last=reads == groups[-1])
+
+        def fit(members: Sequence[Map], halves: tuple[Sample, Sample]) -> None:
             for each, (strength, state) in zip(members, self._fit(members, halves, fisher), strict=True):
                 chosen[each.target.name] = strength
-                changed |= {f"{each.target.module}.{leaf}": tensor for leaf, tensor in state.items()}
+                changed.update({f"{each.target.module}.{leaf}": tensor for leaf, tensor in state.items()})
+
+        first = next((number for number, reads in enumerate(groups) if reads in BEHIND), len(groups))
+        for reads in groups[:first]:
+            members = [each for each in own if each.target.reads == reads]
+            fit(members, self._sums(step, members, shortcuts, last=reads == groups[-1] and not routed))
+        if routed:
+            block = f"{self.dense.resolved.blocks[step.index]}."
+            out = next(each for each in self.dense.resolved.of_block(step.index) if each.role == "o")
+            place = self._place(step, out.module.removeprefix(block))
+            fit_experts(step, self.batches, block, place, routed, fit)
+        for reads in groups[first:]:
+            members = [each for each in own if each.target.reads == reads]
+            fit(members, self._sums(step, members, shortcuts, last=reads == groups[-1]))
         if shortcuts is not None:
             for number in range(len(self.batches)):
                 with shortcuts.taken(step, number, COMPRESSED):

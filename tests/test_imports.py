@@ -23,6 +23,7 @@ STAGES_USE = {*MATHEMATICS, "model", "shipped", "arch", "artifacts", "resources"
 BELOW: dict[str, set[str]] = {
     "__main__": {"cli"},
     "launch": set(),
+    "vllm": {"shipped"},
     "cli": {"api", "pages", "stages", "demo", *STAGES_USE},
     "pages": {"stages", *STAGES_USE},
     "api": {"stages", *STAGES_USE},

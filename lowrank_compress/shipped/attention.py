@@ -105,16 +105,21 @@ class CompressedAttention(nn.Module):
         if traits.reordered and implementation == "eager" and getattr(self, traits.reordered):
             context, weights = getattr(self, "_upcast_and_reordered_attn")(query, key, value, attention_mask)  # noqa: B009
         else:
-            context, weights = attention_function(self.lr_stock_class, implementation)(
+            # Under this very name, and called once, vLLM looks for it in the source.
+            ALL_ATTENTION_FUNCTIONS = {implementation: attention_function(self.lr_stock_class, implementation)}
+            attend = ALL_ATTENTION_FUNCTIONS[implementation]
+            context, weights = attend(
                 self,
-                *equally_wide(query, key, value, implementation),
+                *equally_wide(query, key, value, implementation, self.lr_heads.size),
                 attention_mask,
                 dropout=self._dropout() if self.training else 0.0,
                 scaling=self.scaling,
                 **self._limits(),
                 **kwargs,
             )
-        context = context[..., : self.lr_heads.value].reshape(*hidden_states.shape[:-1], -1)
+        # Some attention functions join the heads themselves.
+        context = context.reshape(*hidden_states.shape[:-1], self.lr_heads.heads, -1)
+        context = context[..., : self.lr_heads.value].flatten(-2)
         if self.lr_heads.o:
             context = getattr(self, self.lr_heads.o)(context)
         if traits.output_dropout:

@@ -46,9 +46,14 @@ def attention_function(stock: type, implementation: str) -> Any:
     return own.eager_attention_forward if implementation == "eager" else table[implementation]
 
 
-def equally_wide(query: Tensor, key: Tensor, value: Tensor, implementation: str) -> Sequence[Tensor]:
-    """Pad queries and keys, or values, with zeros where that lets the attention function use a fused kernel."""
+def equally_wide(query: Tensor, key: Tensor, value: Tensor, implementation: str, size: int) -> Sequence[Tensor]:
+    """Pad queries and keys, or values, with zeros where that lets the attention function use a fused kernel.
+
+    vLLM has a cache for heads of the stock `size`; there all are padded to that.
+    """
     states = (query, key, value)
+    if implementation.startswith("vllm"):
+        return [nn.functional.pad(x, (0, size - x.shape[-1])) for x in states]
     cuda = query.device.type == "cuda"
     width = max(query.shape[-1], value.shape[-1])
     if implementation in ("eager", "flex_attention") or (not cuda and query.shape[-1] == value.shape[-1]):

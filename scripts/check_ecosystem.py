@@ -218,7 +218,7 @@ def _put(page: Path, lines: Sequence[str]) -> None:
 def main(
     model: Annotated[Path, typer.Argument(help="A small Llama.")],
     text: Annotated[Path, typer.Argument(help="Text to calibrate on.")],
-    only: Annotated[str, typer.Option(help="Rows of the programs whose names, or commands, hold this.")] = "",
+    only: Annotated[str, typer.Option(help="Rows of programs whose names or commands hold one of these words.")] = "",
     write: Annotated[Path | None, typer.Option(help="File whose table is replaced.")] = None,
 ) -> None:
     """Print the table, and exit with 1 if a program that is installed fails."""
@@ -234,7 +234,7 @@ def main(
         data.write_text("".join(json.dumps(one) + "\n" for one in documents), encoding="utf-8")
         (place / "tasks" / "check.yaml").write_text(TASK % data, encoding="utf-8")
         checkpoints = {form: made(form, model.resolve(), text.resolve(), place) for form in FORMS}
-        for row in (row for row in ROWS if only in row.package or only in row.shown):
+        for row in (row for row in ROWS if any(word in f"{row.package} {row.shown}" for word in only.split(","))):
             cells = []
             for form in FORMS:
                 if form not in row.forms:
@@ -243,10 +243,8 @@ def main(
                 if not version_of(row.package):
                     cells.append("not installed")
                     continue
-                words = [
-                    word.format(model=checkpoints[form], tasks=place / "tasks") if "{" in word else word
-                    for word in row.words
-                ]
+                model_at, tasks_at = str(checkpoints[form]), str(place / "tasks")
+                words = [word.replace("{model}", model_at).replace("{tasks}", tasks_at) for word in row.words]
                 problem = run(words, place, installed=row.installed)
                 cells.append("works" if not problem else "**fails**")
                 if problem:

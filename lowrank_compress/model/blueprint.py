@@ -17,7 +17,10 @@ from transformers import (
     CONFIG_MAPPING,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -33,19 +36,32 @@ from lowrank_compress.model.names import names_of
 from lowrank_compress.shipped.config import LowRankConfig
 from lowrank_compress.shipped.swap import swap_modules
 
-Task = Literal["lm", "classification", "embedding"]
+Task = Literal["lm", "classification", "embedding", "scores", "tokens", "answers", "masked"]
 AUTO: Mapping[Task, Any] = {
     "lm": AutoModelForCausalLM,
     "classification": AutoModelForSequenceClassification,
     "embedding": AutoModel,
+    "scores": AutoModelForSequenceClassification,
+    "tokens": AutoModelForTokenClassification,
+    "answers": AutoModelForQuestionAnswering,
+    "masked": AutoModelForMaskedLM,
 }
 """The class of transformers that loads a model for each."""
+WITH_LOSS: tuple[Task, ...] = ("lm", "classification", "embedding")
+"""Tasks that a loss is known for here; what has another head is compressed without gradients."""
+_HEADS: Mapping[str, Task] = {
+    "ForTokenClassification": "tokens",
+    "ForQuestionAnswering": "answers",
+    "ForMaskedLM": "masked",
+    "Model": "embedding",
+}
 
 
 def task_of(config: PretrainedConfig) -> Task:
-    """Tell causal language models, sequence classifiers and models without a head apart by `architectures`.
+    """Tell models by their heads, which `architectures` names.
 
-    What has no head is an embedding model: its hidden states are its result.
+    What has no head is an embedding model: its hidden states are its result. A sequence classifier that is for anything
+    but one label of several, such as a reward model, gives scores.
 
     Raises
     ------
@@ -61,23 +77,19 @@ def task_of(config: PretrainedConfig) -> Task:
         # As transformers decides: a single label is a regression.
         kind = getattr(config, "problem_type", None) or "single_label_classification"
         kind = "regression" if labels < 2 else kind
-        if kind != "single_label_classification":
-            raise UnsupportedError(
-                f"The head is for {kind} (num_labels {labels}); supported is one label of several "
-                "(single_label_classification), whose loss is the cross-entropy."
-            )
         if getattr(config, "pad_token_id", None) is None:
             raise CheckpointError(
                 "The classifier's config.json has no pad_token_id, without which batches of texts cannot be told from "
                 "padding. Set it to the tokenizer's padding token."
             )
-        return "classification"
-    if named.endswith("Model"):
-        return "embedding"
+        return "classification" if kind == "single_label_classification" else "scores"
+    for ending, task in _HEADS.items():
+        if named.endswith(ending):
+            return task
     raise UnsupportedError(
         f"The checkpoint's head is {named}; supported are causal language models (…ForCausalLM, …LMHeadModel), "
-        "sequence classifiers (…ForSequenceClassification) and models without a head (…Model), as `architectures` of "
-        "config.json names them."
+        "sequence and token classifiers (…ForSequenceClassification, …ForTokenClassification), …ForQuestionAnswering, "
+        "…ForMaskedLM and models without a head (…Model), as `architectures` of config.json names them."
     )
 
 

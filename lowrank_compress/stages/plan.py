@@ -30,7 +30,7 @@ from lowrank_compress.methods.mixture import Mixture
 from lowrank_compress.methods.module import ModuleMethod
 from lowrank_compress.methods.scheme import label, methods_of, rival_of, scheme_of
 from lowrank_compress.methods.table import METHODS
-from lowrank_compress.model.blueprint import blueprint
+from lowrank_compress.model.blueprint import WITH_LOSS, blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.embedding import embedding_of
 from lowrank_compress.model.locate import directory_of, locate
@@ -184,6 +184,11 @@ def make_plan(recipe: Recipe, *, reads_text: bool = True) -> Plan:
     refines = held_out if recipe.refine is None else recipe.refine
     if design.task == "embedding" and (refines or needs_gradient(needed(groups))):
         embedding_of(checkpoint)  # whose change is the loss
+    if design.task not in WITH_LOSS and (refines or needs_gradient(needed(groups))):
+        raise InputError(
+            f"The method {recipe.method} takes gradients of a loss, and a {type(design.model).__name__} has no head to "
+            "give one on plain text. Choose a method without gradients, for instance --method svd-llm or modegpt."
+        )
     reads = needs_data(groups) or refines
     if reads and recipe.calibration is None:
         if design.task == "classification" and (refines or needs_gradient(needed(groups))):

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from lowrank_compress.artifacts.tensors import BlockFiles
 from lowrank_compress.errors import InputError, UnsupportedError
-from lowrank_compress.model.blueprint import AUTO, Blueprint, blueprint
+from lowrank_compress.model.blueprint import AUTO, WITH_LOSS, Blueprint, blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.embedding import embedding_of
 from lowrank_compress.model.walk.batch import Batch
@@ -168,6 +168,11 @@ def _data(config: RecoverConfig, inputs: Given, plan: Blueprint) -> tuple[Data, 
 
 def _loaded(checkpoint: Checkpoint, plan: Blueprint, device: torch.device) -> PreTrainedModel:
     """Load a whole model in float32, without dropout, and nothing of it to be trained."""
+    if plan.task not in WITH_LOSS:
+        raise UnsupportedError(
+            f"{checkpoint.path} has no head whose predictions a compressed model is trained towards here. Recover is "
+            f"for language models and classifiers, not for a {type(plan.model).__name__}."
+        )
     model: Any = AUTO[plan.task].from_pretrained(
         checkpoint.path, dtype=torch.float32, trust_remote_code=checkpoint.trust_remote_code, use_cache=False
     )

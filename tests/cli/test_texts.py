@@ -23,25 +23,19 @@ def table(path: Path, rows: int) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "kind"),
-    [
-        ({"num_labels": 1}, r"regression (num_labels 1)"),
-        ({"problem_type": "regression"}, "regression (num_labels 3)"),
-        ({"problem_type": "multi_label_classification"}, "multi_label_classification (num_labels 3)"),
-    ],
+    "overrides", [{"num_labels": 1}, {"problem_type": "regression"}, {"problem_type": "multi_label_classification"}]
 )
-def test_heads_with_another_loss_are_refused_by_name(overrides: dict[str, Any], kind: str, tmp_path: Path) -> None:
+def test_heads_with_another_loss_are_refused_by_name(overrides: dict[str, Any], tmp_path: Path) -> None:
+    """For what needs their loss, that is; a method without gradients takes them."""
     model = save_tiny("bert", tmp_path / "model", "classification", **overrides)
     data = table(tmp_path / "a.tsv", 6)
     options = ["--calibration", data, "--label-column", "label", "--out", tmp_path / "run"]
-    for command in (
-        ["compress", model, "--method", "svd", "--dry-run"],
-        ["compress", model, "--method", "fwsvd", *options],
-        ["calibrate", model, "--method", "fwsvd", *options],
-        ["eval", model, "--classification", data, "--label-column", "label"],
-    ):
-        assert f"The head is for {kind}; supported is one label of several" in refused(*command)
+    for command in ("compress", "calibrate"):
+        said = refused(command, model, "--method", "fwsvd", *options)
+        assert "a BertForSequenceClassification has no head to give one on plain text" in said
+    assert "classifier" in refused("eval", model, "--classification", data, "--label-column", "label")
     assert not (tmp_path / "run").exists()
+    done("compress", model, "--method", "svd", "--dry-run")
 
 
 def test_accuracy_is_that_of_each_example_alone(tmp_path: Path) -> None:

@@ -313,7 +313,7 @@ def test_a_repository_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_task_that_is_not_supported_is_named(tiny: Tiny, tmp_path: Path) -> None:
     model = save_tiny("bert", tmp_path / "model", "classification")
-    settings = json.loads((model / "config.json").read_text()) | {"architectures": ["BertForMaskedLM"]}
+    settings = json.loads((model / "config.json").read_text()) | {"architectures": ["BertForMultipleChoice"]}
     (model / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(UnsupportedError, match="The checkpoint's head is BertForMaskedLM; supported are causal"):
+    with pytest.raises(UnsupportedError, match="The checkpoint's head is BertForMultipleChoice; supported are causal"):
         blueprint(Checkpoint(model))

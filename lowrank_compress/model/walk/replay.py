@@ -121,7 +121,10 @@ class Replay:
         with self._stubbed(stub):
             if self.skeleton.task == "embedding":
                 return self._run(self.skeleton.model, batch).last_hidden_state
-            if self.skeleton.task == "classification":
+            if self.skeleton.task == "answers":
+                found = self._run(self.skeleton.model, batch)
+                return torch.stack([found.start_logits, found.end_logits], -1)
+            if self.skeleton.task != "lm":
                 return self._run(self.skeleton.model, batch).logits
             return self._run(self.skeleton.model, Batch(batch.ids[:, part])).logits
 

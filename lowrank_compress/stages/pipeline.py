@@ -178,13 +178,14 @@ def finish(
     if plan.refine is not None:
         stage = STAGES["refine"]
         given = Given(Checkpoint(place), manifest.report, plan.checkpoint)
-        gradients: tuple[BlockFiles, ...] = ()
-        if plan.calibrate.held_out:  # which takes them as `refine` does
-            calibration = inputs_of_score(plan, run).calibration
-            gradients = _gradients(run, calibration), BlockFiles(run.statistics, calibration.id)
+        calibration = inputs_of_score(plan, run).calibration
+        kept = _gradients(run, calibration)
+        # A calibration that is held out takes them as `refine` does.
+        gradients = (kept, BlockFiles(run.statistics, calibration.id)) if plan.calibrate.held_out else ()
         manifest = stage.run(
             plan.refine, given, run.model, reporter, gradients=gradients, resources=resources, overwrite=overwrite
         )
+        resources.workers.once(lambda: kept.remove(plan.subject.scopes))
         links.append(Link(stage.name, run.model.name, manifest.id))
     resources.workers.once(lambda: _begin_chain(plan, run, links, reporter or Silent()))
     return manifest

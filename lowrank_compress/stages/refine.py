@@ -172,8 +172,8 @@ class _Refinement:
         said = {"taken": taken, "divergence_before": before, "divergence_after": after, "lambdas": chosen}
         with replacing(self.out_dir, listed) as draft:
             manifest = self._write(draft, taken, said)
-        for files in (self.refined, self.fisher, *(files for files in self.known if files.directory == self.work)):
-            files.remove(self.blocks)
+        self.refined.remove(self.blocks)
+        self.fisher.remove(self.blocks)
         return manifest
 
     def _take_gradients(self, refiner: BlockRefiner) -> None:

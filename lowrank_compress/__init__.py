@@ -19,16 +19,30 @@ if TYPE_CHECKING:
     from lowrank_compress.recipe import Recipe
     from lowrank_compress.stages.contrast import compare
     from lowrank_compress.stages.diagnosis import diagnose
+    from lowrank_compress.stages.quantization import quantize
     from lowrank_compress.stages.sweep import sweep
 
 __version__ = "0.1.0"
-__all__ = ["LrcError", "Recipe", "Result", "compare", "compress", "diagnose", "evaluate", "load", "report", "sweep"]
+__all__ = [
+    "LrcError",
+    "Recipe",
+    "Result",
+    "compare",
+    "compress",
+    "diagnose",
+    "evaluate",
+    "load",
+    "quantize",
+    "report",
+    "sweep",
+]
 
 _HOME = {
     "Recipe": "recipe",
     "LrcError": "errors",
     "compare": "stages.contrast",
     "diagnose": "stages.diagnosis",
+    "quantize": "stages.quantization",
     "report": "pages.page",
     "sweep": "stages.sweep",
 }  # the others are in api.py

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import lowrank_compress
 from lowrank_compress.artifacts.manifest import read_manifest
 from lowrank_compress.calibration.layers import layer_moments
 from lowrank_compress.evaluation.size import measure_size
@@ -229,6 +230,19 @@ def test_a_residual_is_an_adapter_of_peft_that_makes_up_for_rounding(tiny: Tiny,
     stock = AutoModelForCausalLM.from_pretrained(out)
     assert torch.equal(logits(stock), base)  # its weights are unpacked at the first call
     assert torch.allclose(logits(peft.PeftModel.from_pretrained(stock, out / "adapter")), mended, atol=1e-5)
+
+
+def test_python_makes_the_same_bytes(tiny: Tiny, finished: Finished, tmp_path: Path) -> None:
+    run = finished("svd")
+    said = lowrank_compress.quantize(tiny.model, 3, rounding="rtn", group=16, out=tmp_path / "python")
+    quantize(tiny.model, "--bits", 3, "--rounding", "rtn", "--out", tmp_path / "command")
+    assert contents(tmp_path / "python") == contents(tmp_path / "command")
+    assert said["quantize"]["stored_bytes"] == measure_size(Checkpoint(tmp_path / "python")).block_bytes
+    assert lowrank_compress.quantize(run, 5.5, rounding="rtn", group=8)["model"] == str(run / "quantize")
+    with pytest.raises(lowrank_compress.LrcError, match="the place of the result must be named: pass out"):
+        lowrank_compress.quantize(tiny.model, rounding="rtn")
+    with pytest.raises(lowrank_compress.LrcError, match="The call of quantize: unknown option 'grup'"):
+        lowrank_compress.quantize(tiny.model, rounding="rtn", grup=16, out=tmp_path / "no")
 
 
 def test_what_cannot_be_done_is_said(tiny: Tiny, tmp_path: Path) -> None:

@@ -249,7 +249,9 @@ class Quantizer:
         losses = self.losses()
         curves, kinds = [], []
         for layer in self.layers:
-            kind = [bits for bits in BITS if self.bytes_of(layer, bits) < self.bytes_of(layer, None)]
+            # Of a narrow matrix several take the same words: then the most of them.
+            by_size = {self.bytes_of(layer, bits): bits for bits in BITS}
+            kind = [bits for size, bits in by_size.items() if size < self.bytes_of(layer, None)]
             stored = np.array([self.bytes_of(layer, bits) for bits in (*kind, None)], dtype=np.int64)
             # What a search misses: more bits lose no more than fewer.
             loss = np.minimum.accumulate([losses[layer.path][bits] for bits in kind])

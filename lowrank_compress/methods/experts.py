@@ -75,5 +75,5 @@ def mean_routed_output(down: Tensor, seen: Mapping[str, Tensor]) -> Tensor:
 
 
 def routed_energy(down: Tensor, seen: Mapping[str, Tensor]) -> Tensor:
-    """E[(w h_i)²] ‖w_i‖² of each hidden unit, (width,)."""
+    """E[(w h_i)²] ‖w_i‖² of each hidden unit, (width,): the mean square of what it adds to the block's output."""
     return seen["hidden_energy"] * down.double().square().sum(0)

@@ -108,7 +108,7 @@ _EXPERTS = (
     ),
     ExpertMethod(
         name="reap",
-        paper="REAP (Lasby et al.), 2025",
+        paper="REAP (Lasby et al.), ICLR 2026",
         help="fewer experts: those stay whose routed outputs are largest in the mean over their tokens",
         statistics=frozenset({ROUTED, "routed_norm"}),
         saliency=experts.mean_routed_output,
@@ -116,7 +116,7 @@ _EXPERTS = (
     ),
     ExpertMethod(
         name="reap-sum",
-        paper="REAP (Lasby et al.), 2025, summed over tokens",
+        paper="REAP (Lasby et al.), ICLR 2026, summed over tokens",
         help="fewer experts: those stay whose routed outputs are largest in sum",
         statistics=frozenset({"routed_norm"}),
         saliency=experts.routed_output,
@@ -124,7 +124,7 @@ _EXPERTS = (
     ),
     ExpertMethod(
         name="camera",
-        paper="CAMERA, 2025",
+        paper="CAMERA (Xu et al.), AAAI 2026",
         help="fewer hidden units in all experts of a block, ranked together by the energy that they put out",
         statistics=frozenset({"hidden_energy"}),
         saliency=experts.routed_energy,

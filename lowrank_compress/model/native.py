@@ -87,7 +87,12 @@ def native_config(checkpoint: Checkpoint) -> dict[str, Any]:
             f"{checkpoint.path} is no stock model: {next(iter(packed))} is quantized. Export what it was quantized "
             "from, and quantize that: `lrc quantize` of a stock checkpoint writes one that compressed-tensors loads."
         )
-    for entries, what in (("modules", "is stored as factors"), ("attention", "has narrower heads")):
+    kinds = (
+        ("modules", "is stored as factors"),
+        ("attention", "has narrower heads"),
+        ("routers", "chooses among fewer experts than it numbers"),
+    )
+    for entries, what in kinds:
         if found.get(entries):
             name = next(iter(found[entries]))
             raise CheckpointError(

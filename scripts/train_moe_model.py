@@ -1,0 +1,115 @@
+"""Train a small Mixtral, on the text and with the tokenizer of the demo model, for the table of methods for experts.
+
+Two are of use: a balanced one, whose loss asks the router to share the tokens out, and a skewed one, whose loss hardly
+does. Usage, from the root of the repository (a few minutes each, on one CPU thread)::
+
+    python scripts/train_moe_model.py /tmp/balanced
+    python scripts/train_moe_model.py /tmp/skewed --balance 0.0005
+"""
+
+import platform
+import time
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers
+import typer
+from torch import Tensor
+from train_demo_model import SEQ_LEN, Recipe, batches, optimizer_of, perplexity, save
+from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+
+from lowrank_compress.demo import MODEL_DIRECTORY
+from lowrank_compress.demo.text import part
+
+HIDDEN = 64
+CHARACTERS = 100_000
+"""Of the held-out text that the result is measured on."""
+
+
+def new_model(vocabulary: int, bos: int, eos: int, balance: float) -> Any:
+    """Return a randomly initialised Mixtral in float32: 4 blocks, 8 experts of which a token goes to 2."""
+    config = MixtralConfig(
+        vocab_size=vocabulary,
+        hidden_size=HIDDEN,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        router_aux_loss_coef=balance,
+        max_position_embeddings=SEQ_LEN,
+        initializer_range=HIDDEN**-0.5,
+        tie_word_embeddings=True,
+        bos_token_id=bos,
+        eos_token_id=eos,
+        pad_token_id=None,
+    )
+    return MixtralForCausalLM(config)
+
+
+@torch.no_grad()
+def shares(model: Any, windows: Tensor) -> list[list[float]]:
+    """Return which share of the tokens of windows (w, n) each expert gets, block by block."""
+    found = model(input_ids=windows, output_router_logits=True, use_cache=False).router_logits
+    chosen = [logits.topk(model.config.num_experts_per_tok).indices.flatten() for logits in found]
+    count = model.config.num_local_experts
+    return [[round(float((each == n).sum() / windows.numel()), 3) for n in range(count)] for each in chosen]
+
+
+def main(
+    out: Annotated[Path, typer.Argument(help="Directory of the checkpoint.")],
+    balance: Annotated[float, typer.Option(help="Weight of the loss that asks for balance.")] = 0.02,
+    steps: Annotated[int, typer.Option(help="Length of the learning-rate schedule.")] = 600,
+    seed: Annotated[int, typer.Option(help="Of the weights and of the order of the windows.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Windows a step.")] = 8,
+    learning_rate: Annotated[float, typer.Option(help="At the peak.")] = 4e-3,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+) -> None:
+    """Train a small mixture of experts and write it as an ordinary Hugging Face checkpoint."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    recipe = Recipe(steps, seed, batch_size, learning_rate, weight_decay=0.0, warmup_steps=50, evaluate_every=steps)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(MODEL_DIRECTORY)
+    tokens = {
+        name: torch.tensor(tokenizer.encode(text, add_special_tokens=False, verbose=False))
+        for name, text in (("train", part("train")), ("heldout", part("heldout")[:CHARACTERS]))
+    }
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    model = new_model(len(tokenizer), bos, eos, balance)
+    optimizer, started = optimizer_of(model, recipe), time.monotonic()
+    for step, batch in enumerate(islice(batches(tokens["train"], bos, batch_size, seed), steps)):
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.rate(step / steps, step)
+        found = model(input_ids=batch, labels=batch, output_router_logits=True, use_cache=False)
+        found.loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % 25 == 0:
+            minutes = (time.monotonic() - started) / 60
+            typer.echo(f"step {step:5d}  {minutes:5.1f} min  loss {found.loss.item():.4f}")
+    reached = perplexity(model, tokens["heldout"], bos, torch.device("cpu"))
+    info: dict[str, object] = {
+        "text": "pydoc topics and docstrings of the standard library, extracted by lowrank_compress.demo.text",
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "heldout_perplexity": round(reached, 4),
+        "shares": shares(model, next(batches(tokens["heldout"], bos, 32, seed))),
+        "balance": balance,
+        "recipe": asdict(recipe),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+    save(model, tokenizer, info, out)
+    typer.echo(f"held-out perplexity {reached:.4f}; tokens by expert {info['shares']}; wrote {out}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -88,6 +88,8 @@ def test_removed_experts_are_those_that_the_router_forgets(pruned: Path, place: 
         block, number = int(path.split(".")[2]), int(path.split(".")[-1])
         assert expert["width"] == (0 if number in gone[block] else 40)
         assert expert["stored"] == expert["width"] * 3 * 32
+    for block in range(2):  # two of four experts a token, of eight windows
+        assert sum(expert["tokens"] for path, expert in shown.items() if f".{block}.mlp" in path) == 2 * 8 * 32
     assert "Routed experts" in done("show", pruned).out
     assert {file["state"] for file in done("verify", pruned, "--json").json["files"]} == {"intact", "dropped"}
 

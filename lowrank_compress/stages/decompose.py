@@ -114,7 +114,8 @@ class Bases:
         self.flush()
         if self.rival is not None:
             self.rival.take({block: dict(means) for block, means in blocks.items()})
-        tensors: dict[int, dict[str, Tensor]] = {block: {} for block in blocks}
+        # Before groups that are made of it let it go.
+        tensors: dict[int, dict[str, Tensor]] = {block: of_experts(means) for block, means in blocks.items()}
         groups = [group for block in blocks for group in self.chooser.of_block(block)]
         alone = [group for group in groups if not group.parallel]
         # After those that go in threads, and the largest last, when there is most memory.
@@ -134,7 +135,6 @@ class Bases:
         for block, found in tensors.items():
             if INFLUENCE in blocks[block]:
                 found[INFLUENCE] = blocks[block][INFLUENCE]
-            found |= of_experts(blocks[block])
             here = {name: tensor.detach().cpu() for name, tensor in found.items()}
             self._behind.do(partial(self.files.write, block, here))
         if not self._resources.may_wait(sum(tensor.nbytes for found in tensors.values() for tensor in found.values())):

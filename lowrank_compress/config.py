@@ -102,21 +102,26 @@ class Scheme(Strict):
     methods
         Group -> method, alternatives with a bar between them, or "dense" for what stays as it is; and where matrices
         have a method of their own, role or shell pattern over their names -> method.
+    kv_window
+        Last tokens whose keys and values are cached exactly, of all others one latent; None where the cache is stock.
     """
 
     methods: dict[str, str]
     metric: ModuleMetric
+    kv_window: int | None = Field(default=None, ge=0, le=MANY)
 
     @model_validator(mode="before")
     @classmethod
     def _nested(cls, found: Any) -> Any:
         if isinstance(found, dict) and "methods" not in found:
-            return {"methods": {name: found[name] for name in found if name != "metric"}, "metric": found.get("metric")}
+            others = {name: found[name] for name in found if name not in cls.model_fields}
+            return {"methods": others, "metric": None} | {key: found[key] for key in found if key in cls.model_fields}
         return found
 
     @model_serializer
-    def _flat(self) -> dict[str, str]:
-        return {**self.methods, "metric": self.metric}
+    def _flat(self) -> dict[str, Any]:
+        cache = {} if self.kv_window is None else {"kv_window": self.kv_window}
+        return {**self.methods, "metric": self.metric, **cache}
 
 
 class TextPart(Strict):
@@ -242,6 +247,12 @@ class ScoreConfig(Strict):
     rival: Scheme | None = None
     second: bool = False
     second_by: SecondBy = "full"
+    kv_ratio: float | None = None
+
+    @model_serializer(mode="wrap")
+    def _said(self, handler: Any) -> dict[str, Any]:
+        """Say nothing of a cache that is stock, so that what was made before there were others keeps its key."""
+        return {name: value for name, value in handler(self).items() if name != "kv_ratio" or value is not None}
 
 
 class FactorizeConfig(Strict):

@@ -127,6 +127,26 @@ class Recipe(Strict):
     )
     storage: str | None = setting(None, "pair, pivot or auto", WHAT, "score", "factorize", hint="the method's")
 
+    kv_ratio: float | None = setting(
+        None,
+        "Share of the key-value cache to remove: of each token the cache keeps a latent, of which keys and values are "
+        "rebuilt. With --method dense or --ratio 0 nothing else is compressed",
+        WHAT,
+        "calibrate",
+        "score",
+        hint="none",
+        gt=0,
+        lt=1,
+    )
+    kv_window: int = setting(
+        0,
+        "Last tokens whose keys and values the cache keeps exactly besides, by matrices that are kept; with --kv-ratio",
+        WHAT,
+        "calibrate",
+        ge=0,
+        le=MANY,
+    )
+
     second: bool | None = setting(
         None,
         "Choose ranks a second time, with the gradients at the first result; the better plan on held-out text is taken",
@@ -221,9 +241,10 @@ class Recipe(Strict):
         return yaml.safe_dump(self.settings(), sort_keys=False, allow_unicode=True)
 
     def settings(self) -> dict[str, Any]:
-        """Everything that may stand in a file; mappings only where they hold something."""
+        """Everything that may stand in a file: mappings where they hold something, the cache where it is not stock."""
         found = self.model_dump(mode="json", exclude={"trust_remote_code"})
-        return {name: value for name, value in found.items() if value != {}}
+        stock = () if self.kv_ratio is not None else ("kv_ratio", "kv_window")
+        return {name: value for name, value in found.items() if value != {} and name not in stock}
 
 
 def load_recipe(path: Path | None, options: Mapping[str, Any]) -> Recipe:

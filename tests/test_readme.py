@@ -54,7 +54,7 @@ def test_command_parses(command: str) -> None:
         return
     context = parse(words)
     given = context.params
-    assert given.get("method") in {None, *METHODS}
+    assert given.get("method") in {None, "dense", *METHODS}
     assert given.get("allocate") in {None, *ALLOCATORS}
     assert given.get("storage") in {None, *FORMATS}
     if given.get("config") is not None:

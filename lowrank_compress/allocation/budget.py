@@ -23,19 +23,22 @@ class Budget:
         Elements that the ratio refers to: of all claimed weights inside the blocks, or of the whole model.
     other
         Those of the denominator that no curve stands for and that stay as they are.
+    more
+        Elements that are stored in addition, whatever the curves' choices; fewer if negative.
 
     Raises
     ------
     InputError
-        For a ratio outside (0, 1), or counts that cannot be.
+        For a ratio outside (0, 1), where there is anything to compress; or counts that cannot be.
     """
 
     ratio: float
     denominator: int
     other: int
+    more: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.ratio < 1:
+        if not (0 < self.ratio < 1 or (self.ratio == 0 and self.other == self.denominator)):
             raise InputError(
                 f"The ratio is the share of parameters to remove and must lie between 0 and 1, got {self.ratio}. "
                 "Use for instance 0.2."
@@ -49,11 +52,12 @@ class Budget:
     @property
     def limit(self) -> int:
         """The largest number of stored elements for all curves together; not exceeding it reaches the ratio."""
-        return self.denominator - self.other - math.ceil(Fraction(str(self.ratio)) * self.denominator)
+        removed = math.ceil(Fraction(str(self.ratio)) * self.denominator)
+        return self.denominator - self.other - self.more - removed
 
     def reached(self, stored: int) -> float:
         """Return the share that is removed when the curves' choices store that many elements."""
-        return (self.denominator - self.other - stored) / self.denominator
+        return (self.denominator - self.other - self.more - stored) / self.denominator
 
     def check(self, curves: Sequence[Curve]) -> None:
         """Make sure that the curves fit this budget.
@@ -75,7 +79,7 @@ class Budget:
     def largest(self, least: int) -> float:
         """Return the largest ratio that can be asked for where no fewer than `least` elements can be stored."""
         # Rounded down, so that the ratio named here is one that can be asked for.
-        return math.floor(Fraction(self.denominator - self.other - least, self.denominator) * 10**4) / 10**4
+        return math.floor(Fraction(self.denominator - self.other - self.more - least, self.denominator) * 10**4) / 10**4
 
     def require(self, least: int, advice: str = "") -> None:
         """Make sure that `least`, the fewest elements that can be stored, are within the limit.

@@ -171,12 +171,13 @@ def show(found: dict[str, Any], as_json: bool) -> None:
             filesize.decimal(model["weights_bytes"]),
             filesize.decimal(model["read_bytes_per_token"]),
             f"{model['kv_bytes_per_token']:,.0f}" if model["kv_bytes_per_token"] else "–",
+            filesize.decimal(model["kv_bytes_4096"]) if model["kv_bytes_4096"] else "–",
             filesize.decimal(peaks[name]),
             f"{model['limit']:.2f}×",
         ]
         for name, model in models.items()
     ]
-    columns = ["model", "weights", "read a token", "KV bytes a token", "largest memory", "limit"]
+    columns = ["model", "weights", "read a token", "KV bytes a token", "KV at 4,096", "largest memory", "limit"]
     out.print(table(f"Memory ({found['memory']})", columns, rows))
     if "decode" in phases:
         out.print("limit: the ratio of decoding if reading weights were all that takes time.")

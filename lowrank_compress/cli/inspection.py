@@ -9,13 +9,13 @@ from typing import Any
 from rich import filesize
 
 from lowrank_compress.artifacts.documents import read_json
-from lowrank_compress.cli.printing import refined
+from lowrank_compress.cli.printing import cached, refined
 from lowrank_compress.cli.terminal import became, console, number, print_json, share_of, sparkline, table
 from lowrank_compress.errors import ArtifactError, InputError
 from lowrank_compress.options import Option
 from lowrank_compress.registry import unknown
 
-KINDS = {"dense": "N-LRC", "width": "narrow"}
+KINDS = {"dense": "N-LRC", "width": "narrow", "latent": "cache"}
 LISTS = ("methods", "allocators", "architectures", "stages")
 
 
@@ -102,7 +102,7 @@ def show(target: str, as_json: bool) -> None:
                 matrix["format"],
                 "×".join(map(str, matrix["shape"])),
                 "–" if matrix["rank"] is None else str(matrix["rank"]),
-                f"{matrix['stored'] / matrix['dense']:.1%}",
+                f"{matrix['stored'] / matrix['dense']:.1%}" if matrix["dense"] else f"+{matrix['stored']:,}",
                 filesize.decimal(matrix["stored_bytes"]) if "stored_bytes" in matrix else "–",
                 number(matrix["predicted_loss"]),
             ]
@@ -121,6 +121,8 @@ def show(target: str, as_json: bool) -> None:
         f"{report['reached_ratio']:.2%} of {share_of(report['ratio_of'])} (asked: {report['asked_ratio']:.2%})"
         + (f", {became(report['claimed_bytes'], report['stored_bytes'])}." if "stored_bytes" in report else ".")
     )
+    if "cache" in report:
+        out.print(cached(report["cache"]))
     for tried in report.get("plans") or []:
         at_random = "" if tried["at_random"] is None else f", {tried['at_random']:.3f} on tokens drawn at random"
         taken = " (taken)" if tried["plan"] == report["plan"] else ""

@@ -20,6 +20,13 @@ def print_dry_run(found: dict[str, Any], as_json: bool) -> None:
         return
     out = console()
     budget = found["budget"]
+    if "cache" in found:
+        cache = found["cache"]
+        out.print(
+            f"Remove {cache['ratio']:.1%} of the key-value cache: of {cache['dense']:,} numbers a token it may keep "
+            f"{cache['largest_kept']:,}"
+            + (f", and exact keys and values of the last {cache['window']:,} tokens." if cache["window"] else ".")
+        )
     out.print(
         f"Remove {budget['ratio']:.1%} of {share_of(budget['ratio_of'], budget['denominator'])}: the "
         f"{budget['claimed_elements']:,} weights inside the blocks may keep {budget['largest_stored']:,} stored "
@@ -66,6 +73,20 @@ def _plain(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
+def less(share: float) -> str:
+    """Write a share that is removed, or added if negative."""
+    return f"{'−' if share >= 0 else '+'}{abs(share):.2%}"
+
+
+def cached(found: Mapping[str, Any]) -> str:
+    """Say what the cache keeps in the place of keys and values."""
+    window = f", and exact keys and values of the last {found['window']:,} tokens" if found["window"] else ""
+    return (
+        f"Key-value cache: {found['dense']:,} numbers a token became {found['kept']:,} ({less(found['reached'])}; "
+        f"asked: {less(found['asked'])}){window}."
+    )
+
+
 def print_result(result: dict[str, Any], as_json: bool) -> None:
     """Print what a finished run reached."""
     if as_json:
@@ -75,6 +96,7 @@ def print_result(result: dict[str, Any], as_json: bool) -> None:
         f"Removed {result['reached_ratio']:.2%} of {share_of(result['ratio_of'])} (asked: "
         f"{result['asked_ratio']:.2%}): {result['claimed_elements']:,} weights became {result['stored_elements']:,} "
         f"stored elements, {became(result['claimed_bytes'], result['stored_bytes'])}.\n"
+        + (f"{cached(result['cache'])}\n" if "cache" in result else "")
         + (f"{refined(result['refine'])}\n" if "refine" in result else "")
         + f"Checkpoint: {result['model']}"
     )
@@ -117,11 +139,12 @@ def print_metrics(target: str, metrics: dict[str, Any]) -> None:
         ("model", "parameters in all", "{:,}".format),
         ("bytes", "bytes of these", filesize.decimal),
         ("kv_bytes_per_token", "KV cache bytes a token", "{:,}".format),
+        ("kv_bytes_4096", "KV cache at 4,096 tokens", filesize.decimal),
     ):
-        values = size[scope]
+        values = size.get(scope, {})
         if any(values.values()):
             removed = values.get("ratio")
-            rows.append(_row(title, values, shown, f"−{removed:.2%}" if removed else ""))
+            rows.append(_row(title, values, shown, less(removed) if removed else ""))
     out = console()
     out.print(table(target, ["", "compressed", "dense", ""], rows))
     if "asked_ratio" in size:

@@ -66,7 +66,7 @@ def random_prompts(vocabulary: int, batch: int, tokens: int, seed: int) -> Tenso
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of the keys and values that a cache holds."""
+    """Bytes that a cache adds for every token: keys and values, or what it keeps in their place."""
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized)
 
 
@@ -114,6 +114,7 @@ class Contestant:
         self.model = model.to(self.device).eval()
         self.weights, self.read = weight_bytes(self.model)
         self.kv_bytes_per_token = 0.0
+        self.itemsize = self.model.dtype.itemsize
         # Generation needs the logits of the last position only; for those of a whole prompt some models lack memory.
         parameters = inspect.signature(self.model.forward).parameters
         last = "logits_to_keep" in parameters

@@ -8,7 +8,12 @@ from dataclasses import dataclass
 from lowrank_compress.arch.targets import Target
 from lowrank_compress.model.blueprint import Blueprint, blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
-from lowrank_compress.model.surgery import ROTARY
+from lowrank_compress.model.surgery import LATENT, REBUILD, ROTARY
+
+# Tokens of a sequence whose cache is counted whole.
+CONTEXT = 4096
+# Tensors that a compressed attention has beside those of its projections.
+ATTENTIONS_OWN = (f".{ROTARY}", f".{LATENT}.weight", f".{REBUILD}.weight")
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,8 @@ class Size:
         Bytes of these tensors on disk.
     kv_bytes_per_token
         Bytes that one token adds to the key-value cache, in the checkpoint's dtype; 0 for a model without one.
+    kv_bytes_4096
+        Bytes of the key-value cache of one sequence of 4,096 tokens, with the exact positions of a window.
     """
 
     blocks: int
@@ -33,6 +40,7 @@ class Size:
     model: int
     bytes: int
     kv_bytes_per_token: int
+    kv_bytes_4096: int
 
 
 def measure_size(checkpoint: Checkpoint) -> Size:
@@ -46,10 +54,10 @@ def measure_size(checkpoint: Checkpoint) -> Size:
         count = _weights_in(plan, name, math.prod(shape))
         elements += count
         total += size
-        if (name.startswith(claimed) and not name.endswith(".bias")) or name.endswith(f".{ROTARY}"):
+        if (name.startswith(claimed) and not name.endswith(".bias")) or name.endswith(ATTENTIONS_OWN):
             blocks += count
             block_bytes += size
-    return Size(blocks, block_bytes, elements, total, kv_bytes(checkpoint))
+    return Size(blocks, block_bytes, elements, total, kv_bytes(checkpoint), kv_bytes(checkpoint, CONTEXT, window=True))
 
 
 def _weights_in(plan: Blueprint, name: str, elements: int) -> int:
@@ -67,16 +75,27 @@ def weight_bytes(plan: Blueprint, target: Target) -> int:
     return size * target.elements // math.prod(shape)
 
 
-def kv_bytes(checkpoint: Checkpoint) -> int:
-    """Bytes that one token adds to the key-value cache."""
+def kv_bytes(checkpoint: Checkpoint, tokens: int = 1, *, window: bool = False, itemsize: int | None = None) -> int:
+    """Bytes of the key-value cache of a sequence of so many tokens.
+
+    Parameters
+    ----------
+    window
+        Count also the exact keys and values that are kept of the last tokens, which are as many at any length.
+    itemsize
+        Bytes of a number; None for those of the checkpoint's dtype.
+    """
     plan = blueprint(checkpoint)
     if plan.task != "lm":
         return 0
     heads, path = plan.resolved.heads, plan.resolved.architecture.attention
     settings = checkpoint.quantization or {}
-    narrower = settings.get("attention", {})
-    width = 0
+    numbers = 0
     for block in plan.resolved.blocks:
-        entry = narrower.get(f"{block}.{path}", {"query_key": heads.size, "value": heads.size})
-        width += entry["query_key"] + entry["value"]
-    return heads.key * width * checkpoint.dtype.itemsize
+        entry = settings.get("attention", {}).get(f"{block}.{path}", {"query_key": heads.size, "value": heads.size})
+        whole = heads.key * (entry["query_key"] + entry["value"])
+        latent = entry.get("latent")
+        numbers += tokens * (whole if latent is None else latent["rank"])
+        if window and latent is not None:
+            numbers += max(min(tokens, latent["window"] - 1), 0) * whole
+    return numbers * (itemsize or checkpoint.dtype.itemsize)

@@ -15,6 +15,7 @@ from torch import Tensor
 from lowrank_compress.errors import InputError, first_line
 from lowrank_compress.evaluation.contestant import Clock, Contestant, Settings, random_prompts
 from lowrank_compress.evaluation.rounds import Rates, alternate, compare
+from lowrank_compress.evaluation.size import CONTEXT, kv_bytes
 from lowrank_compress.model.blueprint import Task, blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 
@@ -166,6 +167,7 @@ def benchmark(
                 "weights_bytes": model.weights,
                 "read_bytes_per_token": model.read,
                 "kv_bytes_per_token": model.kv_bytes_per_token,
+                "kv_bytes_4096": kv_bytes(checkpoints[name], CONTEXT, window=True, itemsize=model.itemsize),
                 "limit": limits[name],
             }
             for name, model in models.items()

@@ -14,6 +14,7 @@ from lowrank_compress.arch.targets import Rows, Target, View
 from lowrank_compress.formats.spec import Encoded
 from lowrank_compress.model import weights
 from lowrank_compress.shipped.attention import CompressedAttention
+from lowrank_compress.shipped.formats.latent import Rebuilt
 from lowrank_compress.shipped.formats.table import FORMATS as PARTS
 from lowrank_compress.shipped.linear import CompressedLinear
 from lowrank_compress.shipped.modules import shape_of
@@ -91,7 +92,9 @@ class StoredMatrix:
 def stored_matrices(
     model: nn.Module, modules: Mapping[str, Sequence[Target]], layout: Mapping[str, Any]
 ) -> dict[str, StoredMatrix]:
-    """Find the matrices of targets in a compressed model, by the targets' names; those in other modules are left out.
+    """Find the matrices of targets in a compressed model, by the targets' names.
+
+    Those in other modules, and those that attentions rebuild, are left out.
 
     Parameters
     ----------
@@ -111,6 +114,8 @@ def stored_matrices(
             continue
         parts = layout.get("modules", {}).get(path, {}).get("parts", [{"format": "dense"}] * len(targets))
         for number, (target, part) in enumerate(zip(_as_stored(model, module, targets), parts, strict=True)):
+            if part["format"] == Rebuilt.format:
+                continue
             parameters = tuple(int(part[name]) for name in PARTS[part["format"]].parameters)
             found[target.name] = StoredMatrix(target, module, number, part["format"], parameters)
     return found

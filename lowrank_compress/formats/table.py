@@ -16,10 +16,13 @@ from lowrank_compress.shipped.formats.table import FORMATS as PARTS
 _STORED: dict[str, Format] = {name: Stored(part) for name, part in PARTS.items()}
 _AUTO = Best("auto", "of pair and pivot the one that loses less at the same cost", _STORED["pivot"], _STORED["pair"])
 
+# What no one chooses for a single matrix.
+_OF_OTHERS = ("dense", "latent")
+
 FORMATS: Registry[Format] = Registry(
     "storage",
     "lowrank_compress.formats",
-    {name: format for name, format in _STORED.items() if name != "dense"} | {_AUTO.name: _AUTO},
+    {name: format for name, format in _STORED.items() if name not in _OF_OTHERS} | {_AUTO.name: _AUTO},
     Format,
 )
 

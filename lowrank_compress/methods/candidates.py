@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lowrank_compress.arch.spec import QUERY_KEY
 from lowrank_compress.arch.targets import Resolved, Target
@@ -12,8 +12,10 @@ from lowrank_compress.errors import UnsupportedError
 from lowrank_compress.methods.expert_group import ExpertGroup
 from lowrank_compress.methods.experts import ExpertMethod
 from lowrank_compress.methods.groups import TargetGroup, dense_elements
+from lowrank_compress.methods.latent import LABEL, LatentGroup
 from lowrank_compress.methods.linear import LinearMethod
 from lowrank_compress.methods.matrix_group import MatrixGroup
+from lowrank_compress.methods.module import ModuleMethod
 from lowrank_compress.methods.module_group import ModuleGroup
 from lowrank_compress.methods.scheme import DENSE, Method, Part, parts_of
 
@@ -26,9 +28,12 @@ class Candidates:
     ----------
     each
         The target groups of each candidate; all have the same matrices.
+    cache
+        Whether it is what a cache keeps, which has a budget of its own.
     """
 
     each: tuple[tuple[TargetGroup, ...], ...]
+    cache: bool = False
 
     @property
     def dense(self) -> int:
@@ -39,22 +44,45 @@ class Candidates:
 def candidates_of(resolved: Resolved, scheme: Scheme) -> tuple[Candidates, ...]:
     """List what a scheme compresses in a model, block by block in the order of computation.
 
+    Where keys and values are rebuilt from a latent, and nothing of them is kept besides, they are in no other group.
+
     Raises
     ------
     UnsupportedError
-        Queries and keys that are normalised are to be made narrower.
+        Queries and keys that are normalised are to be made narrower, or heads whose cache keeps a latent.
     InputError
         A method is unknown.
     """
     found: list[Candidates] = []
     for block, path in enumerate((*resolved.blocks, "")):
         for part in parts_of(scheme, resolved, block):
-            if part.methods:
+            part = _without_rebuilt(part, scheme)
+            if part.methods and part.targets:
                 name = f"{path}:{part.label}"
                 if block == len(resolved.blocks):
                     _require_no_data(part)
                 found.append(Candidates(tuple(_groups(each, name, part.targets, resolved) for each in part.methods)))
+        if scheme.kv_window is not None and block < len(resolved.blocks):
+            key, value = (target for role in "kv" for target in resolved.of_block(block) if target.role == role)
+            group = LatentGroup(f"{path}:{LABEL}", (key, value), scheme.kv_window)
+            found.append(Candidates(((group,),), cache=True))
     return tuple(found)
+
+
+def _without_rebuilt(part: Part, scheme: Scheme) -> Part:
+    """Leave out keys and values that a latent stands for."""
+    if scheme.kv_window is None:
+        return part
+    for method in part.methods:
+        if isinstance(method, ModuleMethod) and any(target.heads is not None for target in part.targets):
+            raise UnsupportedError(
+                f"{method.name} makes the heads of {part.group.title} narrower, and --kv-ratio rebuilds keys and "
+                "values of whole heads from a latent. Choose one of them: leave --kv-ratio out, or give the attention "
+                "a linear method, for instance --attention kfac."
+            )
+    if scheme.kv_window:
+        return part
+    return replace(part, targets=tuple(target for target in part.targets if target.role not in ("k", "v")))
 
 
 def _require_no_data(part: Part) -> None:

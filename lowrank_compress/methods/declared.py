@@ -9,7 +9,7 @@ from lowrank_compress.allocation.table import ALLOCATORS
 from lowrank_compress.config import Scheme
 from lowrank_compress.errors import InputError
 from lowrank_compress.methods.mixture import Mixture
-from lowrank_compress.methods.scheme import methods_of
+from lowrank_compress.methods.scheme import method_of, methods_of
 from lowrank_compress.methods.table import METHODS
 from lowrank_compress.options import Option, settle
 from lowrank_compress.recipe import Recipe
@@ -37,7 +37,7 @@ def options_used(recipe: Recipe, allocate: str, scheme: Scheme, rival: Scheme | 
         An option is given that nothing declares, or a value that it does not take.
     """
     allocators, schemes = [allocate], [scheme]
-    method = METHODS[recipe.method]
+    method = method_of(recipe)
     if rival is not None and isinstance(method, Mixture) and method.rival is not None:
         allocators.append(METHODS[method.rival].allocate)
         schemes.append(rival)

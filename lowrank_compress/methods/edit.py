@@ -60,6 +60,30 @@ class Narrower:
     index: Tensor | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Remembered:
+    """What an attention's cache keeps of a token in the place of keys and values, and how these are rebuilt.
+
+    Attributes
+    ----------
+    window
+        Last tokens whose keys and values are kept exactly besides.
+    inner
+        B (r, hidden), as it will be stored.
+    outer
+        A (2 · kv, r), keys before values, as it will be stored.
+    """
+
+    window: int
+    inner: Tensor
+    outer: Tensor
+
+    @property
+    def rank(self) -> int:
+        """Numbers that are kept of a token."""
+        return len(self.inner)
+
+
 @dataclass(frozen=True)
 class Rerouted:
     """A router that chooses among some of a block's experts only.
@@ -92,6 +116,8 @@ class Edit:
         How attention heads become narrower, if they do.
     router
         Which experts a router still knows, if not all.
+    remembered
+        What the cache keeps, if that is not keys and values.
     """
 
     choice: Choice
@@ -99,6 +125,7 @@ class Edit:
     biases: Mapping[str, Tensor] = field(default_factory=dict)
     heads: Narrower | None = None
     router: Rerouted | None = None
+    remembered: Remembered | None = None
 
 
 @dataclass(frozen=True)

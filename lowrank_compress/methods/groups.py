@@ -154,9 +154,14 @@ class TargetGroup(Protocol):
         ...
 
 
+def replaced(group: TargetGroup) -> tuple[Target, ...]:
+    """The matrices in whose place something else is stored: all; none of a group that is stored beside them."""
+    return () if getattr(group, "beside", False) else group.targets
+
+
 def dense_elements(group: TargetGroup) -> int:
     """Elements of all its dense matrices."""
-    return sum(target.elements for target in group.targets)
+    return sum(target.elements for target in replaced(group))
 
 
 def price_of(group: TargetGroup, choice: Choice) -> Price:

@@ -52,6 +52,21 @@ class Part:
         return self.group.label if expert is None or experts else f"{self.group.label}.{expert}"
 
 
+# What is done where nothing but the cache is made smaller.
+NOTHING = Mixture(name=DENSE, methods={}, paper="", help="all stays as it is", allocate="loss", metric="kfac")
+
+
+def method_of(recipe: Recipe) -> Method | Mixture:
+    """Look up the method of a recipe; "dense" is one.
+
+    Raises
+    ------
+    InputError
+        It is unknown.
+    """
+    return NOTHING if recipe.method == DENSE else METHODS[recipe.method]
+
+
 def scheme_of(recipe: Recipe, resolved: Resolved) -> tuple[Scheme, tuple[str, ...]]:
     """Decide the method of each part of a block: its own, else that of the attention, else `method`.
 
@@ -115,7 +130,8 @@ def scheme_of(recipe: Recipe, resolved: Resolved) -> tuple[Scheme, tuple[str, ..
             f"--metric {recipe.metric} concerns module methods ({', '.join(_module_methods())}); no part of the blocks "
             "has one. Choose the metric of a linear method by its name."
         )
-    scheme = Scheme(methods=methods, metric=recipe.metric or _metric(recipe, chosen))
+    window = None if recipe.kv_ratio is None else recipe.kv_window
+    scheme = Scheme(methods=methods, metric=recipe.metric or _metric(recipe, chosen), kv_window=window)
     for block in range(len(resolved.blocks) + 1):
         for _ in parts_of(scheme, resolved, block):
             pass  # complains of what cannot be
@@ -125,13 +141,13 @@ def scheme_of(recipe: Recipe, resolved: Resolved) -> tuple[Scheme, tuple[str, ..
 def rival_of(recipe: Recipe, resolved: Resolved) -> Scheme | None:
     """Return the scheme of the mixture that a recipe's own is held against.
 
-    None where parts have methods of their own, or the architecture does not allow it.
+    None where parts have methods of their own, the cache keeps latents, or the architecture does not allow it.
     """
-    method = METHODS[recipe.method]
+    method = method_of(recipe)
     architecture = resolved.architecture
     if not isinstance(method, Mixture) or method.rival is None or architecture.head_norms or architecture.latent:
         return None
-    if own_methods(recipe) or recipe.metric not in (None, method.metric):
+    if own_methods(recipe) or recipe.kv_ratio is not None or recipe.metric not in (None, method.metric):
         return None
     try:
         unit_members(resolved.heads)
@@ -205,6 +221,7 @@ def methods_of(scheme: Scheme) -> Mapping[str, tuple[Method, ...]]:
 def label(recipe: Recipe) -> str:
     """Name what a recipe does, for reports: the method, and the parts that have their own."""
     parts = [f"{name}: {method}" for name, method in own_methods(recipe).items()]
+    parts += [] if recipe.kv_ratio is None else ["cache: latent"]
     return f"{recipe.method} ({', '.join(parts)})" if parts else recipe.method
 
 
@@ -279,7 +296,7 @@ def _alternatives(name: str) -> list[Method | Mixture]:
 
 def _metric(recipe: Recipe, chosen: Sequence[Method | Mixture]) -> ModuleMetric:
     """The mixture's metric; else the one that has the linear methods' unit, so that losses compare."""
-    method = METHODS[recipe.method]
+    method = method_of(recipe)
     if isinstance(method, Mixture):
         return method.metric
     linear = [method for method in chosen if isinstance(method, LinearMethod)]

@@ -94,7 +94,8 @@ def native_config(checkpoint: Checkpoint) -> dict[str, Any]:
     )
     for entries, what in kinds:
         if found.get(entries):
-            name = next(iter(found[entries]))
+            name, entry = next(iter(found[entries].items()))
+            what = "caches a latent" if "latent" in entry else what
             raise CheckpointError(
                 f"{checkpoint.path} is no stock model: {name} {what}, which no config of transformers describes; "
                 f"expected plain matrices, and MLPs of one width. {HOW}"

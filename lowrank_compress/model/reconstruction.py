@@ -13,6 +13,7 @@ from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.model.walk.walk import Walk
 from lowrank_compress.shipped.attention import CompressedAttention
+from lowrank_compress.shipped.latent import LatentAttention
 from lowrank_compress.shipped.restore import restore_modules
 
 
@@ -22,8 +23,9 @@ def reconstruction(checkpoint: Checkpoint) -> Iterator[tuple[str, Iterable[Tenso
     The factors of a matrix may be turned by any invertible matrix between them without a change to the product, and so
     may the values and the output of a head that has fewer dimensions than stock. Therefore a compressed matrix comes as
     its product Ŵ (out, in), and narrower values and output come as the product of both, head by head, with the values'
-    bias as a further column. What is narrower than stock is padded with zeros. One block is in memory at a time, in at
-    least float32.
+    bias as a further column. What is narrower than stock is padded with zeros. Where an attention keeps a window of
+    exact keys and values, what it rebuilds the others by comes besides. One block is in memory at a time, in at least
+    float32.
 
     Parameters
     ----------
@@ -42,7 +44,13 @@ def reconstruction(checkpoint: Checkpoint) -> Iterator[tuple[str, Iterable[Tenso
             isinstance(module, CompressedAttention) and module.lr_heads.value < module.lr_heads.size
             for module in block.modules()
         )
+        remembered = {
+            f"{prefix}.{name}": module.products()
+            for name, module in block.named_modules()
+            if isinstance(module, LatentAttention) and module.lr_remembered.window
+        }
         restore_modules(block)
+        yield from ((f"{name}:key-value", products) for name, products in remembered.items())
         state = {f"{prefix}.{leaf}": tensor for leaf, tensor in block.state_dict().items()}
         yield from _block(plan.resolved.of_block(step.index), state, narrow)
 

@@ -91,16 +91,16 @@ class CompressedAttention(nn.Module):
         if unknown := {name for name, value in kwargs.items() if value is not None} - PASSED_ON:
             self._refuse(unknown)
         traits = self.lr_heads.traits
-        query, key, value = (states.transpose(1, 2) for states in self._project(hidden_states))
-        if position_embeddings is not None and (not traits.rotates or getattr(self, traits.rotates)):
-            query, key = self._rotate(query, key, *position_embeddings)
         cache = next((given for given in (cache, past_key_values, layer_past) if given is not None), None)
         if isinstance(cache, EncoderDecoderCache):
             cache = cache.self_attention_cache
-        if cache is not None:
-            # Transformers 4 tells a static cache where the new tokens belong; 5 has no such argument.
-            places = () if cache_position is None else ({"cache_position": cache_position},)
-            key, value = cache.update(key, value, self.layer_idx, *places)
+        # Transformers 4 tells a static cache where the new tokens belong; 5 has no such argument.
+        places = () if cache_position is None else ({"cache_position": cache_position},)
+        if traits.rotates and not getattr(self, traits.rotates):
+            position_embeddings = None
+        query, key, value, attention_mask = self._states(
+            hidden_states, position_embeddings, attention_mask, cache, places
+        )
         implementation = self.config._attn_implementation
         if traits.reordered and implementation == "eager" and getattr(self, traits.reordered):
             context, weights = getattr(self, "_upcast_and_reordered_attn")(query, key, value, attention_mask)  # noqa: B009
@@ -136,26 +136,50 @@ class CompressedAttention(nn.Module):
                 "update lowrank_compress"
             )
 
-    def _project(self, hidden: Tensor) -> tuple[Tensor, ...]:
-        """Return queries, keys and values, each (batch, tokens, heads, width), normalised if the family does so."""
-        heads, kv_heads, _, wide, narrow, _, interleaved, q, k, v, _, traits = self.lr_heads
-        if q != k:
-            parts = tuple(getattr(self, name)(hidden) for name in (q, k, v))
-        elif interleaved:
-            fused = getattr(self, q)(hidden).unflatten(-1, (heads, -1))
-            return self._normalised(*fused.split([wide, wide, narrow], -1))
-        else:
-            parts = getattr(self, q)(hidden).split([heads * wide, kv_heads * wide, kv_heads * narrow], -1)
-        if traits.whole_norms:
-            parts = self._normalised(*parts)
-        parts = tuple(x.unflatten(-1, (n, -1)) for x, n in zip(parts, (heads, kv_heads, kv_heads), strict=True))
-        return parts if traits.whole_norms else self._normalised(*parts)
+    def _states(
+        self,
+        hidden: Tensor,
+        tables: tuple[Tensor, Tensor] | None,
+        mask: Any,
+        cache: Any,
+        places: tuple[Any, ...],
+    ) -> tuple[Tensor, Tensor, Tensor, Any]:
+        """Make queries, and the keys and values of all tokens that they may attend to, each by head; and their mask.
 
-    def _normalised(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        traits = self.lr_heads.traits
-        if not traits.query_norm:
+        `tables` are the cosines and sines of the new tokens, None where the layer does not rotate.
+        """
+        query, key, value = (states.transpose(1, 2) for states in self._project(hidden))
+        if tables is not None:
+            query, key = self._rotate(query, key, *tables)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx, *places)
+        return query, key, value, mask
+
+    def _project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values, each (batch, tokens, heads, width), normalised if the family does so."""
+        names, traits = self.lr_heads[7:10], self.lr_heads.traits
+        query, key, value = self._parted(*(getattr(self, name)(hidden) for name in dict.fromkeys(names)))
+        return self._normalised(traits.query_norm, query), self._normalised(traits.key_norm, key), value
+
+    def _parted(self, *outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Part what the projections, or the fused one, emit (…, rows) by what it is: each (…, heads, width)."""
+        heads, kv_heads, _, wide, narrow, _, interleaved, *_ = self.lr_heads
+        if len(outputs) == 1 and interleaved:
+            query, key, value = outputs[0].unflatten(-1, (heads, -1)).split([wide, wide, narrow], -1)
             return query, key, value
-        return getattr(self, traits.query_norm)(query), getattr(self, traits.key_norm)(key), value
+        if len(outputs) == 1:
+            outputs = outputs[0].split([heads * wide, kv_heads * wide, kv_heads * narrow], -1)
+        query, key, value = (
+            x.unflatten(-1, (n, -1)) for x, n in zip(outputs, (heads, kv_heads, kv_heads), strict=True)
+        )
+        return query, key, value
+
+    def _normalised(self, name: str, states: Tensor) -> Tensor:
+        """Normalise (…, heads, width) by the module of that name; or not, if the name is empty."""
+        if not name:
+            return states
+        norm = getattr(self, name)
+        return norm(states.flatten(-2)).view(states.shape) if self.lr_heads.traits.whole_norms else norm(states)
 
     def _rotate(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Rotate (batch, heads, tokens, query_key); `cos` and `sin` are the model's, (batch, tokens, rotary)."""

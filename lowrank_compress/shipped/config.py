@@ -15,8 +15,9 @@ from .traits import traits_problem
 QUANT_METHOD = "lowrank"
 # Of what a checkpoint holds; raised when code that knows only earlier ones could not load it. 2: indices are int32.
 # 3: attentions may say their traits, and parts be svd-core. 4: experts may be compressed. 5: linear layers may be
-# packed. 6: routers may know fewer experts. A checkpoint bears the first version that has all that is in it.
-VERSION = 6
+# packed. 6: routers may know fewer experts. 7: attentions may cache latents. A checkpoint bears the first version that
+# has all that is in it.
+VERSION = 7
 REMOTE_FILE = "modeling_lowrank.py"
 IN_PACKAGE = __name__.startswith("lowrank_compress.")
 
@@ -33,12 +34,14 @@ class LowRankConfig(QuantizationConfigMixin):
         ``[out, in, parts]`` if each of so many equal parts of the rows is.
     attention : mapping, optional
         Path of an attention module to ``{"heads", "kv_heads", "size", "query_key", "value", "rotary", "interleaved",
-        "projections", "traits"}``: numbers of query and key-value heads, dimensions of a stock head, those kept in q
-        and k and in v, whether there is an ``lr_rotary`` (see `CompressedAttention`), whether the fused weight emits q,
-        k, v head by head, and the paths of ``"q"``, ``"k"``, ``"v"`` (thrice the same if fused) and ``"o"``.
+        "projections", "traits", "latent"}``: numbers of query and key-value heads, dimensions of a stock head, those
+        kept in q and k and in v, whether there is an ``lr_rotary`` (see `CompressedAttention`), whether the fused
+        weight emits q, k, v head by head, and the paths of ``"q"``, ``"k"``, ``"v"`` (thrice the same if fused) and
+        ``"o"``.
         Projections that are smaller than stock have entries in `dense_shapes`, those with factors in `modules`. The
         traits are those of `Traits` that are not as usual; where all are, and in what was written before version 3,
-        the key is missing.
+        the key is missing. So is ``"latent"``, ``{"rank", "window"}``, but where the attention caches latents (see
+        `LatentAttention`).
     experts : mapping, optional
         Path of a block's experts to how many there are, where each has matrices of its own (see `SeparateExperts`), to
         which entries of `modules` and `dense_shapes` may lead. Where no experts have, the key is missing.
@@ -97,6 +100,7 @@ class LowRankConfig(QuantizationConfigMixin):
             self.routers = {path: _checked_router(path, entry) for path, entry in routers.items()}
         needed = [3 for entry in self.attention.values() if "traits" in entry]
         needed += [4 for _ in self.experts] + [6 for _ in self.routers]
+        needed += [7 for entry in self.attention.values() if "latent" in entry]
         needed += [FORMATS[part["format"]].since for entry in self.modules.values() for part in entry["parts"]]
         needed += [] if self.factor_quantization is None else [5]
         self.version = max([self.version, *needed])
@@ -154,8 +158,8 @@ def _checked_attention(path: str, entry: Mapping[str, Any]) -> dict[str, Any]:
 
     entry = copy.deepcopy(dict(entry))
     expected = {"heads", "kv_heads", "size", "query_key", "value", "rotary", "interleaved", "projections"}
-    if set(entry) - {"traits"} != expected:
-        raise refuse(f"expected the keys {sorted(expected)}, and perhaps traits, got {sorted(entry)}")
+    if set(entry) - {"traits", "latent"} != expected:
+        raise refuse(f"expected the keys {sorted(expected)}, and perhaps traits and latent, got {sorted(entry)}")
     if problem := traits_problem(entry.get("traits", {})):
         raise refuse(problem)
     places = entry["projections"] = dict(entry["projections"])
@@ -180,6 +184,22 @@ def _checked_attention(path: str, entry: Mapping[str, Any]) -> dict[str, Any]:
         parent, _, leaf = places[role].rpartition(".")
         if parent != path or not leaf:
             raise refuse(f"{role} is at {places[role]}, expected it to be a child of {path}")
+    if "latent" in entry and (problem := _latent_problem(entry)):
+        raise refuse(problem)
     if places["o"].startswith(f"{path}.") and "." in places["o"].removeprefix(f"{path}."):
         raise refuse(f"o is at {places['o']}, expected it to be a child of {path} or outside of it")
     return entry
+
+
+def _latent_problem(entry: Mapping[str, Any]) -> str:
+    """Say why an attention's entry is not one that caches latents, or nothing."""
+    latent, size = entry["latent"], entry["size"]
+    named = isinstance(latent, dict) and set(latent) == {"rank", "window"}
+    if not named or any(type(number) is not int for number in latent.values()):
+        return f"latent is a rank and a window, two whole numbers, got {latent!r}"
+    most = 2 * entry["kv_heads"] * size
+    if not 1 <= latent["rank"] <= most or latent["window"] < 0:
+        return f"a latent has from 1 to {most} numbers, and a window none or more, got {latent}"
+    if entry["rotary"] or entry["query_key"] != size or entry["value"] != size:
+        return "an attention that caches latents keeps its heads as they are"
+    return ""

@@ -78,7 +78,10 @@ class CompressedLinear(nn.Module):
         self._order: Tensor | None = None
 
         def linear(m: int, n: int) -> nn.Module:
-            return nn.utils.skip_init(nn.Linear, n, m, bias=False, device=device, dtype=dtype)
+            made: Any = nn.utils.skip_init(nn.Linear, n, max(m, 1), bias=False, device=device, dtype=dtype)
+            if m == 0:  # which torch would warn of
+                made.out_features, made.weight = 0, nn.Parameter(made.weight.detach()[:0].clone())
+            return made
 
         self.lr_in = linear(sum(self._widths), in_features)
         for part in self.parts:

@@ -13,6 +13,7 @@ from .adapters import adapt_peft
 from .config import IN_PACKAGE, QUANT_METHOD, LowRankConfig
 from .experts import join_experts
 from .formats.base import INDEX_DTYPE
+from .latent import LatentAttention
 from .linear import CompressedLinear
 from .restore import restore_modules
 from .router import require_all_experts
@@ -61,6 +62,10 @@ class LowRankQuantizer(HfQuantizer):
         What is on a real device starts from random weights, drawn as the family draws those of its linear layers.
         """
         self._process_model_before_weight_loading(model)
+        for attention in model.modules():
+            if isinstance(attention, LatentAttention):
+                model._init_weights(attention.lr_latent)
+                model._init_weights(attention.lr_rebuild)
         for module in model.modules():
             if isinstance(module, CompressedLinear) or hasattr(module, "lr_stock"):
                 for linear in module.modules():

@@ -9,6 +9,7 @@ from torch import nn
 
 from .attention import CompressedAttention
 from .experts import SeparateExperts
+from .latent import LatentAttention
 from .linear import CompressedLinear, Stock
 from .modules import dense_module, put, stock_of
 from .packed import PackedLinear
@@ -19,8 +20,9 @@ def restore_modules(model: nn.Module) -> list[str]:
     """Put stock modules in the place of all that `swap_modules` replaced, in `model` or a part of it.
 
     A module that is smaller than the stock one is padded with zeros, where its attention says or else at its end,
-    which leaves the function of an attention or MLP unchanged because its neighbours are padded alike. Experts stay
-    modules of their own (see `join_experts`).
+    which leaves the function of an attention or MLP unchanged because its neighbours are padded alike. An attention
+    that caches latents has its keys and values exact again where it keeps a window of them, and else multiplied out.
+    Experts stay modules of their own (see `join_experts`).
 
     Returns
     -------
@@ -37,6 +39,12 @@ def restore_modules(model: nn.Module) -> list[str]:
         f"{name}.{leaf}" if name else leaf: rows
         for name, attention in attentions
         for leaf, rows in attention.stock_rows().items()
+    }
+    rebuilt = {
+        f"{name}.{leaf}" if name else leaf: matrix
+        for name, attention in attentions
+        if isinstance(attention, LatentAttention) and not attention.lr_remembered.window
+        for leaf, matrix in attention.stock_products().items()
     }
     found: list[tuple[str, Any, Stock]] = []
     inner: set[int] = set()
@@ -62,6 +70,8 @@ def restore_modules(model: nn.Module) -> list[str]:
         weight = weight.unflatten(1, (stock.groups, weight.shape[1] // stock.groups))
         whole = weight.new_zeros(stock.out_features, stock.groups, stock.in_features // stock.groups)
         whole[rows, :, : weight.shape[2]] = weight
+        if name in rebuilt:
+            whole += rebuilt[name].to(whole)[:, None]
         new = dense_module(stock, weight).train(old.training)
         (new.weight.T if stock.conv1d else new.weight).copy_(whole.flatten(1))
         if stock.bias:
@@ -73,6 +83,8 @@ def restore_modules(model: nn.Module) -> list[str]:
         if isinstance(module, SeparateExperts):
             module.unmark()
     for _, attention in attentions:
+        if isinstance(attention, LatentAttention):
+            attention.forget()
         attention.__dict__.pop("lr_heads")
         attention._buffers.pop("lr_rotary", None)
         attention.__class__ = attention.lr_stock_class  # pyright: ignore[reportAttributeAccessIssue]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from .config import LowRankConfig
 from .experts import separate
 from .family import family
 from .formats.base import INDEX_DTYPE, require_distinct
+from .latent import LENGTH_DEPENDENT, Latent, latent_class
 from .linear import CompressedLinear, Stock
 from .lookup import lacking, looked_up
 from .modules import dense_module, find, put, shape_of, stock_of
@@ -79,7 +81,10 @@ def _swap_attention(model: nn.Module, path: str, entry: Mapping[str, Any]) -> No
     """Let the attention at `path` compute with the projections that are in place."""
     module = find(model, path)[1]
     heads = _heads(path, module, entry)
-    if problem := _problem(module, heads):
+    latent = Latent(**entry["latent"]) if "latent" in entry else None
+    turning = turning_of(model)
+    problem = _problem(module, heads) or ("" if latent is None else latent_problem(module, heads.traits, turning))
+    if problem:
         raise ValueError(f"{path} of the low-rank config: {problem}")
     places = entry["projections"]
     linear = {role: find(model, place)[1] for role, place in places.items()}
@@ -103,19 +108,29 @@ def _swap_attention(model: nn.Module, path: str, entry: Mapping[str, Any]) -> No
     if heads.value < heads.size:
         output, stock = linear["o"], stock_of(places["o"], linear["o"])._replace(groups=heads.heads)
         setattr(output, "stock" if isinstance(output, CompressedLinear) else "lr_stock", stock)
-    module.__class__ = compressed_class(type(module))
+    stock_class = type(module)
+    module.__class__ = compressed_class(stock_class)
     module.lr_heads = heads
     if heads.rotary:
         first = torch.arange(heads.query_key // 2, dtype=INDEX_DTYPE, device=linear["q"].weight.device)
         pairs = torch.cat([first, first + heads.size // 2])
         module.register_buffer("lr_rotary", pairs.repeat(heads.kv_heads, 1))
+    if latent is not None:
+        like, hidden = linear["q"].weight, shape_of(linear["q"])[1]
+        module.__class__ = latent_class(stock_class)
+        module.lr_latent = dense_module(Stock(latent.rank, hidden, False, False), like)
+        module.lr_rebuild = dense_module(Stock(2 * heads.kv_heads * heads.size, latent.rank, False, False), like)
+        module.lr_remembered = latent
+        module.lr_turning = turning  # a tuple, so that it is no child
 
 
 def _heads(path: str, module: nn.Module, entry: Mapping[str, Any]) -> Heads:
     """Read an attention's entry."""
     places = entry["projections"]
     children = {role: p.removeprefix(f"{path}.") if p.startswith(f"{path}.") else "" for role, p in places.items()}
-    fields: dict[str, Any] = {name: value for name, value in entry.items() if name not in ("projections", "traits")}
+    fields: dict[str, Any] = {
+        name: value for name, value in entry.items() if name in Heads._fields and name != "traits"
+    }
     fields |= children
     return Heads(**fields, traits=Traits(**entry["traits"]) if "traits" in entry else looked_up(module))
 
@@ -135,6 +150,41 @@ def _problem(module: Any, heads: Heads) -> str:
     if rotates and heads.query_key < heads.size and not heads.rotary:
         return "queries and keys that are rotated and smaller need rotary indices"
     return lacking(traits, module)
+
+
+def turning_of(model: nn.Module) -> tuple[nn.Module, ...]:
+    """Return the modules that make a model's rotary tables."""
+    return tuple(
+        module
+        for module in model.modules()
+        if any(name == "inv_freq" or name.endswith("_inv_freq") for name in module._buffers)
+    )
+
+
+def latent_problem(module: Any, traits: Traits, turning: tuple[nn.Module, ...]) -> str:
+    """Say why an attention cannot rebuild keys from a latent, or nothing.
+
+    Parameters
+    ----------
+    module
+        The attention.
+    traits
+        Of its family.
+    turning
+        What makes the model's rotary tables.
+    """
+    if traits.window and attrgetter(traits.window)(module) is not None:
+        return "it sees a sliding window of tokens, whose cache is short already"
+    if getattr(module, "is_causal", True) is not True:
+        return "it is no decoder, so that it has no cache"
+    if not hasattr(family(type(module)), "apply_rotary_pos_emb"):
+        return ""
+    if len(turning) != 1 or "inv_freq" not in turning[0]._buffers:
+        return f"the model has {len(turning) or 'no'} rotary embeddings of its own kind, expected one for all layers"
+    kind = getattr(turning[0], "rope_type", "default")
+    if kind in LENGTH_DEPENDENT:
+        return f"its rotary embeddings ({kind}) depend on how long the text is, so that keys cannot be rotated anew"
+    return ""
 
 
 def check_indices(model: nn.Module) -> None:

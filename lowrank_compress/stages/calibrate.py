@@ -17,8 +17,10 @@ from lowrank_compress.calibration.experts import tokens_seen
 from lowrank_compress.calibration.windows import batches_hash
 from lowrank_compress.config import CalibrateConfig
 from lowrank_compress.errors import ArtifactError, InputError
+from lowrank_compress.methods.candidates import all_groups
 from lowrank_compress.methods.groups import needed, needs_data
 from lowrank_compress.model.narrowing import check_narrowing
+from lowrank_compress.model.remembering import check_remembering
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.resources.resources import Resources
 from lowrank_compress.stages.environment import environment
@@ -155,8 +157,11 @@ def run(
         )
     if not complete:
         skeleton = Skeleton(subject.checkpoint, torch.device(config.device), torch.float32)
-        if any(target.heads is not None for group in groups if len(group.targets) > 1 for target in group.targets):
+        main = all_groups(subject.candidates)
+        if any(target.heads is not None for group in main if len(group.targets) > 1 for target in group.targets):
             check_narrowing(skeleton, batches[0])
+        if subject.cache:
+            check_remembering(skeleton, batches[0])
         out_dir.mkdir(parents=True, exist_ok=True)
         own, blind = len(workers.share(missing)), list[str]()
         captured = capture(

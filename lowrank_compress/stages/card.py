@@ -183,7 +183,11 @@ def _summary(report: Mapping[str, Any], about: Mapping[str, Any]) -> str:
     if "reached_ratio_bytes" in report:
         text += f", and\n{report['reached_ratio_bytes']:.2%} of their bytes "
         text += f"({report['claimed_bytes']:,} became {report['stored_bytes']:,})"
-    return text + ".\n"
+    text += ".\n"
+    if cache := report.get("cache"):
+        text += f"\nThe key-value cache keeps {cache['kept']:,} numbers a token in the place of {cache['dense']:,}"
+        text += f", and exact keys\nand values of the last {cache['window']:,} tokens.\n" if cache["window"] else ".\n"
+    return text
 
 
 def _loading(about: Mapping[str, Any]) -> str:
@@ -216,10 +220,11 @@ def _sizes(report: Mapping[str, Any]) -> str:
         kinds.setdefault(name.rpartition(".")[2], []).append(matrix)
     lines = ["| matrix or module | number | kept | stored as |", "|---|---:|---:|---|"]
     for kind, matrices in kinds.items():
-        share = sum(each["stored"] for each in matrices) / sum(each["dense"] for each in matrices)
+        stored, dense = (sum(each[what] for each in matrices) for what in ("stored", "dense"))
+        kept = f"{stored / dense:.1%}" if dense else f"{stored:,} more"
         counts = Counter(each["format"] for each in matrices)
         formats = ", ".join(f"{name} ({n}×)" for name, n in sorted(counts.items()))
-        lines.append(f"| `{kind}` | {len(matrices)} | {share:.1%} | {formats} |")
+        lines.append(f"| `{kind}` | {len(matrices)} | {kept} | {formats} |")
     return "## What is stored\n\n" + "\n".join(lines) + "\n"
 
 

@@ -32,6 +32,7 @@ from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.model.walk.walk import Walk
 from lowrank_compress.shipped.router import prune_router, restore_router
+from lowrank_compress.stages.cache import choose_cache
 from lowrank_compress.stages.choose import MUCH
 from lowrank_compress.stages.decompose import Bases
 
@@ -129,7 +130,8 @@ def _plan(
     chosen = allocate(own)
     choices = {curve.name: curve.choice(point) for curve, point in zip(own, chosen, strict=True)}
     predicted = float(sum(curve.loss[point] for curve, point in zip(own, chosen, strict=True)))
-    return Plan(name, bases, groups, choices, predicted)
+    cache, lost = choose_cache(bases.chooser.config, bases.chooser.subject.cache, curves)
+    return Plan(name, bases, (*groups, *bases.chooser.cache), choices | cache, predicted + lost)
 
 
 def tried(bases: Bases, batches: Sequence[Batch], plans: Sequence[Plan]) -> list[dict[str, Any]]:

@@ -14,9 +14,10 @@ from lowrank_compress.allocation.table import ALLOCATORS
 from lowrank_compress.calibration.statistics import SMALL
 from lowrank_compress.config import ScoreConfig
 from lowrank_compress.errors import InputError
-from lowrank_compress.methods.candidates import Candidates, first_groups
+from lowrank_compress.methods.candidates import Candidates, all_groups, first_groups
 from lowrank_compress.methods.groups import TargetGroup, largest_kept, ranking
 from lowrank_compress.options import only
+from lowrank_compress.stages.cache import require_cache_reachable
 from lowrank_compress.stages.curves import lossless_curve
 from lowrank_compress.stages.reach import budget_of, require_reachable
 from lowrank_compress.stages.subject import Subject
@@ -38,7 +39,10 @@ class Chooser:
     Attributes
     ----------
     groups
-        What is chosen among: of all candidates, or of the first where losses, which alone compare them, are not known.
+        What is chosen among: of all candidates, or of the first where losses, which alone compare them, are not known;
+        and what the cache may keep.
+    cache
+        The latter alone.
     budget
         What may be stored.
     keep
@@ -55,8 +59,11 @@ class Chooser:
     def __init__(self, config: ScoreConfig, subject: Subject) -> None:
         self.config, self.subject = config, subject
         self.allocator = ALLOCATORS[config.allocate]
-        self.groups = subject.groups if self.allocator.needs_loss else first_groups(subject.candidates)
-        self.nats = all(group.nats for group in self.groups)
+        self.cache = first_groups(subject.cache)
+        main = all_groups(subject.candidates) if self.allocator.needs_loss else first_groups(subject.candidates)
+        self.groups = (*main, *self.cache)
+        self.nats = all(group.nats for group in main)
+        require_cache_reachable(config, subject.cache)
         self.budget = budget_of(config, subject)
         require_reachable(config, self.budget, subject.candidates)
         self.keep = self._largest_ranks()
@@ -90,20 +97,25 @@ class Chooser:
         """The largest rank of each group that can pay; under an allocator that looks at nothing, the one it chooses."""
         if self.allocator.needs_loss or self.allocator.needs_spectrum or self.allocator.needs_influence:
             return {group.name: largest_kept(group, ranking(group, self.config.storage)) for group in self.groups}
-        curves = [lossless_curve(group, self.config) for group in self.groups]
+        main = self.groups[: len(self.groups) - len(self.cache)]
+        curves = [lossless_curve(group, self.config) for group in main]
         chosen = [curve.choice(point) for curve, point in zip(curves, self.allocate(curves), strict=True)]
-        return {
-            group.name: 0 if choice.is_dense else group.keep(choice)
-            for group, choice in zip(self.groups, chosen, strict=True)
+        found = {
+            group.name: 0 if choice.is_dense else group.keep(choice) for group, choice in zip(main, chosen, strict=True)
         }
+        return found | {group.name: largest_kept(group, group.formats[0]) for group in self.cache}
 
     def allocate(self, curves: Sequence[Curve]) -> np.ndarray:
         """Choose a point of each curve under the budget, (curves,) int64; the curves are those of one candidate."""
+        if not curves:
+            return np.zeros(0, dtype=np.int64)
         return self.allocator.allocate(curves, self.budget.limit, **only(self.allocator.options, self.config.options))
 
     def choose(self, curves: Mapping[str, Curve]) -> tuple[TargetGroup, ...]:
         """Return the groups of the better candidate of each part."""
         candidates = self.subject.candidates
+        if not candidates:
+            return ()
         if self.allocator.alike:
             return self._choose_alike(curves)
         each = [[[curves[group.name] for group in one] for one in self._usable(part)] for part in candidates]

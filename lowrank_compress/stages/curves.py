@@ -13,6 +13,7 @@ from lowrank_compress.artifacts.tensors import BlockFiles
 from lowrank_compress.calibration.statistics import INFLUENCE
 from lowrank_compress.config import ScoreConfig
 from lowrank_compress.methods.groups import TargetGroup, dense_elements, ranking
+from lowrank_compress.methods.latent import cached
 
 
 def choices_of(group: TargetGroup, config: ScoreConfig) -> Choices:
@@ -20,10 +21,15 @@ def choices_of(group: TargetGroup, config: ScoreConfig) -> Choices:
     return group.choices(ranking(group, config.storage), config.round_to)
 
 
+def cost_of_dense(group: TargetGroup) -> int:
+    """What a curve counts of a group that stays as it is: elements, or what the cache keeps of a token."""
+    return cached(group) or dense_elements(group)
+
+
 def lossless_curve(group: TargetGroup, config: ScoreConfig) -> Curve:
     """What each choice stores, where nobody asks what it loses."""
     choices = choices_of(group, config)
-    return make_curve(group.name, dense_elements(group), choices, np.zeros(len(choices)), block=group.block)
+    return make_curve(group.name, cost_of_dense(group), choices, np.zeros(len(choices)), block=group.block)
 
 
 def read_curves(
@@ -49,7 +55,7 @@ def read_curves(
     on_sample
         Losses are those on the text that the fits were made on, not those on other text where these are known.
     """
-    nats = all(group.nats for group in groups)
+    nats = all(group.nats for group in groups if not cached(group))
     curves = {}
     for block in sorted({group.block for group in groups}):
         tensors = bases.read(block)
@@ -58,10 +64,10 @@ def read_curves(
         for group in (group for group in groups if group.block == block):
             spectrum = singular.get(f"{group.name}/singular_values")
             choices = choices_of(group, config)
-            losses = predicted_losses(group, tensors, choices, nats, on_sample=on_sample)
+            losses = predicted_losses(group, tensors, choices, nats or cached(group) > 0, on_sample=on_sample)
             curves[group.name] = make_curve(
                 group.name,
-                dense_elements(group),
+                cost_of_dense(group),
                 choices.where(slice(len(losses))),
                 losses,
                 spectrum=None if spectrum is None else spectrum.numpy(),

@@ -168,7 +168,9 @@ class Bases:
         if self.spectra is None:
             return
         missing = [block for block in blocks if not self.spectra.finished(block)]
-        groups = [group for block in missing for group in self.chooser.of_block(block)]
+        groups = [
+            group for block in missing for group in self.chooser.of_block(block) if group not in self.chooser.cache
+        ]
 
         def singular_values(group: TargetGroup) -> dict[str, Tensor]:
             (target,) = group.targets

@@ -20,7 +20,7 @@ from lowrank_compress.methods.edit import Edit, Source
 from lowrank_compress.methods.groups import TargetGroup
 from lowrank_compress.model.blueprint import Blueprint
 from lowrank_compress.model.casting import cast
-from lowrank_compress.model.surgery import KEPT, ROTARY, attention_entry
+from lowrank_compress.model.surgery import KEPT, LATENT, REBUILD, ROTARY, attention_entry
 from lowrank_compress.shipped.experts import FUSED
 from lowrank_compress.shipped.formats.base import INDEX_DTYPE
 
@@ -174,10 +174,11 @@ class Encoder:
         return dense(self.plan.weight(target)).cast(self.dtype, target.name)
 
     def _attention(self, block: int, edits: Sequence[Edit], made: EncodedBlock) -> None:
-        """Describe an attention whose heads have become narrower."""
+        """Describe an attention whose heads have become narrower, or whose cache keeps a latent."""
         heads, resolved = self.plan.resolved.heads, self.plan.resolved
         narrower = {edit.heads.group: edit.heads for edit in edits if edit.heads is not None}
-        if not narrower:
+        remembered = next((edit.remembered for edit in edits if edit.remembered is not None), None)
+        if not narrower and remembered is None:
             return
         path = f"{resolved.blocks[block]}.{resolved.architecture.attention}"
         targets: dict[Role, Target] = {target.role: target for target in resolved.of_block(block)}
@@ -186,7 +187,11 @@ class Encoder:
         made.attention[path] = attention_entry(
             targets, heads, *widths, rotary=index is not None, traits=resolved.architecture.traits
         )
+        query = targets["q"].parameter
+        on_disk = self.plan.name_on_disk(query).removesuffix(query.removeprefix(path))
         if index is not None:
-            query = targets["q"].parameter
-            on_disk = self.plan.name_on_disk(query).removesuffix(query.removeprefix(path))
             made.tensors[f"{on_disk}.{ROTARY}"] = index.to(INDEX_DTYPE)
+        if remembered is not None:
+            made.attention[path]["latent"] = {"rank": remembered.rank, "window": remembered.window}
+            made.tensors[f"{on_disk}.{LATENT}.weight"] = remembered.inner
+            made.tensors[f"{on_disk}.{REBUILD}.weight"] = remembered.outer

@@ -268,6 +268,7 @@ def size_report(inputs: Given) -> dict[str, Any]:
             ("model", "model"),
             ("bytes", "bytes"),
             ("kv_bytes_per_token", "kv_bytes_per_token"),
+            ("kv_bytes_4096", "kv_bytes_4096"),
         )
     }
     if len(sizes) == 2:

@@ -14,6 +14,7 @@ from lowrank_compress.artifacts.tensors import BlockFiles
 from lowrank_compress.config import EvaluateConfig
 from lowrank_compress.errors import ArtifactError, InputError
 from lowrank_compress.methods.parts import own_methods
+from lowrank_compress.methods.scheme import DENSE
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.locate import locate
 from lowrank_compress.recipe import Recipe
@@ -35,10 +36,13 @@ from lowrank_compress.stages.table import STAGES, directories
 
 
 def default_run(recipe: Recipe) -> Path:
-    """Where a run goes without ``--out``: runs/<model>-<method>-<ratio>, and the parts that have their own method."""
+    """Where a run goes without ``--out``: runs/<model>-<method>-<ratio>, with methods of single parts and the cache."""
     parts = [recipe.method, *(f"{name}-{method}" for name, method in own_methods(recipe).items())]
     named = "-".join(re.sub(r"[^\w.-]+", "+", part) for part in parts)
-    return Path("runs") / f"{display_name(recipe.model).replace('/', '--')}-{named}-{recipe.ratio:g}"
+    cache = "" if recipe.kv_ratio is None else f"-kv{recipe.kv_ratio:g}"
+    window = f"-w{recipe.kv_window}" if cache and recipe.kv_window else ""
+    ratio = "" if recipe.method == DENSE else f"-{recipe.ratio:g}"
+    return Path("runs") / f"{display_name(recipe.model).replace('/', '--')}-{named}{ratio}{cache}{window}"
 
 
 def claim(run: Run, plan: Plan, *, overwrite: bool) -> None:

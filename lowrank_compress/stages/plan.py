@@ -28,12 +28,13 @@ from lowrank_compress.methods.declared import options_used
 from lowrank_compress.methods.groups import needed, needs_data
 from lowrank_compress.methods.mixture import Mixture
 from lowrank_compress.methods.module import ModuleMethod
-from lowrank_compress.methods.scheme import label, methods_of, rival_of, scheme_of
-from lowrank_compress.methods.table import METHODS
+from lowrank_compress.methods.parts import own_methods
+from lowrank_compress.methods.scheme import DENSE, label, method_of, methods_of, rival_of, scheme_of
 from lowrank_compress.model.blueprint import WITH_LOSS, blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.embedding import embedding_of
 from lowrank_compress.model.locate import directory_of, locate
+from lowrank_compress.model.remembering import require_cacheable
 from lowrank_compress.recipe import Recipe
 from lowrank_compress.stages.choose import Chooser
 from lowrank_compress.stages.environment import compute_device
@@ -146,6 +147,27 @@ def _resolved(text: str) -> str:
     return text if text == SELF or text.startswith("hf:") else str(Path(text).resolve())
 
 
+def _with_cache(recipe: Recipe) -> Recipe:
+    """Check the two budgets; where nothing is asked of the first one, say that nothing else is compressed.
+
+    Raises
+    ------
+    InputError
+        A budget is none, or what belongs to the second one is given without it.
+    """
+    if recipe.kv_ratio is None and recipe.kv_window:
+        raise InputError("--kv-window keeps exact positions beside a cache of latents: pass --kv-ratio, too.")
+    if recipe.kv_ratio is not None and recipe.ratio == 0:
+        if own_methods(recipe):
+            raise InputError("--ratio 0 compresses nothing but the cache: leave the methods of single parts out.")
+        return recipe.model_copy(update={"method": DENSE})
+    if not 0 < recipe.ratio < 1:
+        raise InputError(
+            f"--ratio {recipe.ratio} is not between 0 and 1: it is the share of parameters to remove, 0.3 for 30 %."
+        )
+    return recipe
+
+
 def make_plan(recipe: Recipe, *, reads_text: bool = True) -> Plan:
     """Decide every default of a recipe and check it before any work.
 
@@ -159,11 +181,8 @@ def make_plan(recipe: Recipe, *, reads_text: bool = True) -> Plan:
     LrcError
         An unknown name, a ratio outside (0, 1), an unsupported or damaged checkpoint, a sequence that is too long.
     """
-    if not 0 < recipe.ratio < 1:
-        raise InputError(
-            f"--ratio {recipe.ratio} is not between 0 and 1: it is the share of parameters to remove, 0.3 for 30 %."
-        )
-    method = METHODS[recipe.method]
+    recipe = _with_cache(recipe)
+    method = method_of(recipe)
     device = str(compute_device(recipe.device))
     checkpoint = Checkpoint(locate(recipe.model, recipe.revision, recipe.trust_remote_code), recipe.trust_remote_code)
     if checkpoint.quantization is not None:
@@ -172,12 +191,16 @@ def make_plan(recipe: Recipe, *, reads_text: bool = True) -> Plan:
         )
     design = blueprint(checkpoint)
     design.check_ties()
+    if recipe.kv_ratio is not None:
+        require_cacheable(design)
     scheme, notes = scheme_of(recipe, design.resolved)
     rival = rival_of(recipe, design.resolved) if design.task == "lm" else None
     subject = subject_of(design, scheme, rival)
     groups = subject.groups
     if not groups:
         raise InputError("No part of the blocks has a method: all are left dense. Choose one with --method.")
+    if not subject.candidates:
+        recipe = recipe.model_copy(update={"ratio": 0.0})
     check_options(recipe.allocate or method.allocate, recipe.storage or method.storage, subject.candidates)
     # Losses on other text than fits are made on, where the calibration set is small.
     held_out = isinstance(method, Mixture) and method.held_out
@@ -257,6 +280,7 @@ def make_plan(recipe: Recipe, *, reads_text: bool = True) -> Plan:
         rival=rival,
         second=second and (recipe.ratio >= SECOND if recipe.second is None else recipe.second),
         second_by=recipe.second_by or ("full" if subject.largest <= SMALL else "scales"),
+        kv_ratio=recipe.kv_ratio,
     )
     factorize = FactorizeConfig(
         method=label(recipe), scheme=scheme, storage=storage, round_to=round_to, dtype=dtype, device=device

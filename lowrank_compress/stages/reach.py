@@ -17,6 +17,7 @@ from lowrank_compress.methods.declared import flag
 from lowrank_compress.methods.parts import flag_of
 from lowrank_compress.methods.scheme import DENSE as LEFT_DENSE
 from lowrank_compress.options import only
+from lowrank_compress.stages.cache import most_stored, require_cache_reachable
 from lowrank_compress.stages.curves import lossless_curve
 from lowrank_compress.stages.subject import Subject
 
@@ -37,11 +38,13 @@ def budget_of(config: ScoreConfig, subject: Subject) -> Budget:
         )
     whole = sum(parameter.numel() for parameter in subject.model.model.parameters())
     denominator = claimed if config.ratio_of == "blocks" else whole
-    return Budget(config.ratio, denominator, denominator - sum(part.dense for part in subject.candidates))
+    more = most_stored(config, subject.cache) if subject.candidates else 0
+    return Budget(config.ratio, denominator, denominator - sum(part.dense for part in subject.candidates), more)
 
 
 def check_ratio(config: ScoreConfig, subject: Subject) -> None:
     """Refuse a ratio that is out of reach, before any work (see :func:`require_reachable`)."""
+    require_cache_reachable(config, subject.cache)
     require_reachable(config, budget_of(config, subject), subject.candidates)
 
 
@@ -54,12 +57,16 @@ def require_reachable(config: ScoreConfig, budget: Budget, candidates: Sequence[
         It cannot; the message names the largest one that can, and the options that keep it from being larger.
     """
     least = _least(config, candidates)
-    if least <= budget.limit:
+    if least <= budget.limit or not candidates:
         return
     advice = ["Ask for no more" if budget.largest(least) > 0 else "Change the options"]
     for option, value, loosest, looser in _looser(config):
         if (without := _least(looser, candidates)) < least:
             advice.append(f"{option}{value:g} is in the way, with {option}{loosest:g} it is {budget.largest(without)}")
+    if budget.more > 0:
+        advice.append(
+            f"--kv-ratio stores {budget.more} elements more than it removes, leave it out or let it remove more"
+        )
     left = [flag_of(part) for part, method in config.scheme.methods.items() if method == LEFT_DENSE]
     if left:
         advice.append(f"parts of the blocks are left dense, give them a method by {' and '.join(left)}")
@@ -108,5 +115,5 @@ def uniform_choices(config: ScoreConfig, budget: Budget, candidates: Sequence[Ca
     curves = [curve for part in candidates for curve in _usable(config, part)[0]]
     if sum(int(curve.stored[0]) for curve in curves) > budget.limit:
         curves = [curve for part in candidates for curve in _smallest(_usable(config, part))]
-    chosen = allocate(curves, budget.limit)
+    chosen = allocate(curves, budget.limit) if curves else []
     return {curve.name: curve.choice(point) for curve, point in zip(curves, chosen, strict=True)}

@@ -17,8 +17,10 @@ from lowrank_compress.artifacts.manifest import Manifest
 from lowrank_compress.config import FactorizeConfig, Scheme
 from lowrank_compress.evaluation.size import measure_size, weight_bytes
 from lowrank_compress.methods.candidates import all_groups, candidates_of
-from lowrank_compress.methods.groups import TargetGroup, dense_elements, price_of
+from lowrank_compress.methods.groups import TargetGroup, dense_elements, price_of, replaced
+from lowrank_compress.methods.latent import cached
 from lowrank_compress.model.blueprint import Blueprint
+from lowrank_compress.stages.cache import cache_report
 from lowrank_compress.stages.curves import predicted_losses
 from lowrank_compress.stages.ranks import choice_of, entry_of
 from lowrank_compress.stages.subject import claimed_of
@@ -26,7 +28,7 @@ from lowrank_compress.stages.subject import claimed_of
 REPORT = "lowrank.json"
 _FACTS = (
     *("asked_ratio", "reached_ratio", "ratio_of", "stored_elements", "claimed_elements"),
-    *("stored_bytes", "claimed_bytes", "reached_ratio_bytes"),
+    *("stored_bytes", "claimed_bytes", "reached_ratio_bytes", "cache"),
 )
 
 
@@ -66,7 +68,8 @@ def block_losses(
 
 def _loss(group: TargetGroup, basis: Mapping[str, Tensor], choice: Choice, nats: bool) -> float:
     alone = np.array([choice.parameters], dtype=np.int64)
-    return float(predicted_losses(group, basis, Choices(choice.format, alone, alone[:, 0], alone[:, 0]), nats)[0])
+    choices = Choices(choice.format, alone, alone[:, 0], alone[:, 0])
+    return float(predicted_losses(group, basis, choices, nats or cached(group) > 0)[0])
 
 
 def summary(
@@ -87,9 +90,10 @@ def summary(
             **entry_of(group, choices[group.name]),
             "dense": dense_elements(group),
             "stored": price_of(group, choices[group.name]).elements,
-            "dense_bytes": sum(weight_bytes(plan, target) for target in group.targets),
+            "dense_bytes": sum(weight_bytes(plan, target) for target in replaced(group)),
             "stored_bytes": price_of(group, choices[group.name]).bytes(itemsize),
             "predicted_loss": losses[group.name],
+            **({"cached": cached(group, choices[group.name])} if cached(group) else {}),
         }
         for group in groups
     }
@@ -118,6 +122,7 @@ def summary(
         "reached_ratio_bytes": 1 - (after + others * itemsize) / whole,
         "unit": planned["unit"],
         "about": dict(about),
+        **cache_report(groups, choices, planned.get("cache", {}).get("asked"), planned["scheme"].get("kv_window")),
         "matrices": matrices,
         **({"experts": found} if (found := _experts(plan, groups, matrices, experts)) else {}),
     }
@@ -178,7 +183,10 @@ def recast(report: Mapping[str, Any], plan: Blueprint, dtype: str) -> dict[str, 
     kept = claimed - sum(matrix["dense"] for matrix in matrices.values())
     after = kept * itemsize + sum(matrix["stored_bytes"] for matrix in matrices.values())
     # Counted in the ratio and not claimed: nothing, or all the rest of the model.
-    others = round((claimed - elements) / report["reached_ratio"]) - claimed
+    removed = claimed - elements
+    others = round(removed / report["reached_ratio"]) - claimed if removed else 0
+    if not removed and report["ratio_of"] == "model":
+        others = measure_size(plan.checkpoint).model - elements
     whole = round((report["stored_bytes"] + others * before) / (1 - report["reached_ratio_bytes"]))
     return {
         **report,

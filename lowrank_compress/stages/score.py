@@ -26,6 +26,7 @@ from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.registry import unknown
 from lowrank_compress.resources.resources import Resources
 from lowrank_compress.resources.workers import Workers
+from lowrank_compress.stages.cache import cache_report
 from lowrank_compress.stages.choice import Plan, best, plans_of, scaled_plan, second_plan, tried
 from lowrank_compress.stages.choose import Chooser
 from lowrank_compress.stages.decompose import VERSION, Bases
@@ -214,11 +215,12 @@ def _commit(
     claimed = sum(target.elements for target in subject.claimed)
     report = {
         "asked_ratio": config.ratio,
-        "reached_ratio": budget.reached(stored),
+        "reached_ratio": (sum(dense_elements(group) for group in groups) - stored) / budget.denominator,
         "ratio_of": config.ratio_of,
         "denominator": budget.denominator,
         "claimed_elements": claimed,
         "stored_elements": claimed - sum(dense_elements(group) for group in groups) + stored,
+        **cache_report(groups, choices, config.kv_ratio, config.scheme.kv_window),
         "predicted_loss": plan.predicted,
         "plan": plan.name,
         "plans": list(tried),

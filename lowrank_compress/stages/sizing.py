@@ -15,6 +15,7 @@ from lowrank_compress.calibration.statistics import enough_tokens
 from lowrank_compress.evaluation.size import weight_bytes
 from lowrank_compress.methods.groups import TargetGroup, needed, needs_data, price_of, statistics_bytes
 from lowrank_compress.resources.resources import Resources
+from lowrank_compress.stages.cache import limit_of, most_stored, stock
 from lowrank_compress.stages.plan import Plan
 from lowrank_compress.stages.reach import uniform_choices
 from lowrank_compress.stages.run import Run
@@ -61,6 +62,7 @@ def dry_run(plan: Plan, run: Run, resources: Resources = Resources()) -> dict[st
             "claimed_bytes": sum(weight_bytes(plan.subject.model, target) for target in targets),
             "uniform_bytes": _uniform_bytes(plan, choices),
         },
+        **_cache(plan),
         "uniform_ranks": {name: None if c.is_dense else c.parameters[0] for name, c in choices.items()},
         "ranks_need_data": plan.score.allocate != "uniform",
         "memory": need.memory,
@@ -68,11 +70,22 @@ def dry_run(plan: Plan, run: Run, resources: Resources = Resources()) -> dict[st
     }
 
 
+def _cache(plan: Plan) -> dict[str, Any]:
+    """The budget of the cache, if it has one."""
+    config, groups = plan.score, plan.chooser.cache
+    if config.kv_ratio is None:
+        return {}
+    most = limit_of(config, plan.subject.cache)
+    window = config.scheme.kv_window
+    return {"cache": {"ratio": config.kv_ratio, "dense": stock(groups), "largest_kept": most, "window": window}}
+
+
 def _uniform_bytes(plan: Plan, choices: Mapping[str, Choice]) -> int:
     """Bytes that are stored for the claimed weights at uniform ranks; with "auto" storage, the most that it may be."""
     itemsize = getattr(torch, plan.factorize.dtype).itemsize
     claimed = sum(target.elements for target in plan.subject.resolved.targets)
     kept = claimed - sum(part.dense for part in plan.subject.candidates)
+    kept += most_stored(plan.score, plan.subject.cache)
     return kept * itemsize + sum(
         price_of(group, choices[group.name]).bytes(itemsize) for group in plan.chooser.groups if group.name in choices
     )
@@ -85,6 +98,7 @@ def estimate(plan: Plan, resources: Resources) -> Need:
     basis = sum(group.basis_elements(found.keep[group.name]) for found in made for group in found.groups)
     resident, spilled = _resident(plan, chooser.groups, resources)
     stays = sum(p.numel() for p in subject.model.model.parameters()) - sum(part.dense for part in subject.candidates)
+    stays += most_stored(plan.score, subject.cache)
     written = (stays + chooser.budget.limit) * getattr(torch, plan.factorize.dtype).itemsize
     # Finished blocks, and then the checkpoint that is put together from them.
     disk = {"bases": basis * SINGLE, "compressed checkpoint": 2 * written}

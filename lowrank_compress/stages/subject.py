@@ -25,11 +25,14 @@ class Subject:
         Its parts, and what each may be compressed as.
     rival
         The same by the scheme that plans are held against; empty where there is none.
+    cache
+        What its cache may keep, block by block, if that is not keys and values.
     """
 
     model: Blueprint
     candidates: tuple[Candidates, ...]
     rival: tuple[Candidates, ...] = ()
+    cache: tuple[Candidates, ...] = ()
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -59,18 +62,18 @@ class Subject:
 
     @property
     def groups(self) -> tuple[TargetGroup, ...]:
-        """The groups of all candidates."""
-        return all_groups(self.candidates)
+        """The groups of all candidates, and of what the cache may keep."""
+        return all_groups((*self.candidates, *self.cache))
 
     @property
     def measured(self) -> tuple[TargetGroup, ...]:
         """The groups that statistics are taken for: those of the rival, too."""
-        return all_groups((*self.candidates, *self.rival))
+        return all_groups((*self.candidates, *self.cache, *self.rival))
 
 
 def scopes_of(resolved: Resolved, groups: Iterable[TargetGroup]) -> range:
     """Numbers of the blocks, and of what is outside of them if a group is."""
-    return range(max(len(resolved.blocks), *(group.block + 1 for group in groups)))
+    return range(max([len(resolved.blocks), *(group.block + 1 for group in groups)]))
 
 
 def claimed_of(resolved: Resolved, compressed: Collection[str]) -> tuple[Target, ...]:
@@ -86,6 +89,10 @@ def subject_of(model: Blueprint, scheme: Scheme, rival: Scheme | None = None) ->
     LrcError
         As `candidates_of`.
     """
+    found = candidates_of(model.resolved, scheme)
     return Subject(
-        model, candidates_of(model.resolved, scheme), () if rival is None else candidates_of(model.resolved, rival)
+        model,
+        tuple(part for part in found if not part.cache),
+        () if rival is None else candidates_of(model.resolved, rival),
+        tuple(part for part in found if part.cache),
     )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lowrank_compress.errors import InputError
 from lowrank_compress.model.casting import cast
+from lowrank_compress.shipped.latent import LatentAttention
 from lowrank_compress.shipped.linear import CompressedLinear
 from lowrank_compress.shipped.modules import find, put
 from lowrank_compress.training.lora import add_adapters, merge_adapters
@@ -31,7 +32,7 @@ class Student:
         Paths of the transformer blocks; "" where the model is one.
     train
         "all": everything in the blocks, and outside of them norms and what is compressed; "low-rank": the low-rank
-        matrices alone (WeLore, 2024, section 4).
+        matrices alone (WeLore, 2024, section 4), and what keys and values are rebuilt by.
     lora, seed
         Instead train adapters of that rank on the factors of low-rank matrices, merged in the end; None for no such.
 
@@ -105,6 +106,10 @@ class Student:
                     rows = torch.tensor(low_rank).repeat_interleave(widths)[:, None].to(inner.device)
                     inner.requires_grad_(True)  # before which there is nothing to hook
                     inner.register_hook(lambda gradient, rows=rows: gradient * rows)
+        for name, module in self.model.named_modules():
+            if isinstance(module, LatentAttention):
+                for factor in ("lr_latent.weight", "lr_rebuild.weight"):
+                    found[f"{name}.{factor}".removeprefix(".")] = module.get_parameter(factor)
         return found
 
     @torch.no_grad()

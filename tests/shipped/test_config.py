@@ -26,7 +26,7 @@ def test_config_survives_its_dict() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 7}, "of low-rank format version 7, but this code reads versions 1 to 6: update lowrank_compress"),
+        ({"version": 8}, "of low-rank format version 8, but this code reads versions 1 to 7: update lowrank_compress"),
         ({"version": 0}, "format version 0, but"),
         ({"version": True}, "format version True, but"),
         ({"version": "2"}, "format version '2', but"),

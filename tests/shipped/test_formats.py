@@ -206,7 +206,7 @@ def test_a_new_file_and_entry_are_shipped_without_further_ado(tmp_path: Path) ->
     (folder / "formats" / "more.py").write_text(text, encoding="utf-8")
     table = (folder / "formats" / "table.py").read_text(encoding="utf-8")
     table = table.replace("from .pair", "from .more import Middle, Dictionary\nfrom .pair")
-    table = table.replace("Core, Dense)", "Core, Dense, Middle, Dictionary)")
+    table = table.replace("Dense, Rebuilt)", "Dense, Rebuilt, Middle, Dictionary)")
     (folder / "formats" / "table.py").write_text(table, encoding="utf-8")
     model, _ = compressed()
     directory = save(model, tmp_path / "one")

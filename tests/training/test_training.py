@@ -23,7 +23,7 @@ LOW_RANK = [name for name in FORMATS if is_low_rank({"format": name})]
 
 def layer_of(formats: list[str], heads: int = 1) -> tuple[CompressedLinear, dict]:
     """A random layer of 12 rows a part, with rank 5 in each; in float64."""
-    parts = [FORMATS[name].describe(12, 16, *([] if name == "dense" else [5])) for name in formats]
+    parts = [FORMATS[name].describe(12, 16, *([5] if FORMATS[name].parameters else [])) for name in formats]
     entry = {"in_features": 16, "out_features": 12 * len(parts), "bias": True, "heads": heads, "parts": parts}
     layer = CompressedLinear(**entry, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)

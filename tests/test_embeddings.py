@@ -11,6 +11,9 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from lowrank_compress import api
+from lowrank_compress.config import CalibrationSet
+from lowrank_compress.model.checkpoint import Checkpoint
+from lowrank_compress.stages.samples import calibration_batches, held_out_batches
 from tests.runs import Tiny, done, refused
 from tests.tiny import tiny_model, tiny_text, tiny_tokenizer
 
@@ -172,6 +175,22 @@ def test_recover_trains_towards_the_dense_embeddings(tmp_path: Path) -> None:
     assert has_all(run / "recover")
     said = refused("recover", run, "--text", tmp_path / "text.txt", "--steps", "1", "--out", tmp_path / "other")
     assert "no head that could be trained on a text of one's own" in said
+
+
+def test_plans_are_tried_on_other_passages(tmp_path: Path) -> None:
+    model, _ = saved(tmp_path)
+    lines = [f"{tiny_text(20 + i, i)}".replace("\n", " ") for i in range(120)]
+    (tmp_path / "text.txt").write_text("\n\n".join(lines))
+    config = CalibrationSet(source=str(tmp_path / "text.txt"), samples=30, seq_len=24, micro_batch=4)
+    seen, tried = (
+        [tuple(row) for batch in batches for row in batch.ids.tolist()]
+        for batches in (
+            calibration_batches(config, Checkpoint(model), "embedding"),
+            held_out_batches(config, Checkpoint(model), "embedding"),
+        )
+    )
+    assert (len(seen), len(tried)) == (30, 64)
+    assert not set(seen) & set(tried)
 
 
 def test_pickled_modules_are_refused(tmp_path: Path) -> None:

@@ -125,6 +125,8 @@ CHARACTERS = 6
 # Of text that plans are tried on: windows, tokens in all of them, and in large models no more of these, down to FEWEST,
 # than come to so many products with the model's elements.
 TRIED_WINDOWS, TRIED_TOKENS, TRIED_PRODUCTS, FEWEST = 16, 8192, 1 << 40, 2048
+# Passages are shorter than windows, and each has one embedding.
+TRIED_PASSAGES = 64
 
 
 def few_tokens(checkpoint: Checkpoint) -> int:
@@ -139,7 +141,7 @@ def held_out_batches(config: CalibrationSet, checkpoint: Checkpoint, task: Task)
     A text that is spent by the calibration set has none left; then it is the first of that set.
     """
     count = max(1, min(TRIED_WINDOWS, few_tokens(checkpoint) // config.seq_len))
-    few = config.model_copy(update={"samples": count})
+    few = config.model_copy(update={"samples": TRIED_PASSAGES if task == "embedding" else count})
     return calibration_batches(few, checkpoint, task, skip=config.samples) or calibration_batches(few, checkpoint, task)
 
 

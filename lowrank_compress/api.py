@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from lowrank_compress.artifacts.documents import read_json
 from lowrank_compress.artifacts.lock import locked
-from lowrank_compress.artifacts.manifest import Manifest
+from lowrank_compress.artifacts.manifest import Manifest, read_manifest
 from lowrank_compress.config import EvaluateConfig, evaluate_config
 from lowrank_compress.errors import InputError
 from lowrank_compress.model.blueprint import AUTO, task_of
@@ -32,6 +32,7 @@ from lowrank_compress.stages import pipeline
 from lowrank_compress.stages.contamination import refuse_calibration_text
 from lowrank_compress.stages.cost import keep_cost
 from lowrank_compress.stages.environment import compute_device
+from lowrank_compress.stages.index import read_index
 from lowrank_compress.stages.plan import make_plan
 from lowrank_compress.stages.publishing import publish
 from lowrank_compress.stages.reach import check_ratio
@@ -205,12 +206,16 @@ def run_recipe(
 
 
 def result_of(run: Run, manifest: Manifest, cost: Mapping[str, Any] | None = None) -> Result:
-    """Describe the checkpoint of a finished run."""
-    whole = read_json(run.model / REPORT)
+    """Describe the final checkpoint of a run: what `manifest` is of, or what later stages have made of that."""
+    path, last = run.model, read_index(run.index).chain[-1]
+    later = read_manifest(run.path / last.directory)
+    if later is not None and later.id == last.id:  # a later stage's may have been deleted
+        path, manifest = run.path / last.directory, later
+    whole = read_json(path / REPORT)
     nats = whole["unit"] == "nats"
     loss = sum(matrix["predicted_loss"] for matrix in whole["matrices"].values()) if nats else None
     report = {**manifest.report, "predicted_loss": loss, "unit": whole["unit"]}
-    return Result(run.model, run.path, manifest.id, report, cost or {})
+    return Result(path, run.path, manifest.id, report, cost or {})
 
 
 def bytes_of(size: int | str | None) -> int | None:

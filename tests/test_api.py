@@ -72,6 +72,18 @@ def test_load_takes_runs_and_checkpoints(pristine: Finished, tiny: Tiny) -> None
     assert "lowrank" not in str(getattr(load(tiny.model).config, "quantization_config", ""))
 
 
+def test_the_result_is_what_the_run_has_come_to(finished: Finished, tiny: Tiny) -> None:
+    run = finished("svd")
+    given = {"method": "svd", "calibration": tiny.text, "samples": 8, "seq_len": 32, "out": run}
+    before = compress(tiny.model, **given)
+    assert before.path == run / "model"
+    made = done("cast", run, "--dtype", "bfloat16", "--json").json
+    result = compress(tiny.model, **given)
+    assert (result.path, result.id) == (run / "cast", made["id"])
+    assert result.report["stored_bytes"] == before.report["stored_bytes"] // 2
+    assert next(result.load().parameters()).dtype == torch.bfloat16
+
+
 def test_a_classifier_is_loaded_as_one(tmp_path: Path) -> None:
     result = compress(save_tiny("bert", tmp_path / "model", "classification"), method="svd", out=tmp_path / "run")
     assert result.load()(torch.arange(4, 24).view(2, 10)).logits.shape == (2, 3)

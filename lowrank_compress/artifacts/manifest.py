@@ -116,9 +116,11 @@ def commit(
     return manifest
 
 
-def relist(directory: Path, manifest: Manifest, name: str) -> None:
+def relist(directory: Path, manifest: Manifest, name: str) -> Manifest:
     """Take an output as it is now into a manifest, for one that may change without the result being another."""
-    _write(directory, replace(manifest, outputs={**manifest.outputs, name: describe(directory / name)}))
+    made = replace(manifest, outputs={**manifest.outputs, name: describe(directory / name)})
+    _write(directory, made)
+    return made
 
 
 def _write(directory: Path, manifest: Manifest) -> None:

@@ -15,6 +15,7 @@ from packaging.version import InvalidVersion, Version
 
 import lowrank_compress
 from lowrank_compress.artifacts.directories import keep_aside
+from lowrank_compress.artifacts.documents import read_json, write_json
 from lowrank_compress.artifacts.files import is_regular, read_small_text, sha256, write_atomically
 from lowrank_compress.artifacts.manifest import Manifest, read_manifest, relist
 from lowrank_compress.errors import ArtifactError, CheckpointError, InputError
@@ -83,9 +84,11 @@ def _directories(run: Run) -> dict[str, str | None]:
 
 
 def refresh(directory: Path) -> tuple[bool, Path | None]:
-    """Put the package's model code in the place of a checkpoint's copy, and touch nothing else.
+    """Put the package's model code in the place of a checkpoint's copy, and let ``AutoConfig`` lead to it.
 
-    A manifest that lists the copy lists the new one afterwards. What is not as a manifest of ours lists it, is kept.
+    Checkpoints of earlier versions lack the latter (an entry of config.json); with it, programs that ask for the config
+    first load them by their own code. Nothing else is touched. A manifest that lists a file lists the new one
+    afterwards. What is not as a manifest of ours lists it, is kept.
 
     Returns
     -------
@@ -121,10 +124,26 @@ def refresh(directory: Path) -> tuple[bool, Path | None]:
         if found != recorded:
             kept = keep_aside(path)
         write_atomically(path, _copy)
-    if manifest is not None and recorded not in (None, packaged):
-        relist(directory, manifest, REMOTE_FILE)
-        return True, kept
-    return found != packaged, kept
+    relisted = manifest is not None and recorded not in (None, packaged)
+    if manifest is not None and relisted:
+        manifest = relist(directory, manifest, REMOTE_FILE)
+    led = _lead(directory, manifest)
+    return found != packaged or relisted or led, kept
+
+
+def _lead(directory: Path, manifest: Manifest | None) -> bool:
+    """Add ``AutoConfig`` to the auto_map of config.json, unless that is there or the file was changed by hand."""
+    config = directory / "config.json"
+    settings = read_json(config)
+    if "AutoConfig" in settings["auto_map"] or config.is_symlink():
+        return False
+    if manifest is not None and manifest.outputs.get(config.name, {}).get("sha256") != sha256(config):
+        return False
+    entry = f"{Path(REMOTE_FILE).stem}.{REMOTE_CLASSES['AutoConfig']}"
+    write_json(config, settings | {"auto_map": {"AutoConfig": entry, **settings["auto_map"]}})
+    if manifest is not None:
+        relist(directory, manifest, config.name)
+    return True
 
 
 def _packaged() -> str:

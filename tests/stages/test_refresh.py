@@ -171,3 +171,26 @@ def test_a_run_in_use_is_left_alone(finished: Finished) -> None:
         for target in (run, run / "model"):
             assert re.search("in use by another process", refused("refresh", target))
     assert contents(run) == before
+
+
+def test_an_older_config_is_led_to_the_code(finished: Finished, tiny: Tiny) -> None:
+    """Checkpoints of the first versions have no AutoConfig in their auto_map."""
+    run = finished("svd")
+    model = as_written_by(run, older())
+    settings = json.loads((model / "config.json").read_text())
+    whole = dict(settings["auto_map"])
+    del settings["auto_map"]["AutoConfig"]
+    (model / "config.json").write_text(json.dumps(settings))
+    manifest = read_manifest(model)
+    assert manifest is not None
+    commit(model, manifest.key, manifest.outputs, manifest.report, manifest.environment)
+    assert done("refresh", run, "--json").json["refreshed"] is True
+    assert json.loads((model / "config.json").read_text()) == settings | {"auto_map": whole}
+    assert set(states(run).values()) <= {"intact", "dropped"}
+    assert done("refresh", run, "--json").json["refreshed"] is False
+    done("compress", *tiny.options(run, "svd"))
+    # One that somebody has changed stays as it is.
+    changed = json.dumps(settings | {"mine": 1})
+    (model / "config.json").write_text(changed)
+    lrc("refresh", model)
+    assert (model / "config.json").read_text() == changed

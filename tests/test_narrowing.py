@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from tests.families import family, register
 from tests.ordinary import key_heads, load, padded, part_rows, task, tokens
 from tests.runs import done, refused
-from tests.tiny import MODELS, WHOLE_HEADS, tiny_model, tiny_text, tiny_tokenizer
+from tests.tiny import MODELS, NARROWED, WHOLE_HEADS, tiny_model, tiny_text, tiny_tokenizer
 
 ROLES = {
     "q": ("q_proj", "query", "q_lin", "attn.q", ":q"),
@@ -42,7 +42,6 @@ FUSED = {
 HEAD_NORMS = ("qwen3", "gemma3_text", "olmo2")
 METRICS = ("gram", "kfac")
 # Every model with one of the metrics, some with both.
-NARROWED = [name for name in MODELS if MODELS[name][0] not in WHOLE_HEADS]
 CASES = [(name, METRICS[number % 2]) for number, name in enumerate(NARROWED)]
 CASES += [(name, METRICS[1 - number % 2]) for number, name in enumerate(MODELS) if name in ("llama-lm", "gpt2-lm")]
 MIXED = (

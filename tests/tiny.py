@@ -146,6 +146,9 @@ MODELS: dict[str, tuple[str, Task, dict[str, Any]]] = {
     **{name: (model_type, "lm", overrides) for name, (model_type, overrides) in VARIANTS.items()},
 }
 
+# Of these the ones whose heads can be made narrower.
+NARROWED = {name: case for name, case in MODELS.items() if case[0] not in WHOLE_HEADS}
+
 
 def tiny_config(model_type: str, task: Task = "lm", **overrides: Any) -> PreTrainedConfig:
     """Return the configuration of a tiny model; `overrides` are configuration fields."""

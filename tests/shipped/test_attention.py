@@ -35,12 +35,12 @@ from lowrank_compress.shipped.saving import remote_code_entries, write_remote_co
 from lowrank_compress.shipped.swap import swap_modules
 from tests.families import family, register
 from tests.shipped.test_loading import ROOT, python
-from tests.tiny import MODELS, tiny_model, tiny_tokenizer
+from tests.tiny import MODELS, NARROWED, tiny_model, tiny_tokenizer
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.versions
 
-FAMILIES = {name: case for name, case in MODELS.items() if name.endswith(("-lm", "distilbert-classification"))}
+FAMILIES = {name: case for name, case in NARROWED.items() if name.endswith(("-lm", "distilbert-classification"))}
 IDS = torch.tensor([[5, 9, 2, 30, 41, 7, 3, 12, 33, 8, 51, 17], [11, 4, 8, 8, 60, 23, 90, 5, 6, 71, 14, 9]])
 
 
@@ -217,7 +217,7 @@ def close(found: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
-@pytest.mark.parametrize("case", MODELS)
+@pytest.mark.parametrize("case", NARROWED)
 def test_full_width_in_another_order_computes_what_the_dense_model_does(case: str) -> None:
     model = one(case)
     small, _ = narrowed(model)
@@ -225,7 +225,7 @@ def test_full_width_in_another_order_computes_what_the_dense_model_does(case: st
     close(logits(small), logits(model))
 
 
-@pytest.mark.parametrize("case", MODELS)
+@pytest.mark.parametrize("case", NARROWED)
 def test_narrow_heads_equal_stock_heads_with_zeros(case: str) -> None:
     small, stock = narrowed(one(case), 0.7)
     expected = logits(stock)
@@ -271,7 +271,7 @@ def test_what_further_families_declare(name: str, entry: str, tmp_path: Path, mo
     close(logits(loaded), expected)
 
 
-@pytest.mark.parametrize("case", [case for case in MODELS if case not in ("olmo2-lm", "smollm3-lm")])
+@pytest.mark.parametrize("case", [case for case in NARROWED if case not in ("olmo2-lm", "smollm3-lm")])
 def test_entries_that_do_not_say_traits_are_computed_as_the_table_declares(case: str) -> None:
     """As they were before version 3."""
     small, _ = narrowed(one(case), 0.7)

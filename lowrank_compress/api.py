@@ -5,29 +5,23 @@ Nothing here prints: progress goes to a reporter, and warnings, where there is n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from pydantic import ByteSize, TypeAdapter, ValidationError
 from transformers import PreTrainedModel
 
 from lowrank_compress.artifacts.documents import read_json
-from lowrank_compress.artifacts.lock import locked
 from lowrank_compress.artifacts.manifest import Manifest, read_manifest
 from lowrank_compress.config import EvaluateConfig, evaluate_config
-from lowrank_compress.errors import InputError
 from lowrank_compress.model.blueprint import AUTO, task_of
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.locate import locate
 from lowrank_compress.recipe import METHOD, RATIO, Recipe, make_recipe
 from lowrank_compress.resources.cost import Meter
-from lowrank_compress.resources.memory import keep_freed
-from lowrank_compress.resources.resources import Resources
-from lowrank_compress.resources.workers import workers_of
+from lowrank_compress.resources.memory import bytes_of, keep_freed
 from lowrank_compress.stages import pipeline
 from lowrank_compress.stages.contamination import refuse_calibration_text
 from lowrank_compress.stages.cost import keep_cost
@@ -38,10 +32,9 @@ from lowrank_compress.stages.publishing import publish
 from lowrank_compress.stages.reach import check_ratio
 from lowrank_compress.stages.report import REPORT
 from lowrank_compress.stages.reporting import Reporter, Silent
-from lowrank_compress.stages.run import Run
+from lowrank_compress.stages.run import Run, working
 from lowrank_compress.stages.sizing import roomy
-
-Place = str | PathLike[str]
+from lowrank_compress.texts import Place, names_of
 
 
 @dataclass(frozen=True)
@@ -218,32 +211,6 @@ def result_of(run: Run, manifest: Manifest, cost: Mapping[str, Any] | None = Non
     return Result(path, run.path, manifest.id, report, cost or {})
 
 
-def bytes_of(size: int | str | None) -> int | None:
-    """Read a memory budget such as 8GB or 512MiB.
-
-    Raises
-    ------
-    InputError
-        It is none.
-    """
-    if size is None:
-        return None
-    try:
-        return int(TypeAdapter(ByteSize).validate_python(size))
-    except ValidationError:
-        raise InputError(f"--memory-budget {size} is no size; expected a number of bytes, or one like 8GB.") from None
-
-
-@contextmanager
-def working(run: Run | None, memory: int | None = None) -> Iterator[Resources]:
-    """Join the processes that torchrun started, if it did, and lock the run directory they work in, if there is one.
-
-    `memory` are the bytes that each is to get by with; None for what is free.
-    """
-    with workers_of() as workers, locked(run.path) if run is not None and workers.is_first else nullcontext():
-        yield Resources(memory, workers)
-
-
 def evaluate(
     target: Place,
     *,
@@ -294,18 +261,14 @@ def evaluate(
     """
     config = evaluate_config(
         "The call of evaluate",
-        perplexity=_all(perplexity),
+        perplexity=names_of(perplexity),
         classification=None if classification is None else str(classification),
-        tasks=_all(tasks),
-        sts=_all(sts),
+        tasks=names_of(tasks),
+        sts=names_of(sts),
         device=str(compute_device(device)),
         **fields,
     )
     return run_evaluation(str(target), config, force=force, reporter=reporter)
-
-
-def _all(names: Place | Sequence[Place]) -> tuple[str, ...]:
-    return (str(names),) if isinstance(names, str | PathLike) else tuple(map(str, names))
 
 
 def run_evaluation(

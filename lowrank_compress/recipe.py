@@ -13,21 +13,12 @@ from typing import Any, Literal
 import yaml
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
-from lowrank_compress.config import (
-    COMMAND_LINE,
-    DTYPES,
-    MANY,
-    ModuleMetric,
-    RatioOf,
-    SecondBy,
-    Strict,
-    Texts,
-    explain,
-    option_of,
-)
+from lowrank_compress.config import DTYPES, ModuleMetric, RatioOf, SecondBy
 from lowrank_compress.errors import InputError
 from lowrank_compress.options import ALPHA, CAP, FLOOR, TEMPERATURE, Option
 from lowrank_compress.recipefile import read_recipe_file
+from lowrank_compress.strict import COMMAND_LINE, MANY, Strict, explain, option_of
+from lowrank_compress.texts import Texts
 
 RATIO, METHOD = 0.3, "auto"
 WHAT = "What to compress, and how"

@@ -16,7 +16,7 @@ from lowrank_compress.shipped.join import joined
 PACKAGE = "lowrank_compress"
 ROOT = Path(lowrank_compress.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-ANYWHERE = {"errors", "registry", "options", "config", "recipe", "recipefile", "__init__"}
+ANYWHERE = {"errors", "registry", "options", "config", "strict", "texts", "recipe", "recipefile", "__init__"}
 MATHEMATICS = {"methods", "formats", "calibration", "evaluation", "training", "allocation", "linalg"}
 STAGES_USE = {*MATHEMATICS, "model", "shipped", "arch", "artifacts", "resources"}
 # Who reads or writes files does so through artifacts, so that what may be opened, written and removed is one law.

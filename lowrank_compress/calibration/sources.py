@@ -18,8 +18,8 @@ from lowrank_compress.calibration.cells import Cell, Render
 from lowrank_compress.calibration.hub import hub_rows, load_hub
 from lowrank_compress.calibration.tables import TABLES, Row, shown
 from lowrank_compress.calibration.textfiles import COMPRESSED, read_pieces
-from lowrank_compress.config import SELF
 from lowrank_compress.errors import CalibrationError, InputError
+from lowrank_compress.texts import SELF
 
 PAPERS_DATA = "hf:Salesforce/wikitext:wikitext-2-raw-v1:train"
 # Columns that are taken where none is named.

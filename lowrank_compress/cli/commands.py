@@ -15,14 +15,14 @@ from lowrank_compress.artifacts.documents import read_json
 from lowrank_compress.artifacts.lock import locked
 from lowrank_compress.cli.saying import is_first
 from lowrank_compress.cli.terminal import TerminalReporter
-from lowrank_compress.config import COMMAND_LINE, EvaluateConfig, Strict, stage_config
+from lowrank_compress.config import EvaluateConfig
 from lowrank_compress.demo import text as demo_text
 from lowrank_compress.errors import ArtifactError, InputError
 from lowrank_compress.methods.table import METHODS
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.locate import in_folder, locate
 from lowrank_compress.recipe import METHOD, Recipe, load_recipe
-from lowrank_compress.resources.memory import keep_freed
+from lowrank_compress.resources.memory import bytes_of, keep_freed
 from lowrank_compress.resources.resources import Resources
 from lowrank_compress.resources.workers import started
 from lowrank_compress.shipped.config import REMOTE_FILE
@@ -35,10 +35,11 @@ from lowrank_compress.stages.reach import check_ratio
 from lowrank_compress.stages.refresh import checkpoint_of
 from lowrank_compress.stages.refresh import refresh as refresh_code
 from lowrank_compress.stages.report import REPORT
-from lowrank_compress.stages.run import Finished, Run
+from lowrank_compress.stages.run import Finished, Run, working
 from lowrank_compress.stages.sizing import dry_run as plan_sizes
 from lowrank_compress.stages.sizing import roomy
 from lowrank_compress.stages.table import STAGES, directories
+from lowrank_compress.strict import COMMAND_LINE, Strict, stage_config
 
 
 def device_name(device: str | None) -> str:
@@ -82,8 +83,8 @@ def _the_first_speaks() -> None:
 
 @contextmanager
 def _working(run: Run | None, memory: int | None = None) -> Iterator[Resources]:
-    """As `api.working`; the result is for the first to print, the others end here."""
-    with api.working(run, memory) as resources:
+    """As `run.working`; the result is for the first to print, the others end here."""
+    with working(run, memory) as resources:
         yield resources
     _the_first_speaks()
 
@@ -101,7 +102,7 @@ def calibrate(
     recipe: Recipe, out: Path | None, memory_budget: str | None, overwrite: bool, reporter: TerminalReporter
 ) -> dict[str, Any]:
     """Run the first stage."""
-    memory = api.bytes_of(memory_budget)
+    memory = bytes_of(memory_budget)
     plan = make_plan(recipe)
     run = Run(out or pipeline.default_run(recipe))
     pipeline.refuse_foreign(run)
@@ -249,7 +250,7 @@ def refresh(target: Path) -> dict[str, Any]:
 def dry_run(recipe: Recipe, out: Path | None, memory_budget: str | None) -> dict[str, Any]:
     """Compute what a run would need; write nothing."""
     plan = make_plan(recipe)
-    return plan_sizes(plan, Run(out or pipeline.default_run(recipe)), Resources(api.bytes_of(memory_budget)))
+    return plan_sizes(plan, Run(out or pipeline.default_run(recipe)), Resources(bytes_of(memory_budget)))
 
 
 def demo(ratio: float, out: Path, reporter: TerminalReporter) -> list[dict[str, Any]]:

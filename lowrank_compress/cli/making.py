@@ -11,7 +11,8 @@ from lowrank_compress.cli import options as o
 from lowrank_compress.cli.app import app
 from lowrank_compress.cli.hub import Hub, Subfolder, Token, pushes, use_token
 from lowrank_compress.cli.terminal import friendly, prepare_libraries, print_json, reported
-from lowrank_compress.config import COMMAND_LINE, EvaluateConfig, evaluate_config
+from lowrank_compress.config import EvaluateConfig, evaluate_config
+from lowrank_compress.strict import COMMAND_LINE
 
 _BATCH, _SEED = (EvaluateConfig.model_fields[name].default for name in ("batch_size", "seed"))
 

@@ -11,10 +11,10 @@ from rich import filesize
 
 from lowrank_compress.cli.commands import device_name, followed
 from lowrank_compress.cli.terminal import TerminalReporter, console, number, print_json, table
-from lowrank_compress.config import COMMAND_LINE, stage_config
 from lowrank_compress.recipe import load_recipe
 from lowrank_compress.stages.quantizeconfig import QuantizeConfig, options_of
 from lowrank_compress.stages.run import Run
+from lowrank_compress.strict import COMMAND_LINE, stage_config
 
 
 def quantize(

@@ -7,12 +7,12 @@ from typing import Any
 
 from lowrank_compress.cli.commands import device_name, followed
 from lowrank_compress.cli.terminal import TerminalReporter
-from lowrank_compress.config import COMMAND_LINE, stage_config
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.locate import locate
 from lowrank_compress.recipe import load_recipe
 from lowrank_compress.stages.recoverconfig import RecoverConfig, options_of
 from lowrank_compress.stages.run import Run
+from lowrank_compress.strict import COMMAND_LINE, stage_config
 
 
 def recover(

@@ -71,9 +71,10 @@ def compare(
     with friendly(debug):
         prepare_libraries()
         from lowrank_compress.cli import contrasting
-        from lowrank_compress.config import COMMAND_LINE, CompareConfig, stage_config
+        from lowrank_compress.config import CompareConfig
         from lowrank_compress.stages import contrast
         from lowrank_compress.stages.environment import compute_device
+        from lowrank_compress.strict import COMMAND_LINE, stage_config
 
         config = stage_config(
             CompareConfig,
@@ -145,9 +146,10 @@ def diagnose(
     with friendly(debug):
         prepare_libraries()
         from lowrank_compress.cli import diagnosing
-        from lowrank_compress.config import COMMAND_LINE, DiagnoseConfig, stage_config
+        from lowrank_compress.config import DiagnoseConfig
         from lowrank_compress.stages import diagnosis
         from lowrank_compress.stages.environment import compute_device
+        from lowrank_compress.strict import COMMAND_LINE, stage_config
 
         config = stage_config(
             DiagnoseConfig,

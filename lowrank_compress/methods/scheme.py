@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from lowrank_compress.arch.spec import EXPERTS, HEAD, LATENT, QUERY_KEY, VALUE_OUTPUT, Architecture, Group
+from lowrank_compress.arch.spec import HEAD, LATENT, QUERY_KEY, Group
 from lowrank_compress.arch.targets import Resolved, Target
 from lowrank_compress.config import ModuleMetric, Scheme
-from lowrank_compress.errors import InputError, UnsupportedError
+from lowrank_compress.errors import InputError
 from lowrank_compress.methods.cr import unit_members
 from lowrank_compress.methods.experts import ExpertMethod
 from lowrank_compress.methods.linear import LinearMethod
 from lowrank_compress.methods.mixture import Mixture
 from lowrank_compress.methods.module import ModuleMethod
 from lowrank_compress.methods.parts import deciding, flag_of, groups_of, own_methods, require_known
+from lowrank_compress.methods.refusals import known, refuse_experts, refuse_heads
 from lowrank_compress.methods.table import METHODS
 from lowrank_compress.recipe import Recipe
 from lowrank_compress.registry import unknown
@@ -89,8 +90,8 @@ def scheme_of(recipe: Recipe, resolved: Resolved) -> tuple[Scheme, tuple[str, ..
     own = own_methods(recipe)
     architecture = resolved.architecture
     if architecture.latent:
-        _refuse_heads(own | {"": recipe.method}, architecture)
-    _refuse_experts({**own, "": recipe.method}, architecture)
+        refuse_heads(own | {"": recipe.method}, architecture)
+    refuse_experts({**own, "": recipe.method}, architecture)
     require_known(own, resolved)
     covered = {name: groups_of(name, architecture) for name in own}
     asked = {group.name: recipe.method for group in architecture.groups}
@@ -117,7 +118,7 @@ def scheme_of(recipe: Recipe, resolved: Resolved) -> tuple[Scheme, tuple[str, ..
                 "with --qk."
             )
         methods["qk"] = OR.join(linear) or mixture.instead_of_qk
-    mixture = _known(asked.get(LATENT.name, DENSE))
+    mixture = known(asked.get(LATENT.name, DENSE))
     if isinstance(mixture, Mixture) and methods[LATENT.name] == mixture.instead_of_qk:
         notes.append(
             f"Heads of {architecture.name!r} are made of a latent vector, and cannot be made narrower; {mixture.name} "
@@ -229,7 +230,7 @@ def _part(asked: str, group: Group) -> str:
     """Name of the method or alternatives that `asked` means for one part of a block."""
     if OR in asked:
         found = [_part(name.strip(), group) for name in asked.split(OR)]
-        kinds = [type(_known(name)) for name in found]
+        kinds = [type(known(name)) for name in found]
         if kinds != [LinearMethod, ModuleMethod]:
             raise InputError(
                 f"The alternatives {asked!r} are not a linear method and a module method for {group.title}, in this "
@@ -246,10 +247,6 @@ def _part(asked: str, group: Group) -> str:
     return asked if isinstance(method, LinearMethod) or _is_for(method, group) else DENSE
 
 
-def _known(name: str) -> Method | Mixture | None:
-    return METHODS[name] if name in METHODS else None  # noqa: SIM401  (the registry's complains)
-
-
 def _is_for(method: ModuleMethod | ExpertMethod, group: Group) -> bool:
     return method.group.name == (group.kind if isinstance(method, ModuleMethod) else group.name)
 
@@ -261,31 +258,6 @@ def _of_mixture(mixture: Mixture, group: Group) -> str:
     names = mixture.methods.get(QUERY_KEY.name, DENSE).split(OR)
     linear = [name for name in names if name == DENSE or not isinstance(METHODS[name], ModuleMethod)]
     return (linear or [mixture.instead_of_qk])[0]
-
-
-def _refuse_heads(asked: Mapping[str, str], architecture: Architecture) -> None:
-    """Refuse what would make heads narrower where these are made of a latent vector."""
-    for part, name in asked.items():
-        method = _known(name)
-        of_heads = isinstance(method, ModuleMethod) and method.group in (QUERY_KEY, VALUE_OUTPUT)
-        if of_heads or part in (QUERY_KEY.name, VALUE_OUTPUT.name):
-            what = (
-                f"The method {name!r} makes heads narrower, and" if of_heads else f"There is no {flag_of(part)} here:"
-            )
-            raise UnsupportedError(
-                f"{what} those of {architecture.name!r} are made of a latent vector. Give its attention a linear "
-                "method, for instance --attention kfac, which compresses the projections to it and from it."
-            )
-
-
-def _refuse_experts(asked: Mapping[str, str], architecture: Architecture) -> None:
-    """Refuse a method for experts where there are none."""
-    for name in asked.values():
-        if isinstance(_known(name), ExpertMethod) and EXPERTS not in architecture.groups:
-            raise UnsupportedError(
-                f"The method {name!r} is for routed experts, and models of architecture {architecture.name!r} have "
-                "none. Choose another; see `lrc list methods`."
-            )
 
 
 def _alternatives(name: str) -> list[Method | Mixture]:

@@ -14,7 +14,7 @@ from lowrank_compress.artifacts.files import read_small_text
 from lowrank_compress.artifacts.manifest import Manifest, read_manifest
 from lowrank_compress.calibration.sources import Source
 from lowrank_compress.calibration.tokens import load_tokenizer, vocabulary_of
-from lowrank_compress.config import COMMAND_LINE, evaluate_config
+from lowrank_compress.config import evaluate_config
 from lowrank_compress.errors import ArtifactError, InputError
 from lowrank_compress.evaluation.per_block import BlockLoss, block_losses
 from lowrank_compress.evaluation.size import Size, measure_size
@@ -30,6 +30,7 @@ from lowrank_compress.stages.identity import display_name
 from lowrank_compress.stages.presenting import evaluations_of, report_of, spectra_of
 from lowrank_compress.stages.reporting import Reporter
 from lowrank_compress.stages.run import Run
+from lowrank_compress.strict import COMMAND_LINE
 
 _BLOCK = re.compile(r"(?:.*\.)?(\d+)[.:](.+)")
 

@@ -14,14 +14,13 @@ from lowrank_compress.errors import InputError
 from lowrank_compress.pages import charts
 from lowrank_compress.pages.facts import RunFacts, facts_of
 from lowrank_compress.stages.reporting import Reporter, Silent
+from lowrank_compress.texts import Place
 
 MARK = "<!-- lrc report -->"
 TEMPLATES = Path(__file__).parent / "templates"
 # Charts of size against a measure; more of them nobody looks at.
 MOST_TRADES = 4
 SMALLER_IS_BETTER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
-
-Place = str | PathLike[str]
 
 
 def report(

@@ -12,6 +12,10 @@ import ctypes
 import os
 from pathlib import Path
 
+from pydantic import ByteSize, TypeAdapter, ValidationError
+
+from lowrank_compress.errors import InputError
+
 # Parameters of glibc's mallopt.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 
@@ -23,6 +27,22 @@ def free_memory() -> int:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def bytes_of(size: int | str | None) -> int | None:
+    """Read a memory budget such as 8GB or 512MiB.
+
+    Raises
+    ------
+    InputError
+        It is none.
+    """
+    if size is None:
+        return None
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(size))
+    except ValidationError:
+        raise InputError(f"--memory-budget {size} is no size; expected a number of bytes, or one like 8GB.") from None
 
 
 def keep_freed() -> None:

@@ -9,7 +9,6 @@ import torch
 
 from lowrank_compress.artifacts.directories import files_in, recover, replacing
 from lowrank_compress.artifacts.manifest import Key, Manifest, commit, committed, listed
-from lowrank_compress.config import Strict
 from lowrank_compress.errors import CheckpointError
 from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
@@ -20,6 +19,7 @@ from lowrank_compress.stages.reporting import Reporter, Silent
 from lowrank_compress.stages.rewrite import contents_of, refuse_packed, rewrite
 from lowrank_compress.stages.run import require_alone
 from lowrank_compress.stages.stage import Given
+from lowrank_compress.strict import Strict
 
 VERSION = 3
 

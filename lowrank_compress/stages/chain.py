@@ -7,7 +7,6 @@ from pathlib import Path
 
 from lowrank_compress.artifacts.directories import recover
 from lowrank_compress.artifacts.manifest import Manifest, listed, read_manifest
-from lowrank_compress.config import Strict
 from lowrank_compress.errors import ArtifactError, InputError
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.locate import locate
@@ -17,6 +16,7 @@ from lowrank_compress.stages.index import Index, Link, write_index
 from lowrank_compress.stages.reporting import Reporter, Silent
 from lowrank_compress.stages.run import Run
 from lowrank_compress.stages.stage import Stage
+from lowrank_compress.strict import Strict
 
 
 def extend(

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from lowrank_compress.artifacts.files import sha256
 from lowrank_compress.artifacts.manifest import read_manifest
-from lowrank_compress.config import SELF, EvaluateConfig
+from lowrank_compress.config import EvaluateConfig
 from lowrank_compress.errors import CalibrationError
 from lowrank_compress.recipe import load_recipe
 from lowrank_compress.stages.run import Run
+from lowrank_compress.texts import SELF
 
 
 def refuse_calibration_text(target: Path, config: EvaluateConfig) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lowrank_compress.calibration.examples import example_batches
 from lowrank_compress.calibration.sources import Source, read_examples
 from lowrank_compress.calibration.tokens import load_tokenizer, vocabulary_of
-from lowrank_compress.config import CompareConfig, stage_config
+from lowrank_compress.config import CompareConfig
 from lowrank_compress.errors import InputError
 from lowrank_compress.evaluation.contrast import contrast
 from lowrank_compress.evaluation.findings import SIDES, Draws, of_examples, of_tasks, of_text
@@ -36,8 +35,8 @@ from lowrank_compress.stages.opponents import (
     require_use,
 )
 from lowrank_compress.stages.reporting import Reporter, Silent
-
-Place = str | PathLike[str]
+from lowrank_compress.strict import stage_config
+from lowrank_compress.texts import Place, names_of
 
 
 def compare(
@@ -91,18 +90,14 @@ def compare(
         CompareConfig,
         "The call of compare",
         {
-            "perplexity": _all(perplexity),
+            "perplexity": names_of(perplexity),
             "classification": None if classification is None else str(classification),
-            "tasks": _all(tasks),
+            "tasks": names_of(tasks),
             "device": str(compute_device(device)),
             **fields,
         },
     )
-    return run((str(a), str(b)), config, _all(prompts), force=force, reporter=reporter)
-
-
-def _all(names: Place | Sequence[Place]) -> tuple[str, ...]:
-    return (str(names),) if isinstance(names, str | PathLike) else tuple(map(str, names))
+    return run((str(a), str(b)), config, names_of(prompts), force=force, reporter=reporter)
 
 
 def run(

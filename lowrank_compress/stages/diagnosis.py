@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Mapping
-from os import PathLike
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from lowrank_compress.arch.targets import Target
 from lowrank_compress.calibration.sources import Source
 from lowrank_compress.calibration.tokens import load_tokenizer, vocabulary_of
-from lowrank_compress.config import COMMAND_LINE, DiagnoseConfig, evaluate_config, stage_config
+from lowrank_compress.config import DiagnoseConfig, evaluate_config
 from lowrank_compress.errors import InputError
 from lowrank_compress.linalg.intruders import intruder_dimensions
 from lowrank_compress.linalg.spectra import (
@@ -39,8 +38,8 @@ from lowrank_compress.stages.evaluate import text_batches
 from lowrank_compress.stages.opponents import checkpoint_at, require_one_kind
 from lowrank_compress.stages.reporting import Reporter, Silent
 from lowrank_compress.stages.talking import Talk
-
-Place = str | PathLike[str]
+from lowrank_compress.strict import COMMAND_LINE, stage_config
+from lowrank_compress.texts import Place
 
 
 def diagnose(

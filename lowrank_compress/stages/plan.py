@@ -14,15 +14,7 @@ from lowrank_compress.calibration.capture import needs_gradient
 from lowrank_compress.calibration.sources import PAPERS_DATA
 from lowrank_compress.calibration.statistics import SMALL, specialises
 from lowrank_compress.calibration.tokens import load_tokenizer
-from lowrank_compress.config import (
-    DTYPES,
-    SELF,
-    CalibrateConfig,
-    CalibrationSet,
-    FactorizeConfig,
-    RefineConfig,
-    ScoreConfig,
-)
+from lowrank_compress.config import DTYPES, CalibrateConfig, CalibrationSet, FactorizeConfig, RefineConfig, ScoreConfig
 from lowrank_compress.errors import InputError, UnsupportedError
 from lowrank_compress.methods.declared import options_used
 from lowrank_compress.methods.groups import needed, needs_data
@@ -42,6 +34,7 @@ from lowrank_compress.stages.identity import source_id
 from lowrank_compress.stages.samples import check_own, check_shares, sources_of
 from lowrank_compress.stages.score import check_options
 from lowrank_compress.stages.subject import Subject, subject_of
+from lowrank_compress.texts import SELF
 
 log = logging.getLogger(__name__)
 
@@ -294,20 +287,12 @@ def make_plan(recipe: Recipe, *, reads_text: bool = True) -> Plan:
     )
     notes = (*design.warnings, *notes)
     log.info(
-        "Plan: %s of %d blocks with %d matrices; ratio %g of %s, allocate %s, storage %s; %d windows or examples of %d "
-        "tokens from %s, %d at once; output %s, on %s",
+        "Plan: %s of %d blocks with %d matrices; calibrate %s; score %s; factorize %s",
         type(design.model).__name__,
         len(design.resolved.blocks),
         len(design.resolved.targets),
-        recipe.ratio,
-        recipe.ratio_of,
-        allocate,
-        storage,
-        recipe.samples,
-        seq_len,
-        recipe.calibration if reads else "nowhere, as no method needs any",
-        calibrate.micro_batch,
-        dtype,
-        device,
+        calibrate if reads else "without text, as no method needs any",
+        score,
+        factorize,
     )
     return Plan(recipe, subject, calibrate, score, factorize, notes, refine if refines else None)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from lowrank_compress.artifacts.directories import refuse_unsafe
 from lowrank_compress.artifacts.lock import locked
-from lowrank_compress.config import stage_config
 from lowrank_compress.errors import InputError
 from lowrank_compress.model.locate import locate
 from lowrank_compress.recipe import load_recipe
@@ -19,9 +17,10 @@ from lowrank_compress.stages.quantizeconfig import QuantizeConfig, options_of
 from lowrank_compress.stages.reporting import Reporter
 from lowrank_compress.stages.run import Run
 from lowrank_compress.stages.table import STAGES
+from lowrank_compress.strict import stage_config
+from lowrank_compress.texts import Place
 
 DATA = ("text_column", "label_column", "samples", "seq_len", "seed")
-Place = str | PathLike[str]
 
 
 def quantize(

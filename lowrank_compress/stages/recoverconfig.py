@@ -9,11 +9,12 @@ import torch
 from pydantic import Field, model_validator
 
 from lowrank_compress.calibration.sources import PAPERS_DATA
-from lowrank_compress.config import MANY, CalibrationSet
+from lowrank_compress.config import CalibrationSet
 from lowrank_compress.errors import InputError
 from lowrank_compress.recipe import Recipe
 from lowrank_compress.stages.plan import MICRO_BATCH_TOKENS
 from lowrank_compress.stages.samples import has_own
+from lowrank_compress.strict import MANY
 from lowrank_compress.training.student import Train
 
 SEQ_LEN = 512

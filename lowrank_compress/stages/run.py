@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Container
+from collections.abc import Collection, Container, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from lowrank_compress.artifacts.files import is_temporary, read_small_text
-from lowrank_compress.artifacts.lock import HOLDER, LOCK
+from lowrank_compress.artifacts.lock import HOLDER, LOCK, locked
 from lowrank_compress.artifacts.manifest import MANIFEST, Manifest, read_manifest, require_intact
 from lowrank_compress.errors import ArtifactError
 from lowrank_compress.recipe import Recipe
 from lowrank_compress.recipefile import RECIPE_BYTES
+from lowrank_compress.resources.resources import Resources
+from lowrank_compress.resources.workers import workers_of
 from lowrank_compress.stages.index import Index, Link, read_index
 
 
@@ -215,3 +218,13 @@ def recipe_state(path: Path) -> Literal["none", "ours", "edited", "foreign"]:
         return "foreign"
     digest, _, rest = text.removeprefix(_HEADER).partition("\n")
     return "ours" if digest == hashlib.sha256(rest.encode()).hexdigest() else "edited"
+
+
+@contextmanager
+def working(run: Run | None, memory: int | None = None) -> Iterator[Resources]:
+    """Join the processes that torchrun started, if it did, and lock the run directory they work in, if there is one.
+
+    `memory` are the bytes that each is to get by with; None for what is free.
+    """
+    with workers_of() as workers, locked(run.path) if run is not None and workers.is_first else nullcontext():
+        yield Resources(memory, workers)

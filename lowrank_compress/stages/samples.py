@@ -19,7 +19,7 @@ from lowrank_compress.calibration.sources import Examples, Source, pieces, read_
 from lowrank_compress.calibration.statistics import ENOUGH
 from lowrank_compress.calibration.tokens import bos_of, encode, load_tokenizer, renderer, vocabulary_of
 from lowrank_compress.calibration.windows import calibration_windows, drawn_windows, window_batches
-from lowrank_compress.config import CalibrationSet, TextPart
+from lowrank_compress.config import CalibrationSet
 from lowrank_compress.errors import InputError
 from lowrank_compress.methods.groups import TargetGroup
 from lowrank_compress.model.blueprint import Task
@@ -27,6 +27,7 @@ from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.embedding import longest_of
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.stages.identity import checkpoint_id, source_id
+from lowrank_compress.texts import TextPart
 
 
 def parts_of(config: CalibrationSet) -> tuple[TextPart, ...]:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lowrank_compress.artifacts.manifest import Manifest
-from lowrank_compress.config import Strict
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.stages.run import Run
+from lowrank_compress.strict import Strict
 
 Reads = Literal["recipe", "checkpoint"]
 Writes = Literal["data", "checkpoint", "measurements"]

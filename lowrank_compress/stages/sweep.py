@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +35,9 @@ from lowrank_compress.stages.report import REPORT
 from lowrank_compress.stages.reporting import Reporter, Silent
 from lowrank_compress.stages.run import Run
 from lowrank_compress.stages.sweepconfig import Point, SweepConfig, make_sweep, read_sweep
+from lowrank_compress.texts import Place
 
 SWEEP = "sweep.json"
-Place = str | PathLike[str]
 
 
 class Told:

@@ -11,10 +11,11 @@ from typing import Any
 
 from pydantic import Field
 
-from lowrank_compress.config import EvaluateConfig, Strict, evaluate_config, stage_config
+from lowrank_compress.config import EvaluateConfig, evaluate_config
 from lowrank_compress.errors import InputError
 from lowrank_compress.recipe import RATIO, Recipe, make_recipe
 from lowrank_compress.recipefile import read_recipe_file
+from lowrank_compress.strict import Strict, stage_config
 
 AXES = ("model", "method", "ratio", "seed", "calibration")
 

@@ -13,10 +13,11 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from lowrank_compress import api
-from lowrank_compress.config import CalibrationSet, TextPart, weighed
+from lowrank_compress.config import CalibrationSet
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.recipe import make_recipe
 from lowrank_compress.stages.samples import batches_by_text, held_out_batches
+from lowrank_compress.texts import TextPart, weighed
 from tests.runs import FEW, Tiny, done, refused, results
 from tests.tiny import tiny_text
 

@@ -28,7 +28,7 @@ def test_what_is_decided(tiny: Tiny, tmp_path: Path) -> None:
     options = tiny.options(tmp_path / "run", "svd")
     said = done("compress", *options, "-v")
     assert f"Reading {tiny.model}/model.safetensors (0.1 MB)" in said.text
-    assert "Plan: LlamaForCausalLM of 2 blocks with 14 matrices; ratio 0.3 of blocks, allocate uniform" in said.text
+    assert "Plan: LlamaForCausalLM of 2 blocks with 14 matrices; calibrate " in said.text
     assert "model.layers.1.mlp.down_proj (32×72): pair 15" in said.err
     assert "factorize took " in said.text
     assert "peak of memory" not in said.err

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 from lowrank_compress import registry
 from lowrank_compress.artifacts.directories import replacing
 from lowrank_compress.artifacts.manifest import Key, Manifest, commit, committed, listed
-from lowrank_compress.config import Strict
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.resources.resources import Resources
 from lowrank_compress.stages.chain import extend
@@ -25,6 +24,7 @@ from lowrank_compress.stages.reporting import Reporter
 from lowrank_compress.stages.run import Run
 from lowrank_compress.stages.stage import Given, Stage
 from lowrank_compress.stages.table import STAGES, directories, in_order
+from lowrank_compress.strict import Strict
 from tests.runs import Tiny, done, lrc, refused
 
 Finished = Callable[[str], Path]

@@ -187,12 +187,7 @@ def run_recipe(
             keep_freed()
         resources.workers.once(lambda: pipeline.claim(run, plan, overwrite=overwrite))
         manifest = pipeline.compress(
-            plan,
-            run,
-            meter,
-            resources=resources,
-            keep_statistics=keep_statistics,
-            overwrite=overwrite,
+            plan, run, meter, resources=resources, keep_statistics=keep_statistics, overwrite=overwrite
         )
         resources.workers.once(lambda: keep_cost(run, meter.cost()))
     return result_of(run, manifest, meter.cost())

@@ -222,6 +222,8 @@ def influences(model: PreTrainedModel, blocks: Sequence[str], sequences: Sequenc
         with torch.no_grad(), watched(model, blocks) as seen:
             model(input_ids=ids[None])
         for path in blocks:
-            for before, after in zip(seen[path][0][0], seen[path][1][0], strict=True):
+            left = seen[path][1][0]
+            left = left[0] if left.ndim == 3 else left  # of a block that returns a tuple
+            for before, after in zip(seen[path][0][0], left, strict=True):
                 turned[path].append(1 - float(before @ after / (before @ before * (after @ after)).sqrt()))
     return [sum(turned[path]) / len(turned[path]) for path in blocks]

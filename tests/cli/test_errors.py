@@ -164,7 +164,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "unknown type": (configured(model_type="llamma"), ["llamma"]),
     "unsupported type": (configured(model_type="mamba", architectures=["MambaForCausalLM"]), ["mamba", "llama"]),
     "mixture of experts": (configured(**GPT_OSS), ["gpt_oss", "mixtral"]),
-    "unsupported head": (configured(architectures=["LlamaForTokenClassification"]), ["LlamaForTokenClassification"]),
+    "unsupported head": (configured(architectures=["LlamaForMultipleChoice"]), ["LlamaForMultipleChoice"]),
     "quantized": (configured(quantization_config={"quant_method": "gptq", "bits": 4}), ["gptq", "dense checkpoint"]),
     "no tokenizer": (lambda m: [p.unlink() for p in m.glob("tokenizer*")], ["no tokenizer"]),
 }

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from lowrank_compress import api
 from lowrank_compress.config import CalibrationSet
+from lowrank_compress.errors import InputError
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.recipe import make_recipe
 from lowrank_compress.stages.samples import batches_by_text, held_out_batches
@@ -74,7 +75,7 @@ def test_one_text_is_as_it_was(texts: Path) -> None:
     ],
 )
 def test_what_no_mixture_is(said: Any, message: str, texts: Path) -> None:
-    with pytest.raises(api.InputError, match=message):
+    with pytest.raises(InputError, match=message):
         make_recipe({"model": "m", "calibration": said}, "The test")
 
 

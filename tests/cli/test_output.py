@@ -49,8 +49,9 @@ def test_show(pristine: Finished, method: str):
     run = pristine(method)
     report = json.loads((run / "model" / "lowrank.json").read_text())
     found = done("show", run, "--json").json
-    spectra = found.pop("spectra")
+    spectra, texts = found.pop("spectra"), found.pop("texts")
     assert found == report
+    assert [text["windows"] for text in texts] == ([] if method == "svd" else [8])
     assert set(spectra) == {name for name, matrix in report["matrices"].items() if matrix["format"] != "width"}
     assert all(values == sorted(values, reverse=True) for values in spectra.values())
     printed = done("show", run).out
@@ -63,7 +64,7 @@ def test_show(pristine: Finished, method: str):
         printed.split()
     )
     assert ("nats a token" in printed) == (method == "auto")
-    assert done("show", run / "model", "--json").json == report | {"spectra": {}}
+    assert done("show", run / "model", "--json").json == report | {"spectra": {}, "texts": []}
 
 
 def test_show_of_a_dense_checkpoint(tiny: Tiny):
@@ -128,8 +129,8 @@ def test_stages_print_one_json_object(tiny: Tiny, tmp_path: Path, command: str):
 def test_the_recipe_says_everything(pristine: Finished):
     recipe = yaml.safe_load((pristine("auto") / "recipe.yaml").read_text())
     # Whether to run a checkpoint's code is for the command line alone to say, each time.
-    # Mappings stand there where there is something in them.
-    without = ("trust_remote_code", "methods", "options")
+    # Mappings stand there where there is something in them, and so does what is said of a cache.
+    without = ("trust_remote_code", "methods", "options", "kv_ratio", "kv_window")
     assert list(recipe) == [name for name in Recipe.model_fields if name not in without]
     parts = {"attention", "qk", "vo", "mlp", "experts", "metric"}
     decided = (

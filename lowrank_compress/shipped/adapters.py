@@ -8,12 +8,17 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from .formats.latent import Rebuilt
 from .growing import grown
 from .imports import when_imported
 from .linear import CompressedLinear
 
 PEFT = "peft.tuners.lora.model"
 FACTORS = 'the factors are plain linear layers: pass target_modules="all-linear", or ["lr_in", "lr_out"]'
+REBUILT = (
+    "its keys or values are rebuilt from what the cache keeps, without the layer; leave it out of target_modules, as in "
+    '["q_proj", "o_proj", "up_proj", "down_proj"]'
+)
 # Ways to begin that look at, or change, the one weight that a compressed layer does not have.
 OF_THE_WEIGHT = ("corda", "kasa", "loftq", "lora_ga", "mica", "olora", "pissa")
 
@@ -102,6 +107,8 @@ def _adapt() -> None:
         def create(lora_config: Any, adapter_name: str, target: Any, **kwargs: Any) -> Any:
             base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
             if type(base) in layers:
+                if any(isinstance(part, Rebuilt) for part in base.parts):
+                    raise ValueError(f"{kwargs.get('target_name', 'A layer')} takes no adapter: {REBUILT}")
                 lora_config = copy.copy(lora_config)  # the caller's own can still be pickled
                 lora_config._register_custom_module(layers)
             return stock(lora_config, adapter_name, target, **kwargs)

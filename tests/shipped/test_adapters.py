@@ -136,3 +136,10 @@ def test_with_remote_code_alone(tmp_path: Path) -> None:
     places = [write(tmp_path / name, "llama")[0] for name in ("one", "two")]
     (tmp_path / "cache").mkdir()
     python(ALONE, *places, cache=tmp_path / "cache")
+
+
+def test_keys_that_the_cache_rebuilds_take_no_adapter() -> None:
+    layer = CompressedLinear(8, 8, False, [{"rows": 8, "format": "latent"}])
+    model = torch.nn.ModuleDict({"k_proj": layer})
+    with pytest.raises(ValueError, match=r"k_proj takes no adapter: its keys or values are rebuilt"):
+        peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["k_proj"]), model)

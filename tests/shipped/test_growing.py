@@ -36,7 +36,7 @@ def test_the_weight_is_the_sum(layout: str) -> None:
     CompressedLinear(**after.entry, dtype=torch.float64).load_state_dict(after.state_dict())
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "latent"])  # which stores nothing
 def test_every_format_keeps_itself_where_it_pays(name: str) -> None:
     m, n = 40, 30
     entry = FORMATS[name].describe(m, n, *([5] if FORMATS[name].parameters else []))

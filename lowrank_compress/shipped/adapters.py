@@ -16,7 +16,7 @@ from .linear import CompressedLinear
 PEFT = "peft.tuners.lora.model"
 FACTORS = 'the factors are plain linear layers: pass target_modules="all-linear", or ["lr_in", "lr_out"]'
 REBUILT = (
-    "its keys or values are rebuilt from what the cache keeps, without the layer; leave it out of target_modules, as in "
+    "its keys or values are rebuilt from what the cache keeps, without the layer; leave it out of target_modules: "
     '["q_proj", "o_proj", "up_proj", "down_proj"]'
 )
 # Ways to begin that look at, or change, the one weight that a compressed layer does not have.

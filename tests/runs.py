@@ -48,9 +48,9 @@ class Tiny:
     text: Path
     heldout: Path
 
-    def options(self, run: Path, method: str = "auto") -> list[str]:
-        """Arguments of `lrc compress`."""
-        return [*map(str, (self.model, "--method", method, "--calibration", self.text, *FEW, "--out", run))]
+    def options(self, run: Path, method: str = "auto", text: Path | str | None = None) -> list[str]:
+        """Arguments of `lrc compress`, on a text of its own if there is one."""
+        return [*map(str, (self.model, "--method", method, "--calibration", text or self.text, *FEW, "--out", run))]
 
 
 def lrc(*arguments: object) -> Said:

@@ -89,7 +89,7 @@ def test_calibration_texts(tiny: Tiny, tmp_path: Path, name: str, content: str |
     path = tmp_path / name
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     run = tmp_path / "run"
-    assert message in refused("compress", *tiny.options(run), "--calibration", path, *options)
+    assert message in refused("compress", *tiny.options(run, text=path), *options)
     assert looks_finished(run) == []
 
 

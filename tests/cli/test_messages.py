@@ -121,11 +121,11 @@ def test_a_home_is_not_needed(monkeypatch: pytest.MonkeyPatch):
 def test_the_calibration_text_is_read_only_to_calibrate(tiny: Tiny, tmp_path: Path):
     text, run = tmp_path / "text.txt", tmp_path / "run"
     shutil.copy(tiny.text, text)
-    done("calibrate", *tiny.options(run, "svd-llm"), "--calibration", text)
+    done("calibrate", *tiny.options(run, "svd-llm", text=text))
     text.unlink()
     done("score", run)
     done("factorize", run)
-    assert "does not exist" in refused("compress", *tiny.options(run, "svd-llm"), "--calibration", text)
+    assert "does not exist" in refused("compress", *tiny.options(run, "svd-llm", text=text))
 
 
 def test_a_reader_that_has_seen_enough(tmp_path: Path):

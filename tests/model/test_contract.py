@@ -532,7 +532,7 @@ def test_a_token_beyond_the_embedding_is_named(command: str, model: Path, tiny: 
     grown(model)
     (tmp_path / "text.txt").write_text(tiny.text.read_text() + " [new] the fox")
     options = {
-        "calibrate": (*tiny.options(tmp_path / "run", "svd-llm")[1:], "--calibration", tmp_path / "text.txt"),
+        "calibrate": tuple(tiny.options(tmp_path / "run", "svd-llm", text=tmp_path / "text.txt")[1:]),
         "eval": ("--perplexity", tmp_path / "text.txt"),
     }
     message = refused(command, model, *options[command])

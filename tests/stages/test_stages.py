@@ -154,21 +154,21 @@ def test_another_output_dtype_needs_no_new_scores(tiny: Tiny, finished: Finished
 def test_a_text_counts_by_its_content(tiny: Tiny, pristine: Finished, tmp_path: Path):
     moved = tmp_path / "moved.txt"
     moved.write_bytes(tiny.text.read_bytes())
-    done("compress", *tiny.options(tmp_path / "run"), "--calibration", moved)
+    done("compress", *tiny.options(tmp_path / "run", text=moved))
     assert results(tmp_path / "run") == results(pristine("auto"))
 
 
 def test_a_changed_text_is_another_recipe(tiny: Tiny, tmp_path: Path):
     text = tmp_path / "text.txt"
     text.write_bytes(tiny.text.read_bytes())
-    done("compress", *tiny.options(tmp_path / "run"), "--calibration", text)
+    done("compress", *tiny.options(tmp_path / "run", text=text))
     text.write_text(tiny.heldout.read_text())
-    assert "inputs.calibration is" in refused("compress", *tiny.options(tmp_path / "run"), "--calibration", text)
+    assert "inputs.calibration is" in refused("compress", *tiny.options(tmp_path / "run", text=text))
 
 
 def test_a_failed_start_does_not_claim_the_directory(tiny: Tiny, tmp_path: Path):
     run = tmp_path / "run"
-    refused("compress", *tiny.options(run), "--calibration", tmp_path / "nothing.txt")
+    refused("compress", *tiny.options(run, text=tmp_path / "nothing.txt"))
     done("compress", *tiny.options(run))
 
 

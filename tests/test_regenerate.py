@@ -106,7 +106,8 @@ def test_every_recipe_has_a_command_that_parses(script: Any, recipe: str, tmp_pa
     text.write_text("some text\n")
     given = parse([*map(str, script.command(recipe, Path("model"), text, 3, tmp_path))]).params
     assert (given["config"].stem, given["samples"]) == (recipe, 3)
-    assert Path(given["calibration"]).exists()
+    (text,) = given["calibration"]
+    assert Path(text).exists()
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

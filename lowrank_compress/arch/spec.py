@@ -112,7 +112,8 @@ class Architecture:
     head
         Path of a language model's head; None where a family has none.
     values
-        How many values a block returns, of which the hidden states are the first; 0 where it returns them alone.
+        How many values a block returns, of which the hidden states are the first, where it does not say that it returns
+        a tensor; 0 where it returns them alone.
     experts
         Path, below a block, of its routed experts; "" where the family has none. Blocks without are as others are.
     router

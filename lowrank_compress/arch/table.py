@@ -169,7 +169,7 @@ _ENTRIES = (
     Architecture("cohere", ("cohere",), "layers", "self_attn", _COHERE),
     Architecture("glm", ("glm",), "layers", "self_attn", _GLM),
     Architecture("glm4", ("glm4",), "layers", "self_attn", _GLM),
-    Architecture("gptj", ("gptj",), "h", "attn", _GPTJ),
+    Architecture("gptj", ("gptj",), "h", "attn", _GPTJ, values=2),
     Architecture("phi3", ("phi3",), "layers", "self_attn", _PHI3, traits=traits.ALL_WINDOWED),
     Architecture("gpt2", ("gpt2",), "h", "attn", _GPT2, traits=traits.GPT2),
     Architecture("gpt_neox", ("gpt_neox",), "layers", "attention", _GPT_NEOX),

@@ -8,6 +8,7 @@ soft-cap, pooling) is run the same way: the real model, every block stubbed to h
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -130,8 +131,9 @@ class Replay:
 
     @property
     def _values(self) -> int:
-        """How many values a block of the family returns; 0 for the hidden states alone."""
-        return self.skeleton.resolved.architecture.values
+        """How many values a block of the family returns; 0 for the hidden states alone, as newer transformers say."""
+        says = inspect.signature(type(self.skeleton.blocks[0]).forward).return_annotation
+        return 0 if says in (Tensor, "torch.Tensor") else self.skeleton.resolved.architecture.values
 
     def _returned(self, hidden: Tensor | None) -> Any:
         """What a block returns whose hidden states are these."""

@@ -61,6 +61,8 @@ def key(config: CalibrateConfig, inputs: Inputs, text: str | None = None) -> Key
     if needs_data(groups):
         found["text"] = text or text_id(config)
     settings = settings_of(config, "scheme", "rival")
+    if inputs.subject.model.task == "embedding":
+        settings["read_as"] = "passages"  # before, it was windows of a running text
     wanted = needed(groups)
     by_role: dict[str, set[str]] = {}
     for target in inputs.subject.resolved.targets:

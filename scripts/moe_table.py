@@ -4,8 +4,8 @@ Nothing but the experts is compressed, at shares of *their* parameters, and all 
 
 Usage, from the root of the repository::
 
-    python scripts/moe_table.py /tmp/balanced                       # print
-    python scripts/moe_table.py /tmp/balanced --write README.md     # replace what stands between the markers
+    python scripts/moe_table.py runs/balanced                       # print
+    python scripts/moe_table.py runs/balanced --write README.md     # replace what stands between the markers
 
 The table stands between ``<!-- methods:experts -->`` and ``<!-- /methods:experts -->``.
 """

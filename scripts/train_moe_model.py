@@ -3,8 +3,8 @@
 Two are of use: a balanced one, whose loss asks the router to share the tokens out, and a skewed one, whose loss hardly
 does. Usage, from the root of the repository (a few minutes each, on one CPU thread)::
 
-    python scripts/train_moe_model.py /tmp/balanced
-    python scripts/train_moe_model.py /tmp/skewed --balance 0.0005
+    python scripts/train_moe_model.py runs/balanced
+    python scripts/train_moe_model.py runs/skewed --balance 0.0005
 """
 
 import platform

@@ -46,7 +46,8 @@ class Matrix:
     kind
         What it is called in each block.
     kept
-        Stored elements by dense ones.
+        Stored elements by dense ones; where these stay as they are, numbers that the cache keeps by those of a stock
+        one.
     """
 
     name: str
@@ -160,7 +161,7 @@ def _matrices(report: Mapping[str, Any]) -> list[Matrix]:
                 shape=tuple(entry["shape"]),
                 format=entry["format"],
                 rank=entry.get("rank"),
-                kept=entry["stored"] / entry["dense"],
+                kept=entry["stored"] / entry["dense"] if entry["dense"] else entry["cached"] / entry["shape"][0],
                 predicted=entry["predicted_loss"],
             )
         )

@@ -7,7 +7,6 @@ with zero points, which transformers (5.24) builds in another shape than compres
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from lowrank_compress.artifacts.directories import files_in, recover, replacing
 from lowrank_compress.artifacts.documents import read_json, write_json
 from lowrank_compress.artifacts.files import write_text
 from lowrank_compress.artifacts.manifest import Key, Manifest, commit, committed, listed
-from lowrank_compress.errors import InputError
+from lowrank_compress.errors import InputError, UnsupportedError
 from lowrank_compress.evaluation.size import measure_size
 from lowrank_compress.methods.rounding import ROUNDINGS
 from lowrank_compress.model import packing
@@ -112,6 +111,11 @@ def _quantized(
     original = int((before or {}).get("claimed_bytes", own))
     computing = torch.promote_types(checkpoint.dtype, torch.float32)
     skeleton = Skeleton(checkpoint, torch.device(config.device), computing)
+    if any(target.expert is not None for target in skeleton.resolved.targets):
+        raise UnsupportedError(
+            f"{checkpoint.path} has routed experts, whose weights `lrc quantize` cannot store in few bits yet. Use the "
+            "checkpoint as it is, or the quantization of the program that serves it."
+        )
     if ROUNDINGS[config.rounding].needs == "gradients" and skeleton.task == "embedding":
         raise InputError(
             f"Rounding by {config.rounding} takes gradients of a loss, and a {type(skeleton.model).__name__} has no "
@@ -194,7 +198,7 @@ def _write_rest(quantizer: Quantizer, chosen: Mapping[str, int], report: Mapping
     layout = _layout(quantizer, chosen)
     if is_stock(quantizer):
         settings = {**checkpoint.raw_config, "quantization_config": _stock_config(plan, layout)}
-        (out / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        write_json(out / "config.json", settings)
     else:
         dtype = str(checkpoint.dtype).removeprefix("torch.")
         write_json(out / "config.json", config_json(checkpoint, dtype, layout, remote_code_entries(plan.model.config)))

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 
 from lowrank_compress.model import packing
+from lowrank_compress.model.blueprint import Blueprint
 from lowrank_compress.stages.card import about, model_card, quantized
 from lowrank_compress.stages.quantizing import Layer, Quantizer, described
+from lowrank_compress.stages.report import beyond_claimed
 
 
 def is_stock(quantizer: Quantizer) -> bool:
@@ -46,7 +48,7 @@ def report_of(
     }
     if before is None:
         return {"schema": 1, "method": "dense", "about": about(quantizer.plan), "quantize": said}
-    return {**before, **_bytes_now(before, stored), "quantize": said}
+    return {**before, **_bytes_now(before, quantizer.plan, stored), "quantize": said}
 
 
 def _residual_bytes(layer: Layer, rank: int) -> int:
@@ -54,15 +56,12 @@ def _residual_bytes(layer: Layer, rank: int) -> int:
     return 2 * min(rank, *layer.shape) * sum(layer.shape)
 
 
-def _bytes_now(before: Mapping[str, Any], stored: int) -> dict[str, Any]:
+def _bytes_now(before: Mapping[str, Any], plan: Blueprint, stored: int) -> dict[str, Any]:
     """What a report of the checkpoint before says of bytes, as it is now."""
     if "reached_ratio_bytes" not in before:  # an older version counted elements alone
         return {}
-    # Counted in the ratio and not claimed, nothing or all the rest of the model, has stayed as it is.
-    removed = before["claimed_elements"] - before["stored_elements"]
-    others = round(removed / before["reached_ratio"]) - before["claimed_elements"]
+    others, whole = beyond_claimed(before, plan)
     beside = others * getattr(torch, before["dtype"]).itemsize
-    whole = round((before["stored_bytes"] + beside) / (1 - before["reached_ratio_bytes"]))
     return {"stored_bytes": stored, "reached_ratio_bytes": 1 - (stored + beside) / whole}
 
 

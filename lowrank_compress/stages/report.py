@@ -159,6 +159,25 @@ def _experts(
     return found
 
 
+def beyond_claimed(report: Mapping[str, Any], plan: Blueprint) -> tuple[int, int]:
+    """Find again what a report does not say, of the checkpoint `plan` that it is of.
+
+    Returns
+    -------
+    tuple
+        Elements that count in its ratio and are not claimed, none or all the rest of the model, which stay as they
+        are; and the bytes that all of what the ratio is of had before.
+    """
+    claimed, elements = report["claimed_elements"], report["stored_elements"]
+    removed, others = claimed - elements, 0
+    if removed:
+        others = round(removed / report["reached_ratio"]) - claimed
+    elif report["ratio_of"] == "model":
+        others = measure_size(plan.checkpoint).model - elements
+    bytes_now = report["stored_bytes"] + others * getattr(torch, report["dtype"]).itemsize
+    return others, round(bytes_now / (1 - report["reached_ratio_bytes"]))
+
+
 def recast(report: Mapping[str, Any], plan: Blueprint, dtype: str) -> dict[str, Any]:
     """Make lowrank.json of a checkpoint from that of the one whose weights it holds in another dtype.
 
@@ -173,21 +192,15 @@ def recast(report: Mapping[str, Any], plan: Blueprint, dtype: str) -> dict[str, 
     """
     if "reached_ratio_bytes" not in report:  # an older version counted elements alone
         return {**report, "dtype": dtype}
-    before, itemsize = (getattr(torch, name).itemsize for name in (report["dtype"], dtype))
+    itemsize = getattr(torch, dtype).itemsize
     groups = {group.name: group for group in all_groups(candidates_of(plan.resolved, Scheme(**report["scheme"])))}
     matrices = {
         name: {**matrix, "stored_bytes": price_of(groups[name], choice_of(groups[name], matrix)).bytes(itemsize)}
         for name, matrix in report["matrices"].items()
     }
-    claimed, elements = report["claimed_elements"], report["stored_elements"]
-    kept = claimed - sum(matrix["dense"] for matrix in matrices.values())
+    kept = report["claimed_elements"] - sum(matrix["dense"] for matrix in matrices.values())
     after = kept * itemsize + sum(matrix["stored_bytes"] for matrix in matrices.values())
-    # Counted in the ratio and not claimed: nothing, or all the rest of the model.
-    removed = claimed - elements
-    others = round(removed / report["reached_ratio"]) - claimed if removed else 0
-    if not removed and report["ratio_of"] == "model":
-        others = measure_size(plan.checkpoint).model - elements
-    whole = round((report["stored_bytes"] + others * before) / (1 - report["reached_ratio_bytes"]))
+    others, whole = beyond_claimed(report, plan)
     return {
         **report,
         "dtype": dtype,

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from lowrank_compress.evaluation.size import measure_size
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.reconstruction import reconstruction
 from lowrank_compress.shipped.latent import LatentAttention
@@ -274,3 +275,27 @@ def test_other_families(tiny: Tiny, tmp_path: Path, model_type: str) -> None:
         whole = found(IDS).logits
     assert torch.isfinite(whole).all()
     done("eval", run, "--perplexity", tiny.heldout, "--seq-len", 64)
+
+
+@pytest.mark.parametrize("name", ["alone", "windowed", "both"])
+def test_a_cache_run_is_quantized(runs: dict[str, Path], name: str, tmp_path: Path) -> None:
+    said = done("quantize", runs[name], "--bits", 8, "--rounding", "rtn", "--out", tmp_path / "q", "--json").json
+    before, after = (
+        json.loads((place / "lowrank.json").read_text()) for place in (runs[name] / "model", tmp_path / "q")
+    )
+    assert (
+        after["stored_bytes"]
+        == said["quantize"]["stored_bytes"]
+        == measure_size(Checkpoint(tmp_path / "q")).block_bytes
+    )
+    assert after["reached_ratio_bytes"] == pytest.approx(1 - after["stored_bytes"] / before["claimed_bytes"])
+    if name != "windowed":  # a dense export's keys and values are exact within a window
+        done("export", tmp_path / "q", "--dense", tmp_path / "dense")
+        torch.testing.assert_close(logits(tmp_path / "q"), logits(tmp_path / "dense"), rtol=1e-4, atol=1e-4)
+
+
+def test_a_page_tells_what_the_cache_keeps_beside_matrices_that_stay(runs: dict[str, Path], tmp_path: Path) -> None:
+    done("report", runs["windowed"], "--out", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    for rank in ranks(runs["windowed"]).values():
+        assert f"{100 * rank / (CACHED // 2):.0f} %<br><small>{rank}</small>" in page

@@ -1,27 +1,15 @@
-"""The model card of a compressed checkpoint, and what of its original it says: name, licence, languages.
-
-What the card says of the original is found once, when the checkpoint is first made, and kept in lowrank.json, of which
-later stages make theirs. Nothing in a card depends on when or where it was made.
-"""
+"""The model card of a compressed checkpoint, made of its lowrank.json; nothing in it depends on when or where."""
 
 from __future__ import annotations
 
 import re
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from lowrank_compress.artifacts.files import read_small_text, sha256
-from lowrank_compress.errors import ArtifactError
-from lowrank_compress.model.blueprint import AUTO, Blueprint
-from lowrank_compress.model.checkpoint import Checkpoint
-
-CARD = "README.md"
 PIPELINES = {
     "AutoModelForCausalLM": "text-generation",
     "AutoModelForSequenceClassification": "text-classification",
@@ -29,76 +17,11 @@ PIPELINES = {
     "AutoModelForMaskedLM": "fill-mask",
     "AutoModel": "feature-extraction",
 }
-PEFT_TASKS = {"AutoModelForCausalLM": "CAUSAL_LM", "AutoModelForSequenceClassification": "SEQ_CLS"}
-# Where a model of the hub lies in its cache.
-_CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)$")
-_LICENCES = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY)([.-][\w.-]+)?", re.IGNORECASE)
-_WORD = re.compile(r"[\w.+-]{1,64}")
-_LARGEST_LICENCE = 1 << 20
-
-
-def about(model: Blueprint, datasets: Sequence[str] = ()) -> dict[str, Any]:
-    """Find what a card says of the dense checkpoint that it was made from; only what there is.
-
-    Parameters
-    ----------
-    model
-        The dense checkpoint.
-    datasets
-        Data sets of the hub that it was calibrated on.
-    """
-    checkpoint = model.checkpoint
-    said = _header(checkpoint.path / CARD)
-    licence = {name: said[name] for name in ("license", "license_name", "license_link") if _is_text(said.get(name))}
-    languages = said.get("language")
-    found = {
-        "auto_class": AUTO[model.task].__name__,
-        "sentence_transformers": (checkpoint.path / "modules.json").exists(),
-        "base_model": _hub_name(checkpoint.path),
-        "licence": licence,
-        "licence_files": {path.name: sha256(path) for path in _licence_files(checkpoint)},
-        "language": [
-            each
-            for each in (languages if isinstance(languages, list) else [languages])
-            if isinstance(each, str) and _WORD.fullmatch(each)
-        ],
-        "datasets": list(datasets),
-    }
-    return {name: value for name, value in found.items() if value}
-
-
-def _header(path: Path) -> Mapping[str, Any]:
-    """Read the metadata of a card; nothing where there is none that can be read."""
-    try:
-        text = read_small_text(path, _LARGEST_LICENCE)
-        found = yaml.safe_load(text.split("---", 2)[1]) if text.startswith("---") and text.count("---") > 1 else None
-    except (OSError, ArtifactError, yaml.YAMLError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and value.isprintable() and 0 < len(value.strip()) <= 200
-
-
-def _hub_name(path: Path) -> str | None:
-    """Name the repository of the hub that a directory is the cached copy of."""
-    if path.parent.name != "snapshots" or (found := _CACHED.fullmatch(path.parent.parent.name)) is None:
-        return None
-    return f"{found[1]}/{found[2]}"
-
-
-def _licence_files(checkpoint: Checkpoint) -> list[Path]:
-    found = [path for path in sorted(checkpoint.path.iterdir()) if _LICENCES.fullmatch(path.name)]
-    return [path for path in found if path.is_file() and path.stat().st_size <= _LARGEST_LICENCE]
-
-
-def copy_licences(checkpoint: Checkpoint, report: Mapping[str, Any], out: Path) -> None:
-    """Copy the files of the licence that a report names, where they are as they were."""
-    for name, digest in report.get("about", {}).get("licence_files", {}).items():
-        path = checkpoint.path / Path(name).name
-        if path.is_file() and sha256(path) == digest:
-            shutil.copyfile(path, out / path.name)
+PEFT_TASKS = {
+    "AutoModelForCausalLM": "CAUSAL_LM",
+    "AutoModelForSequenceClassification": "SEQ_CLS",
+    "AutoModel": "FEATURE_EXTRACTION",
+}
 
 
 def model_card(report: Mapping[str, Any], metrics: Mapping[str, Any] | None = None) -> str:
@@ -113,6 +36,8 @@ def model_card(report: Mapping[str, Any], metrics: Mapping[str, Any] | None = No
     """
     about = report.get("about", {})
     measured = list(measurements(metrics)) if metrics else []
+    if "reached_ratio" not in report:
+        return _of_dense(report, about)
     header = _metadata(report, about, measured)
     parts = [
         f"---\n{header}\n---\n",
@@ -120,7 +45,7 @@ def model_card(report: Mapping[str, Any], metrics: Mapping[str, Any] | None = No
         _summary(report, about),
         _loading(about),
         _sizes(report),
-        quantized(report),
+        _quantized(report),
         _table(measured),
         _recipe(report),
         _limits(about, bool(measured)),
@@ -128,7 +53,17 @@ def model_card(report: Mapping[str, Any], metrics: Mapping[str, Any] | None = No
     return "\n".join(part for part in parts if part)
 
 
-def quantized(report: Mapping[str, Any]) -> str:
+def _of_dense(report: Mapping[str, Any], about: Mapping[str, Any]) -> str:
+    """Make the card of a dense checkpoint whose weights are quantized, and nothing else of it is changed."""
+    ours = report["quantize"]["format"] == "lowrank"
+    how = "import lowrank_compress, or pass trust_remote_code=True" if ours else "pip install compressed-tensors"
+    title = f"{about['base_model']}, quantized" if "base_model" in about else "A quantized checkpoint"
+    header = _metadata(report, about, [], ("quantized",))
+    loading = f"To load: {how}.\n"
+    return "\n".join([f"---\n{header}\n---\n", f"# {title}\n", _quantized(report), loading, _limits(about, False)])
+
+
+def _quantized(report: Mapping[str, Any]) -> str:
     """Say how many bits the weights have, where they are quantized."""
     if (said := report.get("quantize")) is None:
         return ""
@@ -144,7 +79,12 @@ def _title(about: Mapping[str, Any]) -> str:
     return f"{about['base_model']}, low-rank" if "base_model" in about else "A low-rank compressed checkpoint"
 
 
-def _metadata(report: Mapping[str, Any], about: Mapping[str, Any], measured: Sequence[Mapping[str, Any]]) -> str:
+def _metadata(
+    report: Mapping[str, Any],
+    about: Mapping[str, Any],
+    measured: Sequence[Mapping[str, Any]],
+    tags: Sequence[str] = ("low-rank", "lowrank_compress"),
+) -> str:
     """Return the card's header in YAML, as the hub reads it."""
     pipeline = PIPELINES.get(about.get("auto_class", ""))
     results = [
@@ -165,7 +105,7 @@ def _metadata(report: Mapping[str, Any], about: Mapping[str, Any], measured: Seq
         language=about.get("language"),
         library_name="sentence-transformers" if about.get("sentence_transformers") else "transformers",
         pipeline_tag="sentence-similarity" if about.get("sentence_transformers") else pipeline,
-        tags=["low-rank", "lowrank_compress"],
+        tags=list(tags),
         model_name=(f"{base} {report['method']}" if base else f"low-rank {report['method']}") if results else None,
         eval_results=results or None,
         **about.get("licence", {}),

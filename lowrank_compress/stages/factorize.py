@@ -33,11 +33,12 @@ from lowrank_compress.model.blueprint import Blueprint
 from lowrank_compress.model.export import ShardWriter, config_json, write_companions
 from lowrank_compress.resources.resources import Resources
 from lowrank_compress.shipped.saving import remote_code_entries, write_remote_code
-from lowrank_compress.stages.card import CARD, about, copy_licences, model_card
+from lowrank_compress.stages.card import model_card
 from lowrank_compress.stages.decompose import bases_of
 from lowrank_compress.stages.encode import Encoder
 from lowrank_compress.stages.environment import environment
 from lowrank_compress.stages.identity import checkpoint_id
+from lowrank_compress.stages.origin import CARD, about, copy_licences
 from lowrank_compress.stages.ranks import RANKS, in_storage, read_ranks, require_kept
 from lowrank_compress.stages.report import REPORT, Experts, block_losses, facts, summary
 from lowrank_compress.stages.reporting import Reporter, Silent

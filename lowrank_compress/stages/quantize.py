@@ -24,17 +24,18 @@ from lowrank_compress.errors import InputError, UnsupportedError
 from lowrank_compress.evaluation.size import measure_size
 from lowrank_compress.methods.rounding import ROUNDINGS
 from lowrank_compress.model import packing
-from lowrank_compress.model.blueprint import Blueprint
+from lowrank_compress.model.blueprint import AUTO, Blueprint
 from lowrank_compress.model.export import ShardWriter, config_json, write_companions
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.resources.resources import Resources
 from lowrank_compress.resources.workers import Workers
 from lowrank_compress.shipped.packed import LAYOUT
 from lowrank_compress.shipped.saving import remote_code_entries, write_remote_code
-from lowrank_compress.stages.card import CARD, copy_licences
+from lowrank_compress.stages.card import PEFT_TASKS, model_card
 from lowrank_compress.stages.environment import environment
+from lowrank_compress.stages.origin import CARD, copy_licences
 from lowrank_compress.stages.quantizeconfig import QuantizeConfig
-from lowrank_compress.stages.quantized import card_of, is_stock, report_of
+from lowrank_compress.stages.quantized import is_stock, report_of
 from lowrank_compress.stages.quantizing import Layer, Quantizer
 from lowrank_compress.stages.report import REPORT, facts
 from lowrank_compress.stages.reporting import Reporter, Silent
@@ -45,7 +46,6 @@ from lowrank_compress.stages.stage import Given
 
 VERSION = 1
 ADAPTER = "adapter"
-TASKS = {"lm": "CAUSAL_LM", "classification": "SEQ_CLS", "embedding": "FEATURE_EXTRACTION"}
 
 
 def key(config: QuantizeConfig, inputs: Given) -> Key:
@@ -205,7 +205,7 @@ def _write_rest(quantizer: Quantizer, chosen: Mapping[str, int], report: Mapping
         write_remote_code(out)
     write_companions(checkpoint, out)
     write_json(out / REPORT, report)
-    write_text(out / CARD, card_of(report))
+    write_text(out / CARD, model_card(report))
     copy_licences(checkpoint, report, out)
 
 
@@ -232,7 +232,7 @@ def _write_adapter(quantizer: Quantizer, chosen: Mapping[str, int], out: Path) -
     save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
     settings = {
         "peft_type": "LORA",
-        "task_type": TASKS.get(quantizer.plan.task),
+        "task_type": PEFT_TASKS.get(AUTO[quantizer.plan.task].__name__),
         "base_model_name_or_path": None,
         "r": usual,
         "lora_alpha": usual,

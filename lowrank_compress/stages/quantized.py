@@ -1,4 +1,4 @@
-"""lowrank.json and the model card of a quantized checkpoint."""
+"""lowrank.json of a quantized checkpoint."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from lowrank_compress.model import packing
 from lowrank_compress.model.blueprint import Blueprint
-from lowrank_compress.stages.card import about, model_card, quantized
+from lowrank_compress.stages.origin import about
 from lowrank_compress.stages.quantizing import Layer, Quantizer, described
 from lowrank_compress.stages.report import beyond_claimed
 
@@ -63,13 +63,3 @@ def _bytes_now(before: Mapping[str, Any], plan: Blueprint, stored: int) -> dict[
     others, whole = beyond_claimed(before, plan)
     beside = others * getattr(torch, before["dtype"]).itemsize
     return {"stored_bytes": stored, "reached_ratio_bytes": 1 - (stored + beside) / whole}
-
-
-def card_of(report: Mapping[str, Any]) -> str:
-    """Write a README.md for the checkpoint."""
-    if "reached_ratio" in report:
-        return model_card(report)
-    ours = report["quantize"]["format"] == "lowrank"
-    how = "import lowrank_compress, or pass trust_remote_code=True" if ours else "pip install compressed-tensors"
-    head = "---\nlibrary_name: transformers\ntags: [quantized]\n---\n\n# A quantized checkpoint\n"
-    return f"{head}\n{quantized(report)}\nTo load: {how}.\n"

@@ -15,8 +15,9 @@ from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.export import ShardWriter, config_json, write_companions
 from lowrank_compress.shipped.saving import remote_code_entries, write_remote_code
-from lowrank_compress.stages.card import CARD, copy_licences, model_card
+from lowrank_compress.stages.card import model_card
 from lowrank_compress.stages.identity import checkpoint_id
+from lowrank_compress.stages.origin import CARD, copy_licences
 from lowrank_compress.stages.report import REPORT, facts
 
 

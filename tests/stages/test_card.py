@@ -46,8 +46,10 @@ def test_the_original_is_named_and_its_licence_goes_along(tiny: Tiny, tmp_path: 
     run = tmp_path / "run"
     done("compress", model, *tiny.options(run, "svd-llm")[1:], "--refine")
     done("cast", run, "--dtype", "bfloat16")
-    for place in ("unrefined", "model", "cast"):
-        card = (run / place / "README.md").read_text()
+    done("quantize", model, "--rounding", "rtn", "--out", run.with_name("dense"))
+    kinds = {run / name: "low-rank" for name in ("unrefined", "model", "cast")} | {run.with_name("dense"): "quantized"}
+    for place, kind in kinds.items():
+        card = (place / "README.md").read_text()
         said = header(card)
         assert said["base_model"] == "some-org/a.model-1b"
         assert said["base_model_relation"] == "quantized"
@@ -55,8 +57,9 @@ def test_the_original_is_named_and_its_licence_goes_along(tiny: Tiny, tmp_path: 
         assert said["language"] == ["en", "de"]
         assert said["pipeline_tag"] == "text-generation"
         assert "model-index" not in said
-        assert (run / place / "LICENSE").read_text() == LICENCE
-        assert "# some-org/a.model-1b, low-rank" in card
+        assert kind in said["tags"]
+        assert (place / "LICENSE").read_text() == LICENCE
+        assert f"# some-org/a.model-1b, {kind}" in card
         assert "The licence of the original holds for it." in card
     assert done("verify", run, "--json").json["ok"]
 

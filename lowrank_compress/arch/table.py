@@ -195,7 +195,8 @@ _ENTRIES = (
         head=None,
     ),
     _mixture("mixtral", _ATTENTION, traits=traits.ALL_WINDOWED),
-    _mixture("qwen2_moe", (*_ATTENTION, *_MLP, *_SHARED_EXPERT), traits=traits.WINDOWED),
+    # Where a layer has a window, its mask alone says so.
+    _mixture("qwen2_moe", (*_ATTENTION, *_MLP, *_SHARED_EXPERT)),
     _mixture("qwen3_moe", (*_ATTENTION, *_MLP), traits=traits.NORMED),
     _mixture("olmoe", _ATTENTION, traits=traits.NORMED_AS_A_WHOLE),
     _mixture("deepseek_v2", (*_LATENT, *_MLP, *_SHARED_EXPERTS), groups=(LATENT, MLP)),

@@ -14,8 +14,10 @@ def looked_up(attention: nn.Module) -> Traits:
     """
     normed = isinstance(getattr(attention, "q_norm", None), nn.Module)
     window = "sliding_window" if hasattr(attention, "sliding_window") else ""
-    # Mistral and Phi-3 ask their config; other families' configs may have come by a window that they ignore.
-    if not window and hasattr(type(attention.config), "sliding_window"):
+    # Mistral and Phi-3 ask their config; other families' configs may have come by a window that they ignore, or have
+    # layers of two kinds, of which the mask alone tells attention that knows no window.
+    layered = getattr(attention.config, "layer_types", None) is not None
+    if not window and not layered and hasattr(type(attention.config), "sliding_window"):
         window = "config.sliding_window"
     dropouts = ("attention_dropout", "attn_dropout", "dropout")
     return Traits(

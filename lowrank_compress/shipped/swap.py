@@ -173,7 +173,8 @@ def latent_problem(module: Any, traits: Traits, turning: tuple[nn.Module, ...]) 
     turning
         What makes the model's rotary tables.
     """
-    if traits.window and attrgetter(traits.window)(module) is not None:
+    window = attrgetter(traits.window)(module) if traits.window else getattr(module, "sliding_window", None)
+    if window is not None:
         return "it sees a sliding window of tokens, whose cache is short already"
     if getattr(module, "is_causal", True) is not True:
         return "it is no decoder, so that it has no cache"

@@ -16,6 +16,7 @@ from lowrank_compress.evaluation.size import measure_size
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.reconstruction import reconstruction
 from lowrank_compress.shipped.latent import LatentAttention
+from tests.moe import save_moe
 from tests.runs import FEW, Tiny, block_file, done, refused, results, times
 from tests.shipped.test_loading import python
 from tests.tiny import save_tiny
@@ -299,3 +300,20 @@ def test_a_page_tells_what_the_cache_keeps_beside_matrices_that_stay(runs: dict[
     page = (tmp_path / "page.html").read_text()
     for rank in ranks(runs["windowed"]).values():
         assert f"{100 * rank / (CACHED // 2):.0f} %<br><small>{rank}</small>" in page
+
+
+def test_a_mixture_of_experts_caches_latents_too(tiny: Tiny, tmp_path: Path) -> None:
+    save_moe("qwen2_moe", tmp_path / "dense")
+    run = tmp_path / "run"
+    options = ("--method", "kfac", "--kv-ratio", 0.5, "--kv-window", 4, "--calibration", tiny.text, *FEW)
+    done("compress", tmp_path / "dense", "--ratio", 0.15, *options, "--out", run)
+    assert report(run)["cache"]["kept"] == CACHED // 2
+    assert all(isinstance(layer.self_attn, LatentAttention) for layer in loaded(run / "model").model.layers)
+    done("eval", run, "--perplexity", tiny.heldout)
+
+
+def test_layers_of_a_mixture_that_see_a_window_are_refused(tiny: Tiny, tmp_path: Path) -> None:
+    windows = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+    save_moe("qwen2_moe", tmp_path / "dense", **windows)
+    options = ("--method", "dense", "--kv-ratio", 0.5, "--calibration", tiny.text, *FEW, "--out", tmp_path / "run")
+    assert "it sees a sliding window of tokens" in refused("compress", tmp_path / "dense", *options)

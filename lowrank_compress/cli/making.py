@@ -236,25 +236,14 @@ def evaluate(
     ] = None,
     text_column: Annotated[list[str] | None, o.of_recipe("text_column")] = None,
     label_column: Annotated[str | None, o.of_recipe("label_column")] = None,
-    tasks: Annotated[str | None, typer.Option("--tasks", help="lm-eval tasks, separated by commas.")] = None,
-    include_path: Annotated[
-        Path | None,
-        typer.Option(
-            "--include-path", parser=o.a_path, metavar="PATH", help="Directory of lm-eval task YAML files of your own."
-        ),
-    ] = None,
-    seq_len: Annotated[
-        int | None, typer.Option("--seq-len", min=2, help="Tokens a window (default: 2048, or the model's longest)")
-    ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Windows or examples a text or task.")] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Windows or examples at once.")] = _BATCH,
+    tasks: o.Tasks = None,
+    include_path: o.IncludePath = None,
+    seq_len: o.WindowLength = None,
+    limit: o.Limit = None,
+    batch_size: o.BatchSize = _BATCH,
     seed: Annotated[int, typer.Option("--seed", help="Seed of lm-eval.")] = _SEED,
-    num_fewshot: Annotated[
-        int | None, typer.Option("--num-fewshot", min=0, help="Solved examples before each (default: the task's own)")
-    ] = None,
-    apply_chat_template: Annotated[
-        bool, typer.Option("--apply-chat-template", help="Put prompts of tasks into the tokenizer's chat template.")
-    ] = False,
+    num_fewshot: o.Fewshot = None,
+    apply_chat_template: o.ChatTemplate = False,
     device: Annotated[str | None, o.of_recipe("device")] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Evaluate on the calibration file all the same; the result will flatter.")

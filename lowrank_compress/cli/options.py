@@ -53,6 +53,22 @@ Config = Annotated[
         **PATH,
     ),
 ]
+Tasks = Annotated[str | None, typer.Option("--tasks", help="lm-eval tasks, separated by commas.")]
+IncludePath = Annotated[
+    Path | None,
+    typer.Option("--include-path", help="Directory of lm-eval task YAML files of your own.", **PATH),
+]
+WindowLength = Annotated[
+    int | None, typer.Option("--seq-len", min=2, help="Tokens a window (default: 2048, or the model's longest)")
+]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Windows or examples a text or task.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Windows or examples at once.")]
+Fewshot = Annotated[
+    int | None, typer.Option("--num-fewshot", min=0, help="Solved examples before each (default: the task's own)")
+]
+ChatTemplate = Annotated[
+    bool, typer.Option("--apply-chat-template", help="Put prompts into the tokenizer's chat template.")
+]
 MemoryBudget = Annotated[
     str | None,
     typer.Option(

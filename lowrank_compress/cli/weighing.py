@@ -26,33 +26,22 @@ def compare(
     ] = None,
     text_column: Annotated[list[str] | None, o.of_recipe("text_column")] = None,
     label_column: Annotated[str | None, o.of_recipe("label_column")] = None,
-    tasks: Annotated[str | None, typer.Option("--tasks", help="lm-eval tasks, separated by commas.")] = None,
-    include_path: Annotated[
-        Path | None,
-        typer.Option(
-            "--include-path", parser=o.a_path, metavar="PATH", help="Directory of lm-eval task YAML files of your own."
-        ),
-    ] = None,
+    tasks: o.Tasks = None,
+    include_path: o.IncludePath = None,
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", help="Text that both continue, greedily; may be repeated.")
     ] = None,
     new_tokens: Annotated[
         int, typer.Option("--new-tokens", min=1, max=10**6, help="Tokens written after each prompt.")
     ] = 32,
-    seq_len: Annotated[
-        int | None, typer.Option("--seq-len", min=2, help="Tokens a window (default: 2048, or the models' longest)")
-    ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Windows or examples a text or task.")] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Windows or examples at once.")] = 8,
+    seq_len: o.WindowLength = None,
+    limit: o.Limit = None,
+    batch_size: o.BatchSize = 8,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the bootstrap and of lm-eval.")] = 0,
     resamples: Annotated[int, typer.Option("--resamples", help="Draws of windows for confidence intervals.")] = 10_000,
     confidence: Annotated[float, typer.Option("--confidence", help="Probability of the intervals.")] = 0.95,
-    num_fewshot: Annotated[
-        int | None, typer.Option("--num-fewshot", min=0, help="Solved examples before each (default: the task's own)")
-    ] = None,
-    apply_chat_template: Annotated[
-        bool, typer.Option("--apply-chat-template", help="Put prompts into the tokenizer's chat template.")
-    ] = False,
+    num_fewshot: o.Fewshot = None,
+    apply_chat_template: o.ChatTemplate = False,
     device: Annotated[str | None, o.of_recipe("device")] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Use the text that a run was calibrated on all the same; it flatters.")

@@ -156,25 +156,18 @@ def _all(
 ) -> dict[str, dict[str, Any]]:
     """Make this process's share of the combinations, those that share statistics together; rows by name."""
     rows: dict[str, dict[str, Any]] = {}
-    groups: dict[str, list[Point]] = {}
-    keys: dict[str, tuple[Plan, Key]] = {}
+    groups: dict[str, list[Job]] = {}
     for point in points:
         try:
-            plan = make_plan(point.recipe)
+            plan, run = make_plan(point.recipe), Run(place / "runs" / point.name)
             check_ratio(plan.score, plan.subject)
-            key = inputs_of_score(plan, Run(place / "runs" / point.name)).calibration
-            keys[point.name] = plan, key
-            groups.setdefault(key.id, []).append(point)
+            key = inputs_of_score(plan, run).calibration
+            groups.setdefault(key.id, []).append(Job(point, plan, run, key))
         except LrcError as problem:
-            rows[point.name] = _failed(point, place, problem)
-    own = [point for group in workers.share(list(groups.values())) for point in group]
-    rows = {name: row for name, row in rows.items() if workers.is_first}
-    known: dict[str, Any] = {}
-    done = 0
-    for group in workers.share(list(groups.values())):
-        jobs = [
-            Job(point, keys[point.name][0], Run(place / "runs" / point.name), keys[point.name][1]) for point in group
-        ]
+            if workers.is_first:  # all find the same
+                rows[point.name] = _failed(point, place, problem)
+    own, known, done = workers.share(list(groups.values())), dict[str, Any](), 0
+    for jobs in own:
         shared = place / "statistics" / jobs[0].calibration.id[:16]
         for job in jobs:
             told = Meter(Told(job.point.name, reporter))
@@ -184,12 +177,10 @@ def _all(
                     keep_cost(job.run, told.cost())
                     found = {} if measured is None else _measure(job.run, measured, told, known)
                 rows[job.point.name] = _finished(job, found)
-            except LrcError as problem:
-                rows[job.point.name] = _failed(job.point, place, problem)
-            except (OSError, RuntimeError, MemoryError) as problem:  # what one combination runs into stops no other
+            except (LrcError, OSError, RuntimeError, MemoryError) as problem:  # none stops the others
                 rows[job.point.name] = _failed(job.point, place, problem)
             done += 1
-            reporter.advance("sweep", done, len(own))
+            reporter.advance("sweep", done, sum(map(len, own)))
         if not keep_statistics:
             _drop(shared)
     return rows

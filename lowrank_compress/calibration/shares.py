@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,3 +24,17 @@ def shares(weights: Sequence[float], total: int) -> list[int]:
     order = np.argsort(found - exact, kind="stable")
     found[order[: total - int(found.sum())]] += 1
     return found.tolist()
+
+
+def most(weights: Sequence[float], there: Sequence[int]) -> list[int]:
+    """Return the largest numbers in proportion to weights of which none is more than there are.
+
+    Parameters
+    ----------
+    weights
+        Above 0.
+    there
+        How many there are of each.
+    """
+    unit = min(count / weight for weight, count in zip(weights, there, strict=True))
+    return [math.floor(unit * weight + 1e-9) for weight in weights]

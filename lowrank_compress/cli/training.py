@@ -85,8 +85,8 @@ def recover(
         list[str] | None,
         typer.Option(
             "--calibration",
-            help="Text that the dense model teaches on, all of it; may be repeated (default, for a run: that of its "
-            "recipe)",
+            help="Text that the dense model teaches on, all of it; may be repeated, and then as much of each as their "
+            "weights allow (default, for a run: that of its recipe)",
             rich_help_panel=DATA,
             show_default=False,
         ),

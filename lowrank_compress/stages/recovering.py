@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowrank_compress.artifacts.tensors import BlockFiles
+from lowrank_compress.calibration.shares import most
 from lowrank_compress.errors import InputError, UnsupportedError
 from lowrank_compress.model.blueprint import AUTO, WITH_LOSS, Blueprint, blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
@@ -21,7 +22,7 @@ from lowrank_compress.resources.resources import Resources
 from lowrank_compress.stages.blockwise import Blocks
 from lowrank_compress.stages.recoverconfig import RecoverConfig
 from lowrank_compress.stages.reporting import Reporter
-from lowrank_compress.stages.samples import calibration_batches, has_own
+from lowrank_compress.stages.samples import batches_by_text, has_own, parts_of
 from lowrank_compress.stages.stage import Given
 from lowrank_compress.training.blockwise import LR
 from lowrank_compress.training.loss import Loss, from_embedding, from_teacher, from_text, mean_loss
@@ -144,14 +145,19 @@ class Training:
 
 
 def _data(config: RecoverConfig, inputs: Given, plan: Blueprint) -> tuple[Data, list[Batch]]:
-    """Make what is trained on, and what is held out: the last of the shuffled sequences."""
+    """Make what is trained on, and what is held out: the last of the shuffled sequences.
+
+    Of several texts as much is taken as is in proportion to their weights.
+    """
     if plan.task == "embedding" and config.towards == "text":
         raise UnsupportedError(
             f"{inputs.checkpoint.path} has no head that could be trained on a text of one's own. Name the text with "
             "--calibration: then the dense model's embeddings are what it is trained towards."
         )
     alone = config.model_copy(update={"micro_batch": 1})
-    items = calibration_batches(alone, teacher_of(inputs) if has_own(config) else inputs.checkpoint, plan.task)
+    by_text = batches_by_text(alone, teacher_of(inputs) if has_own(config) else inputs.checkpoint, plan.task)
+    counts = most([part.weight for part in parts_of(config)], [len(own) for own in by_text])
+    items = [item for own, count in zip(by_text, counts, strict=True) for item in own[:count]]
     if not isinstance(config.source, str):  # what is held out is of all texts
         order = torch.randperm(len(items), generator=torch.Generator().manual_seed(config.seed)).tolist()
         items = [items[number] for number in order]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowrank_compress.calibration.shares import shares
+from lowrank_compress.calibration.shares import most, shares
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=3), st.integers(0, 12))
@@ -32,3 +32,11 @@ def test_no_other_parts_are_nearer_to_the_shares(weights: list[int], total: int)
 )
 def test_shares(weights: list[float], total: int, expected: list[int]) -> None:
     assert shares(weights, total) == expected
+
+
+@pytest.mark.parametrize(
+    ("weights", "there", "expected"),
+    [([1.0], [7], [7]), ([2.0, 1.0], [10, 9], [10, 5]), ([1.0, 3.0], [10, 9], [3, 9]), ([0.1, 0.2], [3, 6], [3, 6])],
+)
+def test_as_many_as_are_there_in_proportion(weights: list[float], there: list[int], expected: list[int]):
+    assert most(weights, there) == expected

@@ -22,8 +22,8 @@ from typing import Annotated
 
 import torch
 import typer
-from methods_table import Case, cases, replace_between
-from running import lrc, perplexity
+from methods_table import Case, cases
+from running import lrc, perplexity, write_between
 
 IDEAS = ("one allocation", "… refined", "second allocation", "… refined", "… and recovered")
 
@@ -128,8 +128,7 @@ def main(
     if write is None:
         typer.echo(content)
     else:
-        before = write.read_text(encoding="utf-8")
-        write.write_text(replace_between(before, "ablation", content), encoding="utf-8")
+        write_between(write, "methods:ablation", content)
 
 
 if __name__ == "__main__":

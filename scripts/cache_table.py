@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from running import write_between
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -181,11 +182,7 @@ def main() -> None:
     print(text)
     if options.write:
         file, name = options.write
-        before, mark, rest = Path(file).read_text().partition(f"<!-- cache:{name} -->\n")
-        _, end, after = rest.partition(f"<!-- /cache:{name} -->")
-        if not mark or not end:
-            raise SystemExit(f"{file} has no marks cache:{name}")
-        Path(file).write_text(before + mark + text + "\n" + end + after)
+        write_between(Path(file), f"cache:{name}", text)
 
 
 if __name__ == "__main__":

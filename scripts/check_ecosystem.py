@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from running import write_between
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 540  # seconds a program
@@ -206,15 +206,6 @@ def version_of(package: str) -> str:
         return ""
 
 
-def _put(page: Path, lines: Sequence[str]) -> None:
-    """Replace a page's table; after each row, so that what was tried is kept if the rest takes too long."""
-    text = page.read_text(encoding="utf-8")
-    marked = "\n".join(["<!-- ecosystem -->", *lines, "<!-- /ecosystem -->"])
-    page.write_text(
-        re.sub(r"<!-- ecosystem -->.*<!-- /ecosystem -->", lambda _: marked, text, flags=re.DOTALL), encoding="utf-8"
-    )
-
-
 def main(
     model: Annotated[Path, typer.Argument(help="A small Llama.")],
     text: Annotated[Path, typer.Argument(help="Text to calibrate on.")],
@@ -252,7 +243,8 @@ def main(
                 typer.echo(f"{row.package} {form}: {problem or 'works'}", err=True)
             lines.append(f"| {row.package} | {version_of(row.package)} | {row.shown} | " + " | ".join(cells) + " |")
             if write is not None:
-                _put(write, lines)
+                # After each row, so that what was tried is kept if the rest takes too long.
+                write_between(write, "ecosystem", "\n".join(lines))
     typer.echo("\n".join(lines))
     for problem in problems:
         typer.echo(problem, err=True)

@@ -22,7 +22,7 @@ from typing import Annotated
 
 import torch
 import typer
-from running import ASSETS, lrc, perplexity
+from running import ASSETS, lrc, perplexity, write_between
 
 from lowrank_compress.demo import MODEL_DIRECTORY
 from lowrank_compress.demo.text import write_parts
@@ -162,22 +162,6 @@ def rows_of(text: str, name: str, without: str) -> dict[str, list[float]]:
     return found
 
 
-def replace_between(text: str, name: str, content: str) -> str:
-    """Replace what stands between a pair of markers.
-
-    Raises
-    ------
-    ValueError
-        The markers are not there.
-    """
-    opening, closing = f"<!-- methods:{name} -->", f"<!-- /methods:{name} -->"
-    pattern = re.compile(f"(?<={re.escape(opening)}\n).*?(?={re.escape(closing)})", re.DOTALL)
-    replaced, count = pattern.subn(lambda _: f"{content}\n", text)
-    if count != 1:
-        raise ValueError(f"expected {opening} … {closing} once, found it {count} times")
-    return replaced
-
-
 def main(
     write: Annotated[Path | None, typer.Option(help="Markdown file with the markers to write between.")] = None,
     ratios: Annotated[str, typer.Option(help="Ratios, separated by commas.")] = "0.1,0.2,0.3",
@@ -206,8 +190,7 @@ def main(
             if write is None:
                 typer.echo(f"{content}\n")
             else:
-                before = write.read_text(encoding="utf-8")
-                write.write_text(replace_between(before, case.name, content), encoding="utf-8")
+                write_between(write, f"methods:{case.name}", content)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,7 @@ from typing import Annotated
 
 import torch
 import typer
-from methods_table import replace_between
-from running import lrc, perplexity
+from running import lrc, perplexity, write_between
 from train_moe_model import CHARACTERS
 
 from lowrank_compress.demo.text import part
@@ -117,7 +116,7 @@ def main(
     if write is None:
         typer.echo(content)
     else:
-        write.write_text(replace_between(write.read_text(encoding="utf-8"), NAME, content), encoding="utf-8")
+        write_between(write, f"methods:{NAME}", content)
 
 
 if __name__ == "__main__":

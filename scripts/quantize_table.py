@@ -12,7 +12,6 @@ over, with a line on stderr, and its table stays as it was.
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from running import ASSETS, lrc, perplexity
+from running import ASSETS, lrc, perplexity, write_between
 
 ROUNDINGS = ("rtn", "gptq", "quantease", "kfac")
 BITS = (8, 4, 3)
@@ -115,15 +114,6 @@ def table(case: Case, place: Path) -> str:
     return "\n".join(lines)
 
 
-def replaced(text: str, name: str, made: str) -> str:
-    """Put a table between its markers."""
-    begin, end = f"<!-- quantize:{name} -->", f"<!-- /quantize:{name} -->"
-    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-    if not pattern.search(text):
-        raise SystemExit(f"no {begin} there")
-    return pattern.sub(lambda _: f"{begin}\n{made}\n{end}", text)
-
-
 def main(
     write: Annotated[Path | None, typer.Option(help="The file whose tables are replaced.")] = None,
     only: Annotated[str | None, typer.Option(help="The one case to measure.")] = None,
@@ -140,7 +130,7 @@ def main(
             made = table(case, Path(place))
         typer.echo(f"{made}\n")
         if write is not None:
-            write.write_text(replaced(write.read_text(encoding="utf-8"), case.name, made), encoding="utf-8")
+            write_between(write, f"quantize:{case.name}", made)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from methods_table import replace_between
-from running import ASSETS, lrc, perplexity
+from running import ASSETS, lrc, perplexity, write_between
 
 REFERENCE, DENSE = "svd-llm", "dense"
 # Modules of the standard library that change little from one Python to the next.
@@ -118,7 +117,7 @@ def main(
     made = table(cells, asked, numbers)
     typer.echo(made)
     if write is not None:
-        write.write_text(replace_between(write.read_text(encoding="utf-8"), "real", made), encoding="utf-8")
+        write_between(write, "methods:real", made)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -42,3 +43,19 @@ def perplexity(checkpoint: Path, text: Path, *options: object) -> float:
     metrics = lrc("eval", checkpoint, "--perplexity", text, *options)
     (values,) = metrics["perplexity"].values()
     return values.get("compressed", values.get("dense"))
+
+
+def write_between(page: Path, mark: str, content: str) -> None:
+    """Replace what stands in a page between the lines ``<!-- mark -->`` and ``<!-- /mark -->``.
+
+    Raises
+    ------
+    ValueError
+        The marks are not there, or more than once.
+    """
+    opening, closing = f"<!-- {mark} -->", f"<!-- /{mark} -->"
+    pattern = re.compile(f"(?<={re.escape(opening)}\n).*?(?={re.escape(closing)})", re.DOTALL)
+    written, count = pattern.subn(lambda _: f"{content}\n", page.read_text(encoding="utf-8"))
+    if count != 1:
+        raise ValueError(f"{page}: expected {opening} … {closing} once, found it {count} times")
+    page.write_text(written, encoding="utf-8")

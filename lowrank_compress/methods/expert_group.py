@@ -76,6 +76,16 @@ class ExpertGroup:
         """What is kept stays as it is."""
         return False
 
+    @property
+    def beside(self) -> bool:
+        """It is not: what it stores is in the place of its matrices."""
+        return False
+
+    @property
+    def cached(self) -> int:
+        """Nothing of a cache."""
+        return 0
+
     def statistics(self) -> Mapping[str, frozenset[str]]:
         """What the method needs of the down-projections."""
         return {t.name: self.method.statistics if t.role == "down" else frozenset() for t in self.targets}

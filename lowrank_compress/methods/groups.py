@@ -84,6 +84,16 @@ class TargetGroup(Protocol):
         """Whether its method would restore the mean input, but has no bias to do it with."""
         ...
 
+    @property
+    def beside(self) -> bool:
+        """Whether what it stores lies beside its matrices, which stay as they are."""
+        ...
+
+    @property
+    def cached(self) -> int:
+        """Numbers that a stock cache keeps of a token, where the choice is for these; else 0."""
+        ...
+
     def statistics(self) -> Mapping[str, frozenset[str]]:
         """Target name -> names of the statistics that its basis is made of."""
         ...
@@ -156,7 +166,7 @@ class TargetGroup(Protocol):
 
 def replaced(group: TargetGroup) -> tuple[Target, ...]:
     """The matrices in whose place something else is stored: all; none of a group that is stored beside them."""
-    return () if getattr(group, "beside", False) else group.targets
+    return () if group.beside else group.targets
 
 
 def dense_elements(group: TargetGroup) -> int:

@@ -232,10 +232,3 @@ class LatentGroup:
 def rebuilt(target: Target, dtype: torch.dtype) -> Encoded:
     """Say of a matrix that the attention rebuilds what it would emit."""
     return Encoded(Rebuilt.format, (), target.shape, torch.empty(0, target.shape[1], dtype=dtype))
-
-
-def cached(group: object, choice: Choice | None = None) -> int:
-    """Numbers that the cache keeps of a token in a stock block, or at a choice; 0 of a group of another kind."""
-    if not isinstance(group, LatentGroup):
-        return 0
-    return group.cached if choice is None or choice.is_dense else choice.parameters[0]

@@ -74,6 +74,16 @@ class MatrixGroup:
         """Whether the method would restore the mean here, but has no bias to do it with."""
         return self.method.right.centred and self.target.bias is None
 
+    @property
+    def beside(self) -> bool:
+        """It is not: what it stores is in the place of its matrix."""
+        return False
+
+    @property
+    def cached(self) -> int:
+        """Nothing of a cache."""
+        return 0
+
     def statistics(self) -> Mapping[str, frozenset[str]]:
         """What the method needs for a matrix of this shape."""
         return {self.target.name: self.method.statistics(self.target)}

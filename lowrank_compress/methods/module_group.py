@@ -72,6 +72,16 @@ class ModuleGroup:
         return False
 
     @property
+    def beside(self) -> bool:
+        """It is not: what it stores is in the place of its matrices."""
+        return False
+
+    @property
+    def cached(self) -> int:
+        """Nothing of a cache."""
+        return 0
+
+    @property
     def _rotated(self) -> bool:
         heads = self.targets[0].heads
         return self.method.group == QUERY_KEY and heads is not None and heads.rotary > 0

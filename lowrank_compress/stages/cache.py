@@ -13,8 +13,7 @@ from lowrank_compress.allocation.loss import allocate
 from lowrank_compress.config import ScoreConfig
 from lowrank_compress.errors import InputError
 from lowrank_compress.methods.candidates import Candidates, first_groups
-from lowrank_compress.methods.groups import TargetGroup, price_of
-from lowrank_compress.methods.latent import cached
+from lowrank_compress.methods.groups import TargetGroup, dense_elements, price_of
 
 
 def limit_of(config: ScoreConfig, subject_cache: Sequence[Candidates]) -> int:
@@ -24,14 +23,19 @@ def limit_of(config: ScoreConfig, subject_cache: Sequence[Candidates]) -> int:
     return whole - math.ceil(Fraction(str(config.kv_ratio)) * whole)
 
 
+def cached_at(group: TargetGroup, choice: Choice) -> int:
+    """Numbers that the cache keeps of a token at a choice; 0 of a group that is none of the cache."""
+    return group.cached if choice.is_dense or not group.cached else choice.parameters[0]
+
+
 def stock(groups: Iterable[TargetGroup]) -> int:
     """Numbers that a stock cache keeps of a token."""
-    return sum(cached(group) for group in groups)
+    return sum(group.cached for group in groups)
 
 
 def kept(groups: Iterable[TargetGroup], choices: Mapping[str, Choice]) -> int:
     """Numbers of a token that are cached at these choices."""
-    return sum(cached(group, choices[group.name]) for group in groups)
+    return sum(cached_at(group, choices[group.name]) for group in groups)
 
 
 def require_cache_reachable(config: ScoreConfig, cache: Sequence[Candidates]) -> None:
@@ -46,7 +50,7 @@ def require_cache_reachable(config: ScoreConfig, cache: Sequence[Candidates]) ->
         return
     groups = first_groups(cache)
     least = sum(
-        int(group.choices(group.formats[0], config.round_to).stored[:1].sum()) or cached(group) for group in groups
+        int(group.choices(group.formats[0], config.round_to).stored[:1].sum()) or group.cached for group in groups
     )
     if least > limit_of(config, cache):
         largest = math.floor(Fraction(stock(groups) - least, stock(groups)) * 10**4) / 10**4
@@ -70,8 +74,7 @@ def most_stored(config: ScoreConfig, cache: Sequence[Candidates]) -> int:
     price = max(
         price_of(group, choices[0]).elements / int(choices.stored[0]) for group, choices in each if len(choices)
     )
-    beside = getattr(groups[0], "beside", False)
-    dense = 0 if beside else sum(target.elements for group in groups for target in group.targets)
+    dense = sum(dense_elements(group) for group in groups)
     return math.ceil(limit * price) - dense
 
 
@@ -99,7 +102,7 @@ def cache_report(
         Nothing, or ``{"cache": {"asked", "reached", "dense", "kept", "window"}}``: shares that are removed, and
         numbers of a token, without the window.
     """
-    own = [group for group in groups if cached(group)]
+    own = [group for group in groups if group.cached]
     if window is None or not own:
         return {}
     dense, now = stock(own), kept(own, choices)

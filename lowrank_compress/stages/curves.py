@@ -13,7 +13,6 @@ from lowrank_compress.artifacts.tensors import BlockFiles
 from lowrank_compress.calibration.statistics import INFLUENCE
 from lowrank_compress.config import ScoreConfig
 from lowrank_compress.methods.groups import TargetGroup, dense_elements, ranking
-from lowrank_compress.methods.latent import cached
 
 
 def choices_of(group: TargetGroup, config: ScoreConfig) -> Choices:
@@ -23,7 +22,7 @@ def choices_of(group: TargetGroup, config: ScoreConfig) -> Choices:
 
 def cost_of_dense(group: TargetGroup) -> int:
     """What a curve counts of a group that stays as it is: elements, or what the cache keeps of a token."""
-    return cached(group) or dense_elements(group)
+    return group.cached or dense_elements(group)
 
 
 def lossless_curve(group: TargetGroup, config: ScoreConfig) -> Curve:
@@ -55,7 +54,7 @@ def read_curves(
     on_sample
         Losses are those on the text that the fits were made on, not those on other text where these are known.
     """
-    nats = all(group.nats for group in groups if not cached(group))
+    nats = all(group.nats for group in groups if not group.cached)
     curves = {}
     for block in sorted({group.block for group in groups}):
         tensors = bases.read(block)
@@ -64,7 +63,7 @@ def read_curves(
         for group in (group for group in groups if group.block == block):
             spectrum = singular.get(f"{group.name}/singular_values")
             choices = choices_of(group, config)
-            losses = predicted_losses(group, tensors, choices, nats or cached(group) > 0, on_sample=on_sample)
+            losses = predicted_losses(group, tensors, choices, nats or group.cached > 0, on_sample=on_sample)
             curves[group.name] = make_curve(
                 group.name,
                 cost_of_dense(group),

@@ -18,9 +18,8 @@ from lowrank_compress.config import FactorizeConfig, Scheme
 from lowrank_compress.evaluation.size import measure_size, weight_bytes
 from lowrank_compress.methods.candidates import all_groups, candidates_of
 from lowrank_compress.methods.groups import TargetGroup, dense_elements, price_of, replaced
-from lowrank_compress.methods.latent import cached
 from lowrank_compress.model.blueprint import Blueprint
-from lowrank_compress.stages.cache import cache_report
+from lowrank_compress.stages.cache import cache_report, cached_at
 from lowrank_compress.stages.curves import predicted_losses
 from lowrank_compress.stages.ranks import choice_of, entry_of
 from lowrank_compress.stages.subject import claimed_of
@@ -69,7 +68,7 @@ def block_losses(
 def _loss(group: TargetGroup, basis: Mapping[str, Tensor], choice: Choice, nats: bool) -> float:
     alone = np.array([choice.parameters], dtype=np.int64)
     choices = Choices(choice.format, alone, alone[:, 0], alone[:, 0])
-    return float(predicted_losses(group, basis, choices, nats or cached(group) > 0)[0])
+    return float(predicted_losses(group, basis, choices, nats or group.cached > 0)[0])
 
 
 def summary(
@@ -93,7 +92,7 @@ def summary(
             "dense_bytes": sum(weight_bytes(plan, target) for target in replaced(group)),
             "stored_bytes": price_of(group, choices[group.name]).bytes(itemsize),
             "predicted_loss": losses[group.name],
-            **({"cached": cached(group, choices[group.name])} if cached(group) else {}),
+            **({"cached": cached_at(group, choices[group.name])} if group.cached else {}),
         }
         for group in groups
     }

@@ -21,7 +21,6 @@ from lowrank_compress.calibration.capture import capture
 from lowrank_compress.calibration.statistics import STATISTICS
 from lowrank_compress.config import CalibrateConfig
 from lowrank_compress.methods.groups import TargetGroup, needed
-from lowrank_compress.methods.latent import cached
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.resources.resources import Resources
 from lowrank_compress.stages.choice import Plan, edited
@@ -130,7 +129,7 @@ def _narrowed(plan: Plan) -> frozenset[str]:
     return frozenset(
         target.name
         for group in plan.groups
-        if len(group.targets) > 1 and not cached(group) and not plan.choices[group.name].is_dense
+        if len(group.targets) > 1 and not group.cached and not plan.choices[group.name].is_dense
         for target in group.targets
         if target.role not in ("o", "down")  # these lose inputs
     )

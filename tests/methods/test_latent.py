@@ -16,8 +16,9 @@ from lowrank_compress.linalg.weighted import factors
 from lowrank_compress.methods.edit import Source
 from lowrank_compress.methods.groups import dense_elements
 from lowrank_compress.methods.joint import joint
-from lowrank_compress.methods.latent import LatentGroup, cached
+from lowrank_compress.methods.latent import LatentGroup
 from lowrank_compress.methods.linear import Damping
+from lowrank_compress.stages.cache import cached_at
 from tests.reference import damp, weighted_svd
 
 DAMPING = Damping(fisher=1e-3, gram=1e-2)
@@ -89,7 +90,8 @@ def test_a_group_counts_what_is_cached() -> None:
     # A latent of as many numbers as the hidden state has loses nothing.
     assert group(6, 8).choices("latent").parameters[:, 0].tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
     assert own.price(Choice("latent", (2,))).elements == 2 * (6 + 8)
-    assert (cached(own), cached(own, Choice("latent", (2,))), cached(own, Choice("dense"))) == (6, 2, 6)
+    assert [cached_at(own, choice) for choice in (Choice("latent", (2,)), Choice("dense"))] == [2, 6]
+    assert (own.cached, own.beside, beside.beside) == (6, False, True)
     assert (dense_elements(own), dense_elements(beside)) == (48, 0)
 
 

@@ -1,7 +1,8 @@
-"""Train a small Mixtral, on the text and with the tokenizer of the demo model, for the table of methods for experts.
+"""Train a small Mixtral, on the text of the demo model, for the table of methods for experts.
 
-Two are of use: a balanced one, whose loss asks the router to share the tokens out, and a skewed one, whose loss hardly
-does. Usage, from the root of the repository (a few minutes each, on one CPU thread)::
+It begins with that model's embeddings, norms and attention; routers and experts are drawn at random. Two are of use: a
+balanced one, whose loss asks the router to share the tokens out, and a skewed one, whose loss hardly does. Usage, from
+the root of the repository (a few minutes each, on one CPU thread)::
 
     python scripts/train_moe_model.py runs/balanced
     python scripts/train_moe_model.py runs/skewed --balance 0.0005
@@ -18,38 +19,37 @@ import torch
 import transformers
 import typer
 from torch import Tensor
-from train_demo_model import SEQ_LEN, Recipe, batches, optimizer_of, perplexity, save
-from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+from train_demo_model import Recipe, batches, optimizer_of, perplexity, save
+from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
 from lowrank_compress.demo import MODEL_DIRECTORY
 from lowrank_compress.demo.text import part
 
-HIDDEN = 64
 CHARACTERS = 100_000
 """Of the held-out text that the result is measured on."""
 
 
-def new_model(vocabulary: int, bos: int, eos: int, balance: float) -> Any:
-    """Return a randomly initialised Mixtral in float32: 4 blocks, 8 experts of which a token goes to 2."""
+def new_model(balance: float) -> Any:
+    """Return a Mixtral in float32: 4 blocks, 8 experts of 64 hidden units of which a token goes to 2."""
+    begun = LlamaForCausalLM.from_pretrained(MODEL_DIRECTORY, dtype=torch.float32)
+    own = begun.config.to_dict()
+    same = (
+        *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+        *("max_position_embeddings", "initializer_range", "tie_word_embeddings", "bos_token_id", "eos_token_id"),
+        *("pad_token_id", "rms_norm_eps", "rope_parameters"),
+    )
     config = MixtralConfig(
-        vocab_size=vocabulary,
-        hidden_size=HIDDEN,
-        intermediate_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
+        **{name: own[name] for name in same},
+        intermediate_size=64,
         num_local_experts=8,
         num_experts_per_tok=2,
         router_aux_loss_coef=balance,
-        max_position_embeddings=SEQ_LEN,
-        initializer_range=HIDDEN**-0.5,
-        tie_word_embeddings=True,
-        bos_token_id=bos,
-        eos_token_id=eos,
-        pad_token_id=None,
     )
-    return MixtralForCausalLM(config)
+    model = MixtralForCausalLM(config)
+    found = model.load_state_dict(begun.state_dict(), strict=False)
+    if any(".mlp." not in name for name in (*found.missing_keys, *found.unexpected_keys)):
+        raise RuntimeError(f"The demo model lacks more than experts: {found}")
+    return model
 
 
 @torch.no_grad()
@@ -64,23 +64,23 @@ def shares(model: Any, windows: Tensor) -> list[list[float]]:
 def main(
     out: Annotated[Path, typer.Argument(help="Directory of the checkpoint.")],
     balance: Annotated[float, typer.Option(help="Weight of the loss that asks for balance.")] = 0.02,
-    steps: Annotated[int, typer.Option(help="Length of the learning-rate schedule.")] = 600,
+    steps: Annotated[int, typer.Option(help="Length of the learning-rate schedule.")] = 300,
     seed: Annotated[int, typer.Option(help="Of the weights and of the order of the windows.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Windows a step.")] = 8,
-    learning_rate: Annotated[float, typer.Option(help="At the peak.")] = 4e-3,
+    batch_size: Annotated[int, typer.Option(help="Windows a step.")] = 4,
+    learning_rate: Annotated[float, typer.Option(help="At the peak.")] = 3e-3,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
 ) -> None:
     """Train a small mixture of experts and write it as an ordinary Hugging Face checkpoint."""
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
-    recipe = Recipe(steps, seed, batch_size, learning_rate, weight_decay=0.0, warmup_steps=50, evaluate_every=steps)
+    recipe = Recipe(steps, seed, batch_size, learning_rate, weight_decay=0.0, warmup_steps=20, evaluate_every=steps)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(MODEL_DIRECTORY)
     tokens = {
         name: torch.tensor(tokenizer.encode(text, add_special_tokens=False, verbose=False))
         for name, text in (("train", part("train")), ("heldout", part("heldout")[:CHARACTERS]))
     }
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    model = new_model(len(tokenizer), bos, eos, balance)
+    bos = tokenizer.bos_token_id
+    model = new_model(balance)
     optimizer, started = optimizer_of(model, recipe), time.monotonic()
     for step, batch in enumerate(islice(batches(tokens["train"], bos, batch_size, seed), steps)):
         for group in optimizer.param_groups:

@@ -151,6 +151,9 @@ def test_camera_is_exported_dense(place: Path, tmp_path: Path) -> None:
         ("qwen2_moe", ("--experts", "frequency", "--method", "svd", "--allocate", "loss")),
         ("qwen3_moe", ("--for", "experts=camera", "--method", "kfac", "--storage", "auto", "--allocate", "loss")),
         ("olmoe", ("--experts", "reap", "--attention", "svd-llm", "--method", "reap")),
+        # Beside MLPs that are alternatives, which compare in a unit of their own.
+        ("qwen2_moe", ("--experts", "reap-sum")),
+        ("deepseek_v2", ("--experts", "frequency")),
     ],
 )
 def test_one_budget_with_other_methods(model_type: str, options: tuple[str, ...], place: Path, tmp_path: Path) -> None:

@@ -125,6 +125,17 @@ def all_groups(candidates: Sequence[Candidates]) -> tuple[TargetGroup, ...]:
     return tuple(group for part in candidates for each in part.each for group in each)
 
 
+def beside(candidates: Sequence[Candidates]) -> dict[str, tuple[TargetGroup, ...]]:
+    """Return the groups of the first alternative for each group that is one of several, by its name.
+
+    Where losses are no nats a token, those of alternatives are shares of the mean total of these: a unit of their own,
+    in which they compare, and in which the first alternative counts as much as it would alone.
+    """
+    return {
+        group.name: part.each[0] for part in candidates if len(part.each) > 1 for each in part.each for group in each
+    }
+
+
 def first_groups(candidates: Sequence[Candidates]) -> tuple[TargetGroup, ...]:
     """Return the groups of each part's first candidate."""
     return tuple(group for part in candidates for group in part.each[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 
 import numpy as np
 from torch import Tensor
@@ -37,6 +38,7 @@ def read_curves(
     bases: BlockFiles,
     spectra: BlockFiles | None = None,
     *,
+    beside: Mapping[str, Sequence[TargetGroup]] = {},
     on_sample: bool = False,
 ) -> dict[str, Curve]:
     """Make the curve of every group from the decompositions that were kept, by the group's name.
@@ -51,6 +53,8 @@ def read_curves(
         Their decompositions.
     spectra
         Singular values of the weights themselves, where the allocator looks at them.
+    beside
+        Of groups that are one of several alternatives, those of the first (`candidates.beside`).
     on_sample
         Losses are those on the text that the fits were made on, not those on other text where these are known.
     """
@@ -63,7 +67,9 @@ def read_curves(
         for group in (group for group in groups if group.block == block):
             spectrum = singular.get(f"{group.name}/singular_values")
             choices = choices_of(group, config)
-            losses = predicted_losses(group, tensors, choices, nats or group.cached > 0, on_sample=on_sample)
+            losses = predicted_losses(
+                group, tensors, choices, nats or group.cached > 0, beside.get(group.name, ()), on_sample=on_sample
+            )
             curves[group.name] = make_curve(
                 group.name,
                 cost_of_dense(group),
@@ -77,11 +83,20 @@ def read_curves(
 
 
 def predicted_losses(
-    group: TargetGroup, basis: Mapping[str, Tensor], choices: Choices, nats: bool, *, on_sample: bool = False
+    group: TargetGroup,
+    basis: Mapping[str, Tensor],
+    choices: Choices,
+    nats: bool,
+    beside: Sequence[TargetGroup] = (),
+    *,
+    on_sample: bool = False,
 ) -> np.ndarray:
-    """Predicted loss of the first choices of a group, float64: nats per token, or a share of the group's own total."""
+    """Predicted loss of the first choices of a group, float64: nats per token, or a share of a total.
+
+    That is the group's own; of one among alternatives the mean of those `beside` it (`candidates.beside`).
+    """
     losses = group.losses(basis, choices, on_sample=on_sample)
     if nats:
         return losses / 2
-    total = group.total(basis, on_sample=on_sample)
+    total = fmean(each.total(basis, on_sample=on_sample) for each in beside or (group,))
     return losses / total if total > 0 else np.zeros_like(losses)

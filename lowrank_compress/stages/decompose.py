@@ -195,7 +195,10 @@ class Bases:
 
     def curves(self, *, on_sample: bool = False) -> dict[str, Curve]:
         """Make the curves of all groups, by name; see :func:`read_curves`."""
-        return read_curves(self.chooser.config, self.chooser.groups, self.files, self.spectra, on_sample=on_sample)
+        chooser = self.chooser
+        return read_curves(
+            chooser.config, chooser.groups, self.files, self.spectra, beside=chooser.beside, on_sample=on_sample
+        )
 
 
 def bases_of(directory: Path, scores: Manifest) -> BlockFiles:

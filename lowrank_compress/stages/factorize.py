@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from lowrank_compress.allocation.choice import Choice
+from lowrank_compress.allocation.table import ALLOCATORS
 from lowrank_compress.artifacts.directories import files_in, recover, replacing
 from lowrank_compress.artifacts.documents import canonical_hash, write_json
 from lowrank_compress.artifacts.files import sha256, write_text
@@ -27,7 +28,7 @@ from lowrank_compress.artifacts.tensors import BlockFiles
 from lowrank_compress.calibration.experts import tokens_seen
 from lowrank_compress.config import FactorizeConfig, Scheme
 from lowrank_compress.errors import ArtifactError
-from lowrank_compress.methods.candidates import all_groups, candidates_of
+from lowrank_compress.methods.candidates import all_groups, beside, candidates_of
 from lowrank_compress.methods.groups import TargetGroup
 from lowrank_compress.model.blueprint import Blueprint
 from lowrank_compress.model.export import ShardWriter, config_json, write_companions
@@ -186,6 +187,8 @@ def _write(
     stored: dict[str, Choice] = {}
     losses: dict[str, float] = {}
     seen: dict[str, int] = {}
+    every = candidates_of(plan.resolved, scheme_of_scores(scores))
+    compared = beside(every) if ALLOCATORS[scores.key.config["allocate"]].needs_loss else {}
     for block in blocks:
         for name, tensor in work.read(block).items():
             writer.add(name, tensor)
@@ -194,7 +197,7 @@ def _write(
             entries |= notes.get(kind, {})
         made = {name: Choice(form, tuple(parameters)) for name, (form, *parameters) in notes["choices"].items()}
         basis = bases.read(block)
-        losses |= block_losses(groups, basis, made, scores.report["unit"])
+        losses |= block_losses(groups, basis, made, scores.report["unit"], compared)
         seen |= tokens_seen(basis)
         stored |= made
         for group in groups:

@@ -98,8 +98,8 @@ def check_options(allocate: str, storage: str, candidates: Sequence[Candidates])
             f"The allocator {allocate!r} looks at what blocks do; {outside.name} is outside of them. Use --allocate "
             "uniform or loss, or leave it as it is."
         )
-    alternatives = any(len(part.each) > 1 for part in candidates)
-    if allocator.needs_loss and alternatives and not all(group.nats for group in all_groups(candidates)):
+    compared = all_groups([part for part in candidates if len(part.each) > 1])
+    if allocator.needs_loss and not all(group.nats for group in compared):
         raise InputError(
             "Alternatives compare by predicted losses, which must all be in nats a token: use kfac for matrices and "
             "--metric kfac for modules, or name a single method for each part."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,11 @@ from lowrank_compress.allocation.curve import Curve, make_curve
 from lowrank_compress.errors import InputError
 from lowrank_compress.recipe import Recipe
 from lowrank_compress.stages.choose import MUCH, Chooser
-from lowrank_compress.stages.curves import lossless_curve
+from lowrank_compress.stages.curves import lossless_curve, read_curves
+from lowrank_compress.stages.decompose import bases_of
+from lowrank_compress.stages.factorize import scores_manifest
 from lowrank_compress.stages.plan import make_plan
-from tests.runs import Tiny
+from tests.runs import Tiny, done
 
 
 def chooser_of(tiny: Tiny, **options: object) -> Chooser:
@@ -74,3 +77,32 @@ def test_plans_are_held_against_a_rival_of_its_own_settings(tiny: Tiny) -> None:
 def test_a_chooser_is_made_once(tiny: Tiny, tmp_path: Path) -> None:
     plan = make_plan(Recipe(model=str(tiny.model), method="svd"))
     assert plan.chooser is plan.chooser
+
+
+def test_alternatives_share_a_unit_where_others_have_another(tiny: Tiny, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done("compress", *tiny.options(run), "--attention", "svd-llm", "--no-refine")
+    chooser = chooser_of(tiny, method="auto", attention="svd-llm")
+    assert not chooser.nats
+    scores = scores_manifest(run / "scores")
+    files = bases_of(run / "scores", scores)
+    curves = read_curves(chooser.config, chooser.groups, files, beside=chooser.beside)
+    parts = [part for part in chooser.subject.candidates if len(part.each) > 1]
+    assert parts
+    for part in parts:
+        basis = files.read(part.each[0][0].block)
+        totals = [float(group.total(basis)) for group in part.each[0]]
+        unit = sum(totals) / len(totals)
+        for group in (group for each in part.each for group in each):
+            curve = curves[group.name]
+            found = group.losses(basis, curve.choices)
+            np.testing.assert_allclose(curve.loss[: len(found)] * unit, found, rtol=1e-12)
+    # The others are shares of their own totals, as the report says of what was chosen, in the same units.
+    report = json.loads((run / "model/lowrank.json").read_text())
+    ranks = {group.name: entry for group in chooser.groups if (entry := report["matrices"].get(group.name))}
+    assert len(ranks) == len(report["matrices"])
+    for name, entry in ranks.items():
+        curve = curves[name]
+        if entry["rank"] is not None and entry["format"] in ("pair", "width"):
+            at = np.searchsorted(curve.stored, entry["stored"])
+            assert entry["predicted_loss"] == pytest.approx(curve.loss[at], rel=1e-9)

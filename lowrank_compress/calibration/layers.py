@@ -22,9 +22,26 @@ from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.model.walk.segments import boundary_bytes, most_kept, segment_length
 from lowrank_compress.model.walk.states import StateStore
-from lowrank_compress.model.walk.step import Step
 from lowrank_compress.model.walk.walk import Walk
 from lowrank_compress.resources.resources import Resources
+
+ROWS = 256
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """Inputs of a layer, float64 on the CPU.
+
+    Attributes
+    ----------
+    peaks
+        The largest magnitude of each, (in,).
+    rows
+        Those of some tokens, evenly spread over all, (k, in): about `ROWS`.
+    """
+
+    peaks: Tensor
+    rows: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,10 +54,13 @@ class LayerMoments:
         E[x xᵀ] of what enters it, (in, in).
     fisher
         E[g gᵀ] of the gradients of the summed loss in what leaves it, (out, out); None where they were not asked for.
+    seen
+        What is known of single inputs; None where it was not asked for.
     """
 
     gram: Tensor
     fisher: Tensor | None
+    seen: Seen | None = None
 
 
 def layer_moments(
@@ -49,6 +69,7 @@ def layer_moments(
     layers: Sequence[Sequence[str]],
     *,
     gradients: bool,
+    single: bool = False,
     skip: Callable[[int], bool] = lambda block: False,
     clip: float | None = None,
     advance: Callable[[str, int, int], None] = lambda step, done, total: None,
@@ -67,6 +88,8 @@ def layer_moments(
         Paths of the layers of each block.
     gradients
         Whether those are asked for.
+    single
+        Whether single inputs are (`Seen`).
     skip, clip, advance, spill_to, resources
         As `capture.capture` has them; the processes do not share the work.
 
@@ -88,38 +111,47 @@ def layer_moments(
     else:
         steps = walk.forwards(until=max(wanted, default=-1) + 1)
     for step in steps:
-        found = _measure(walk, skeleton, step, layers[step.index], gradients, clip) if step.index in wanted else None
+        sums = None
+        if step.index in wanted:
+            modules = {path: skeleton.model.get_submodule(path) for path in layers[step.index]}
+            sums = _Sums(modules, gradients, clip, ROWS // len(batches) + 1 if single else 0)
+            for number, batch in enumerate(walk.batches):
+                with sums.hooked(batch):
+                    step.run(number)
         step.leave()
         done = count - step.index if gradients else step.index + 1
         advance("backward" if gradients else "forward", done, count)
-        if found is not None:
-            yield (
-                step.index,
-                {
-                    path: LayerMoments(gram.cpu() / tokens, None if fisher is None else fisher.cpu() / tokens)
-                    for path, (gram, fisher) in found.items()
-                },
-            )
-
-
-def _measure(
-    walk: Walk, skeleton: Skeleton, step: Step, layers: Sequence[str], gradients: bool, clip: float | None
-) -> dict[str, tuple[Tensor, Tensor | None]]:
-    sums = _Sums({path: skeleton.model.get_submodule(path) for path in layers}, gradients, clip)
-    for number, batch in enumerate(walk.batches):
-        with sums.hooked(batch):
-            step.run(number)
-    return {path: (sums.grams[sums.shared.get(path, path)], sums.fishers.get(path)) for path in layers}
+        if sums is not None:
+            yield step.index, {path: sums.moments(path, tokens) for path in layers[step.index]}
 
 
 class _Sums:
-    """Sums over batches, taken by hooks; layers that read the very same tensor share one."""
+    """Sums over batches, taken by hooks; layers that read the very same tensor share one.
 
-    def __init__(self, modules: Mapping[str, nn.Module], gradients: bool, clip: float | None) -> None:
-        self.modules, self.gradients, self.clip = modules, gradients, clip
+    Of each batch `rows` inputs are kept.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], gradients: bool, clip: float | None, rows: int) -> None:
+        self.modules, self.gradients, self.clip, self.rows = modules, gradients, clip, rows
         self.grams: dict[str, Tensor] = {}
         self.fishers: dict[str, Tensor] = {}
         self.shared: dict[str, str] = {}
+        self.peaks: dict[str, Tensor] = {}
+        self.kept: dict[str, list[Tensor]] = {}
+
+    def moments(self, path: str, tokens: int) -> LayerMoments:
+        """Return what is known of a layer, means over so many tokens."""
+        own, fisher = self.shared.get(path, path), self.fishers.get(path)
+        seen = Seen(self.peaks[own].cpu(), torch.cat(self.kept[own]).cpu()) if self.rows else None
+        return LayerMoments(self.grams[own].cpu() / tokens, None if fisher is None else fisher.cpu() / tokens, seen)
+
+    def _keep(self, path: str, values: Tensor, real: Tensor | None) -> None:
+        """Keep what single inputs (tokens, n) tell; `real` says which are no padding."""
+        values = values if real is None else values[real.to(values.device)]
+        peaks = values.abs().amax(0).double()
+        self.peaks[path] = torch.maximum(self.peaks.get(path, peaks), peaks)
+        places = torch.linspace(0, len(values) - 1, min(self.rows, len(values))).long()
+        self.kept.setdefault(path, []).append(values[places.to(values.device)].double())
 
     @contextmanager
     def hooked(self, batch: Batch) -> Iterator[None]:
@@ -148,7 +180,10 @@ class _Sums:
                     self.shared[path] = same
                 if path not in self.shared:
                     read.append((path, args[0]))
-                    add(self.grams, path, plain(args[0]))
+                    values = plain(args[0])
+                    add(self.grams, path, values)
+                    if self.rows:
+                        self._keep(path, values, batch.real())
                 if self.gradients and out.requires_grad:
                     out.register_hook(lambda gradient: add(self.fishers, path, self._clipped(plain(gradient))))
 

@@ -12,6 +12,7 @@ from rich import filesize
 from lowrank_compress.cli.commands import device_name, followed
 from lowrank_compress.cli.terminal import TerminalReporter, console, number, print_json, table
 from lowrank_compress.recipe import load_recipe
+from lowrank_compress.stages.card import beside_in_words
 from lowrank_compress.stages.quantizeconfig import QuantizeConfig, options_of
 from lowrank_compress.stages.run import Run
 from lowrank_compress.strict import COMMAND_LINE, stage_config
@@ -29,7 +30,7 @@ def quantize(
     """Quantize a checkpoint; what is not said of the data is as the run's recipe has it."""
     run = Run(Path(target))
     recipe = load_recipe(run.recipe, {}) if run.exists() else None
-    options = options_of(data, recipe, how["rounding"], device_name(device)) | how
+    options = options_of(data, recipe, how, device_name(device)) | how
     config = stage_config(QuantizeConfig, COMMAND_LINE, options)
     return followed("quantize", target, config, out, overwrite, reporter)
 
@@ -51,6 +52,7 @@ def summary(said: Mapping[str, Any]) -> str:
         f"Quantized ({said['rounding']}): {said['weights']:,} weights in {said['bits_per_weight']:.3f} bits each, "
         f"scales included. All weights inside the blocks take {said['stored_bytes']:,} bytes, of the original's "
         f"{said['original_bytes']:,} ({said['stored_bytes'] / said['original_bytes']:.1%}). Loads with {loads}."
+        + beside_in_words(said)
         + (f" The adapter of rank {said['residual_rank']} beside takes {beside:,} bytes." if beside else "")
         + ("" if loss is None else f" Predicted loss increase by rounding: {loss:.4g} nats a token.")
     )
@@ -63,6 +65,7 @@ def print_layers(target: str, said: Mapping[str, Any]) -> None:
         grid = "as it was"
         if layer["bits"] is not None:
             grid = f"{layer['group']}, {'symmetric' if layer['symmetric'] else 'asymmetric'}"
+            grid += "".join(f", {name} {layer[name]}" for name in ("rank", "outliers") if name in layer)
         rows.append(
             [
                 name,

@@ -42,7 +42,7 @@ def quantize(
         int,
         typer.Option(
             "--group",
-            help="Columns of a row that share a scale; where it does not divide a matrix, all of a row do.",
+            help="Columns of a row that share a scale; all of a row do where it does not divide them, or is 0.",
             rich_help_panel=WHAT,
         ),
     ] = 64,
@@ -64,6 +64,34 @@ def quantize(
             rich_help_panel=WHAT,
         ),
     ] = 0,
+    smooth: Annotated[
+        bool,
+        typer.Option(
+            "--smooth",
+            help="Shift outliers of activations to the weights, by a scale for each input; with --residual-rank the "
+            "product, in two bytes a number, is part of the checkpoint (SVDQuant).",
+            rich_help_panel=WHAT,
+        ),
+    ] = False,
+    outliers: Annotated[
+        float | None,
+        typer.Option(
+            "--outliers",
+            help="Leave columns of weights in two bytes a number that inputs larger than this meet on the calibration "
+            "text; 6 in the paper (LLM.int8()).",
+            rich_help_panel=WHAT,
+            show_default=False,
+        ),
+    ] = None,
+    activation_bits: Annotated[
+        int | None,
+        typer.Option(
+            "--activation-bits",
+            help="Round what enters a layer to so many bits, too, token by token, 2 to 8 (default: not at all).",
+            rich_help_panel=WHAT,
+            show_default=False,
+        ),
+    ] = None,
     rounding: Annotated[
         str,
         typer.Option(
@@ -125,6 +153,9 @@ def quantize(
             "group": group,
             "symmetric": symmetric,
             "residual_rank": residual_rank,
+            "smooth": smooth,
+            "outliers": outliers,
+            "activation_bits": activation_bits,
             "rounding": rounding,
             "damping": damping,
             "damping_fisher": damping_fisher,

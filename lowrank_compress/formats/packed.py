@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from lowrank_compress.linalg.quantize import Grid, Quantized
+from lowrank_compress.shipped.beside import Beside
 from lowrank_compress.shipped.packed import pack, words_for
 
 _WORD_BYTES, _SHAPE_BYTES = 4, 16
@@ -41,3 +44,8 @@ def packed_bytes(shape: tuple[int, int], grid: Grid, dtype: torch.dtype) -> int:
     groups = n // grid.group
     zeros = 0 if grid.symmetric else words_for(m, grid.bits) * groups * _WORD_BYTES
     return m * words_for(n, grid.bits) * _WORD_BYTES + m * groups * dtype.itemsize + zeros + _SHAPE_BYTES
+
+
+def beside_bytes(shape: tuple[int, int], beside: Beside, dtype: torch.dtype) -> int:
+    """Count the bytes of what a quantized matrix (m, n) has beside its codes, numbers in a dtype."""
+    return sum(math.prod(size) * kind.itemsize for size, kind in beside.buffers(*shape, dtype).values())

@@ -102,6 +102,12 @@ def rounded(weight: Tensor, scales: Scales) -> Quantized:
     return Quantized(scales, nearest(weight, *scales.columns(), scales.grid))
 
 
+def spanned(weight: Tensor, grid: Grid, dtype: torch.dtype | None = None) -> Scales:
+    """Return scales at which the grid spans all weights (m, n) of each group; `dtype` is as in `searched`."""
+    scale, zero = next(_tried(weight.unflatten(1, (-1, grid.group)), grid))
+    return Scales(grid, _storable(scale, dtype), zero)
+
+
 def searched(weight: Tensor, grid: Grid, importance: Tensor | None = None, dtype: torch.dtype | None = None) -> Scales:
     """Find scales by trial: those at which rounding to the nearest point loses least, group by group.
 

@@ -15,9 +15,9 @@ from .traits import traits_problem
 QUANT_METHOD = "lowrank"
 # Of what a checkpoint holds; raised when code that knows only earlier ones could not load it. 2: indices are int32.
 # 3: attentions may say their traits, and parts be svd-core. 4: experts may be compressed. 5: linear layers may be
-# packed. 6: routers may know fewer experts. 7: attentions may cache latents. A checkpoint bears the first version that
-# has all that is in it.
-VERSION = 7
+# packed. 6: routers may know fewer experts. 7: attentions may cache latents. 8: packed layers may have something beside
+# their codes. A checkpoint bears the first version that has all that is in it.
+VERSION = 8
 REMOTE_FILE = "modeling_lowrank.py"
 IN_PACKAGE = __name__.startswith("lowrank_compress.")
 
@@ -52,7 +52,8 @@ class LowRankConfig(QuantizationConfigMixin):
         That of the checkpoint, up to `VERSION`; what is saved again has the first one that has all that is in it.
     factor_quantization : mapping, optional
         Which linear layers, those inside compressed modules among them, are packed: ``{"layout": "pack-quantized",
-        "linears": {path: [bits, group, symmetric]}}`` (see `PackedLinear`).
+        "linears": {path: [bits, group, symmetric]}}`` (see `PackedLinear`); a fourth thing is what they have beside
+        their codes, ``{"rank", "outliers", "smooth", "activation_bits"}`` or some of these (see `Beside`).
 
     Raises
     ------
@@ -103,6 +104,7 @@ class LowRankConfig(QuantizationConfigMixin):
         needed += [7 for entry in self.attention.values() if "latent" in entry]
         needed += [FORMATS[part["format"]].since for entry in self.modules.values() for part in entry["parts"]]
         needed += [] if self.factor_quantization is None else [5]
+        needed += [8 for entry in (self.factor_quantization or {}).get("linears", {}).values() if len(entry) > 3]
         self.version = max([self.version, *needed])
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .beside import Beside, checked_beside
+from .formats.base import require_distinct
 
 WORD = 32
 # The layout of tensors: that of compressed-tensors' format of the same name.
@@ -65,6 +68,8 @@ class PackedLinear(nn.Module):
         Bits of a code, and columns of a group.
     symmetric : bool
         Whether z is 0.
+    beside : Beside
+        What it computes with beside the codes; then s (c − z) is not all of the weight.
 
     Notes
     -----
@@ -87,12 +92,13 @@ class PackedLinear(nn.Module):
         bits: int,
         group: int,
         symmetric: bool,
+        beside: Beside = Beside(),
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         device = torch.get_default_device() if device is None else torch.device(device)
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features, self.out_features, self.beside = in_features, out_features, beside
         self.bits, self.group, self.symmetric = bits, group, symmetric
         groups = in_features // group
 
@@ -104,10 +110,16 @@ class PackedLinear(nn.Module):
         self.register_buffer("weight_shape", torch.tensor([out_features, in_features], device=device))
         if not symmetric:
             self.register_buffer("weight_zero_point", zeros(words_for(out_features, bits), groups))
+        for name, (shape, kind) in beside.buffers(out_features, in_features, dtype).items():
+            self.register_buffer(name, zeros(*shape, kind=kind))
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
 
     def dense(self) -> Tensor:
         """Return the weight (m, n) that it stands for, in the dtype of the scales."""
+        return self.beside.added(self, self._decoded())
+
+    def _decoded(self) -> Tensor:
+        """Return s (c − z)."""
         codes = unpack(self.weight_packed, self.bits, self.in_features).unflatten(1, (-1, self.group))
         scale = self.weight_scale[..., None]
         values = codes.to(scale.dtype)
@@ -123,7 +135,19 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""
-        return nn.functional.linear(x, self.dense().to(x.dtype), self.bias)
+        met = self.beside.entering(self, x)
+        return self.beside.emitted(self, x, nn.functional.linear(met, self._decoded().to(x.dtype), self.bias))
+
+    def check(self, path: str) -> None:
+        """Make sure that outlier columns are columns, each once.
+
+        Raises
+        ------
+        ValueError
+            They are not.
+        """
+        if self.beside.outliers:
+            require_distinct(f"{path}.weight_columns", self.get_buffer("weight_columns"), self.in_features)
 
     def extra_repr(self) -> str:
         """Shape and grid, as ``print(model)`` shows them."""
@@ -131,6 +155,7 @@ class PackedLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"bits={self.bits}, group={self.group}, {kind}"
+            + "".join(f", {name}={value}" for name, value in self.beside.entry.items())
         )
 
 
@@ -153,32 +178,35 @@ def checked_packing(found: Any) -> dict[str, Any] | None:
         )
     linears = {}
     for path, entry in found["linears"].items():
-        if not isinstance(entry, list | tuple) or len(entry) != 3:
+        if not isinstance(entry, list | tuple) or len(entry) not in (3, 4):
             raise ValueError(
                 f"factor_quantization.linears[{path!r}]: expected bits, group and symmetry, got {entry!r:.100}"
             )
-        bits, group, symmetric = entry
+        bits, group, symmetric, *beside = entry
         if type(bits) is not int or not 2 <= bits <= 8 or type(group) is not int or group < 1:
             raise ValueError(f"factor_quantization.linears[{path!r}]: expected 2 to 8 bits and a group, got {entry}")
         if type(symmetric) is not bool:
             raise ValueError(f"factor_quantization.linears[{path!r}]: expected symmetric or not, got {entry}")
-        linears[path] = [bits, group, symmetric]
+        linears[path] = [bits, group, symmetric, *(checked_beside(path, each) for each in beside)]
     return {"layout": LAYOUT, "linears": linears}
 
 
-def packed_like(path: str, old: Any, entry: tuple[int, int, bool]) -> PackedLinear:
-    """Make the packed layer of a linear one, on its device and in its dtype.
+def packed_like(path: str, old: Any, entry: Sequence[Any]) -> PackedLinear:
+    """Make the packed layer of a linear one, on its device and in its dtype; `entry` is that of the config.
 
     Raises
     ------
     ValueError
         It is no ``nn.Linear``, or the group does not divide its columns.
     """
-    bits, group, symmetric = entry
+    bits, group, symmetric, *more = entry
+    beside = Beside(**more[0]) if more else Beside()
     if not isinstance(old, nn.Linear):
         raise ValueError(f"{path} of the low-rank config is a {type(old).__name__}, expected nn.Linear")
     if old.in_features % group:
         raise ValueError(f"{path} has {old.in_features} columns, which groups of {group} do not divide")
+    if beside.outliers > old.in_features or beside.rank > min(old.weight.shape):
+        raise ValueError(f"{path} is {tuple(old.weight.shape)}, too small for {beside.entry}")
     new = PackedLinear(
         old.in_features,
         old.out_features,
@@ -186,6 +214,7 @@ def packed_like(path: str, old: Any, entry: tuple[int, int, bool]) -> PackedLine
         bits,
         group,
         symmetric,
+        beside,
         device=old.weight.device,
         dtype=old.weight.dtype,
     )

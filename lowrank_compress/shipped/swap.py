@@ -18,7 +18,7 @@ from .latent import LENGTH_DEPENDENT, Latent, latent_class
 from .linear import CompressedLinear, Stock
 from .lookup import lacking, looked_up
 from .modules import dense_module, find, put, shape_of, stock_of
-from .packed import packed_like
+from .packed import PackedLinear, packed_like
 from .router import PrunedRouter, prune_router
 from .traits import Traits
 
@@ -62,7 +62,7 @@ def swap_modules(model: nn.Module, config: LowRankConfig) -> None:
         _swap_attention(model, path, entry)
     for path, packing in (config.factor_quantization or {}).get("linears", {}).items():
         name, old = find(model, path)
-        put(model, name, packed_like(path, old, tuple(packing)))
+        put(model, name, packed_like(path, old, packing))
 
 
 def _swap_router(model: nn.Module, path: str, entry: Mapping[str, int]) -> None:
@@ -200,6 +200,8 @@ def check_indices(model: nn.Module) -> None:
         if isinstance(module, CompressedLinear):
             for part in module.parts:
                 part.check(module, path)
+        elif isinstance(module, PackedLinear):
+            module.check(path)
         elif isinstance(module, CompressedAttention) and module.lr_heads.rotary:
             # Pivot rows come in their order; those of a head's pairs in any.
             size = module.lr_heads.size

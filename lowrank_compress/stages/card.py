@@ -63,6 +63,19 @@ def _of_dense(report: Mapping[str, Any], about: Mapping[str, Any]) -> str:
     return "\n".join([f"---\n{header}\n---\n", f"# {title}\n", _quantized(report), loading, _limits(about, False)])
 
 
+def beside_in_words(said: Mapping[str, Any]) -> str:
+    """Say what quantized layers have beside their codes, from the report of the quantization; nothing where nothing."""
+    if (beside := said.get("beside")) is None:
+        return ""
+    parts = ["scales that shift outliers of activations to weights"] if beside["smooth"] else []
+    parts += [f"a product of rank {beside['rank']}"] if beside["rank"] else []
+    if beside["outliers"] is not None:
+        parts.append(f"{beside['outlier_columns']:,} of {beside['columns']:,} input columns in two bytes a number")
+    held = f" Beside the codes there are {', and '.join(parts)}; they count." if parts else ""
+    bits = beside["activation_bits"]
+    return held + (f" What enters a layer is rounded to {bits} bits, token by token." if bits else "")
+
+
 def _quantized(report: Mapping[str, Any]) -> str:
     """Say how many bits the weights have, where they are quantized."""
     if (said := report.get("quantize")) is None:
@@ -71,7 +84,7 @@ def _quantized(report: Mapping[str, Any]) -> str:
 
 The {said["weights"]:,} weights of its linear layers take {said["bits_per_weight"]:.2f} bits each, scales included
 (`lrc quantize`, rounding `{said["rounding"]}`); all weights inside the blocks take {said["stored_bytes"]:,} bytes, of
-the original's {said["original_bytes"]:,}.
+the original's {said["original_bytes"]:,}.{beside_in_words(said)}
 """
 
 

@@ -68,9 +68,9 @@ def quantize(
     data = {name: fields.pop(name, None) for name in DATA}
     data["source"] = None if calibration is None else str(calibration)
     recipe = load_recipe(run.recipe, {}) if run.exists() else None
-    options = options_of(data, recipe, rounding, str(compute_device(device)))
-    said = {"bits": None if bits is None else float(bits), "rounding": rounding}
-    config = stage_config(QuantizeConfig, "The call of quantize", options | said | fields)
+    said = {"bits": None if bits is None else float(bits), "rounding": rounding, **fields}
+    options = options_of(data, recipe, said, str(compute_device(device)))
+    config = stage_config(QuantizeConfig, "The call of quantize", options | said)
     if run.exists() and out is None:
         with locked(run.path):
             manifest = extend(run, stage, config, reporter, overwrite=overwrite)

@@ -34,7 +34,7 @@ from lowrank_compress.shipped.saving import remote_code_entries, write_remote_co
 from lowrank_compress.stages.card import PEFT_TASKS, model_card
 from lowrank_compress.stages.environment import environment
 from lowrank_compress.stages.origin import CARD, copy_licences
-from lowrank_compress.stages.quantizeconfig import QuantizeConfig
+from lowrank_compress.stages.quantizeconfig import NO_TEXT, QuantizeConfig, looks
 from lowrank_compress.stages.quantized import is_stock, report_of
 from lowrank_compress.stages.quantizing import Layer, Quantizer
 from lowrank_compress.stages.report import REPORT, facts
@@ -87,8 +87,8 @@ def run(
         result is in `out_dir`.
     """
     refuse_packed(inputs.checkpoint, "quantize")
-    if config.source is None and ROUNDINGS[config.rounding].needs != "nothing":
-        raise InputError(f"Rounding by {config.rounding} looks at the model on a text: name one with --calibration.")
+    if config.source is None and looks(config.model_dump()):
+        raise InputError(NO_TEXT)
     identity = key(config, inputs)
 
     def made() -> Manifest:
@@ -126,10 +126,11 @@ def _quantized(
         raise InputError(
             f"--seq-len {config.seq_len} is more than the {longest} positions of the model. Use at most that."
         )
-    if config.residual_rank and not (config.symmetric and checkpoint.quantization is None and config.whole):
+    stock = config.symmetric and checkpoint.quantization is None and config.whole is not None
+    if config.residual_rank and not (config.aided or stock):
         raise InputError(
             "A residual becomes an adapter of a stock checkpoint: expected a dense one to quantize, --symmetric, and a "
-            "whole number of --bits."
+            "whole number of --bits; or --smooth, with which it becomes part of the checkpoint."
         )
     quantizer = Quantizer(config, skeleton, original, work_of(out_dir), identity.id, reporter, resources)
     chosen = quantizer.make()
@@ -137,7 +138,7 @@ def _quantized(
         shards = _write_tensors(quantizer, chosen, draft)
         report = report_of(quantizer, chosen, before, own)
         _write_rest(quantizer, chosen, report, draft)
-        if config.residual_rank:
+        if config.residual_rank and not config.aided:
             _write_adapter(quantizer, chosen, draft / ADAPTER)
         said = {name: value for name, value in report["quantize"].items() if name not in ("layers", "left")}
         found = facts(report) | {"shards": shards, "quantize": said}
@@ -188,7 +189,9 @@ def _layout(quantizer: Quantizer, chosen: Mapping[str, int]) -> dict[str, Any]:
             modules[layer.path] = {
                 "in_features": columns, "out_features": rows, "bias": True, "heads": 1, "parts": [part]
             }  # fmt: skip
-        linears[f"{layer.path}.lr_in" if layer.transposed else layer.path] = [grid.bits, grid.group, grid.symmetric]
+        beside = quantizer.beside(layer).entry
+        entry = [grid.bits, grid.group, grid.symmetric, *([beside] if beside else [])]
+        linears[f"{layer.path}.lr_in" if layer.transposed else layer.path] = entry
     return found | {"modules": modules, "factor_quantization": {"layout": LAYOUT, "linears": linears}}
 
 

@@ -13,12 +13,17 @@ from lowrank_compress.config import CalibrationSet
 from lowrank_compress.errors import InputError
 from lowrank_compress.methods.rounding import ROUNDINGS
 from lowrank_compress.recipe import Recipe
+from lowrank_compress.shipped.beside import MOST_ACTIVATION_BITS
 from lowrank_compress.stages.plan import MICRO_BATCH_TOKENS
 from lowrank_compress.strict import MANY
 
 SEQ_LEN, SAMPLES = 512, 128
 BITS = (2, 3, 4, 5, 6, 8)
 """What a budget chooses from, matrix by matrix."""
+NO_TEXT = (
+    "This quantization looks at the model on a text: name one with --calibration, or take --rounding rtn without "
+    "--smooth, --outliers and --activation-bits, which needs none."
+)
 
 
 class QuantizeConfig(CalibrationSet):
@@ -33,11 +38,18 @@ class QuantizeConfig(CalibrationSet):
     bytes
         In place of bits: the share of the original's bytes, of all claimed weights, that may be stored.
     group
-        Columns that share a scale.
+        Columns that share a scale; 0: all of a row do.
     symmetric
         Whether zero points are 0.
     residual_rank
-        Of a product that is added to each matrix and makes up for rounding: an adapter beside the checkpoint. 0: none.
+        Of a product that is added to each matrix and makes up for rounding: an adapter beside the checkpoint, or in it
+        where something else is beside the codes, too. 0: none.
+    smooth
+        Whether outliers of activations are shifted to weights (SVDQuant).
+    outliers
+        Columns that inputs beyond this magnitude meet are left as they are, in two bytes (LLM.int8()). None: no column.
+    activation_bits
+        To which what enters a layer is rounded as it computes. None: not.
     damping, damping_fisher
         Shares of their mean diagonals that are added to the diagonals of Gram and Fisher matrices.
     clip
@@ -50,9 +62,12 @@ class QuantizeConfig(CalibrationSet):
     rounding: str = "kfac"
     bits: float | None = Field(default=None, ge=2, le=16)
     bytes: float | None = Field(default=None, gt=0, lt=1)
-    group: int = Field(default=64, ge=8, le=4096)
+    group: int = Field(default=64, ge=0, le=4096)
     symmetric: bool = True
     residual_rank: int = Field(default=0, ge=0, le=MANY)
+    smooth: bool = False
+    outliers: float | None = Field(default=None, gt=0)
+    activation_bits: int | None = Field(default=None, ge=2, le=MOST_ACTIVATION_BITS)
     damping: float = Field(default=0.01, gt=0, le=1)
     damping_fisher: float = Field(default=0.1, gt=0, le=100)
     clip: float | None = Field(default=None, gt=0)
@@ -67,7 +82,16 @@ class QuantizeConfig(CalibrationSet):
             raise ValueError(f"bits is {self.bits:g}; expected up to 9 bits for a weight, scales included")
         if self.whole is not None and self.whole not in BITS:
             raise ValueError(f"bits is {self.whole}; expected one of {', '.join(map(str, BITS))}, or a fraction")
+        if 0 < self.group < 8:
+            raise ValueError(f"group is {self.group}; expected 8 columns or more, or 0 for all of a row")
+        if self.aided and self.whole is None:
+            raise ValueError("smooth, outliers and activation_bits go with one whole number of bits for all weights")
         return self
+
+    @property
+    def aided(self) -> bool:
+        """Whether layers have something beside their codes (`Beside`), which stock formats have no place for."""
+        return self.smooth or self.outliers is not None or self.activation_bits is not None
 
     @property
     def whole(self) -> int | None:
@@ -75,7 +99,13 @@ class QuantizeConfig(CalibrationSet):
         return int(self.bits) if self.bits is not None and self.bits.is_integer() else None
 
 
-def options_of(data: Mapping[str, Any], recipe: Recipe | None, rounding: str, device: str) -> dict[str, Any]:
+def looks(said: Mapping[str, Any]) -> bool:
+    """Whether what was asked for of a quantization, by field, has to look at the model on a text."""
+    aids = said.get("smooth"), said.get("outliers") is not None, said.get("activation_bits") is not None
+    return ROUNDINGS[said.get("rounding", "kfac")].needs != "nothing" or any(aids)
+
+
+def options_of(data: Mapping[str, Any], recipe: Recipe | None, said: Mapping[str, Any], device: str) -> dict[str, Any]:
     """Decide what a config says of data and device.
 
     Parameters
@@ -84,8 +114,8 @@ def options_of(data: Mapping[str, Any], recipe: Recipe | None, rounding: str, de
         What was asked for: source, text_column, label_column, samples, seq_len, seed; None for what was not.
     recipe
         Of the run whose checkpoint is quantized; None for a checkpoint that is none's.
-    rounding
-        Which needs a text, or none.
+    said
+        What was asked for otherwise, which needs a text, or none.
     device
         Where to compute.
 
@@ -101,12 +131,9 @@ def options_of(data: Mapping[str, Any], recipe: Recipe | None, rounding: str, de
             columns = {name: getattr(recipe, name) for name in ("text_column", "label_column")}
             own |= {"source": recipe.calibration or PAPERS_DATA, **columns}
         given = {name: value for name, value in own.items() if value is not None} | given
-    if ROUNDINGS[rounding].needs == "nothing":
+    if not looks(said):
         given = {name: value for name, value in given.items() if name == "seed"} | {"source": None}
     elif "source" not in given:
-        raise InputError(
-            f"Rounding by {rounding} looks at the model on a text: name one with --calibration, or take --rounding "
-            "rtn, which needs none."
-        )
+        raise InputError(NO_TEXT)
     length: int = given.setdefault("seq_len", SEQ_LEN) or SEQ_LEN
     return given | {"device": device, "micro_batch": max(1, MICRO_BATCH_TOKENS[torch.device(device).type] // length)}

@@ -17,7 +17,8 @@ from lowrank_compress.stages.report import beyond_claimed
 def is_stock(quantizer: Quantizer) -> bool:
     """Whether the quantized checkpoint is one of a stock model, in the format of compressed-tensors."""
     plain = not any(layer.transposed for layer in quantizer.layers)
-    return plain and quantizer.config.symmetric and quantizer.plan.checkpoint.quantization is None
+    config = quantizer.config
+    return plain and config.symmetric and not config.aided and quantizer.plan.checkpoint.quantization is None
 
 
 def report_of(
@@ -29,6 +30,7 @@ def report_of(
     taken = sum(entry["bytes"] for entry in layers.values())
     stored = own + taken - sum(quantizer.bytes_of(layer, None) for layer in quantizer.layers)
     nats = quantizer.rounding.needs == "gradients"
+    apart = 0 if config.aided else config.residual_rank
     said = {
         "rounding": config.rounding,
         "asked_bits": config.bits,
@@ -39,9 +41,10 @@ def report_of(
         "stored_bytes": stored,
         "original_bytes": quantizer.original_bytes,
         "residual_rank": config.residual_rank,
-        "residual_bytes": sum(_residual_bytes(layer, config.residual_rank) for layer in quantizer.layers),
+        "residual_bytes": sum(_residual_bytes(layer, apart) for layer in quantizer.layers),
         "predicted_loss": sum(entry.get("loss", 0.0) for entry in layers.values()) if nats else None,
         "unit": "nats" if nats else "share",
+        **({"beside": _beside(quantizer)} if config.aided else {}),
         "format": packing.METHOD if is_stock(quantizer) else "lowrank",
         "left": quantizer.left,
         "layers": layers,
@@ -49,6 +52,19 @@ def report_of(
     if before is None:
         return {"schema": 1, "method": "dense", "about": about(quantizer.plan), "quantize": said}
     return {**before, **_bytes_now(before, quantizer.plan, stored), "quantize": said}
+
+
+def _beside(quantizer: Quantizer) -> dict[str, Any]:
+    """Say what all layers together have beside their codes."""
+    config, found = quantizer.config, [quantizer.beside(layer) for layer in quantizer.layers]
+    return {
+        "smooth": config.smooth,
+        "outliers": config.outliers,
+        "outlier_columns": sum(each.outliers for each in found),
+        "columns": sum(layer.shape[1] for layer in quantizer.layers),
+        "activation_bits": config.activation_bits,
+        "rank": config.residual_rank,
+    }
 
 
 def _residual_bytes(layer: Layer, rank: int) -> int:

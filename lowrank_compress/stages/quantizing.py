@@ -22,13 +22,15 @@ from lowrank_compress.calibration.capture import numbered
 from lowrank_compress.calibration.layers import LayerMoments, layer_moments
 from lowrank_compress.errors import InputError
 from lowrank_compress.evaluation.size import measure_size
-from lowrank_compress.formats.packed import packed_bytes, packed_tensors, scale_dtype
+from lowrank_compress.formats.packed import beside_bytes, packed_bytes, packed_tensors, scale_dtype
 from lowrank_compress.linalg.quantize import Grid, Quantized, Scales
-from lowrank_compress.methods.rounding import ROUNDINGS, Problem, with_residual
+from lowrank_compress.methods.rounding import ROUNDINGS, Problem
 from lowrank_compress.model.blueprint import Blueprint
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.resources.resources import Resources
+from lowrank_compress.shipped.beside import Beside
 from lowrank_compress.shipped.linear import CompressedLinear
+from lowrank_compress.stages.fitting import beside_of, fit
 from lowrank_compress.stages.quantizeconfig import BITS, QuantizeConfig
 from lowrank_compress.stages.reporting import Reporter
 from lowrank_compress.stages.samples import calibration_batches
@@ -62,8 +64,8 @@ class Layer:
 
     def grid(self, bits: int, config: QuantizeConfig) -> Grid:
         """The grid of so many bits; where the group does not divide the columns, all of a row share one scale."""
-        columns = self.shape[1]
-        return Grid(bits, config.group if columns % config.group == 0 else columns, config.symmetric)
+        columns, group = self.shape[1], config.group or self.shape[1]
+        return Grid(bits, group if columns % group == 0 else columns, config.symmetric)
 
 
 def layers_of(plan: Blueprint) -> tuple[list[Layer], dict[str, str]]:
@@ -145,7 +147,7 @@ class Quantizer:
         self.rounded.remove(self.blocks)
 
     def _moments(self, missing: Sequence[int]) -> Iterator[tuple[int, Mapping[str, LayerMoments]]]:
-        if self.rounding.needs == "nothing":
+        if self.config.source is None:
             for block in missing:
                 yield block, {}
                 self.reporter.advance("quantize", block + 1, len(self.blocks))
@@ -155,6 +157,7 @@ class Quantizer:
             numbered(calibration_batches(self.config, self.plan.checkpoint, self.plan.task)),
             [[layer.path for layer in self.of_block(block)] for block in self.blocks],
             gradients=self.rounding.needs == "gradients",
+            single=self.config.aided,
             skip=lambda block: block not in missing,
             clip=self.config.clip,
             advance=self.reporter.advance,
@@ -165,6 +168,7 @@ class Quantizer:
     def _round(self, block: int, moments: Mapping[str, LayerMoments]) -> None:
         tensors: dict[str, Tensor] = {}
         losses: dict[str, dict[str, float]] = {}
+        outliers: dict[str, int] = {}
         device = torch.device(self.config.device)
         for layer in self.of_block(block):
             known = moments.get(layer.path)
@@ -178,24 +182,11 @@ class Quantizer:
                 None if known is None or known.fisher is None else known.fisher.to(device),
             )
             for bits in self.bits:
-                found, lost = self._fit(layer, bits, problem, tensors)
-                losses.setdefault(layer.path, {})[str(bits)] = lost
-                kept = {"codes": found.codes.to(torch.int8), "scale": found.scales.scale.to(self.scales)}
-                kept["zero"] = found.scales.zero.to(torch.int8)
-                tensors |= {f"{layer.path}/{bits}/{name}": tensor for name, tensor in kept.items()}
-        self.rounded.write(block, tensors, notes={"losses": losses})
-
-    def _fit(self, layer: Layer, bits: int, problem: Problem, tensors: dict[str, Tensor]) -> tuple[Quantized, float]:
-        """Round a layer, with a product beside it if one is asked for, which is added to `tensors`."""
-        grid = layer.grid(bits, self.config)
-        if not self.config.residual_rank:
-            found = self.rounding.fit(problem, grid)
-            return found, problem.lost(found)
-        rank = min(self.config.residual_rank, *layer.shape)
-        both = with_residual(problem, grid, self.rounding, rank, self.scales)
-        for name, part in (("outer", both.outer), ("inner", both.inner)):
-            tensors[f"{layer.path}/{bits}/{name}"] = part.to(self.scales)
-        return both.quantized, both.lost
+                fitted = fit(self.config, problem, layer.grid(bits, self.config), None if known is None else known.seen)
+                losses.setdefault(layer.path, {})[str(bits)] = fitted.lost
+                outliers[layer.path] = fitted.beside.outliers
+                tensors |= {f"{layer.path}/{bits}/{name}": each for name, each in fitted.kept(self.scales).items()}
+        self.rounded.write(block, tensors, notes={"losses": losses, "outliers": outliers})
 
     def losses(self) -> dict[str, dict[int, float]]:
         """What each layer loses at each number of bits (`Problem.lost`)."""
@@ -209,13 +200,24 @@ class Quantizer:
         """The tensors of a layer by their leaf names; `block` is what was kept of its block."""
         codes, scale, zero = (block[f"{layer.path}/{bits}/{name}"] for name in ("codes", "scale", "zero"))
         scales = Scales(layer.grid(bits, self.config), scale.double(), zero.double())
-        return packed_tensors(Quantized(scales, codes.double()), self.scales)
+        more = {name: block[f"{layer.path}/{bits}/{name}"] for name in self._named(layer)}
+        return packed_tensors(Quantized(scales, codes.double()), self.scales) | more
+
+    def beside(self, layer: Layer) -> Beside:
+        """What a layer that is rounded has beside its codes."""
+        outliers = self.rounded.notes(layer.block)["outliers"][layer.path] if self.config.outliers else 0
+        return beside_of(self.config, layer.shape, outliers)
+
+    def _named(self, layer: Layer) -> list[str]:
+        """The names of the tensors that a layer has beside its codes."""
+        return list(self.beside(layer).buffers(*layer.shape, self.scales))
 
     def bytes_of(self, layer: Layer, bits: int | None) -> int:
-        """Bytes of a layer's weight; None for as it is."""
+        """Bytes of a layer's weight; None for as it is. Those of outliers are known once it is rounded."""
         if bits is None:
             return layer.weights * self.dtype.itemsize
-        return packed_bytes(layer.shape, layer.grid(bits, self.config), self.scales)
+        grid = layer.grid(bits, self.config)
+        return packed_bytes(layer.shape, grid, self.scales) + beside_bytes(layer.shape, self.beside(layer), self.scales)
 
     def _limit(self) -> int:
         """How many bytes the layers may take together."""
@@ -273,5 +275,6 @@ def described(quantizer: Quantizer, chosen: Mapping[str, int]) -> dict[str, Any]
         if bits is not None:
             grid = layer.grid(bits, quantizer.config)
             entry |= {"group": grid.group, "symmetric": grid.symmetric, "loss": losses[layer.path][bits]}
+            entry |= quantizer.beside(layer).entry
         found[layer.path] = entry
     return found

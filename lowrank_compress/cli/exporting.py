@@ -34,6 +34,13 @@ def export(target: str, dense: Path | None, native: Path | None, overwrite: bool
     if dense is None:
         write_native(source, places[0], overwrite=overwrite)
     else:
+        if any(
+            entry.get("latent", {}).get("window") for entry in (source.quantization or {}).get("attention", {}).values()
+        ):
+            reporter.warn(
+                "The checkpoint's cache keeps exact keys and values of its last tokens alone. A stock model keeps them "
+                "of all, and so does this export: it is the model without a smaller cache."
+            )
         write_dense(source, dense, lambda done, total: reporter.advance("export", done, total), overwrite=overwrite)
     console().print(f"{'Native' if dense is None else 'Dense'} checkpoint: {places[0]}")
     return places[0]

@@ -87,10 +87,10 @@ def test_two_budgets(runs: dict[str, Path]) -> None:
 
 def test_a_dense_export_computes_the_same(runs: dict[str, Path], tiny: Tiny, tmp_path: Path) -> None:
     for name in ("alone", "both"):
-        done("export", runs[name], "--dense", tmp_path / name)
+        assert "smaller cache" not in done("export", runs[name], "--dense", tmp_path / name).text
         torch.testing.assert_close(logits(runs[name] / "model"), logits(tmp_path / name), rtol=0, atol=3e-5)
     # With a window, all keys and values are exact there.
-    done("export", runs["windowed"], "--dense", tmp_path / "windowed")
+    assert "without a smaller cache" in done("export", runs["windowed"], "--dense", tmp_path / "windowed").text
     assert logits(tmp_path / "windowed").equal(logits(tiny.model))
     assert (logits(runs["windowed"] / "model") - logits(tiny.model)).abs().max() > 1e-4
 

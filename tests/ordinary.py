@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from tests.tiny import MODELS, PAD, Task, tiny_model
+from tests.tiny import MODELS, MORE_MODELS, PAD, Task, tiny_model
 
 LM = [name for name, (_, task, _) in MODELS.items() if task == "lm"]
 CLASSIFIERS = [name for name, (_, task, _) in MODELS.items() if task == "classification"]
@@ -31,7 +31,7 @@ class Saved:
 
     def __call__(self, case: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> Path:
         """Return the directory of a case's checkpoint; `overrides` are configuration fields."""
-        model_type, task, fields = MODELS[case]
+        model_type, task, fields = (MODELS | MORE_MODELS)[case]
         path = self.place / "-".join([case, str(dtype), *(f"{name}={value}" for name, value in overrides.items())])
         if not path.exists():
             tiny_model(model_type, task, dtype=dtype, **(fields | overrides)).save_pretrained(path)
@@ -40,7 +40,7 @@ class Saved:
 
 def task(case: str) -> Task:
     """Return what the head of a case's model does."""
-    return MODELS[case][1]
+    return (MODELS | MORE_MODELS)[case][1]
 
 
 def load(path: Path, kind: Task, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
@@ -87,7 +87,11 @@ def part_rows(model: PreTrainedModel, target: str) -> tuple[str, Tensor]:
         return path, torch.arange(total)
     config = model.config
     heads = config.num_attention_heads
-    if config.model_type == "gpt_neox" or getattr(config, "multi_query", True) is False:
+    if getattr(config, "new_decoder_architecture", False):
+        keys = config.num_kv_heads
+        parts = torch.arange(total).view(keys, heads // keys + 2, -1).split([heads // keys, 1, 1], 1)
+        return path, parts["qkv".index(role)].flatten()
+    if config.model_type in ("gpt_neox", "bloom", "persimmon") or getattr(config, "multi_query", True) is False:
         return path, torch.arange(total).view(heads, 3, -1)[:, "qkv".index(role)].flatten()
     if role in ("gate", "up"):
         return path, torch.arange(total).chunk(2)[("gate", "up").index(role)]

@@ -108,13 +108,65 @@ TINY: dict[str, dict[str, Any]] = {
     "distilbert": {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 72, "max_position_embeddings": 160},
 }
 
+_WINDOWS: dict[str, Any] = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+_HEADS: dict[str, Any] = {"head_dim": 8}
+_SCALED: dict[str, Any] = {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 8}
+
+# Families that differ little from those above: each goes through one compression and one proof of narrower heads.
+MORE: dict[str, dict[str, Any]] = {
+    "cohere2": {**_LLAMA, **_WINDOWS, "logit_scale": 0.3},
+    "ernie4_5": {**_LLAMA, **_HEADS},
+    "nemotron": {**_LLAMA, "rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5}},
+    "arcee": _LLAMA,
+    "apertus": {**_LLAMA, **_HEADS},
+    "olmo": _LLAMA,
+    "olmo3": {**_LLAMA, **_WINDOWS},
+    "exaone4": {**_LLAMA, **_WINDOWS},
+    "ministral": {**_LLAMA, **_WINDOWS, **_HEADS},
+    "ministral3": {**_LLAMA, **_HEADS, "rope_parameters": {**_ROPE, **_SCALED}},
+    "seed_oss": {**_LLAMA, **_HEADS},
+    "internlm3": {**_LLAMA, **_HEADS},
+    "hunyuan_v1_dense": {**_LLAMA, **_HEADS},
+    "persimmon": {**_SIZES, "rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5}},
+    "falcon": {**_SIZES, "ffn_hidden_size": 72, "rope_parameters": _ROPE},
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4, "expansion_ratio": 2, "max_seq_len": 160},
+    "gpt_neo": {
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+        "intermediate_size": 72,
+        "max_position_embeddings": 160,
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": 8,
+    },
+    "deberta-v2": {
+        **_SIZES,
+        "relative_attention": True,
+        "position_biased_input": False,
+        "pos_att_type": ["p2c", "c2p"],
+        "position_buckets": 8,
+        "norm_rel_ebd": "layer_norm",
+        "share_att_key": True,
+    },
+    "eurobert": {**_LLAMA, "mask_token_id": EOS},
+    "xlm-roberta-xl": {**_SIZES, "num_hidden_layers": 3},
+    "ernie": _SIZES,
+    "esm": {**_SIZES, "position_embedding_type": "rotary", "mask_token_id": EOS},
+}
+
 # Families of one kind of model, and those that differ little from another one: with one of the heads.
 _LM_ONLY = ("gemma", "granite", "olmo2", "smollm3", "phi", "stablelm", "gpt_bigcode", "starcoder2", "cohere", "glm")
 _LM_ONLY += ("glm4", "gptj")
 _CLASSIFICATION_ONLY = ("distilbert", "xlm-roberta", "camembert", "electra", "modernbert", "mpnet")
 
+_CLASSIFICATION_ONLY += ("deberta-v2", "eurobert", "xlm-roberta-xl", "ernie", "esm")
+
 # Families whose heads cannot be made narrower.
 WHOLE_HEADS = ("cohere", "glm", "glm4", "gptj", "modernbert", "mpnet")
+
+MORE_WHOLE_HEADS = ("cohere2", "ernie4_5", "exaone4", "ministral3", "hunyuan_v1_dense", "persimmon", "falcon", "bloom")
+MORE_WHOLE_HEADS += ("mpt", "gpt_neo", "deberta-v2", "esm")
 
 CASES: list[tuple[str, Task]] = [
     (model_type, task)
@@ -146,13 +198,20 @@ MODELS: dict[str, tuple[str, Task, dict[str, Any]]] = {
     **{name: (model_type, "lm", overrides) for name, (model_type, overrides) in VARIANTS.items()},
 }
 
+MORE_MODELS: dict[str, tuple[str, Task, dict[str, Any]]] = {
+    **{name: (name, "classification" if name in _CLASSIFICATION_ONLY else "lm", {}) for name in MORE},
+    "falcon-grouped": ("falcon", "lm", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon-biased": ("falcon", "lm", {"multi_query": False, "alibi": True, "parallel_attn": False, "bias": True}),
+    "deberta-own-positions": ("deberta-v2", "classification", {"share_att_key": False}),
+}
+
 # Of these the ones whose heads can be made narrower.
 NARROWED = {name: case for name, case in MODELS.items() if case[0] not in WHOLE_HEADS}
 
 
 def tiny_config(model_type: str, task: Task = "lm", **overrides: Any) -> PreTrainedConfig:
     """Return the configuration of a tiny model; `overrides` are configuration fields."""
-    fields = _COMMON | TINY[model_type]
+    fields = _COMMON | (TINY | MORE)[model_type]
     if task == "classification":
         fields |= {"num_labels": 3}
     elif model_type in ("bert", "roberta"):

@@ -241,10 +241,19 @@ def _heads(model: PreTrainedModel) -> Heads:
     frequencies = (buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq"))
     return Heads(
         query=query,
-        key=1 if getattr(config, "multi_query", False) else getattr(config, "num_key_value_heads", None) or query,
+        key=_key_heads(config) or query,
         size=getattr(config, "head_dim", None) or config.hidden_size // query,
         rotary=2 * len(next(frequencies, ())),
     )
+
+
+def _key_heads(config: PreTrainedConfig) -> int | None:
+    """Read how many heads of keys and values there are; None where it is not said."""
+    grouped = getattr(config, "new_decoder_architecture", False)  # Falcon's, where multi_query says nothing then
+    if getattr(config, "multi_query", False) and not grouped:
+        return 1
+    names = ("num_key_value_heads", "num_kv_heads")
+    return next((found for name in names if (found := getattr(config, name, None))), None)
 
 
 def _base_prefix(model: PreTrainedModel) -> str:

@@ -118,6 +118,9 @@ class Architecture:
         Path, below a block, of its routed experts; "" where the family has none. Blocks without are as others are.
     router
         Path, below a block, of what chooses among them.
+    whole
+        Why all heads keep all their dimensions, where trying a block on a sample might not show it; "" where they need
+        not.
     """
 
     name: str
@@ -132,6 +135,7 @@ class Architecture:
     values: int = 0
     experts: str = ""
     router: str = ""
+    whole: str = ""
 
     @property
     def latent(self) -> bool:

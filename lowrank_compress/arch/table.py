@@ -2,205 +2,119 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from lowrank_compress.arch import traits
-from lowrank_compress.arch.spec import BLOCK_GROUPS, EXPERTS, LATENT, MLP, Architecture, Projection
+from lowrank_compress.arch import layouts, traits
+from lowrank_compress.arch.spec import BLOCK_GROUPS, EXPERTS, LATENT, MLP, VALUE_OUTPUT, Architecture, Projection
 from lowrank_compress.errors import UnsupportedError
 from lowrank_compress.registry import Registry, unknown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-_ATTENTION = (
-    Projection("self_attn.q_proj", ("q",), "attn"),
-    Projection("self_attn.k_proj", ("k",), "attn"),
-    Projection("self_attn.v_proj", ("v",), "attn"),
-    Projection("self_attn.o_proj", ("o",), "context"),
-)
-_GATED = (
-    *_ATTENTION,
-    Projection("mlp.gate_proj", ("gate",), "mlp"),
-    Projection("mlp.up_proj", ("up",), "mlp"),
-    Projection("mlp.down_proj", ("down",), "hidden"),
-)
-_PHI3 = (
-    Projection("self_attn.qkv_proj", ("q", "k", "v"), "attn"),
-    Projection("self_attn.o_proj", ("o",), "context"),
-    Projection("mlp.gate_up_proj", ("gate", "up"), "mlp"),
-    Projection("mlp.down_proj", ("down",), "hidden"),
-)
-_GPT2 = (
-    Projection("attn.c_attn", ("q", "k", "v"), "attn", conv1d=True),
-    Projection("attn.c_proj", ("o",), "context", conv1d=True),
-    Projection("mlp.c_fc", ("up",), "mlp", conv1d=True),
-    Projection("mlp.c_proj", ("down",), "hidden", conv1d=True),
-)
-_PHI = (
-    Projection("self_attn.q_proj", ("q",), "attn"),
-    Projection("self_attn.k_proj", ("k",), "attn"),
-    Projection("self_attn.v_proj", ("v",), "attn"),
-    Projection("self_attn.dense", ("o",), "context"),
-    # Attention and MLP lie side by side behind one norm.
-    Projection("mlp.fc1", ("up",), "attn"),
-    Projection("mlp.fc2", ("down",), "hidden"),
-)
-_STARCODER2 = (
-    *_ATTENTION,
-    Projection("mlp.c_fc", ("up",), "mlp"),
-    Projection("mlp.c_proj", ("down",), "hidden"),
-)
-_COHERE = (
-    *_ATTENTION,
-    # Attention and MLP lie side by side behind one norm.
-    Projection("mlp.gate_proj", ("gate",), "attn"),
-    Projection("mlp.up_proj", ("up",), "attn"),
-    Projection("mlp.down_proj", ("down",), "hidden"),
-)
-_GLM = (
-    *_ATTENTION,
-    Projection("mlp.gate_up_proj", ("gate", "up"), "mlp"),
-    Projection("mlp.down_proj", ("down",), "hidden"),
-)
-_GPTJ = (
-    Projection("attn.q_proj", ("q",), "attn"),
-    Projection("attn.k_proj", ("k",), "attn"),
-    Projection("attn.v_proj", ("v",), "attn"),
-    Projection("attn.out_proj", ("o",), "context"),
-    # Attention and MLP lie side by side behind one norm.
-    Projection("mlp.fc_in", ("up",), "attn"),
-    Projection("mlp.fc_out", ("down",), "hidden"),
-)
-_MODERNBERT = (
-    Projection("attn.Wqkv", ("q", "k", "v"), "attn"),
-    Projection("attn.Wo", ("o",), "context"),
-    # The first half goes through the activation.
-    Projection("mlp.Wi", ("gate", "up"), "mlp"),
-    Projection("mlp.Wo", ("down",), "hidden"),
-)
-_MPNET = (
-    Projection("attention.attn.q", ("q",), "attn"),
-    Projection("attention.attn.k", ("k",), "attn"),
-    Projection("attention.attn.v", ("v",), "attn"),
-    Projection("attention.attn.o", ("o",), "context"),
-    Projection("intermediate.dense", ("up",), "mlp"),
-    Projection("output.dense", ("down",), "hidden"),
-)
-_GPT_BIGCODE = (
-    Projection("attn.c_attn", ("q", "k", "v"), "attn", layout="interleaved"),
-    Projection("attn.c_proj", ("o",), "context"),
-    Projection("mlp.c_fc", ("up",), "mlp"),
-    Projection("mlp.c_proj", ("down",), "hidden"),
-)
-_GPT_NEOX = (
-    Projection("attention.query_key_value", ("q", "k", "v"), "attn", layout="interleaved"),
-    Projection("attention.dense", ("o",), "context"),
-    Projection("mlp.dense_h_to_4h", ("up",), "mlp"),
-    Projection("mlp.dense_4h_to_h", ("down",), "hidden"),
-)
-_OPT = (
-    Projection("self_attn.q_proj", ("q",), "attn"),
-    Projection("self_attn.k_proj", ("k",), "attn"),
-    Projection("self_attn.v_proj", ("v",), "attn"),
-    Projection("self_attn.out_proj", ("o",), "context"),
-    Projection("fc1", ("up",), "mlp"),
-    Projection("fc2", ("down",), "hidden"),
-)
-_BERT = (
-    Projection("attention.self.query", ("q",), "attn"),
-    Projection("attention.self.key", ("k",), "attn"),
-    Projection("attention.self.value", ("v",), "attn"),
-    Projection("attention.output.dense", ("o",), "context"),
-    Projection("intermediate.dense", ("up",), "mlp"),
-    Projection("output.dense", ("down",), "hidden"),
-)
-_DISTILBERT = (
-    Projection("attention.q_lin", ("q",), "attn"),
-    Projection("attention.k_lin", ("k",), "attn"),
-    Projection("attention.v_lin", ("v",), "attn"),
-    Projection("attention.out_lin", ("o",), "context"),
-    Projection("ffn.lin1", ("up",), "mlp"),
-    Projection("ffn.lin2", ("down",), "hidden"),
-)
-
-# Dense in some blocks; in the others there are experts, and where the names say so one that all tokens go to.
-_MLP = (
-    Projection("mlp.gate_proj", ("gate",), "mlp", optional=True),
-    Projection("mlp.up_proj", ("up",), "mlp", optional=True),
-    Projection("mlp.down_proj", ("down",), "hidden", optional=True),
-)
-_SHARED_EXPERT = tuple(replace(each, path=each.path.replace("mlp.", "mlp.shared_expert.")) for each in _MLP)
-_SHARED_EXPERTS = tuple(replace(each, path=each.path.replace("mlp.", "mlp.shared_experts.")) for each in _MLP)
-_LATENT = (
-    Projection("self_attn.q_proj", ("q",), "attn", optional=True),
-    Projection("self_attn.q_a_proj", ("q_a",), "attn", optional=True),
-    Projection("self_attn.q_b_proj", ("q_b",), "q_latent", optional=True),
-    Projection("self_attn.kv_a_proj_with_mqa", ("kv_a",), "attn"),
-    Projection("self_attn.kv_b_proj", ("kv_b",), "kv_latent"),
-    Projection("self_attn.o_proj", ("o",), "context"),
-)
-_ROUTER = ("mlp.gate.weight", "mlp.shared_expert_gate.weight")
-
 
 def _mixture(name: str, projections: tuple[Projection, ...], **others: Any) -> Architecture:
     """Describe a family of which some blocks, or all, have experts; their router stays as it is."""
     groups = (*others.pop("groups", BLOCK_GROUPS), EXPERTS)
     paths: Any = {"experts": "mlp.experts", "router": "mlp.gate"}
-    return Architecture(name, (name,), "layers", "self_attn", projections, _ROUTER, groups=groups, **(paths | others))
+    return Architecture(
+        name, (name,), "layers", "self_attn", projections, layouts.ROUTER, groups=groups, **(paths | others)
+    )
 
+
+def _bert(name: str, **others: Any) -> Architecture:
+    """Describe a family whose blocks are those of BERT."""
+    paths = ("encoder.layer", "attention.self")
+    return Architecture(name, (name,), *paths, layouts.BERT, traits=traits.DROPPING, head=None, **others)
+
+
+# Why heads keep all dimensions, where trying one block on a sample may not show it.
+_BY_POSITION = "its queries are scaled by their position"
+_BY_LAYER = "which of its layers rotate or have a window depends on others"
 
 _ENTRIES = (
-    Architecture("llama", ("llama",), "layers", "self_attn", _GATED),
-    Architecture("mistral", ("mistral",), "layers", "self_attn", _GATED, traits=traits.ALL_WINDOWED),
-    Architecture("qwen2", ("qwen2",), "layers", "self_attn", _GATED, traits=traits.WINDOWED),
-    Architecture("qwen3", ("qwen3",), "layers", "self_attn", _GATED, traits=traits.NORMED),
-    Architecture("gemma2", ("gemma2",), "layers", "self_attn", _GATED, traits=traits.SOFT_CAPPED),
-    Architecture("gemma3_text", ("gemma3_text",), "layers", "self_attn", _GATED, traits=traits.NORMED),
-    Architecture("gemma", ("gemma",), "layers", "self_attn", _GATED),
-    Architecture("granite", ("granite",), "layers", "self_attn", _GATED),
-    Architecture("olmo2", ("olmo2",), "layers", "self_attn", _GATED, traits=traits.NORMED_AS_A_WHOLE),
-    Architecture("smollm3", ("smollm3",), "layers", "self_attn", _GATED, traits=traits.UNROTATED_LAYERS),
-    Architecture("phi", ("phi",), "layers", "self_attn", _PHI),
-    Architecture("stablelm", ("stablelm",), "layers", "self_attn", _GATED),
-    Architecture("gpt_bigcode", ("gpt_bigcode",), "h", "attn", _GPT_BIGCODE, traits=traits.GPT_BIGCODE),
-    Architecture("starcoder2", ("starcoder2",), "layers", "self_attn", _STARCODER2, traits=traits.ALL_WINDOWED),
+    Architecture("llama", ("llama",), "layers", "self_attn", layouts.GATED),
+    Architecture("mistral", ("mistral",), "layers", "self_attn", layouts.GATED, traits=traits.ALL_WINDOWED),
+    Architecture("qwen2", ("qwen2",), "layers", "self_attn", layouts.GATED, traits=traits.WINDOWED),
+    Architecture("qwen3", ("qwen3",), "layers", "self_attn", layouts.GATED, traits=traits.NORMED),
+    Architecture("gemma2", ("gemma2",), "layers", "self_attn", layouts.GATED, traits=traits.SOFT_CAPPED),
+    Architecture("gemma3_text", ("gemma3_text",), "layers", "self_attn", layouts.GATED, traits=traits.NORMED),
+    Architecture("gemma", ("gemma",), "layers", "self_attn", layouts.GATED),
+    Architecture("granite", ("granite",), "layers", "self_attn", layouts.GATED),
+    Architecture("olmo2", ("olmo2",), "layers", "self_attn", layouts.GATED, traits=traits.NORMED_AS_A_WHOLE),
+    Architecture("smollm3", ("smollm3",), "layers", "self_attn", layouts.GATED, traits=traits.UNROTATED_LAYERS),
+    Architecture("phi", ("phi",), "layers", "self_attn", layouts.PHI),
+    Architecture("stablelm", ("stablelm",), "layers", "self_attn", layouts.GATED),
+    Architecture("gpt_bigcode", ("gpt_bigcode",), "h", "attn", layouts.GPT_BIGCODE, traits=traits.GPT_BIGCODE),
+    Architecture("starcoder2", ("starcoder2",), "layers", "self_attn", layouts.STARCODER2, traits=traits.ALL_WINDOWED),
     # These turn dimensions 2i and 2i + 1 together: their heads keep all dimensions.
-    Architecture("cohere", ("cohere",), "layers", "self_attn", _COHERE),
-    Architecture("glm", ("glm",), "layers", "self_attn", _GLM),
-    Architecture("glm4", ("glm4",), "layers", "self_attn", _GLM),
-    Architecture("gptj", ("gptj",), "h", "attn", _GPTJ, values=2),
-    Architecture("phi3", ("phi3",), "layers", "self_attn", _PHI3, traits=traits.ALL_WINDOWED),
-    Architecture("gpt2", ("gpt2",), "h", "attn", _GPT2, traits=traits.GPT2),
-    Architecture("gpt_neox", ("gpt_neox",), "layers", "attention", _GPT_NEOX),
-    Architecture("opt", ("opt",), "decoder.layers", "self_attn", _OPT, traits=traits.DROPPING),
-    Architecture("bert", ("bert",), "encoder.layer", "attention.self", _BERT, traits=traits.DROPPING, head=None),
-    Architecture("roberta", ("roberta",), "encoder.layer", "attention.self", _BERT, traits=traits.DROPPING, head=None),
-    Architecture("mpnet", ("mpnet",), "encoder.layer", "attention.attn", _MPNET, head=None, values=1),
-    Architecture("modernbert", ("modernbert",), "layers", "attn", _MODERNBERT, traits=traits.WINDOWED, head=None),
+    Architecture("cohere", ("cohere",), "layers", "self_attn", layouts.COHERE),
+    Architecture("glm", ("glm",), "layers", "self_attn", layouts.GLM),
+    Architecture("glm4", ("glm4",), "layers", "self_attn", layouts.GLM),
+    Architecture("gptj", ("gptj",), "h", "attn", layouts.GPTJ, values=2),
+    Architecture("cohere2", ("cohere2",), "layers", "self_attn", layouts.COHERE),
+    Architecture("ernie4_5", ("ernie4_5",), "layers", "self_attn", layouts.GATED),
+    Architecture("nemotron", ("nemotron",), "layers", "self_attn", layouts.UNGATED),
+    Architecture("arcee", ("arcee",), "layers", "self_attn", layouts.UNGATED),
+    Architecture("apertus", ("apertus",), "layers", "self_attn", layouts.UNGATED, traits=traits.NORMED_HEADS),
+    Architecture("olmo", ("olmo",), "layers", "self_attn", layouts.GATED),
+    Architecture("olmo3", ("olmo3",), "layers", "self_attn", layouts.GATED, traits=traits.WINDOWED_NORMED_AS_A_WHOLE),
+    Architecture("exaone4", ("exaone4",), "layers", "self_attn", layouts.GATED, whole=_BY_LAYER),
+    Architecture("ministral", ("ministral",), "layers", "self_attn", layouts.GATED, traits=traits.WINDOWED),
+    Architecture("ministral3", ("ministral3",), "layers", "self_attn", layouts.GATED, whole=_BY_POSITION),
+    Architecture("seed_oss", ("seed_oss",), "layers", "self_attn", layouts.GATED),
+    Architecture("internlm3", ("internlm3",), "layers", "self_attn", layouts.GATED),
+    Architecture("hunyuan_v1_dense", ("hunyuan_v1_dense",), "layers", "self_attn", layouts.GATED),
+    Architecture("persimmon", ("persimmon",), "layers", "self_attn", layouts.PERSIMMON),
+    Architecture("falcon", ("falcon",), "h", "self_attention", layouts.FALCON, values=2),
+    Architecture("bloom", ("bloom",), "h", "self_attention", layouts.FALCON, values=2),
+    Architecture("mpt", ("mpt",), "blocks", "attn", layouts.MPT, values=2),
+    Architecture("gpt_neo", ("gpt_neo",), "h", "attn.attention", layouts.GPT_NEO, values=2),
+    Architecture("phi3", ("phi3",), "layers", "self_attn", layouts.PHI3, traits=traits.ALL_WINDOWED),
+    Architecture("gpt2", ("gpt2",), "h", "attn", layouts.GPT2, traits=traits.GPT2),
+    Architecture("gpt_neox", ("gpt_neox",), "layers", "attention", layouts.GPT_NEOX),
+    Architecture("opt", ("opt",), "decoder.layers", "self_attn", layouts.OPT, traits=traits.DROPPING),
+    _bert("bert"),
+    _bert("roberta"),
+    Architecture("mpnet", ("mpnet",), "encoder.layer", "attention.attn", layouts.MPNET, head=None, values=1),
     Architecture(
-        "xlm-roberta", ("xlm-roberta",), "encoder.layer", "attention.self", _BERT, traits=traits.DROPPING, head=None
+        "modernbert", ("modernbert",), "layers", "attn", layouts.MODERNBERT, traits=traits.WINDOWED, head=None
     ),
     Architecture(
-        "camembert", ("camembert",), "encoder.layer", "attention.self", _BERT, traits=traits.DROPPING, head=None
+        "deberta-v2",
+        ("deberta-v2",),
+        "encoder.layer",
+        "attention.self",
+        layouts.DEBERTA_V2,
+        layouts.DEBERTA_V2_STAYS,
+        groups=(VALUE_OUTPUT, MLP),
+        head=None,
+        values=2,
+        whole="its queries and keys are made of positions, too",
     ),
-    Architecture("electra", ("electra",), "encoder.layer", "attention.self", _BERT, traits=traits.DROPPING, head=None),
+    Architecture("eurobert", ("eurobert",), "layers", "self_attn", layouts.GATED, head=None),
+    _bert("xlm-roberta"),
+    _bert("xlm-roberta-xl"),
+    _bert("camembert"),
+    _bert("electra"),
+    _bert("ernie"),
+    _bert("esm"),
     Architecture(
         "distilbert",
         ("distilbert",),
         "transformer.layer",
         "attention",
-        _DISTILBERT,
+        layouts.DISTILBERT,
         traits=traits.DROPPING,
         head=None,
     ),
-    _mixture("mixtral", _ATTENTION, traits=traits.ALL_WINDOWED),
+    _mixture("mixtral", layouts.ATTENTION, traits=traits.ALL_WINDOWED),
     # Where a layer has a window, its mask alone says so.
-    _mixture("qwen2_moe", (*_ATTENTION, *_MLP, *_SHARED_EXPERT)),
-    _mixture("qwen3_moe", (*_ATTENTION, *_MLP), traits=traits.NORMED),
-    _mixture("olmoe", _ATTENTION, traits=traits.NORMED_AS_A_WHOLE),
-    _mixture("deepseek_v2", (*_LATENT, *_MLP, *_SHARED_EXPERTS), groups=(LATENT, MLP)),
-    _mixture("deepseek_v3", (*_LATENT, *_MLP, *_SHARED_EXPERTS), groups=(LATENT, MLP)),
+    _mixture("qwen2_moe", (*layouts.ATTENTION, *layouts.MLP, *layouts.SHARED_EXPERT)),
+    _mixture("qwen3_moe", (*layouts.ATTENTION, *layouts.MLP), traits=traits.NORMED),
+    _mixture("olmoe", layouts.ATTENTION, traits=traits.NORMED_AS_A_WHOLE),
+    _mixture("deepseek_v2", (*layouts.LATENT, *layouts.MLP, *layouts.SHARED_EXPERTS), groups=(LATENT, MLP)),
+    _mixture("deepseek_v3", (*layouts.LATENT, *layouts.MLP, *layouts.SHARED_EXPERTS), groups=(LATENT, MLP)),
 )
 
 ARCHITECTURES: Registry[Architecture] = Registry(

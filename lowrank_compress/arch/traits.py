@@ -10,8 +10,11 @@ WINDOWED = Traits(window="sliding_window")
 ALL_WINDOWED = Traits(window="config.sliding_window")
 # Queries and keys are normalised head by head. (Gemma 3 has a soft cap besides, but does not use it.)
 NORMED = WINDOWED._replace(query_norm="q_norm", key_norm="k_norm")
+# The same, where no layer has a window.
+NORMED_HEADS = NORMED._replace(window="")
 # Queries and keys are normalised over all heads together.
 NORMED_AS_A_WHOLE = Traits(query_norm="q_norm", key_norm="k_norm", whole_norms=True)
+WINDOWED_NORMED_AS_A_WHOLE = NORMED_AS_A_WHOLE._replace(window="sliding_window")
 # Every few layers there is one without rotary positions.
 UNROTATED_LAYERS = WINDOWED._replace(rotates="use_rope")
 # The scores are bounded.

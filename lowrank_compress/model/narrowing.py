@@ -38,6 +38,13 @@ def check_narrowing(skeleton: Skeleton, batch: Batch) -> None:
         They differ: the family's attention does something that narrower heads would not. Or ours fails in the place of
         the family's.
     """
+    architecture, config = skeleton.resolved.architecture, skeleton.model.config
+    bounded = "it bounds queries, keys and values (clip_qkv)" if getattr(config, "clip_qkv", None) else ""
+    if reason := architecture.whole or bounded:
+        raise UnsupportedError(
+            f"The attention of {architecture.name!r} cannot be computed as attention with narrower heads would be: "
+            f"{reason}. {INSTEAD}"
+        )
     replay = Replay(skeleton, [batch])
     (hidden,) = replay.start()
     for index in unlike_attentions(skeleton.model, skeleton.resolved):

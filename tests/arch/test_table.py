@@ -7,12 +7,12 @@ from transformers import CONFIG_MAPPING, AutoModel, PreTrainedConfig
 from lowrank_compress.arch.table import ARCHITECTURES, architecture_of
 from lowrank_compress.errors import UnsupportedError
 from tests.moe import MOE
-from tests.tiny import TINY, tiny_config
+from tests.tiny import MORE, TINY, tiny_config
 
 
 def test_every_model_type_has_a_tiny_model() -> None:
     listed = [model_type for entry in ARCHITECTURES.values() for model_type in entry.model_types]
-    tiny = [*TINY, *MOE]
+    tiny = [*TINY, *MORE, *MOE]
     assert sorted(listed) == sorted(tiny), (
         "every model type of the table needs an entry in tests/tiny.py or moe.py, once"
     )
@@ -47,6 +47,16 @@ def test_entry_is_consistent(name: str) -> None:
     mlp = "attn" if side_by_side else "mlp"
     reads = {"q": "attn", "k": "attn", "v": "attn", "o": "context", "gate": mlp, "up": mlp, "down": "hidden"}
     assert all(projection.reads == reads[role] for projection in entry.projections for role in projection.parts)
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_entry_that_differs_little_is_consistent(name: str) -> None:
+    entry = ARCHITECTURES[name]
+    roles = [role for projection in entry.projections for role in projection.parts]
+    gated = ["gate"] if "gate" in roles else []
+    assert (entry.name, entry.model_types) == (name, (name,))
+    assert roles == [*([] if name == "deberta-v2" else ["q", "k"]), "v", "o", *gated, "up", "down"]
+    assert [group.name for group in entry.groups] == [*([] if name == "deberta-v2" else ["qk"]), "vo", "mlp"]
 
 
 @pytest.mark.parametrize("model_type", TINY)
@@ -100,8 +110,8 @@ def test_multimodal_models_are_refused(model_type: str) -> None:
 
 
 def test_unknown_type_lists_the_known() -> None:
-    with pytest.raises(UnsupportedError, match=r"Unknown model type 'gpt_neo'\. Known: .*roberta"):
-        architecture_of(CONFIG_MAPPING["gpt_neo"]())
+    with pytest.raises(UnsupportedError, match=r"Unknown model type 'codegen'\. Known: .*roberta"):
+        architecture_of(CONFIG_MAPPING["codegen"]())
 
 
 def test_configuration_without_a_type_is_unknown() -> None:

@@ -16,8 +16,12 @@ from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.narrowing import check_narrowing, unlike_attentions
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.model.walk.batch import Batch
+from lowrank_compress.model.walk.replay import Replay
+from lowrank_compress.model.walk.walk import Walk
 from tests.families import family, register
-from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
+from tests.moe import moe_model
+from tests.ordinary import Saved, load, padded, task, tokens
+from tests.tiny import MORE_MODELS, MORE_WHOLE_HEADS, save_tiny, tiny_model, tiny_tokenizer
 
 BATCH = Batch(torch.arange(4, 44).view(2, 20))
 
@@ -143,3 +147,39 @@ def test_layers_without_positions_and_with_another_module_are_of_another_kind(mo
     assert unlike_attentions(model, resolve(model)) == [0, 1]
     model.model.layers[2].self_attn.extra = torch.nn.Identity()
     assert unlike_attentions(model, resolve(model)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("case", MORE_MODELS)
+def test_families_that_differ_little(case: str, tmp_path: Path) -> None:
+    """Block by block they compute what they do whole, and heads are narrower where that computes the same."""
+    kept = Saved(tmp_path)
+    skeleton = Skeleton(Checkpoint(kept(case)), torch.device("cpu"), torch.float32)
+    model = load(kept(case), task(case), torch.float32)
+    batches = [BATCH, Batch(*padded(tokens(13, 7, 9, seed=3)))]
+    walk = Walk([skeleton], batches)
+    for step in walk.forwards():
+        step.leave()
+    for number, batch in enumerate(batches):
+        with torch.no_grad():
+            expected = model(input_ids=batch.ids, attention_mask=batch.mask).logits
+            found = walk.head(number, walk.leaving(number))
+        assert (found - expected).abs().max() <= 5e-6 * expected.abs().max()
+    if MORE_MODELS[case][0] not in MORE_WHOLE_HEADS:
+        check_narrowing(skeleton, BATCH)
+        return
+    with pytest.raises(UnsupportedError, match=r"with narrower heads .*--attention kfac"):
+        check_narrowing(skeleton, BATCH)
+
+
+@pytest.mark.parametrize("model_type", ["olmo", "olmoe"])
+def test_bounded_queries_and_keys_are_refused_even_where_no_bound_is_met(model_type: str, tmp_path: Path) -> None:
+    model = tiny_model("olmo", clip_qkv=1e9) if model_type == "olmo" else moe_model("olmoe", clip_qkv=1e9)
+    with pytest.raises(UnsupportedError, match=rf"'{model_type}'.*clip_qkv.*--attention kfac"):
+        check_narrowing(saved(model, tmp_path), BATCH)
+
+
+def test_what_lies_between_blocks_is_refused(tmp_path: Path) -> None:
+    """DeBERTa's largest models have a convolution behind the first block; the walk would pass it over."""
+    model = tiny_model("deberta-v2", "classification", conv_kernel_size=3)
+    with pytest.raises(UnsupportedError, match="changes the hidden states on the way from block 0 to block 1"):
+        list(Replay(saved(model, tmp_path), [BATCH]).start())

@@ -61,6 +61,12 @@ class Replay:
             if hidden is None:
                 hidden = kwargs.pop("hidden_states")
             first.append(hidden)  # pyright: ignore[reportArgumentType]
+            if hidden is not first[0] and not torch.equal(first[-1], first[0]):
+                raise UnsupportedError(
+                    f"{type(self.skeleton.model).__name__} changes the hidden states on the way from block "
+                    f"{len(calls) - 1} to block {len(calls)}; expected that what leaves a block enters the next one. "
+                    f"This variant of {self.skeleton.resolved.architecture.name!r} is not supported."
+                )
             calls.append(_Call(args, kwargs))
             return self._returned(hidden)
 

@@ -19,6 +19,7 @@ from lowrank_compress.config import CalibrateConfig
 from lowrank_compress.errors import ArtifactError, InputError
 from lowrank_compress.methods.candidates import all_groups
 from lowrank_compress.methods.groups import needed, needs_data
+from lowrank_compress.methods.scale import with_scales
 from lowrank_compress.model.narrowing import check_narrowing
 from lowrank_compress.model.remembering import check_remembering
 from lowrank_compress.model.skeleton import Skeleton
@@ -51,6 +52,12 @@ class Inputs:
     subject: Subject
 
 
+def wanted_of(config: CalibrateConfig, subject: Subject) -> dict[str, frozenset[str]]:
+    """Target name -> statistics that are taken of it: those of the groups and, where plans are compared, of scales."""
+    wanted = needed(subject.measured)
+    return with_scales(wanted, subject.groups) if config.held_out else wanted
+
+
 def key(config: CalibrateConfig, inputs: Inputs, text: str | None = None) -> Key:
     """Everything the statistics depend on; a text counts by its content, not by its path.
 
@@ -63,7 +70,7 @@ def key(config: CalibrateConfig, inputs: Inputs, text: str | None = None) -> Key
     settings = settings_of(config, "scheme", "rival")
     if inputs.subject.model.task == "embedding":
         settings["read_as"] = "passages"  # before, it was windows of a running text
-    wanted = needed(groups)
+    wanted = wanted_of(config, inputs.subject)
     by_role: dict[str, set[str]] = {}
     for target in inputs.subject.resolved.targets:
         by_role.setdefault(target.role, set()).update(wanted.get(target.name, ()))
@@ -116,7 +123,7 @@ def run(
     complete = not missing
     if found is not None and complete and (found.report["kept"] or not kept):
         return found
-    wanted = needed(subject.measured)
+    wanted = wanted_of(config, subject)
     report: dict[str, object] = {"kept": kept, "tokens": 0, "windows": 0, "tokens_sha256": None}
     outputs = [files.name(block) for block in blocks] if kept else []
     if not needs_data(groups):

@@ -42,6 +42,7 @@ FAR = 0.5
 # and of the others no more than so many.
 HOPELESS, RIVALS = 2.0, 2
 FIRST, SECOND, SCALED = "held-out losses", "second allocation", "scaled losses"
+BY_SEQUENCE = "losses scaled by sequence"
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,29 +75,31 @@ def plans_of(bases: Bases) -> list[Plan]:
     that lose `HOPELESS` times as much as the first one, by the same prediction: the `RIVALS` of least loss are tried.
     """
     chooser, curves = bases.chooser, bases.curves()
-    plans = [_plan(FIRST, bases, curves, chooser.choose(curves), chooser.allocate)]
+    plans = [planned(FIRST, bases, curves, chooser.choose(curves), chooser.allocate)]
     if not chooser.config.held_out or not chooser.allocator.needs_loss:
         return plans
     if bases.halved():
         sample = bases.curves(on_sample=True)
-        plans.append(_plan("losses on the sample", bases, sample, chooser.choose(sample), chooser.allocate))
+        plans.append(planned("losses on the sample", bases, sample, chooser.choose(sample), chooser.allocate))
     rivals = []
     for name, position in (("linear only", 0), ("modules", -1)):
         groups = chooser.of_position(position)
         ways = [("", chooser.allocate), (", uniform", partial(uniform, limit=chooser.budget.limit))]
         for how, allocate in ways[:1] if chooser.allocator.alike else ways:
             with contextlib.suppress(InputError):  # out of reach
-                plan = _plan(f"{name}{how}", bases, curves, groups, allocate)
+                plan = planned(f"{name}{how}", bases, curves, groups, allocate)
                 if chooser.small or plan.predicted <= HOPELESS * plans[0].predicted:
                     rivals.append(plan)
     plans = _different([*plans, *rivals])
     if not chooser.small:
         plans = [plans[0], *sorted(plans[1:], key=lambda plan: plan.predicted)[:RIVALS]]
+    if scales := bases.scales():
+        plans.append(scaled_plan(bases, scales, BY_SEQUENCE))
     if bases.rival is not None and chooser.config.ratio >= MUCH:
         with contextlib.suppress(InputError):
             found = bases.rival.curves()
             groups = bases.rival.chooser.choose(found)
-            plans.append(_plan("narrower modules", bases.rival, found, groups, bases.rival.chooser.allocate))
+            plans.append(planned("narrower modules", bases.rival, found, groups, bases.rival.chooser.allocate))
     return _different(plans)
 
 
@@ -108,23 +111,24 @@ def _different(plans: Sequence[Plan]) -> list[Plan]:
 def second_plan(bases: Bases) -> Plan:
     """Plan as first, with the decompositions of a second look."""
     chooser, curves = bases.chooser, bases.curves()
-    return _plan(SECOND, bases, curves, chooser.choose(curves), chooser.allocate)
+    return planned(SECOND, bases, curves, chooser.choose(curves), chooser.allocate)
 
 
-def scaled_plan(bases: Bases, scales: Mapping[str, float]) -> Plan:
+def scaled_plan(bases: Bases, scales: Mapping[str, float], name: str = SCALED) -> Plan:
     """Plan as first, with the losses of each group multiplied by a number of its own."""
     chooser = bases.chooser
-    curves = {name: replace(curve, loss=curve.loss * scales[name]) for name, curve in bases.curves().items()}
-    return _plan(SCALED, bases, curves, chooser.choose(curves), chooser.allocate)
+    curves = {each: replace(curve, loss=curve.loss * scales[each]) for each, curve in bases.curves().items()}
+    return planned(name, bases, curves, chooser.choose(curves), chooser.allocate)
 
 
-def _plan(
+def planned(
     name: str,
     bases: Bases,
     curves: Mapping[str, Curve],
     groups: tuple[TargetGroup, ...],
     allocate: Callable[[Sequence[Curve]], np.ndarray],
 ) -> Plan:
+    """Plan by curves: an allocator chooses points of those of some groups, and what the cache keeps is chosen too."""
     own = [curves[group.name] for group in groups]
     bases.chooser.budget.check(own)
     chosen = allocate(own)
@@ -202,13 +206,13 @@ def divergences(skeleton: Skeleton, batches: Sequence[Batch], plans: Sequence[Pl
     walk = Walk([skeleton] * (1 + len(plans)), batches)  # the dense model, and what each plan makes of it
     for step in walk.forwards():
         for model, plan in enumerate(plans, start=1):
-            with _in_place_of(skeleton, replacements(plan, step.index, skeleton.device)):
+            with in_place_of(skeleton, replacements(plan, step.index, skeleton.device)):
                 step.advance(model)
     return divergences_at_the_end(walk)
 
 
 @contextlib.contextmanager
-def _in_place_of(skeleton: Skeleton, replacements: Sequence[Replacement | Rerouted]) -> Iterator[None]:
+def in_place_of(skeleton: Skeleton, replacements: Sequence[Replacement | Rerouted]) -> Iterator[None]:
     """Put matrices and biases into the block in memory, for a while."""
     routers = [skeleton.model.get_submodule(each.path) for each in replacements if isinstance(each, Rerouted)]
     weights = [router.get_parameter("weight") for router in routers]

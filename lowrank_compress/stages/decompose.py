@@ -22,6 +22,7 @@ from lowrank_compress.linalg.weighted import smaller_side
 from lowrank_compress.methods.declared import options_of
 from lowrank_compress.methods.groups import TargetGroup, statistics_bytes, uses
 from lowrank_compress.methods.linear import Damping
+from lowrank_compress.methods.scale import scales_of
 from lowrank_compress.options import ALPHA, only
 from lowrank_compress.resources.behind import Behind
 from lowrank_compress.resources.resources import Resources
@@ -115,7 +116,9 @@ class Bases:
         if self.rival is not None:
             self.rival.take({block: dict(means) for block, means in blocks.items()})
         # Before groups that are made of it let it go.
-        tensors: dict[int, dict[str, Tensor]] = {block: of_experts(means) for block, means in blocks.items()}
+        tensors: dict[int, dict[str, Tensor]] = {
+            block: of_experts(means) | scales_of(self.chooser.of_block(block), means) for block, means in blocks.items()
+        }
         groups = [group for block in blocks for group in self.chooser.of_block(block)]
         alone = [group for group in groups if not group.parallel]
         # After those that go in threads, and the largest last, when there is most memory.
@@ -192,6 +195,14 @@ class Bases:
     def halved(self) -> bool:
         """Whether any loss was taken on text that its fit was not made on."""
         return any(name.endswith("/held_out") for name in self.files.shapes(self.chooser.groups[0].block))
+
+    def scales(self) -> dict[str, float]:
+        """Return what to multiply the losses of each group with for the sake of sequences; empty if that is unknown."""
+        found = {}
+        for block in self.chooser.subject.scopes:
+            found |= {name: float(tensor) for name, tensor in self.files.read(block).items() if name.endswith("/scale")}
+        named = {name.removesuffix("/scale"): scale for name, scale in found.items()}
+        return named if named.keys() == {group.name for group in self.chooser.groups} else {}
 
     def curves(self, *, on_sample: bool = False) -> dict[str, Curve]:
         """Make the curves of all groups, by name; see :func:`read_curves`."""

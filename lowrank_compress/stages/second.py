@@ -18,9 +18,9 @@ from torch import Tensor
 from lowrank_compress.artifacts.documents import canonical_hash
 from lowrank_compress.calibration.again import Again, Growth
 from lowrank_compress.calibration.capture import capture
-from lowrank_compress.calibration.statistics import STATISTICS
 from lowrank_compress.config import CalibrateConfig
 from lowrank_compress.methods.groups import TargetGroup, needed
+from lowrank_compress.methods.scale import decisive
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.resources.resources import Resources
 from lowrank_compress.stages.choice import Plan, edited
@@ -118,9 +118,7 @@ def scales(plan: Plan, config: CalibrateConfig, reporter: Reporter, *, resources
 
 def _scale(group: TargetGroup, traces: Mapping[str, Tensor]) -> float:
     """Of those matrices of a group whose gradients its losses are made of."""
-    wanted = group.statistics()
-    seen = [name for name, names in wanted.items() if any(STATISTICS[each].gradient for each in names)]
-    before, after = torch.stack([traces[name] for name in seen]).sum(0).tolist()
+    before, after = torch.stack([traces[target.name] for target in decisive(group)]).sum(0).tolist()
     return (1 + after / before) / 2 if before > 0 else 1.0
 
 

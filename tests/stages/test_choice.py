@@ -53,6 +53,7 @@ def test_the_plan_of_least_divergence_is_taken_and_reported(halved: Path):
     report = json.loads((halved / "model" / "lowrank.json").read_text())
     totals = {entry["plan"]: entry["divergence"] + choice.FAR * entry["at_random"] for entry in report["plans"]}
     assert len(totals) > 2
+    assert choice.BY_SEQUENCE in totals
     assert report["plan"] == min(totals, key=totals.__getitem__)
     said = done("show", halved)
     assert f"Plan {report['plan']} (taken)" in said.out
@@ -98,6 +99,7 @@ def test_of_large_models_few_plans_are_tried_on_few_tokens(halved: Path, tiny: T
     run = Run(halved)
     bases = Bases(plan.chooser, pipeline.inputs_of_score(plan, run).calibration.id, run.scores)
     bases.rival = None
+    monkeypatch.setattr(bases, "scales", dict)  # their plan stands apart
     many = choice.plans_of(bases)
     monkeypatch.setattr("lowrank_compress.stages.choose.SMALL", 8)
     monkeypatch.setattr(choice, "HOPELESS", float("inf"))

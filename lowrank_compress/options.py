@@ -131,3 +131,6 @@ CAP = Option(
     "cap", float, 0.8, "The largest share that `block-influence` takes from a block", above=0, most=1, loosest=1.0
 )
 ALPHA = Option("alpha", float, 0.5, "Exponent of asvd", above=0)
+PEAK = Option(
+    "peak", float, 0.9, "Share of the largest value, beside the sum, in the energy of `camera`", least=0, most=1
+)

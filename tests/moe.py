@@ -139,5 +139,6 @@ def expert_statistics(
             "output_norm": norms.sum()[None] / tokens,
             "routed_norm": (w * norms).sum()[None] / tokens,
             "hidden_energy": (w[:, None] * x).square().sum(0) / tokens,
+            "hidden_peak": (w[:, None] * x).square().amax(0) / tokens,
         }
     return found

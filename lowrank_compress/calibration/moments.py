@@ -5,7 +5,7 @@ The notation is that of `statistics`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from lowrank_compress.calibration.statistics import (
     first_half,
     statistic_key,
 )
-from lowrank_compress.calibration.sums import ROWS, SUMS, Seen
+from lowrank_compress.calibration.sums import PEAKS, ROWS, SUMS, Seen
 from lowrank_compress.errors import InputError, NumericsError
 from lowrank_compress.resources.workers import Workers
 
@@ -127,7 +127,10 @@ class Moments:
             else:
                 if statistic == ROUTED and self._halved and seen.routed is not None:
                     self._sum(first_half(key), seen.routed.counts[seen.first % 2 :: 2].sum()[None], what)
-                self._sum(key, SUMS[statistic](seen).double(), what)
+                if statistic in PEAKS:
+                    self._sum(key, PEAKS[statistic](seen).double(), what, torch.maximum)
+                else:
+                    self._sum(key, SUMS[statistic](seen).double(), what)
 
     def add_influence(self, before: Tensor, after: Tensor, mask: Tensor | None) -> None:
         """Add one batch to the block's influence, 1 − the mean cosine of its input and output.
@@ -159,12 +162,11 @@ class Moments:
         add_second(self._sums[key], rows)
         _check(self._sums[key].diagonal(), what)  # an infinite row has infinite squares
 
-    def _sum(self, key: str, value: Tensor, what: str) -> None:
+    def _sum(
+        self, key: str, value: Tensor, what: str, together: Callable[[Tensor, Tensor], Tensor] = torch.add
+    ) -> None:
         _check(value, what)
-        if key in self._sums:
-            self._sums[key] += value
-        else:
-            self._sums[key] = value
+        self._sums[key] = together(self._sums[key], value) if key in self._sums else value
 
     def means(
         self,
@@ -189,7 +191,9 @@ class Moments:
             Who has taken sums of the same block, and which of them gets the means; the others get none.
         """
         self._complete()
-        workers.sum(self._sums, owner)
+        peaks = {key: value for key, value in self._sums.items() if key.rpartition("/")[2] in PEAKS}
+        workers.sum({key: value for key, value in self._sums.items() if key not in peaks}, owner)
+        workers.largest(peaks, owner)
         sums, self._sums = self._sums, {}
         if workers.rank != owner:
             return {}

@@ -133,6 +133,7 @@ STATISTICS: Mapping[str, Statistic] = {
         Statistic("output_norm", ("one",), False, False, "E[‖y‖]", ("down",), True),
         Statistic("routed_norm", ("one",), False, False, "E[w ‖y‖]", ("down",), True),
         Statistic("hidden_energy", ("in",), False, False, "E[(w x)²]", ("down",), True),
+        Statistic("hidden_peak", ("in",), False, False, "largest (w x)², divided by all tokens", ("down",), True),
     )
 }
 

@@ -1,4 +1,4 @@
-"""What is summed for each statistic: rows whose second moments are taken, and sums of other kinds.
+"""What is summed for each statistic: rows whose second moments are taken, sums of other kinds, and largest values.
 
 The notation is that of `statistics`.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowrank_compress.arch.targets import Heads
 from lowrank_compress.calibration.experts import Routed
@@ -106,7 +106,7 @@ def row_sums_of_squared_gradients(x: Tensor, g: Tensor) -> Tensor:
     return (g.transpose(1, 2) @ x).square().sum((0, 2))
 
 
-# Statistics that are second moments of whole rows, by those rows; and the other ones.
+# Statistics that are second moments of whole rows, by those rows; other sums; and what is the largest of all tokens'.
 ROWS: Mapping[str, Callable[[Seen], Tensor]] = {
     "in_gram": lambda seen: seen.x,
     "out_gram": lambda seen: seen.y,
@@ -127,4 +127,8 @@ SUMS: Mapping[str, Callable[[Seen], Tensor]] = {
     "output_norm": lambda seen: _norms(seen).sum()[None],
     "routed_norm": lambda seen: (_routed(seen).weights * _norms(seen)).sum()[None],
     "hidden_energy": lambda seen: _rows(_routed(seen).weights * seen.x).square().sum(0),
+}
+PEAKS: Mapping[str, Callable[[Seen], Tensor]] = {
+    # A row of zeros, as there may be no token.
+    "hidden_peak": lambda seen: nn.functional.pad(_rows(_routed(seen).weights * seen.x).square(), (0, 0, 0, 1)).amax(0),
 }

@@ -130,7 +130,7 @@ class ExpertGroup:
         for own in self.experts:
             down = _down(own)
             seen = {name: means[statistic_key(down, name)].cpu().double() for name in self.method.statistics}
-            found.append(self.method.saliency(weights(down).cpu(), seen))
+            found.append(self.method.saliency(weights(down).cpu(), seen, damping.options))
         saliency = torch.cat(found)
         order = saliency.argsort(descending=True, stable=True)
         tail = torch.cat([saliency[order].flip(0).cumsum(0).flip(0), saliency.new_zeros(1)])

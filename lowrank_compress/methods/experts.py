@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from lowrank_compress.arch.spec import EXPERTS, Group
 from lowrank_compress.calibration.statistics import ROUTED
-from lowrank_compress.options import Option
+from lowrank_compress.options import PEAK, Option
 
-Saliency = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
-"""From W_d (d, width), and statistics of it by name, float64, to the saliencies of one expert: see `ExpertMethod`."""
+Saliency = Callable[[Tensor, Mapping[str, Tensor], Mapping[str, Any]], Tensor]
+"""From W_d (d, width), statistics of it by name, float64, and options to the saliencies of one expert."""
 
 
 @dataclass(frozen=True)
@@ -59,21 +60,26 @@ class ExpertMethod:
         return f"{self.group.title}; whole ones" if self.whole else f"{self.group.title}; their hidden units"
 
 
-def frequency(down: Tensor, seen: Mapping[str, Tensor]) -> Tensor:
+def frequency(down: Tensor, seen: Mapping[str, Tensor], options: Mapping[str, Any]) -> Tensor:
     """Share of the tokens that go to the expert, (1,)."""
     return seen[ROUTED]
 
 
-def routed_output(down: Tensor, seen: Mapping[str, Tensor]) -> Tensor:
+def routed_output(down: Tensor, seen: Mapping[str, Tensor], options: Mapping[str, Any]) -> Tensor:
     """Σ_t w ‖y‖ over the expert's tokens, divided by all tokens, (1,)."""
     return seen["routed_norm"]
 
 
-def mean_routed_output(down: Tensor, seen: Mapping[str, Tensor]) -> Tensor:
+def mean_routed_output(down: Tensor, seen: Mapping[str, Tensor], options: Mapping[str, Any]) -> Tensor:
     """Mean of w ‖y‖ over the expert's own tokens, (1,); 0 where it saw none."""
     return seen["routed_norm"] / seen[ROUTED] if float(seen[ROUTED]) > 0 else seen["routed_norm"]
 
 
-def routed_energy(down: Tensor, seen: Mapping[str, Tensor]) -> Tensor:
-    """E[(w h_i)²] ‖w_i‖² of each hidden unit, (width,): the mean square of what it adds to the block's output."""
-    return seen["hidden_energy"] * down.double().square().sum(0)
+def routed_energy(down: Tensor, seen: Mapping[str, Tensor], options: Mapping[str, Any]) -> Tensor:
+    """Energy of each hidden unit, (width,), as CAMERA has it, divided by all tokens.
+
+    It is ((1 − α) ‖φ_i‖₂² + α ‖φ_i‖_∞²) ‖w_i‖², where φ_i are the w h_i of all tokens. With α = 0 it is the mean square
+    of what the unit adds to the block's output; α gives weight to units that add much, but seldom.
+    """
+    alpha = float(options.get(PEAK.name, PEAK.default))
+    return ((1 - alpha) * seen["hidden_energy"] + alpha * seen["hidden_peak"]) * down.double().square().sum(0)

@@ -17,7 +17,7 @@ from lowrank_compress.methods.linear import (
 )
 from lowrank_compress.methods.mixture import Mixture
 from lowrank_compress.methods.module import ModuleMethod
-from lowrank_compress.options import ALPHA
+from lowrank_compress.options import ALPHA, PEAK
 from lowrank_compress.registry import Registry
 
 _OWN = (
@@ -126,9 +126,10 @@ _EXPERTS = (
         name="camera",
         paper="CAMERA (Xu et al.), AAAI 2026",
         help="fewer hidden units in all experts of a block, ranked together by the energy that they put out",
-        statistics=frozenset({"hidden_energy"}),
+        statistics=frozenset({"hidden_energy", "hidden_peak"}),
         saliency=experts.routed_energy,
         whole=False,
+        options=(PEAK,),
     ),
 )
 

@@ -62,6 +62,12 @@ class Workers:
             for name in sorted(tensors):
                 dist.reduce(tensors[name], dst=owner)
 
+    def largest(self, tensors: Mapping[str, Tensor], owner: int) -> None:
+        """Take the largest of all processes' values, element by element, in place in the owner's tensors."""
+        if self.count > 1:
+            for name in sorted(tensors):
+                dist.reduce(tensors[name], dst=owner, op=dist.ReduceOp.MAX)
+
     def add(self, tensors: Sequence[Tensor]) -> None:
         """Add up tensors of all processes, in place in each."""
         if self.count > 1:

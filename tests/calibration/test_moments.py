@@ -7,7 +7,7 @@ from lowrank_compress.arch.spec import Role
 from lowrank_compress.arch.targets import Heads, Rows, Target, View
 from lowrank_compress.calibration.moments import PANEL, Moments, add_second, mirror, turned
 from lowrank_compress.calibration.statistics import STATISTICS
-from lowrank_compress.calibration.sums import ROWS, SUMS, Seen, row_sums_of_squared_gradients
+from lowrank_compress.calibration.sums import PEAKS, ROWS, SUMS, Seen, row_sums_of_squared_gradients
 from lowrank_compress.errors import InputError, NumericsError
 
 HEADS = Heads(query=6, key=2, size=4, rotary=4)
@@ -56,7 +56,7 @@ def test_row_sums_without_forming_the_gradient(sequences: int, length: int, inne
 
 
 def test_every_statistic_has_a_sum() -> None:
-    assert SUMS.keys() | ROWS.keys() == STATISTICS.keys()
+    assert SUMS.keys() | ROWS.keys() | PEAKS.keys() == STATISTICS.keys()
     assert not SUMS.keys() & ROWS.keys()
     assert all(STATISTICS[name].name == name for name in STATISTICS)
     # The input alone decides what may be shared, so nothing with gradients is.

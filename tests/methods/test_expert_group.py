@@ -53,15 +53,17 @@ def decomposed(method: str, model_type: str, place: Path) -> Found:
 
 def saliency(method: str, seen: list[tuple[Tensor, ...]], weight: Tensor) -> list[float]:
     """One for the expert, or for camera one for each hidden unit, by its definition."""
-    count, norms, energy = 0, 0.0, [0.0] * weight.shape[1]
+    count, norms, energy, peak = 0, 0.0, [0.0] * weight.shape[1], [0.0] * weight.shape[1]
     for hidden, outputs, _, routers in seen:
         for h, y, w in zip(hidden, outputs, routers, strict=True):
             count += 1
             norms += float(w) * float(y.norm())
             if method == "camera":
-                energy = [e + float((w * h[i] * weight[:, i]).square().sum()) for i, e in enumerate(energy)]
+                added = [float((w * h[i] * weight[:, i]).square().sum()) for i in range(len(h))]
+                energy = [e + each for e, each in zip(energy, added, strict=True)]
+                peak = [max(p, each) for p, each in zip(peak, added, strict=True)]
     if method == "camera":
-        return [each / (4 * LENGTH) for each in energy]
+        return [(0.1 * e + 0.9 * p) / (4 * LENGTH) for e, p in zip(energy, peak, strict=True)]
     sums = {"frequency": count / (4 * LENGTH), "reap-sum": norms / (4 * LENGTH), "reap": norms / count if count else 0}
     return [sums[method]]
 

@@ -134,3 +134,7 @@ ALPHA = Option("alpha", float, 0.5, "Exponent of asvd", above=0)
 PEAK = Option(
     "peak", float, 0.9, "Share of the largest value, beside the sum, in the energy of `camera`", least=0, most=1
 )
+SUBSPACE = Option(
+    "subspace", float, 1.0, "Share of the joint left singular directions that `merge` keeps", above=0, most=1
+)
+ALIGN = Option("align", bool, False, "Whether `merge` aligns the hidden units of experts first")

@@ -94,7 +94,7 @@ class Recipe(Strict):
     mlp: str | None = setting(None, "Method for the MLP (nystrom, a linear one, or dense)", WHAT, "calibrate")
     experts: str | None = setting(
         None,
-        "Method for routed experts (reap, reap-sum, frequency, camera, nystrom, a linear one, auto, or dense)",
+        "Method for routed experts (reap, reap-sum, frequency, merge, camera, nystrom, a linear one, auto, or dense)",
         WHAT,
         "calibrate",
     )

@@ -159,10 +159,9 @@ def _expert_targets(model: PreTrainedModel, architecture: Architecture, index: i
             rows, columns = model.get_parameter(f"{own}.weight").shape
             view, reads = View(Rows(1, rows, 0, rows)), f"expert.{number}"
             reads = f"{reads}.hidden" if role == "down" else reads
+            shape, name = (rows, columns), f"{own}.weight"
             targets.append(
-                Target(
-                    own, index, f"{own}.weight", view, None, role, EXPERTS.name, (rows, columns), reads, None, number
-                )
+                Target(own, index, name, view, None, role, EXPERTS.name, shape, reads, None, number, len(experts))
             )
     return targets
 

@@ -114,6 +114,8 @@ class Target:
         of a latent vector.
     expert
         Number of the routed expert that it is a matrix of; None for others.
+    experts
+        How many routed experts its block has beside that one, it included; 0 for others.
     """
 
     name: str
@@ -127,6 +129,7 @@ class Target:
     reads: Reads
     heads: Heads | None
     expert: int | None = None
+    experts: int = 0
 
     @property
     def module(self) -> str:

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ from lowrank_compress.arch.targets import Target
 from lowrank_compress.calibration.statistics import HALVES, ROUTED, STATISTICS, TOKENS, first_half, statistic_key
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.shipped.experts import routed
+
+# Elements of the outputs of all experts that are compared in one go; it changes no result but in the last bits.
+AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +111,31 @@ class Routing:
         own = weights.new_zeros(count, int(counts.max()), 1, dtype=torch.float64)
         own[sequence, place, 0] = weights[tokens, places][rows].double()
         return Routed(tokens[rows], rows, sequence, place, own)
+
+
+@torch.no_grad()
+def likeness(experts: Sequence[Any], x: Tensor) -> Tensor:
+    """Sum over tokens of the cosines between what experts make of each: (experts, experts) float64.
+
+    Parameters
+    ----------
+    experts
+        Those of a block; hooks on their matrices are not called.
+    x
+        (tokens, size): all real tokens, wherever the router sends them.
+    """
+    found = torch.zeros(len(experts), len(experts), dtype=torch.float64, device=x.device)
+    for part in x.split(max(1, AT_ONCE // (len(experts) * x.shape[1]))):
+        outputs = torch.stack([_made(expert, part) for expert in experts])
+        units = nn.functional.normalize(outputs.double(), dim=-1).movedim(1, 0)
+        found += (units @ units.mT).sum(0)
+    return found
+
+
+def _made(expert: Any, x: Tensor) -> Tensor:
+    """Return the output of a stock expert, past the hooks on its matrices."""
+    gate, up = (layer.forward(x) for layer in (expert.lr_gating, expert.lr_up))
+    return expert.lr_down.forward(expert.act_fn(gate) * up)
 
 
 def routed_keys(targets: Sequence[Target], wanted: Mapping[str, frozenset[str]]) -> dict[int, str]:

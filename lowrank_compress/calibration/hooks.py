@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lowrank_compress.arch.targets import Target
 from lowrank_compress.calibration.experts import Routing
@@ -39,13 +41,26 @@ def hooked(
             own = None if weighed_by is None else weighed_by.model.get_submodule(path)
             if targets[0].expert is not None and routing is None:
                 routing = Routing(batch)
-                handles.append(routing.watch(skeleton.model.get_submodule(path.rsplit(".", 2)[0])))
+                experts = skeleton.model.get_submodule(path.rsplit(".", 2)[0])
+                handles.append(routing.watch(experts))
+                if moments.compares:
+                    handles.append(_compare(experts, moments, batch))
             handles += _hook(module, targets, moments, batch, clip, own, routing)
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _compare(experts: nn.Module, moments: Moments, batch: Batch) -> RemovableHandle:
+    """Compare all experts on all real tokens of a batch."""
+
+    def before(module: Any, args: tuple[Tensor, ...]) -> None:
+        x = args[0].detach()
+        moments.compare(list(module), x if batch.mask is None else x[batch.mask.bool().flatten().to(x.device)])
+
+    return experts.register_forward_pre_hook(before)
 
 
 def _hook(

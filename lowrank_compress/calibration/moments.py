@@ -5,16 +5,18 @@ The notation is that of `statistics`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowrank_compress.arch.targets import Target
-from lowrank_compress.calibration.experts import fill_unseen, routed_keys
+from lowrank_compress.calibration.experts import fill_unseen, likeness, routed_keys
 from lowrank_compress.calibration.statistics import (
     HALVES,
     INFLUENCE,
+    LIKENESS,
     ROUTED,
     STATISTICS,
     TOKENS,
@@ -115,7 +117,7 @@ class Moments:
         """
         for statistic in sorted(self._wanted[target.name]):
             key = statistic_key(target, statistic)
-            if STATISTICS[statistic].gradient != gradient or self._owner[key] != target.name:
+            if STATISTICS[statistic].gradient != gradient or self._owner[key] != target.name or statistic == LIKENESS:
                 continue
             what = f"{STATISTICS[statistic].help} of {target.name}"
             if statistic in ROWS:
@@ -131,6 +133,19 @@ class Moments:
                     self._sum(key, PEAKS[statistic](seen).double(), what, torch.maximum)
                 else:
                     self._sum(key, SUMS[statistic](seen).double(), what)
+
+    @property
+    def compares(self) -> bool:
+        """Whether experts are compared."""
+        return any(LIKENESS in names for names in self._wanted.values())
+
+    def compare(self, experts: Sequence[Any], x: Tensor) -> None:
+        """Add how alike the outputs of the block's experts are on all real tokens of a batch, x (tokens, size)."""
+        found = likeness(experts, x)
+        for target in self._targets:
+            if target.expert is not None and self.wants(target, LIKENESS):
+                key = statistic_key(target, LIKENESS)
+                self._sum(key, found[target.expert].clone(), f"What the experts beside {target.name} make of a batch")
 
     def add_influence(self, before: Tensor, after: Tensor, mask: Tensor | None) -> None:
         """Add one batch to the block's influence, 1 − the mean cosine of its input and output.

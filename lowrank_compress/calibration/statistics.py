@@ -22,6 +22,9 @@ INFLUENCE = "influence"
 ROUTED = "routed"
 """Name of the statistic that says which share of all tokens an expert sees; it is taken wherever any other is."""
 
+LIKENESS = "likeness"
+"""Name of the statistic that compares experts, for which all of them are run on all tokens."""
+
 TOKENS = "tokens"
 """Key of the number of all tokens, (1,), among the means of a block with experts."""
 
@@ -67,7 +70,7 @@ class Statistic:
         Key in tables and files.
     dimensions
         Its dimensions by name: "in" and "out" of the target; or "heads" of the target or "key_heads", with the "size"
-        of one; or "one".
+        of one; or "experts" of its block; or "one".
     gradient
         Needs g, and is a mean over losses rather than tokens.
     shared
@@ -99,7 +102,7 @@ class Statistic:
 
     def shape(self, target: Target) -> tuple[int, ...]:
         """Return the shape of the statistic of a target."""
-        sizes = {"out": target.shape[0], "in": target.shape[1], "one": 1}
+        sizes = {"out": target.shape[0], "in": target.shape[1], "one": 1, "experts": target.experts}
         if target.heads is not None:
             heads = target.heads
             own = heads.query if target.role == "q" else heads.key
@@ -134,6 +137,7 @@ STATISTICS: Mapping[str, Statistic] = {
         Statistic("routed_norm", ("one",), False, False, "E[w ‖y‖]", ("down",), True),
         Statistic("hidden_energy", ("in",), False, False, "E[(w x)²]", ("down",), True),
         Statistic("hidden_peak", ("in",), False, False, "largest (w x)², divided by all tokens", ("down",), True),
+        Statistic(LIKENESS, ("experts",), False, False, "E[cos(y, y_j)], all experts j on all tokens", ("down",), True),
     )
 }
 

@@ -164,6 +164,7 @@ def _experts_table(experts: dict[str, Any], matrices: dict[str, Any]) -> Any:
         ranks = [expert["width"]] if "width" in expert else [matrices[name]["rank"] for name in expert["entries"]]
         tokens = "–" if expert["tokens"] is None else f"{expert['tokens']:,}" if expert["tokens"] else "none"
         said = ", ".join("dense" if rank is None else str(rank) for rank in ranks) or "dense"
+        said = f"in {expert['leads_to'].rpartition('.')[2]}" if "leads_to" in expert else said
         rows.append([path, tokens, said, f"{expert['stored'] / expert['dense']:.1%}"])
     return table("Routed experts", ["expert", "tokens seen", "width, or ranks of gate, up, down", "kept"], rows, left=1)
 

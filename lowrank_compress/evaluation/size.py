@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from lowrank_compress.arch.targets import Target
 from lowrank_compress.model.blueprint import Blueprint, blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
-from lowrank_compress.model.surgery import LATENT, REBUILD, ROTARY
+from lowrank_compress.model.surgery import KEPT, LATENT, LEADS, REBUILD, ROTARY
 
 # Tokens of a sequence whose cache is counted whole.
 CONTEXT = 4096
-# Tensors that a compressed attention has beside those of its projections.
-ATTENTIONS_OWN = (f".{ROTARY}", f".{LATENT}.weight", f".{REBUILD}.weight")
+# Tensors that compressed attentions, routers and experts have beside the stock ones.
+OWN = (f".{ROTARY}", f".{LATENT}.weight", f".{REBUILD}.weight", f".{KEPT}", f".{LEADS}")
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def measure_size(checkpoint: Checkpoint) -> Size:
         count = _weights_in(plan, name, math.prod(shape))
         elements += count
         total += size
-        if (name.startswith(claimed) and not name.endswith(".bias")) or name.endswith(ATTENTIONS_OWN):
+        if (name.startswith(claimed) and not name.endswith(".bias")) or name.endswith(OWN):
             blocks += count
             block_bytes += size
     return Size(blocks, block_bytes, elements, total, kv_bytes(checkpoint), kv_bytes(checkpoint, CONTEXT, window=True))

@@ -15,6 +15,7 @@ from lowrank_compress.methods.groups import TargetGroup, dense_elements
 from lowrank_compress.methods.latent import LABEL, LatentGroup
 from lowrank_compress.methods.linear import LinearMethod
 from lowrank_compress.methods.matrix_group import MatrixGroup
+from lowrank_compress.methods.merge_group import MergeGroup
 from lowrank_compress.methods.module import ModuleMethod
 from lowrank_compress.methods.module_group import ModuleGroup
 from lowrank_compress.methods.scheme import DENSE, Method, Part, parts_of
@@ -117,6 +118,8 @@ def _experts(method: ExpertMethod, name: str, targets: tuple[Target, ...], resol
             f"fewer: {'it is not known' if router is None else router.fixed}. Make experts smaller instead, for "
             "instance with --experts camera, nystrom or kfac."
         )
+    if method.merges:
+        return MergeGroup(name, targets, method, targets[0].module.rsplit(".", 2)[0], router)
     return ExpertGroup(name, targets, method, f"{resolved.blocks[targets[0].block]}.{router.path}", router)
 
 

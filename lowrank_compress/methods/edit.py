@@ -101,6 +101,22 @@ class Rerouted:
 
 
 @dataclass(frozen=True)
+class Merged:
+    """Experts of a block of which some stand for the others.
+
+    Attributes
+    ----------
+    path
+        Of the experts.
+    leads
+        (experts,) int64: which expert stands for each, itself or another.
+    """
+
+    path: str
+    leads: Tensor
+
+
+@dataclass(frozen=True)
 class Edit:
     """What encoding a group changes.
 
@@ -116,6 +132,8 @@ class Edit:
         How attention heads become narrower, if they do.
     router
         Which experts a router still knows, if not all.
+    merged
+        Which experts stand for others, if any do.
     remembered
         What the cache keeps, if that is not keys and values.
     """
@@ -125,6 +143,7 @@ class Edit:
     biases: Mapping[str, Tensor] = field(default_factory=dict)
     heads: Narrower | None = None
     router: Rerouted | None = None
+    merged: Merged | None = None
     remembered: Remembered | None = None
 
 

@@ -49,7 +49,7 @@ class ExpertGroup:
     @property
     def widths(self) -> tuple[int, ...]:
         """How many of what is ranked each expert has: one where whole experts are."""
-        return tuple(1 if self.method.whole else _down(own).shape[1] for own in self.experts)
+        return tuple(1 if self.method.whole else down_of(own).shape[1] for own in self.experts)
 
     @property
     def shape(self) -> tuple[int]:
@@ -127,8 +127,9 @@ class ExpertGroup:
     ) -> dict[str, Tensor]:
         """Rank: ``order`` (n,) int64, the best first; ``tail`` (n + 1,) float64, what is lost where 0, 1, … stay."""
         found = []
+        assert self.method.saliency is not None
         for own in self.experts:
-            down = _down(own)
+            down = down_of(own)
             seen = {name: means[statistic_key(down, name)].cpu().double() for name in self.method.statistics}
             found.append(self.method.saliency(weights(down).cpu(), seen, damping.options))
         saliency = torch.cat(found)
@@ -156,19 +157,19 @@ class ExpertGroup:
         """Store what is kept, dense: experts with fewer hidden units, or none."""
         parts = {}
         for own, units in zip(self.experts, self._units(choice, basis), strict=True):
-            for target in own if len(units) < _down(own).shape[1] else ():
+            for target in own if len(units) < down_of(own).shape[1] else ():
                 weight = source.weight(target)[:, units] if target.role == "down" else source.weight(target)[units]
                 parts[target.name] = dense(cast(weight.cpu(), source.dtype, f"The smaller {target.name}"))
         return Edit(choice, parts, router=self._rerouted(choice, basis))
 
-    def replace(self, source: Source, choice: Choice, basis: Mapping[str, Tensor]) -> list[Replacement | Rerouted]:
+    def replace(self, source: Source, choice: Choice, basis: Mapping[str, Tensor]) -> Sequence[Replacement | Rerouted]:
         """Have the router leave experts out; or fill them up with zeros for the units that go."""
         rerouted = self._rerouted(choice, basis)
         if rerouted is not None:
             return [rerouted]
         found = list[Replacement | Rerouted]()
         for own, units in zip(self.experts, self._units(choice, basis), strict=True):
-            for target in own if len(units) < _down(own).shape[1] else ():
+            for target in own if len(units) < down_of(own).shape[1] else ():
                 weight, zeros = source.weight(target), torch.zeros_like(source.weight(target))
                 side = 1 if target.role == "down" else 0
                 found.append(Replacement(target, zeros.index_copy(side, units, weight.index_select(side, units))))
@@ -184,7 +185,7 @@ class ExpertGroup:
         kept[self._best(choice, basis)] = True
         if self.method.whole:
             return [
-                torch.arange(_down(own).shape[1] if here else 0) for own, here in zip(self.experts, kept, strict=True)
+                torch.arange(down_of(own).shape[1] if here else 0) for own, here in zip(self.experts, kept, strict=True)
             ]
         return [here.nonzero().flatten() for here in kept.split(list(self.widths))]
 
@@ -192,5 +193,6 @@ class ExpertGroup:
         return Rerouted(self.path, self._best(choice, basis)) if self.method.whole else None
 
 
-def _down(own: Sequence[Target]) -> Target:
+def down_of(own: Sequence[Target]) -> Target:
+    """The down-projection among the matrices of an expert."""
     return next(target for target in own if target.role == "down")

@@ -31,7 +31,9 @@ class ExpertMethod:
         Of the down-projections.
     saliency
         Of one expert: (1,) float64 if whole experts are ranked, (width,) if units are; never negative, and what is lost
-        by leaving something out is the sum of its saliencies.
+        by leaving something out is the sum of its saliencies. None where experts are merged.
+    merges
+        Whole experts go, and others, which are made of them and of themselves, stand for them (see `merge`). Else:
     whole
         Whole experts go, and the router forgets them, so that their tokens go to others. Else each expert gets the
         width that is left, which may be 0, and the router stays as it is.
@@ -47,8 +49,9 @@ class ExpertMethod:
     paper: str
     help: str
     statistics: frozenset[str]
-    saliency: Saliency
+    saliency: Saliency | None
     whole: bool
+    merges: bool = False
     group: Group = EXPERTS
     allocate: str = "uniform"
     storage: str = "pair"
@@ -57,7 +60,11 @@ class ExpertMethod:
     @property
     def metrics(self) -> str:
         """What it is for, for `lrc list methods`."""
-        return f"{self.group.title}; whole ones" if self.whole else f"{self.group.title}; their hidden units"
+        return (
+            f"{self.group.title}; whole ones"
+            if self.whole or self.merges
+            else f"{self.group.title}; their hidden units"
+        )
 
 
 def frequency(down: Tensor, seen: Mapping[str, Tensor], options: Mapping[str, Any]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lowrank_compress.arch.spec import MLP, QUERY_KEY, VALUE_OUTPUT
-from lowrank_compress.calibration.statistics import ROUTED
+from lowrank_compress.calibration.statistics import LIKENESS, ROUTED
 from lowrank_compress.methods import cr, experts, nystrom, value_output
 from lowrank_compress.methods.experts import ExpertMethod
 from lowrank_compress.methods.linear import (
@@ -17,7 +17,7 @@ from lowrank_compress.methods.linear import (
 )
 from lowrank_compress.methods.mixture import Mixture
 from lowrank_compress.methods.module import ModuleMethod
-from lowrank_compress.options import ALPHA, PEAK
+from lowrank_compress.options import ALIGN, ALPHA, PEAK, SUBSPACE
 from lowrank_compress.registry import Registry
 
 _OWN = (
@@ -130,6 +130,16 @@ _EXPERTS = (
         saliency=experts.routed_energy,
         whole=False,
         options=(PEAK,),
+    ),
+    ExpertMethod(
+        name="merge",
+        paper="Sub-MoE (Li et al.), AAAI 2026",
+        help="fewer experts: those with like outputs are merged to one, to which the router's rows of all of them lead",
+        statistics=frozenset({ROUTED, LIKENESS}),
+        saliency=None,
+        whole=False,
+        merges=True,
+        options=(SUBSPACE, ALIGN),
     ),
 )
 

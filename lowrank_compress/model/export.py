@@ -89,7 +89,7 @@ def config_json(
     Parameters
     ----------
     layout
-        ``modules``, ``dense_shapes``, ``attention``, ``experts`` and ``routers`` of `LowRankConfig`.
+        ``modules``, ``dense_shapes``, ``attention``, ``experts``, ``routers`` and ``merged`` of `LowRankConfig`.
     """
     settings = {name: value for name, value in checkpoint.raw_config.items() if name not in ("torch_dtype", "auto_map")}
     return settings | {

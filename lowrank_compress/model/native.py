@@ -91,11 +91,12 @@ def native_config(checkpoint: Checkpoint) -> dict[str, Any]:
         ("modules", "is stored as factors"),
         ("attention", "has narrower heads"),
         ("routers", "chooses among fewer experts than it numbers"),
+        ("merged", "has experts that stand for others"),
     )
     for entries, what in kinds:
         if found.get(entries):
             name, entry = next(iter(found[entries].items()))
-            what = "caches a latent" if "latent" in entry else what
+            what = "caches a latent" if isinstance(entry, Mapping) and "latent" in entry else what
             raise CheckpointError(
                 f"{checkpoint.path} is no stock model: {name} {what}, which no config of transformers describes; "
                 f"expected plain matrices, and MLPs of one width. {HOW}"

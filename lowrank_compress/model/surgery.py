@@ -11,6 +11,7 @@ from lowrank_compress.shipped.traits import Traits
 
 ROTARY = "lr_rotary"  # the buffer of `CompressedAttention`
 KEPT = "lr_kept"  # that of `PrunedRouter`
+LEADS = "lr_leads"  # that of `SeparateExperts`
 LATENT, REBUILD = "lr_latent", "lr_rebuild"  # the factors of `LatentAttention`
 
 

@@ -16,8 +16,8 @@ QUANT_METHOD = "lowrank"
 # Of what a checkpoint holds; raised when code that knows only earlier ones could not load it. 2: indices are int32.
 # 3: attentions may say their traits, and parts be svd-core. 4: experts may be compressed. 5: linear layers may be
 # packed. 6: routers may know fewer experts. 7: attentions may cache latents. 8: packed layers may have something beside
-# their codes. A checkpoint bears the first version that has all that is in it.
-VERSION = 8
+# their codes. 9: experts may be merged. A checkpoint bears the first version that has all that is in it.
+VERSION = 9
 REMOTE_FILE = "modeling_lowrank.py"
 IN_PACKAGE = __name__.startswith("lowrank_compress.")
 
@@ -48,6 +48,9 @@ class LowRankConfig(QuantizationConfigMixin):
     routers : mapping, optional
         Path of a router to ``{"experts", "kept"}``: how many experts the stock model has, and how many the router still
         chooses among (see `PrunedRouter`). Where all know all, the key is missing.
+    merged : mapping, optional
+        Path of a block's experts to how many of them are left, where these stand for the others, too (see
+        `SeparateExperts`); the path is one of `experts`. Where none are, the key is missing.
     version : int
         That of the checkpoint, up to `VERSION`; what is saved again has the first one that has all that is in it.
     factor_quantization : mapping, optional
@@ -64,6 +67,7 @@ class LowRankConfig(QuantizationConfigMixin):
     # Not an attribute of its own where there are none: everything else that checkpoints say stays as it was.
     experts: Mapping[str, int] = {}
     routers: Mapping[str, Mapping[str, int]] = {}
+    merged: Mapping[str, int] = {}
 
     def __init__(
         self,
@@ -75,6 +79,7 @@ class LowRankConfig(QuantizationConfigMixin):
         quant_method: str = QUANT_METHOD,
         experts: Mapping[str, int] | None = None,
         routers: Mapping[str, Mapping[str, int]] | None = None,
+        merged: Mapping[str, int] | None = None,
         **unknown: Any,
     ) -> None:
         if quant_method != QUANT_METHOD:
@@ -99,8 +104,10 @@ class LowRankConfig(QuantizationConfigMixin):
             self.experts = {path: _checked_count(path, count) for path, count in experts.items()}
         if routers:
             self.routers = {path: _checked_router(path, entry) for path, entry in routers.items()}
+        if merged:
+            self.merged = {path: _checked_merged(path, count, self.experts) for path, count in merged.items()}
         needed = [3 for entry in self.attention.values() if "traits" in entry]
-        needed += [4 for _ in self.experts] + [6 for _ in self.routers]
+        needed += [4 for _ in self.experts] + [6 for _ in self.routers] + [9 for _ in self.merged]
         needed += [7 for entry in self.attention.values() if "latent" in entry]
         needed += [FORMATS[part["format"]].since for entry in self.modules.values() for part in entry["parts"]]
         needed += [] if self.factor_quantization is None else [5]
@@ -111,6 +118,16 @@ class LowRankConfig(QuantizationConfigMixin):
 def _checked_count(path: str, count: Any) -> int:
     if type(count) is not int or count < 1:
         raise ValueError(f"quantization_config.experts[{path!r}]: expected how many there are, got {count!r}")
+    return count
+
+
+def _checked_merged(path: str, count: Any, experts: Mapping[str, int]) -> int:
+    most = experts.get(path, 0)
+    if type(count) is not int or not 1 <= count < most:
+        raise ValueError(
+            f"quantization_config.merged[{path!r}]: expected how many of its {most} separate experts are left, got "
+            f"{count!r}"
+        )
     return count
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .formats.base import INDEX_DTYPE
 from .modules import find, put
 
 ROLES = ("lr_gating", "lr_up", "lr_down")
@@ -32,9 +33,13 @@ class Expert(nn.Module):
             self.add_module(role, linear)
         self.act_fn = act_fn
 
+    def hidden(self, x: Tensor) -> Tensor:
+        """Map (tokens, size) to the hidden units, (tokens, width)."""
+        return self.act_fn(self.lr_gating(x)) * self.lr_up(x)
+
     def forward(self, x: Tensor) -> Tensor:
         """Map (tokens, size) to (tokens, size)."""
-        return self.lr_down(self.act_fn(self.lr_gating(x)) * self.lr_up(x))
+        return self.lr_down(self.hidden(x))
 
 
 class SeparateExperts(nn.ModuleList):
@@ -50,9 +55,14 @@ class SeparateExperts(nn.ModuleList):
 
     Notes
     -----
+    Where experts were merged, ``lr_leads`` (experts,), int32, says which expert stands for each, itself or another,
+    whose tokens then go there; that other has no hidden units of its own.
+
     Once `marked`, it has empty buffers (0,) under the names of the stock tensors, which make a load by code that does
     not know this module fail with a size mismatch instead of starting from random weights.
     """
+
+    lr_merged: int
 
     def __init__(self, stock: Any) -> None:
         gate_up, down = (stock.get_parameter(name) for name in FUSED)
@@ -78,12 +88,58 @@ class SeparateExperts(nn.ModuleList):
         for name in FUSED:
             self._buffers.pop(name, None)
 
+    def merge(self, count: int) -> None:
+        """Have the buffer of what was merged; `count` are left, and which ones is loaded."""
+        like = next(self.parameters())
+        first = torch.arange(len(self), device=like.device, dtype=INDEX_DTYPE)
+        self.register_buffer("lr_leads", first.clamp_max(count - 1))
+        self.lr_merged = count
+
+    @property
+    def merged(self) -> bool:
+        """Whether some experts stand for others."""
+        return "lr_leads" in self._buffers
+
+    def members(self, number: int) -> list[int]:
+        """Return the experts that one stands for, itself among them; none of one that another stands for."""
+        return (self.get_buffer("lr_leads") == number).nonzero().flatten().tolist() if self.merged else [number]
+
+    def check(self, path: str) -> None:
+        """Make sure that experts lead to such as stand for themselves: others would compute something else.
+
+        Raises
+        ------
+        ValueError
+            They do not.
+        """
+        leads = self.get_buffer("lr_leads")
+        if leads.device.type == "meta" or type(leads) is not Tensor:
+            return
+        found = set(leads.tolist())
+        known = all(0 <= lead < len(self) for lead in found)
+        if not known or len(found) != self.lr_merged or any(int(leads[lead]) != lead for lead in found):
+            raise ValueError(f"{path}.lr_leads does not name {self.lr_merged} experts, each its own: it is damaged")
+
+    @torch.no_grad()
+    def part(self) -> None:
+        """Let all experts stand for themselves again, with the weights of those that stood for them."""
+        if self.merged:
+            experts: list[Any] = list(self)
+            for number, lead in enumerate(self._buffers.pop("lr_leads").tolist()):  # pyright: ignore[reportOptionalMemberAccess]
+                for role in ROLES if lead != number else ():
+                    getattr(experts[number], role).weight.copy_(getattr(experts[lead], role).weight)
+            del self.lr_merged
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Sum what experts make of their tokens, times the router's weights: (tokens, size), as is `hidden_states`.
 
         `top_k_index` and `top_k_weights` are (tokens, experts a token).
         """
         out = torch.zeros_like(hidden_states)
+        if self.merged:
+            leads = self.get_buffer("lr_leads").long()
+            here = top_k_index < len(self)
+            top_k_index = torch.where(here, leads[top_k_index.clamp_max(len(self) - 1)], top_k_index)
         for number in top_k_index.unique().tolist():
             if number < len(self):  # others are experts of other processes
                 tokens, places = routed(top_k_index, number)

@@ -22,7 +22,7 @@ def restore_modules(model: nn.Module) -> list[str]:
     A module that is smaller than the stock one is padded with zeros, where its attention says or else at its end,
     which leaves the function of an attention or MLP unchanged because its neighbours are padded alike. An attention
     that caches latents has its keys and values exact again where it keeps a window of them, and else multiplied out.
-    Experts stay modules of their own (see `join_experts`).
+    Experts stay modules of their own (see `join_experts`), those that were merged with the weights of one another.
 
     Returns
     -------
@@ -82,6 +82,7 @@ def restore_modules(model: nn.Module) -> list[str]:
     for module in model.modules():
         if isinstance(module, SeparateExperts):
             module.unmark()
+            module.part()
     for _, attention in attentions:
         if isinstance(attention, LatentAttention):
             attention.forget()

@@ -11,7 +11,7 @@ from torch import nn
 
 from .attention import CompressedAttention, Heads, compressed_class
 from .config import LowRankConfig
-from .experts import separate
+from .experts import SeparateExperts, separate
 from .family import family
 from .formats.base import INDEX_DTYPE, require_distinct
 from .latent import LENGTH_DEPENDENT, Latent, latent_class
@@ -40,6 +40,8 @@ def swap_modules(model: nn.Module, config: LowRankConfig) -> None:
         if len(experts) != count:
             raise ValueError(f"{path} has {len(experts)} experts in the model, but {count} in the low-rank config")
         experts.mark()
+    for path, count in config.merged.items():
+        find(model, path)[1].merge(count)
     for path, entry in config.routers.items():
         _swap_router(model, path, entry)
     for path, (rows, columns, *parts) in config.dense_shapes.items():
@@ -208,3 +210,5 @@ def check_indices(model: nn.Module) -> None:
             require_distinct(f"{path}.lr_rotary", module.get_buffer("lr_rotary"), size, ascending=False)
         elif isinstance(module, PrunedRouter):
             require_distinct(f"{path}.lr_kept", module.get_buffer("lr_kept"), module.lr_experts)
+        elif isinstance(module, SeparateExperts) and module.merged:
+            module.check(path)

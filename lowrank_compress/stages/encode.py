@@ -20,7 +20,7 @@ from lowrank_compress.methods.edit import Edit, Source
 from lowrank_compress.methods.groups import TargetGroup
 from lowrank_compress.model.blueprint import Blueprint
 from lowrank_compress.model.casting import cast
-from lowrank_compress.model.surgery import KEPT, LATENT, REBUILD, ROTARY, attention_entry
+from lowrank_compress.model.surgery import KEPT, LATENT, LEADS, REBUILD, ROTARY, attention_entry
 from lowrank_compress.shipped.experts import FUSED
 from lowrank_compress.shipped.formats.base import INDEX_DTYPE
 
@@ -33,8 +33,10 @@ class EncodedBlock:
     ----------
     tensors
         All tensors of the block, by their names on disk.
-    modules, dense_shapes, attention, experts, routers
+    modules, dense_shapes, attention, experts, routers, merged
         The block's entries of `LowRankConfig`.
+    leads
+        Path of an expert -> that of the one that stands for it, where that is another.
     choices
         How each group is stored.
     """
@@ -45,6 +47,8 @@ class EncodedBlock:
     attention: dict[str, Any] = field(default_factory=dict)
     experts: dict[str, int] = field(default_factory=dict)
     routers: dict[str, dict[str, int]] = field(default_factory=dict)
+    merged: dict[str, int] = field(default_factory=dict)
+    leads: dict[str, str] = field(default_factory=dict)
     choices: dict[str, Choice] = field(default_factory=dict)
 
     def notes(self) -> dict[str, Any]:
@@ -55,6 +59,7 @@ class EncodedBlock:
             "attention": self.attention,
             **({"experts": self.experts} if self.experts else {}),
             **({"routers": self.routers} if self.routers else {}),
+            **({"merged": self.merged, "leads": self.leads} if self.merged else {}),
             "choices": {name: [choice.format, *choice.parameters] for name, choice in self.choices.items()},
         }
 
@@ -118,6 +123,11 @@ class Encoder:
             path = own[0].module.rsplit(".", 2)[0]
             made.experts[path] = len({target.expert for target in own})
             made.tensors |= {f"{path}.{leaf}": torch.empty(0, dtype=self.dtype) for leaf in FUSED}
+        for found in (edit.merged for edit in edits if edit.merged is not None):
+            leads = found.leads.tolist()
+            made.merged[found.path] = len(set(leads))
+            made.tensors[f"{found.path}.{LEADS}"] = found.leads.to(INDEX_DTYPE)
+            made.leads |= {f"{found.path}.{n}": f"{found.path}.{lead}" for n, lead in enumerate(leads) if lead != n}
 
     def _routers(self, edits: Sequence[Edit], made: EncodedBlock) -> set[str]:
         """Take the rows of experts that are gone from routers; return the names of the tensors that become others."""

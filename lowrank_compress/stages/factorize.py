@@ -182,11 +182,12 @@ def _write(
     writer = ShardWriter(out_dir, config.shard_bytes)
     for name in plan.outside() if len(blocks) == len(plan.resolved.blocks) else ():
         writer.add(plan.name_on_disk(name), plan.rounded(name, dtype))
-    kinds = ("modules", "dense_shapes", "attention", "experts", "routers")
+    kinds = ("modules", "dense_shapes", "attention", "experts", "routers", "merged")
     layout: dict[str, dict[str, Any]] = {kind: {} for kind in kinds}
     stored: dict[str, Choice] = {}
     losses: dict[str, float] = {}
     seen: dict[str, int] = {}
+    leads: dict[str, str] = {}
     every = candidates_of(plan.resolved, scheme_of_scores(scores))
     compared = beside(every) if ALLOCATORS[scores.key.config["allocate"]].needs_loss else {}
     for block in blocks:
@@ -195,6 +196,7 @@ def _write(
         notes = work.notes(block)
         for kind, entries in layout.items():
             entries |= notes.get(kind, {})
+        leads |= notes.get("leads", {})
         made = {name: Choice(form, tuple(parameters)) for name, (form, *parameters) in notes["choices"].items()}
         basis = bases.read(block)
         losses |= block_losses(groups, basis, made, scores.report["unit"], compared)
@@ -210,7 +212,7 @@ def _write(
     write_json(out_dir / "config.json", settings)
     write_remote_code(out_dir)
     write_companions(plan.checkpoint, out_dir)
-    experts = Experts(seen, layout["dense_shapes"])
+    experts = Experts(seen, layout["dense_shapes"], leads)
     report = summary(plan, groups, stored, losses, scores, config, about(plan, inputs.datasets), experts)
     write_json(out_dir / REPORT, report)
     copy_licences(plan.checkpoint, report, out_dir)

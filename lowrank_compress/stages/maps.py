@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from lowrank_compress.arch.targets import Target
 from lowrank_compress.formats.matrix import StoredMatrix, stored_matrices
+from lowrank_compress.model.names import experts_of
 from lowrank_compress.model.skeleton import Skeleton
+from lowrank_compress.model.surgery import LEADS
 
 # What may be asked of the dense model's gradients.
 COSTS = frozenset({"in_fisher", "out_square", "out_fisher"})
@@ -26,10 +29,13 @@ class Map:
         In the dense model.
     stored
         In the compressed one.
+    merged
+        Whether it is of an expert that stands for others: its hidden units are no longer those of the dense model.
     """
 
     target: Target
     stored: StoredMatrix
+    merged: bool = False
 
     @property
     def writes(self) -> bool:
@@ -49,7 +55,9 @@ class Map:
     @property
     def fits(self) -> bool:
         """Whether it is one that can be fitted."""
-        return 0 not in self.stored.shape and not (self.fewer_rows if self.writes else self.fewer_columns)
+        if 0 in self.stored.shape or (self.merged and not self.writes):
+            return False
+        return not (self.fewer_rows if self.writes else self.fewer_columns)
 
     @property
     def folded(self) -> bool:
@@ -68,5 +76,20 @@ def maps_of(dense: Skeleton, compressed: Skeleton) -> dict[str, Map]:
     found = stored_matrices(
         compressed.model, dense.resolved.modules(), compressed.blueprint.checkpoint.quantization or {}
     )
-    maps = {target.name: Map(target, found[target.name]) for target in dense.resolved.targets if target.name in found}
+    leaders = _leaders(compressed)
+    maps = {
+        target.name: Map(target, found[target.name], target.module.rpartition(".")[0] in leaders)
+        for target in dense.resolved.targets
+        if target.name in found
+    }
     return {name: each for name, each in maps.items() if each.fits}
+
+
+def _leaders(compressed: Skeleton) -> set[str]:
+    """Paths of the experts that stand for others."""
+    found = set[str]()
+    for path, experts in experts_of(compressed.model).items():
+        if experts.merged:
+            leads = Counter(compressed.blueprint.read(f"{path}.{LEADS}").tolist())
+            found |= {f"{path}.{lead}" for lead, count in leads.items() if count > 1}
+    return found

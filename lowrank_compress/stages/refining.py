@@ -171,7 +171,8 @@ class BlockRefiner:
         anchor = None
         if members[0].writes:
             weight = teachers[0][0]
-            anchor = members[0].stored.weight() if members[0].fewer_columns else weight
+            own = members[0].fewer_columns or members[0].merged
+            anchor = members[0].stored.weight() if own else weight
         chosen = cross_validate(tasks, present, halves, anchor, self.lambdas)
         both = halves[0] + halves[1]
         found = []

@@ -2,13 +2,14 @@
 
 All experts of a block see their inputs at once: gate and up of all are fitted first, then all that read their hidden
 units. An expert is fitted on the tokens that the compressed model's router sends it, to what the dense model's expert
-makes of these very tokens there, plus what the residual stream lacks behind the experts (`expertlooks.lacking`).
+makes of these very tokens there (of one that stands for others, to what each of these makes of its own), plus what the
+residual stream lacks behind the experts (`expertlooks.lacking`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from lowrank_compress.calibration.pairs import PairSums
 from lowrank_compress.linalg.refine import Sample
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.model.walk.step import Step
+from lowrank_compress.shipped.experts import SeparateExperts
 
 # Bytes of the sums of those experts that are measured in one go; it changes no result.
 AT_ONCE = 1 << 30
@@ -102,22 +104,22 @@ def expert_sums(
     down
         Whether it is for the matrices that emit their outputs; else for those that read their inputs.
     """
-    theirs, own = (block.get_submodule(path) for block in step.blocks[:2])
+    theirs, own = (cast(SeparateExperts, block.get_submodule(path)) for block in step.blocks[:2])
     sums, seen = {number: PairSums() for number in experts}, set[int]()
     for number, batch in enumerate(batches):
         there, here = (look_at_experts(step, number, model, path, place) for model in (0, 1))
         owed = lacking(theirs, there, here) if down else 0.0
         routing = Routing(batch).chosen(here.index, here.weights)
-        for expert in experts:
-            routed = routing.of(expert)
+        for expert, member in ((each, member) for each in experts for member in own.members(each)):
+            routed = routing.of(member)
             tokens = routed.tokens
             if not len(tokens):
                 continue
             seen.add(expert)
             inputs, targets = here.x[tokens], there.x[tokens]
             if down:
-                inputs = _hidden(own.get_submodule(str(expert)), inputs)
-                targets = _made(theirs.get_submodule(str(expert)), targets)
+                inputs = _called(own.get_submodule(str(expert)).hidden, inputs)
+                targets = _called(theirs.get_submodule(str(member)), targets)
                 targets = targets + (owed[tokens] if isinstance(owed, Tensor) else owed)
             parts = Batch(routed.real.long(), routed.real, first=batch.first)
             sums[expert].add(parts, routed.spread(inputs), routed.spread(targets))
@@ -125,10 +127,5 @@ def expert_sums(
 
 
 @torch.no_grad()
-def _hidden(expert: Any, x: Tensor) -> Tensor:
-    return expert.act_fn(expert.lr_gating(x)) * expert.lr_up(x)
-
-
-@torch.no_grad()
-def _made(expert: Any, x: Tensor) -> Tensor:
-    return expert(x)
+def _called(function: Any, x: Tensor) -> Tensor:
+    return function(x)

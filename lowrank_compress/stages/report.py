@@ -41,10 +41,13 @@ class Experts:
         How many tokens of the calibration set each saw, by its path.
     shapes
         (out, in) of matrices that are stored dense and smaller, by their modules' paths.
+    leads
+        Path of an expert that another one stands for -> path of that.
     """
 
     seen: Mapping[str, int]
     shapes: Mapping[str, Sequence[int]]
+    leads: Mapping[str, str]
 
 
 def facts(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -163,6 +166,7 @@ def _experts(
             "stored": dense - removed,
             "entries": names,
             **width,
+            **({"leads_to": experts.leads[path]} if path in experts.leads else {}),
         }
     return found
 

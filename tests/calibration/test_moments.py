@@ -6,7 +6,7 @@ import torch
 from lowrank_compress.arch.spec import Role
 from lowrank_compress.arch.targets import Heads, Rows, Target, View
 from lowrank_compress.calibration.moments import PANEL, Moments, add_second, mirror, turned
-from lowrank_compress.calibration.statistics import STATISTICS
+from lowrank_compress.calibration.statistics import LIKENESS, STATISTICS
 from lowrank_compress.calibration.sums import PEAKS, ROWS, SUMS, Seen, row_sums_of_squared_gradients
 from lowrank_compress.errors import InputError, NumericsError
 
@@ -56,7 +56,8 @@ def test_row_sums_without_forming_the_gradient(sequences: int, length: int, inne
 
 
 def test_every_statistic_has_a_sum() -> None:
-    assert SUMS.keys() | ROWS.keys() | PEAKS.keys() == STATISTICS.keys()
+    # How alike experts are is taken of all of them at once.
+    assert SUMS.keys() | ROWS.keys() | PEAKS.keys() | {LIKENESS} == STATISTICS.keys()
     assert not SUMS.keys() & ROWS.keys()
     assert all(STATISTICS[name].name == name for name in STATISTICS)
     # The input alone decides what may be shared, so nothing with gradients is.

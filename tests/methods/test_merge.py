@@ -1,4 +1,4 @@
-"""Which experts are merged, and to what: against every partition, plain loops and the decomposition as it is written."""
+"""Which experts are merged, and to what: against every partition, plain loops and the decomposition as written."""
 
 from __future__ import annotations
 

@@ -26,7 +26,10 @@ def test_config_survives_its_dict() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 9}, "of low-rank format version 9, but this code reads versions 1 to 8: update lowrank_compress"),
+        (
+            {"version": 10},
+            "of low-rank format version 10, but this code reads versions 1 to 9: update lowrank_compress",
+        ),
         ({"version": 0}, "format version 0, but"),
         ({"version": True}, "format version True, but"),
         ({"version": "2"}, "format version '2', but"),

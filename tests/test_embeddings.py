@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
+import lowrank_compress
 from lowrank_compress import api
 from lowrank_compress.config import CalibrationSet
 from lowrank_compress.model.checkpoint import Checkpoint
@@ -162,6 +163,29 @@ def test_tables_that_are_none_of_pairs(tmp_path: Path, tiny: Tiny) -> None:
     (tmp_path / "same.csv").write_text("sentence1,sentence2,score\na,b,1\nb,a,1\n")
     assert "2 pairs, and no two different scores" in refused("eval", model, "--sts", tmp_path / "same.csv")
     assert "a LlamaForCausalLM has a head" in refused("eval", tiny.model, "--sts", pairs(tmp_path / "p.csv"))
+
+
+def test_two_embedding_models_are_compared(tmp_path: Path, tiny: Tiny) -> None:
+    model, data = saved(tmp_path)
+    runs, table = [tmp_path / "some", tmp_path / "more"], pairs(tmp_path / "pairs.csv")
+    for run, ratio in zip(runs, ("0.2", "0.5"), strict=True):
+        done("compress", model, "--method", "svd-llm", "--ratio", ratio, *data, "--out", run)
+    found = done("compare", model, runs[1], "--sts", table, "--json").json["sts"][str(table)]
+    measured = done("eval", runs[1], "--sts", table, "--json").json["sts"][str(table)]
+    assert found["correlation"] == pytest.approx({"a": measured["dense"], "b": measured["compressed"]})
+    assert found["cosine"]["value"] == pytest.approx(measured["cosine"], abs=1e-6)
+    assert found["cosine"]["low"] < found["cosine"]["value"] < found["cosine"]["high"]
+    assert found["lowest_cosine"] < found["cosine"]["value"]
+    assert found["difference"]["value"] == pytest.approx(measured["compressed"] - measured["dense"])
+    assert found["blocks"][-1]["cosine"] < 1
+    some = lowrank_compress.compare(model, runs[0], sts=table)["sts"][str(table)]
+    assert some["cosine"]["value"] > found["cosine"]["value"]
+    said = " ".join(done("compare", *runs, "--sts", table).out.split())
+    assert "pairs.csv (8 pairs, " in said
+    assert "cosine of B's embedding to A's" in said
+    assert "Hidden states that leave each block" in said
+    assert "for embedding models --sts" in refused("compare", *runs, "--perplexity", table)
+    assert "a LlamaForCausalLM has a head" in refused("compare", tiny.model, tiny.model, "--sts", table)
 
 
 def test_recover_trains_towards_the_dense_embeddings(tmp_path: Path) -> None:

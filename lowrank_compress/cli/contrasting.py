@@ -20,6 +20,8 @@ def show(found: dict[str, Any], as_json: bool) -> None:
     for kind in ("texts", "classification"):
         for name, values in found[kind].items():
             _predictions(Path(name).name, values)
+    for name, values in found["sts"].items():
+        _similarities(Path(name).name, values)
     if found["tasks"]:
         rows = [
             [f"{task} · {metric}", number(values["a"]), number(values["b"]), *_test(values)]
@@ -48,6 +50,24 @@ def _predictions(name: str, values: Mapping[str, Any]) -> None:
     rows.append(["divergence of B from A", "", number(values["divergence"]), unit])
     rows.append(["same prediction", "", f"{values['agreement']:.2%}", ""])
     out.print(table(f"{name} ({count})", ["", "A", "B", ""], rows))
+    _states(values)
+
+
+def _similarities(name: str, values: Mapping[str, Any]) -> None:
+    """Print what both embedding models make of pairs of texts."""
+    measure, difference, near = values["correlation"], values["difference"], values["cosine"]
+    sure = f"{values['confidence'] * 100:.4g} %"
+    rows = [
+        ["Spearman's ρ", number(measure["a"]), number(measure["b"]), f"B has {_range(difference, sure)} more"],
+        ["cosine of B's embedding to A's", "", f"{near['value']:.4f}", f"{_bounds(near, sure)}"],
+        ["the lowest", "", f"{values['lowest_cosine']:.4f}", ""],
+    ]
+    console().print(table(f"{name} ({values['n']:,} pairs, {values['texts']:,} texts)", ["", "A", "B", ""], rows))
+    _states(values)
+
+
+def _states(values: Mapping[str, Any]) -> None:
+    """Print how far the hidden states are apart, block by block."""
     entering = values["embedding"]
     rows = [["embedding", number(entering["error"]), "–", f"{entering['cosine']:.4f}"]] if entering["error"] else []
     rows += [
@@ -55,7 +75,7 @@ def _predictions(name: str, values: Mapping[str, Any]) -> None:
         for block in values["blocks"]
     ]
     columns = ["block", "relative error", "of this block alone", "cosine"]
-    out.print(table("Hidden states that leave each block", columns, rows))
+    console().print(table("Hidden states that leave each block", columns, rows))
 
 
 def _range(found: Mapping[str, Any], sure: str) -> str:

@@ -225,15 +225,7 @@ def evaluate(
     classification: Annotated[
         str | None, typer.Option("--classification", help="Table of labelled examples to measure accuracy on.")
     ] = None,
-    sts: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--sts",
-            help="Table of two texts and how similar they are, for an embedding model: rank correlation with the "
-            "cosine, and how near the compressed embeddings are to the dense ones. Columns sentence1, sentence2 and "
-            "score, or --text-column twice and --label-column; may be repeated.",
-        ),
-    ] = None,
+    sts: o.Pairs = None,
     text_column: Annotated[list[str] | None, o.of_recipe("text_column")] = None,
     label_column: Annotated[str | None, o.of_recipe("label_column")] = None,
     tasks: o.Tasks = None,

@@ -53,6 +53,15 @@ Config = Annotated[
         **PATH,
     ),
 ]
+Pairs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--sts",
+        help="Table of two texts and how similar they are, for embedding models: rank correlation with the cosine, and "
+        "how near the embeddings of one model are to the other's (the dense one's). Columns sentence1, sentence2 and "
+        "score, or --text-column twice and --label-column; may be repeated.",
+    ),
+]
 Tasks = Annotated[str | None, typer.Option("--tasks", help="lm-eval tasks, separated by commas.")]
 IncludePath = Annotated[
     Path | None,

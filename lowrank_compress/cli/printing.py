@@ -102,7 +102,7 @@ def print_result(result: dict[str, Any], as_json: bool) -> None:
     )
     if "cost" in result:
         hint(_cost(result["cost"]))
-    how = "--perplexity YOUR_TEXT.txt (a classifier: --classification YOUR_TABLE.tsv)"
+    how = "--perplexity YOUR_TEXT.txt (a classifier: --classification TABLE.tsv, an embedding model: --sts PAIRS.tsv)"
     hint(f"Next: lrc eval {result['run']} {how}")
 
 

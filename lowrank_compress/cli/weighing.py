@@ -24,6 +24,7 @@ def compare(
     classification: Annotated[
         str | None, typer.Option("--classification", help="Table of labelled examples to compare classifiers on.")
     ] = None,
+    sts: o.Pairs = None,
     text_column: Annotated[list[str] | None, o.of_recipe("text_column")] = None,
     label_column: Annotated[str | None, o.of_recipe("label_column")] = None,
     tasks: o.Tasks = None,
@@ -54,8 +55,9 @@ def compare(
 
     On a text: the perplexity of both and the confidence interval of their ratio (windows drawn with replacement, the
     same for both), the divergence of B's predictions from A's, how often both expect the same token, and the error of
-    B's hidden states block by block, one block of each in memory. On tasks: McNemar's test of the questions that only
-    one of them has right. On prompts: what each writes, greedily.
+    B's hidden states block by block, one block of each in memory. On pairs of texts, for embedding models: how well
+    the cosines of both rank the pairs, and how near B's embeddings are to A's. On tasks: McNemar's test of the
+    questions that only one of them has right. On prompts: what each writes, greedily.
     """
     with friendly(debug):
         prepare_libraries()
@@ -71,6 +73,7 @@ def compare(
             {
                 "perplexity": tuple(perplexity or ()),
                 "classification": classification,
+                "sts": tuple(sts or ()),
                 "text_column": o.joined(text_column),
                 "label_column": label_column,
                 "tasks": tuple(name for name in (tasks or "").split(",") if name),

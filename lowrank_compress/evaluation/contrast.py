@@ -13,7 +13,7 @@ from lowrank_compress.errors import NumericsError
 from lowrank_compress.evaluation.replayed import CARRIED_BYTES, Perplexity, grouped
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.model.walk.batch import Batch
-from lowrank_compress.model.walk.head import lm_chunks
+from lowrank_compress.model.walk.head import embeddings, lm_chunks
 from lowrank_compress.model.walk.step import Step
 from lowrank_compress.model.walk.walk import Walk
 
@@ -96,6 +96,8 @@ class Contrast:
         Of each window: how many are scored.
     right
         For each classifier, whether it is right about each example; empty for language models.
+    embedded
+        For each embedding model, the number of a text -> its embedding, (width,) float64; empty for other models.
     """
 
     embedding: Gap = field(default_factory=Gap)
@@ -106,6 +108,7 @@ class Contrast:
     nats: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))
     tokens: list[int] = field(default_factory=list)
     right: tuple[list[bool], list[bool]] = field(default_factory=lambda: ([], []))
+    embedded: tuple[dict[int, Tensor], dict[int, Tensor]] = field(default_factory=lambda: ({}, {}))
 
     def perplexity(self, model: int) -> float:
         """Perplexity of one of the two."""
@@ -128,7 +131,7 @@ def contrast(
     first, second
         Of one family, with equally many blocks of one width, and one vocabulary.
     batches
-        Windows of text, or labelled examples for classifiers.
+        Windows of text, or labelled examples for classifiers; for embedding models texts, labelled by their numbers.
     advance
         Called with (blocks done, blocks in all).
     carried, head_tokens
@@ -150,7 +153,9 @@ def contrast(
             step.leave()
             advance(part * walk.blocks + step.index + 1, walk.blocks * len(groups))
         for number, batch in enumerate(walk.batches):
-            if batch.labels is None:
+            if first.task == "embedding":
+                _embed(found, walk, number, batch)
+            elif batch.labels is None:
                 _predict(found, walk, number, batch, head_tokens)
             else:
                 _classify(found, walk, number, batch, batch.labels)
@@ -194,6 +199,15 @@ def _classify(found: Contrast, walk: Walk, number: int, batch: Batch, labels: Te
         found.nats[model].extend((-said.gather(1, labels[:, None])[:, 0]).tolist())
         found.right[model].extend((said.argmax(-1) == labels).tolist())
     found.tokens.extend([1] * len(labels))
+
+
+@torch.no_grad()
+def _embed(found: Contrast, walk: Walk, number: int, batch: Batch) -> None:
+    """Keep what two embedding models make of texts."""
+    assert batch.labels is not None
+    for model in (0, 1):
+        made = embeddings(walk.replay(model), batch, walk.leaving(number, model)).double().cpu()
+        found.embedded[model].update(zip(batch.labels.tolist(), made, strict=True))
 
 
 @torch.no_grad()

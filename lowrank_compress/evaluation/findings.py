@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from lowrank_compress.evaluation.contrast import Contrast, Gap
+from lowrank_compress.evaluation.embedded import cosines, rank_correlation
 from lowrank_compress.evaluation.harness import Answers
-from lowrank_compress.evaluation.paired import McNemar, bootstrap, mcnemar
+from lowrank_compress.evaluation.paired import McNemar, bootstrap, mcnemar, ranked
 
 SIDES = ("a", "b")
 
@@ -46,6 +49,26 @@ def of_examples(made: Contrast, draws: Draws) -> dict[str, Any]:
     }
 
 
+def of_pairs(
+    made: Contrast, firsts: Sequence[int], seconds: Sequence[int], scores: Sequence[float], draws: Draws
+) -> dict[str, Any]:
+    """Say what two embedding models make of pairs of texts, given by the texts' numbers, with scores."""
+    sides = [torch.stack([embedded[text] for text in range(len(embedded))]) for embedded in made.embedded]
+    alike = [cosines(side[list(firsts)], side[list(seconds)]).tolist() for side in sides]
+    how = {"seed": draws.seed, "resamples": draws.resamples, "confidence": draws.confidence}
+    near = cosines(*sides)
+    return {
+        "n": len(scores),
+        "texts": len(near),
+        "correlation": {side: rank_correlation(each, scores) for side, each in zip(SIDES, alike, strict=True)},
+        "difference": vars(ranked(alike[0], alike[1], scores, **how)),
+        "cosine": vars(bootstrap(near.tolist(), [1.0] * len(near), **how)),
+        "lowest_cosine": float(near.min()),
+        "confidence": draws.confidence,
+        **_states(made),
+    }
+
+
 def _difference(made: Contrast, draws: Draws) -> dict[str, Any]:
     """Nats a token that B loses more than A, with the interval, and the same as a ratio of perplexities."""
     first, second = made.nats
@@ -63,6 +86,12 @@ def _predictions(made: Contrast) -> dict[str, Any]:
     return {
         "divergence": made.divergence / made.positions,
         "agreement": made.agreeing / made.positions,
+        **_states(made),
+    }
+
+
+def _states(made: Contrast) -> dict[str, Any]:
+    return {
         "embedding": _gap(made.embedding),
         "blocks": [
             {"block": number, **_gap(block.error), "own_error": block.own.relative}

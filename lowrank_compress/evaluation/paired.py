@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import binomtest
+from numpy.typing import NDArray
+from scipy.stats import binomtest, rankdata
 
 # Draws of windows in memory at once.
 _DRAWN = 1 << 22
@@ -83,6 +84,63 @@ def bootstrap(
     tail = (1 - confidence) / 2
     low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
     return Interval(value, float(low), float(high))
+
+
+def ranked(
+    first: Sequence[float],
+    second: Sequence[float],
+    scores: Sequence[float],
+    *,
+    seed: int = 0,
+    resamples: int = 10_000,
+    confidence: float = 0.95,
+) -> Interval:
+    """Estimate how much more Spearman's ρ with scores a second list has than a first one, and its interval.
+
+    Pairs of texts are drawn as windows are in `bootstrap`, for both models the same. Draws in which nothing can be
+    ranked, as all of one list is equal, are left out.
+
+    Parameters
+    ----------
+    first, second
+        Of each pair: how similar its texts are, by each of the two models.
+    scores
+        How similar they are said to be.
+    seed, resamples, confidence
+        As of `bootstrap`.
+
+    Returns
+    -------
+    Interval
+        Without bounds where nothing can be ranked in any draw.
+    """
+    lists = np.asarray([first, second, scores], dtype=np.float64)
+    count = lists.shape[1]
+    one, other = _correlations(lists[:, None])
+    generator = np.random.default_rng(seed)
+    found = []
+    rows = max(1, _DRAWN // (4 * count))
+    for start in range(0, resamples, rows):
+        drawn = generator.integers(count, size=(min(rows, resamples - start), count))
+        left, right = _correlations(lists[:, drawn])
+        found.append(right - left)
+    gaps = np.concatenate(found)
+    gaps = gaps[np.isfinite(gaps)]
+    value = float(other[0] - one[0])
+    if not len(gaps):
+        return Interval(value, None, None)
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(gaps, [tail, 1 - tail])
+    return Interval(value, float(low), float(high))
+
+
+def _correlations(lists: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Spearman's ρ of the first two of three lists (3, draws, pairs) with the last, (2, draws); nan where constant."""
+    ranks = rankdata(lists, axis=-1)
+    ranks -= ranks.mean(-1, keepdims=True)
+    norms = np.sqrt((ranks**2).sum(-1))
+    with np.errstate(invalid="ignore"):
+        return (ranks[:2] * ranks[2]).sum(-1) / (norms[:2] * norms[2])
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> McNemar:

@@ -15,12 +15,13 @@ from lowrank_compress.calibration.sources import Source, read_examples
 from lowrank_compress.calibration.tokens import load_tokenizer, vocabulary_of
 from lowrank_compress.config import CompareConfig
 from lowrank_compress.errors import InputError
-from lowrank_compress.evaluation.contrast import contrast
-from lowrank_compress.evaluation.findings import SIDES, Draws, of_examples, of_tasks, of_text
+from lowrank_compress.evaluation.contrast import Contrast, contrast
+from lowrank_compress.evaluation.findings import SIDES, Draws, of_examples, of_pairs, of_tasks, of_text
 from lowrank_compress.evaluation.generation import continued
 from lowrank_compress.evaluation.harness import Answers, run_tasks
-from lowrank_compress.model.blueprint import blueprint
+from lowrank_compress.model.blueprint import Blueprint, blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
+from lowrank_compress.model.embedding import longest_of
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.resources.workers import started
@@ -35,6 +36,7 @@ from lowrank_compress.stages.opponents import (
     require_use,
 )
 from lowrank_compress.stages.reporting import Reporter, Silent
+from lowrank_compress.stages.similarity import Pairs, read_pairs
 from lowrank_compress.strict import stage_config
 from lowrank_compress.texts import Place, names_of
 
@@ -45,6 +47,7 @@ def compare(
     *,
     perplexity: Place | Sequence[Place] = (),
     classification: Place | None = None,
+    sts: Place | Sequence[Place] = (),
     tasks: str | Sequence[str] = (),
     prompts: str | Sequence[str] = (),
     device: str = "auto",
@@ -62,6 +65,8 @@ def compare(
         One or more texts.
     classification
         A table of labelled examples, for classifiers.
+    sts
+        Tables of pairs of texts and how similar they are, for embedding models.
     tasks
         Names of lm-eval tasks.
     prompts
@@ -78,8 +83,8 @@ def compare(
     Returns
     -------
     dict
-        ``texts`` and ``classification``, by name; ``tasks``, by name and metric; ``generations``, a prompt each: see
-        ``lrc compare --json``.
+        ``texts``, ``classification`` and ``sts``, by name; ``tasks``, by name and metric; ``generations``, a prompt
+        each: see ``lrc compare --json``.
 
     Raises
     ------
@@ -92,6 +97,7 @@ def compare(
         {
             "perplexity": names_of(perplexity),
             "classification": None if classification is None else str(classification),
+            "sts": names_of(sts),
             "tasks": names_of(tasks),
             "device": str(compute_device(device)),
             **fields,
@@ -116,10 +122,10 @@ def run(
         There is nothing to compare on, or the models are not of one kind.
     """
     reporter = reporter or Silent()
-    if not (config.perplexity or config.classification or config.tasks or prompts):
+    if not (config.perplexity or config.classification or config.sts or config.tasks or prompts):
         raise InputError(
-            "There is nothing to compare on. Pass --perplexity TEXT (for classifiers --classification TABLE), --tasks "
-            "NAMES or --prompt TEXT."
+            "There is nothing to compare on. Pass --perplexity TEXT (for classifiers --classification TABLE, for "
+            "embedding models --sts PAIRS), --tasks NAMES or --prompt TEXT."
         )
     if started() > 1:
         raise InputError("lrc compare works in one process; start it without torchrun.")
@@ -138,14 +144,22 @@ def run(
         **dict(zip(SIDES, targets, strict=True)),
         "texts": {},
         "classification": {},
+        "sts": {},
         "tasks": {},
         "generations": [],
     }
     draws = Draws(config.seed, config.resamples, config.confidence)
-    for name, batches, kind in _data(targets, config, checkpoints, tokenizers):
+
+    def contrasted(name: str, batches: Sequence[Batch]) -> Contrast:
         one, other = (Skeleton(each, torch.device(config.device), torch.float32) for each in checkpoints)
-        made = contrast(one, other, batches, partial(reporter.advance, Path(name).name))
+        return contrast(one, other, batches, partial(reporter.advance, Path(name).name))
+
+    for name, batches, kind in _data(targets, config, checkpoints, tokenizers):
+        made = contrasted(name, batches)
         found[kind][name] = of_text(made, draws) if kind == "texts" else of_examples(made, draws)
+    for name, pairs, batches in _pairs(targets, config, plans, tokenizers):
+        made = contrasted(name, batches)
+        found["sts"][name] = of_pairs(made, pairs.firsts, pairs.seconds, pairs.scores, draws)
     if config.tasks or prompts:
         _whole(found, config, prompts, checkpoints, tokenizers, reporter)
     return found
@@ -171,6 +185,21 @@ def _data(
         ]
         require_same_windows(targets, tokenizers, made)
         yield config.classification, made[0], "classification"
+
+
+def _pairs(
+    targets: Sequence[str], config: CompareConfig, plans: Sequence[Blueprint], tokenizers: Sequence[Any]
+) -> Iterator[tuple[str, Pairs, list[Batch]]]:
+    """Yield the name of each table of pairs, the pairs and the batches of their texts."""
+    lengths = [config.seq_len, *(longest_of(plan.checkpoint) for plan in plans), plans[0].longest_input()]
+    for name in config.sts:
+        pairs = read_pairs(name, config.text_column, config.label_column, config.limit)
+        made = [
+            pairs.batches(plan.checkpoint, tokenizer, lengths, config.batch_size)
+            for plan, tokenizer in zip(plans, tokenizers, strict=True)
+        ]
+        require_same_windows(targets, tokenizers, made)
+        yield name, pairs, made[0]
 
 
 def _whole(

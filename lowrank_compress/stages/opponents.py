@@ -45,7 +45,13 @@ def require_use(plan: Blueprint, config: CompareConfig, prompts: Sequence[str]) 
     """Refuse data that the heads of the models are not for."""
     if plan.task != "lm" and (config.perplexity or config.tasks or prompts):
         raise InputError(
-            "--perplexity, --tasks and --prompt need causal language models; for classifiers use --classification."
+            "--perplexity, --tasks and --prompt need causal language models; for classifiers use --classification, for "
+            "embedding models --sts."
+        )
+    if plan.task != "embedding" and config.sts:
+        raise InputError(
+            f"--sts compares embeddings, and a {type(plan.model).__name__} has a head; use --perplexity or "
+            "--classification."
         )
     if plan.task != "classification" and config.classification is not None:
         raise InputError("--classification needs sequence classifiers; for language models use --perplexity.")

@@ -94,12 +94,12 @@ class Training:
         said: dict[str, Any] = {"towards": config.towards, "trained": config.train}
         if config.block is not None:
             blocks = Blocks(teacher_of(self.inputs), self.inputs.checkpoint, self.device, self._files, self.workers)
-            before, after = blocks.make(data, held, config.block, LR, config.train, self.reporter)
+            before, after = blocks.make(data, joined(held, data.micro), config.block, LR, config.train, self.reporter)
             said["blocks"] = {"steps": config.block, "loss_before": before, "loss_after": after}
             if after < before:
                 self._blocks = blocks
         if config.steps != 0:
-            course, after = self._whole(data, held)
+            course, after = self._whole(data, data.together(held))
             said |= {"steps": course.done, "lr": course.lr, "tried": course.tried, "best_step": course.best_step}
             said |= {"loss_before": course.before, "loss_after": min(after, course.before)}
         if self._blocks is None and not self._changed:
@@ -145,7 +145,7 @@ class Training:
 
 
 def _data(config: RecoverConfig, inputs: Given, plan: Blueprint) -> tuple[Data, list[Batch]]:
-    """Make what is trained on, and what is held out: the last of the shuffled sequences.
+    """Make what is trained on, and what is held out: the last of the shuffled sequences, one in each batch.
 
     Of several texts as much is taken as is in proportion to their weights.
     """
@@ -167,9 +167,18 @@ def _data(config: RecoverConfig, inputs: Given, plan: Blueprint) -> tuple[Data, 
             f"The text makes {len(items)} sequences of --seq-len {config.seq_len}; training needs 8 at least, as some "
             "are held out. Pass more text, or a smaller --seq-len."
         )
-    return Data(items[:-count], config.batch, config.micro_batch, config.seed), joined(
-        items[-count:], config.micro_batch
-    )
+    return Data(items[:-count], config.batch, config.micro_batch, config.seed, _padding(plan)), items[-count:]
+
+
+def _padding(plan: Blueprint) -> int | None:
+    """Name a token to fill up texts of unlike lengths with, where a mask is all that this needs: where they are pooled.
+
+    Some families count positions of what is not this token.
+    """
+    if plan.task != "embedding":
+        return None
+    named = getattr(plan.model.config, "pad_token_id", None)
+    return named if isinstance(named, int) and named >= 0 else 0
 
 
 def _loaded(checkpoint: Checkpoint, plan: Blueprint, device: torch.device) -> PreTrainedModel:

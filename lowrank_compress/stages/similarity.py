@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from lowrank_compress.calibration.cells import Cell
 from lowrank_compress.calibration.examples import example_batches
@@ -19,6 +20,7 @@ from lowrank_compress.errors import CalibrationError, InputError
 from lowrank_compress.evaluation.embedded import cosines, embed, rank_correlation
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.skeleton import Skeleton
+from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.stages.reporting import Reporter
 
 TEXTS, SCORES = ("sentence1", "sentence2"), ("score", "similarity_score", "label")
@@ -32,6 +34,20 @@ class Pairs:
     firsts: list[int]
     seconds: list[int]
     scores: list[float]
+
+    def batches(
+        self, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, lengths: Sequence[int | None], size: int
+    ) -> list[Batch]:
+        """Make batches of the texts, labelled by their numbers, of as many tokens as all of `lengths` allow."""
+        numbers = [str(number) for number in range(len(self.texts))]
+        return example_batches(
+            tokenizer,
+            Examples(self.texts, numbers),
+            {number: int(number) for number in numbers},
+            min(length for length in lengths if length is not None),
+            size,
+            vocabulary_of(checkpoint),
+        )
 
 
 def read_pairs(name: str, text_column: str | None, label_column: str | None, limit: int | None) -> Pairs:
@@ -95,25 +111,17 @@ def similarities(
         for name, pairs in tables.items():
             step = f"{role} embeddings"
             made[name][role] = _embedded(
-                config, skeleton, pairs.texts, lambda done, total, step=step: reporter.advance(step, done, total)
+                config, skeleton, pairs, lambda done, total, step=step: reporter.advance(step, done, total)
             )
     return {name: _compared(pairs, made[name]) for name, pairs in tables.items()}
 
 
-def _embedded(config: EvaluateConfig, skeleton: Skeleton, texts: list[str], advance: Any) -> Tensor:
+def _embedded(config: EvaluateConfig, skeleton: Skeleton, pairs: Pairs, advance: Any) -> Tensor:
     """Embed texts as the model is to read them."""
     checkpoint = skeleton.blueprint.checkpoint
     lengths = [config.seq_len, skeleton.embedding.longest, skeleton.blueprint.longest_input()]
-    numbers = [str(number) for number in range(len(texts))]
-    batches = example_batches(
-        load_tokenizer(checkpoint.path, checkpoint.trust_remote_code),
-        Examples(texts, numbers),
-        {number: int(number) for number in numbers},
-        min(length for length in lengths if length is not None),
-        config.batch_size,
-        vocabulary_of(checkpoint),
-    )
-    return embed(skeleton, batches, advance)
+    tokenizer = load_tokenizer(checkpoint.path, checkpoint.trust_remote_code)
+    return embed(skeleton, pairs.batches(checkpoint, tokenizer, lengths, config.batch_size), advance)
 
 
 def _compared(pairs: Pairs, made: Mapping[str, Tensor]) -> dict[str, Any]:

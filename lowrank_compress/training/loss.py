@@ -54,8 +54,9 @@ def from_embedding(student: nn.Module, teacher: nn.Module, embedding: Embedding)
     """Make the loss of a student without a head: half the squared distance of its embedding from the teacher's."""
 
     def embedded(model: nn.Module, batch: Batch) -> Tensor:
-        hidden = model(input_ids=batch.ids.to(next(model.parameters()).device)).last_hidden_state
-        return embedding.of(hidden, batch.mask)
+        device = next(model.parameters()).device
+        mask = {} if batch.mask is None else {"attention_mask": batch.mask.to(device)}
+        return embedding.of(model(input_ids=batch.ids.to(device), **mask).last_hidden_state, batch.mask)
 
     def loss(batch: Batch) -> tuple[Tensor, int]:
         with torch.no_grad():

@@ -49,12 +49,16 @@ class Data:
         Sequences computed at once.
     seed
         Of the orders.
+    padding
+        Token that fills up what is shorter than others in a micro-batch; None where nothing is padded, and only
+        sequences of one length are computed at once.
     """
 
     items: Sequence[Batch]
     size: int
     micro: int
     seed: int
+    padding: int | None = None
 
     def of_step(self, step: int) -> list[Batch]:
         """Return the micro-batches of a step: a function of its number."""
@@ -64,7 +68,13 @@ class Data:
             order = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed + epoch)).tolist()
             start = epoch * count
             picked += order[max(0, first - start) : max(0, first + self.size - start)]
-        return joined([self.items[number] for number in picked], self.micro)
+        return self.together([self.items[number] for number in picked])
+
+    def together(self, items: Sequence[Batch]) -> list[Batch]:
+        """Make micro-batches of sequences: `micro` in each, or as many more as are so much shorter than the longest."""
+        if self.padding is None:
+            return joined(items, self.micro)
+        return padded(items, self.micro * max(item.ids.shape[1] for item in self.items), self.padding)
 
 
 def joined(items: Sequence[Batch], size: int) -> list[Batch]:
@@ -73,6 +83,24 @@ def joined(items: Sequence[Batch], size: int) -> list[Batch]:
     for item in items:
         by_length.setdefault(item.ids.shape[1], []).append(item)
     return [_one(group[start : start + size]) for group in by_length.values() for start in range(0, len(group), size)]
+
+
+def padded(items: Sequence[Batch], tokens: int, padding: int) -> list[Batch]:
+    """Put sequences of like lengths together, filled up on the right: `tokens` at most in a batch, with its padding."""
+    groups: list[list[Batch]] = []
+    for item in sorted(items, key=lambda item: item.ids.shape[1]):
+        if not groups or (len(groups[-1]) + 1) * item.ids.shape[1] > tokens:
+            groups.append([])
+        groups[-1].append(item)
+    return [_one([_filled(item, group[-1].ids.shape[1], padding) for item in group]) for group in groups]
+
+
+def _filled(item: Batch, length: int, padding: int) -> Batch:
+    """Fill a sequence up; with its mask, even where nothing is to be filled."""
+    missing = (0, length - item.ids.shape[1])
+    kinds = None if item.kinds is None else nn.functional.pad(item.kinds, missing)
+    mask = nn.functional.pad(torch.ones_like(item.ids), missing)
+    return Batch(nn.functional.pad(item.ids, missing, value=padding), mask, item.labels, kinds)
 
 
 def _one(items: Sequence[Batch]) -> Batch:

@@ -4,9 +4,9 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import binom
+from scipy.stats import binom, spearmanr
 
-from lowrank_compress.evaluation.paired import Interval, McNemar, bootstrap, mcnemar
+from lowrank_compress.evaluation.paired import Interval, McNemar, bootstrap, mcnemar, ranked
 
 SIZES = [7.0, 12.0, 12.0, 3.0, 12.0, 9.0]
 GAPS = [0.4, -0.2, 1.1, 0.0, 0.7, 0.3]
@@ -52,6 +52,27 @@ def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
         assert found.high is not None
         held += found.low <= 0.3 <= found.high
     assert abs(held / 200 - 0.9) < 0.06
+
+
+def test_rank_correlations_are_those_of_single_draws() -> None:
+    generator = np.random.default_rng(5)
+    scores = generator.integers(0, 4, 12).astype(float)  # with ties
+    first, second = (scores + generator.normal(size=12) for _ in range(2))
+    found = ranked(list(first), list(second), list(scores), seed=2, resamples=300, confidence=0.8)
+    drawing, gaps = np.random.default_rng(2), []
+    for _ in range(300):
+        drawn = drawing.integers(12, size=12)
+        gaps.append(spearmanr(second[drawn], scores[drawn])[0] - spearmanr(first[drawn], scores[drawn])[0])
+    low, high = np.quantile(gaps, [0.1, 0.9])
+    value = spearmanr(second, scores)[0] - spearmanr(first, scores)[0]
+    assert found == Interval(pytest.approx(value), pytest.approx(low), pytest.approx(high))
+    assert found.low is not None
+    assert found.low < 0 < found.high
+
+
+def test_draws_that_cannot_be_ranked_are_left_out() -> None:
+    found = ranked([0.1, 0.9], [0.9, 0.1], [1.0, 2.0], resamples=200)
+    assert found == Interval(pytest.approx(-2.0), pytest.approx(-2.0), pytest.approx(-2.0))
 
 
 def test_one_window_has_no_interval() -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from lowrank_compress.model.embedding import Embedding
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.shipped.formats.table import FORMATS
 from lowrank_compress.shipped.linear import CompressedLinear
-from lowrank_compress.training.loss import from_teacher, from_text, mean_loss
+from lowrank_compress.training.loss import from_embedding, from_teacher, from_text, mean_loss
 from lowrank_compress.training.pairs import is_low_rank, paired, stored
 from lowrank_compress.training.recovery import picked
 from lowrank_compress.training.student import Student
@@ -124,6 +126,33 @@ def test_each_sequence_comes_once_a_round():
     by_number = [sorted(row for batch in data.of_step(step) for row in batch.ids[:, 0].tolist()) for step in range(10)]
     assert sorted(number for step in by_number for number in step) == sorted(list(range(10)) * 3)
     assert all(len(batch.ids) <= 2 for batch in data.of_step(0))
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "llama", "gpt2"])
+def test_padding_changes_no_embedding_and_no_gradient(model_type: str):
+    task = "lm" if model_type in ("llama", "gpt2") else "classification"
+    models: list[Any] = [tiny_model(model_type, task, seed=seed).base_model for seed in (1, 0)]
+    student, teacher = models
+    numbers = torch.Generator().manual_seed(0)
+    items = [Batch(torch.randint(4, 96, (1, length), generator=numbers)) for length in (9, 3, 17, 5, 4, 16)]
+    data = Data(items, 6, 2, 0, student.config.pad_token_id or 0)
+    batches = data.of_step(0)
+    real = torch.cat([batch.mask.sum(1) for batch in batches if batch.mask is not None])
+    assert sorted(real.tolist()) == [3, 4, 5, 9, 16, 17]
+    assert all(batch.ids.numel() <= 2 * 17 for batch in batches)
+    assert len(batches) < 4  # short ones are more at once
+    loss = from_embedding(student, teacher, Embedding(("mean", "lasttoken", "max"), True))
+    found = []
+    for made in (batches, items):
+        student.zero_grad()
+        total = torch.stack([loss(batch)[0] for batch in made]).sum()
+        total.backward()
+        gradients = {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+        found.append((total.detach(), gradients))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-6)
+    assert found[0][1].keys() == found[1][1].keys() != set()
+    for name, gradient in found[0][1].items():
+        torch.testing.assert_close(gradient, found[1][1][name], rtol=1e-3, atol=1e-5)
 
 
 def test_a_state_is_all_that_steps_depend_on():

@@ -189,7 +189,7 @@ def run_recipe(
         manifest = pipeline.compress(
             plan, run, meter, resources=resources, keep_statistics=keep_statistics, overwrite=overwrite
         )
-        resources.workers.once(lambda: keep_cost(run, meter.cost()))
+        resources.workers.once(lambda: keep_cost(run, "compress", meter.cost()))
     return result_of(run, manifest, meter.cost())
 
 

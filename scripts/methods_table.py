@@ -1,6 +1,6 @@
 """Measure the tables of methods in docs/results.md, each as its paper has it and some as this toolkit can, in markdown.
 
-Each row is calibrated once, and scored, factorized and evaluated at every ratio.
+Each table is a sweep, as `lrc sweep` makes it: statistics and decompositions are computed once for all ratios.
 
 Usage, from the root of the repository::
 
@@ -22,12 +22,15 @@ from typing import Annotated
 
 import torch
 import typer
-from running import ASSETS, lrc, perplexity, write_between
+from running import ASSETS, write_between
 
+from lowrank_compress import sweep
+from lowrank_compress.cli.terminal import TerminalReporter
 from lowrank_compress.demo import MODEL_DIRECTORY
 from lowrank_compress.demo.text import write_parts
 from lowrank_compress.methods.linear import LinearMethod
 from lowrank_compress.methods.table import METHODS
+from lowrank_compress.stages.reporting import Reporter
 
 
 @dataclass(frozen=True)
@@ -49,14 +52,10 @@ class Row:
         return self.allocate or METHODS[self.method].allocate
 
     @property
-    def calibrating(self) -> list[object]:
-        """Options of `lrc calibrate`."""
-        return ["--method", self.method, *(["--metric", self.metric] if self.metric else [])]
-
-    @property
-    def scoring(self) -> list[object]:
-        """Options of `lrc score`."""
-        return ["--allocate", self.allocate] if self.allocate else []
+    def entry(self) -> dict[str, str]:
+        """The same, as a sweep's file has it."""
+        own = {"method": self.method, "metric": self.metric, "allocate": self.allocate}
+        return {name: value for name, value in own.items() if value is not None}
 
 
 NEW = (Row("modegpt"), Row("modegpt", "kfac"), Row("modegpt", "kfac", "loss"), Row("auto"))
@@ -112,32 +111,41 @@ def cases(directory: Path) -> list[Case]:
     ]
 
 
-def measure(case: Case, ratios: Sequence[float], directory: Path, known: Mapping[str, list[float]]) -> str:
+def measure(
+    case: Case, ratios: Sequence[float], directory: Path, known: Mapping[str, list[float]], reporter: Reporter
+) -> str:
     """Compress by every method at every ratio, and return the table in markdown; rows that are known stay as they are.
 
     Parameters
     ----------
     known
         Title of a row, with that of its ranks -> its values.
+
+    Raises
+    ------
+    RuntimeError
+        A combination failed.
     """
+    there = {row: known.get(f"{row.title} | {row.allocation}", []) for row in case.rows}
+    wanted = [row for row, values in there.items() if len(values) != len(ratios)]
+    grid = {
+        "model": str(case.model),
+        "methods": [row.entry for row in wanted],
+        "ratios": list(ratios),
+        "calibrations": [str(case.calibration)],
+        "options": {"samples": case.samples, "seq_len": case.seq_len},
+        "evaluate": {"perplexity": str(case.text), "seq_len": case.seq_len},
+    }
+    found = sweep(grid, directory / case.name, reporter=reporter)["rows"]
+    if failed := [f"{each['name']}: {each['problem']}" for each in found if each["state"] == "failed"]:
+        raise RuntimeError("; ".join(failed))
+    measured = [each["measured"]["perplexity"][str(case.text)] for each in found]
+    values = [each["compressed"] for each in measured]
+    table = there | {row: values[n * len(ratios) : (n + 1) * len(ratios)] for n, row in enumerate(wanted)}
     lines = [
         "| method | ranks | storage | " + " | ".join(f"{ratio:.0%} removed" for ratio in ratios) + " |",
         "|---|---|---|" + "---:|" * len(ratios),
     ]
-    length = ["--seq-len", case.seq_len]
-    data = ["--calibration", case.calibration, "--samples", case.samples, *length]
-    table: dict[Row, list[float]] = {}
-    for number, row in enumerate(case.rows):
-        if (values := known.get(f"{row.title} | {row.allocation}")) is not None and len(values) == len(ratios):
-            table[row] = values
-            continue
-        run = directory / f"{case.name}-{number}"
-        lrc("calibrate", case.model, *row.calibrating, *data, "--out", run)
-        for ratio in ratios:
-            lrc("score", run, *row.scoring, "--ratio", ratio, "--overwrite")
-            lrc("factorize", run, "--overwrite")
-            table.setdefault(row, []).append(perplexity(run / "model", case.text, *length))
-        typer.echo(f"{case.name} · {row.title}: {', '.join(f'{value:.3f}' for value in table[row])}", err=True)
     least = [min(column) for column in zip(*table.values(), strict=True)]
     for row, values in table.items():
         cells = [
@@ -145,8 +153,8 @@ def measure(case: Case, ratios: Sequence[float], directory: Path, known: Mapping
         ]
         entry = METHODS[row.method]
         lines.append(f"| {row.title} | {row.allocation} | {entry.storage} | {' | '.join(cells)} |")
-    dense = perplexity(case.model, case.text, *length)
-    amount = f"{case.samples} × {case.seq_len} calibration tokens; perplexity of the dense model: {dense:.2f}."
+    amount = f"{case.samples} × {case.seq_len} calibration tokens; perplexity of the dense model: "
+    amount += f"{measured[0]['dense']:.2f}."
     return "\n".join([f"Perplexity of {case.title};", amount, "", *lines])
 
 
@@ -176,17 +184,20 @@ def main(
     """Measure, then print the tables or write them into a file."""
     torch.set_num_threads(threads)
     numbers = [float(ratio) for ratio in ratios.split(",")]
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, TerminalReporter() as reporter:
         for case in cases(Path(temporary) / "text"):
             if only not in (None, case.name):
                 continue
             if not (case.model / "config.json").exists():
                 typer.echo(f"{case.name} is passed over: there is no {case.model}", err=True)
                 continue
+            if method is not None and method not in [row.method for row in case.rows]:
+                typer.echo(f"{case.name} is passed over: its table has no {method}", err=True)
+                continue
             known = {}
             if write is not None and method is not None:
                 known = rows_of(write.read_text(encoding="utf-8"), case.name, method)
-            content = measure(case, numbers, Path(temporary), known)
+            content = measure(case, numbers, Path(temporary), known, reporter)
             if write is None:
                 typer.echo(f"{content}\n")
             else:

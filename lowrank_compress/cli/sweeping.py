@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lowrank_compress.cli.terminal import console, number, print_json, table
 from lowrank_compress.errors import ArtifactError, InputError
+from lowrank_compress.stages.card import measurements
 from lowrank_compress.stages.reporting import Reporter
 
 
 def show(found: dict[str, Any], as_json: bool) -> None:
-    """Print the result of a sweep: one row a combination, or with a single measure a row a method.
+    """Print the result of a sweep, one row a combination.
 
     Raises
     ------
@@ -22,29 +24,24 @@ def show(found: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(found)
     else:
-        measures = _measures(rows)
-        dense = ["dense", "", "", "", *(number(_dense(rows, *measure)) for measure in measures)]
-        body = [dense] if measures else []
-        for row in rows:
+        values = [_values(row) for row in rows]
+        measures = list(dict.fromkeys(measure for each in values for measure in each))
+        dense = [next((each[m].get("dense") for each in values if m in each), None) for m in measures]
+        body = [["dense", "", "", "", *map(number, dense)]] if measures else []
+        for row, own in zip(rows, values, strict=True):
             if row["state"] == "failed":
                 body.append([row["name"], "failed", "", "", *("–" for _ in measures)])
                 continue
             body.append(
                 [
                     row["name"],
-                    f"{row['asked_ratio']:.0%}",
+                    f"{100 * row['asked_ratio']:.4g}%",
                     f"{row['reached_ratio']:.2%}",
                     f"{row['reached_ratio_bytes']:.2%}" if "reached_ratio_bytes" in row else "–",
-                    *(number(_value(row, "compressed", *measure)) for measure in measures),
+                    *(number(own.get(measure, {}).get("compressed")) for measure in measures),
                 ]
             )
-        columns = [
-            "run",
-            "asked",
-            "reached",
-            "of bytes",
-            *(f"{title} · {Path(name).name}" for _, name, title in measures),
-        ]
+        columns = ["run", "asked", "reached", "of bytes", *(f"{metric} · {name}" for metric, name, _ in measures)]
         console().print(table(f"{found['sweep']}: {len(rows)} runs", columns, body))
         if found.get("report"):
             console().print(f"Report: {found['report']}", soft_wrap=True)
@@ -57,6 +54,13 @@ def show(found: dict[str, Any], as_json: bool) -> None:
         )
 
 
+def _values(row: Mapping[str, Any]) -> dict[tuple[str, str, str], Mapping[str, Any]]:
+    """Look up what was measured of a run: metric, name, amount -> values."""
+    measured = row.get("measured")
+    found = measurements({"evaluations": {"": measured}}) if measured else ()
+    return {(each["metric"], each["name"], each["amount"]): each for each in found}
+
+
 def page_of(found: dict[str, Any], place: Path, reporter: Reporter) -> str | None:
     """Write the page about all runs that are finished; None where there is none, or its libraries are missing."""
     from lowrank_compress.pages.page import report
@@ -67,25 +71,3 @@ def page_of(found: dict[str, Any], place: Path, reporter: Reporter) -> str | Non
     except InputError as problem:
         reporter.warn(f"There is no report: {problem}")
         return None
-
-
-def _measures(rows: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
-    """Name what was measured: kind, name of the text, table or task, and what it is called."""
-    found: dict[tuple[str, str, str], None] = {}
-    for row in rows:
-        measured = row.get("measured", {})
-        for kind, title in (("perplexity", "perplexity"), ("classification", "accuracy")):
-            found |= {(kind, name, title): None for name in measured.get(kind, {})}
-        for name, values in measured.get("tasks", {}).items():
-            metrics = [metric for metric in values.get("compressed", {}) if "stderr" not in metric]
-            found |= {("tasks", name, metric): None for metric in metrics}
-    return list(found)
-
-
-def _value(row: dict[str, Any], role: str, kind: str, name: str, title: str) -> float | None:
-    value = row.get("measured", {}).get(kind, {}).get(name, {}).get(role)
-    return value.get(title) if isinstance(value, dict) else value
-
-
-def _dense(rows: list[dict[str, Any]], kind: str, name: str, title: str) -> float | None:
-    return next((found for row in rows if (found := _value(row, "dense", kind, name, title)) is not None), None)

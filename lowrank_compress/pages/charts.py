@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ _PAGE = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)"}
 _PAGE |= {colour: f"var(--series-{number})" for number, colour in enumerate(SERIES, 1)}
 MARKERS = "osD^vPX*"
 MOST_POINTS = 160
+# Characters that stand beside each other in a legend.
+LEGEND = 88
 STYLE = {
     "svg.fonttype": "none",
     "text.parse_math": False,
@@ -112,14 +115,27 @@ def plain(value: float) -> str:
     return f"10{raised}" if float(digits) == 1 else f"{float(digits):g}·10{raised}"
 
 
-def trade(points: Sequence[Point], dense: tuple[float, float] | None, metric: str, *, less_is_better: bool) -> str:
-    """Draw size against a measure, a line for each group, and mark what no other point beats in both."""
+def trade(points: Sequence[Point], dense: Sequence[tuple[float, float]], metric: str, *, less_is_better: bool) -> str:
+    """Draw size against a measure, a line for each group, and mark what no other point beats in both.
+
+    Parameters
+    ----------
+    points
+        Runs.
+    dense
+        Size in megabytes and measure of each dense original.
+    metric
+        What it is called.
+    less_is_better
+        Whether a smaller value is the better one.
+    """
     matplotlib = library()
     with matplotlib.rc_context(STYLE):
-        figure, (axes,) = _figure(7.4, 4.4)
         groups: dict[str, list[Point]] = {}
         for point in points:
             groups.setdefault(point.group, []).append(point)
+        columns = max(1, min(4, LEGEND // (max(map(len, groups)) + 6)))
+        figure, (axes,) = _figure(7.4, 4.0 + 0.2 * -(-(len(groups) + 2) // columns))
         for number, (group, members) in enumerate(groups.items()):
             line = sorted(members, key=lambda point: point.megabytes)
             axes.plot(
@@ -142,14 +158,22 @@ def trade(points: Sequence[Point], dense: tuple[float, float] | None, metric: st
             label="beaten by none",
             zorder=4,
         )
-        if dense is not None:
-            axes.scatter([dense[0]], [dense[1]], marker="*", s=120, color=INK, label="dense original", zorder=5)
-        values = [point.value for point in points] + ([dense[1]] if dense else [])
+        if dense:
+            axes.scatter(
+                [size for size, _ in dense],
+                [value for _, value in dense],
+                marker="*",
+                s=120,
+                color=INK,
+                label="dense original",
+                zorder=5,
+            )
+        values = [point.value for point in points] + [value for _, value in dense]
         if min(values) > 0 and max(values) / min(values) > 5:
             _logarithmic(axes, subs=(1, 2, 5))
         axes.set_xlabel("size of the checkpoint, MB")
         axes.set_ylabel(metric)
-        figure.legend(loc="outside lower center", ncols=4, fontsize=10)
+        figure.legend(loc="outside lower center", ncols=columns, fontsize=10)
         return _svg(figure, f"trade {metric}")
 
 
@@ -168,18 +192,21 @@ def spectra(kinds: Mapping[str, Sequence[Spectrum]]) -> str:
     matplotlib = library()
     columns = min(4, len(kinds))
     rows = -(-len(kinds) // columns)
+    shown = [value for members in kinds.values() for member in members for value in member.values if value > 0]
+    # Whole decades, so that what is small is seen and what is rounding is not.
+    bottom = 10.0 ** max(-7, math.floor(math.log10(min(shown) / 1.5)))
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure(max(2.6, 2.5 * columns), 2.1 * rows + 0.3, rows, columns)
         for place, (kind, members) in zip(axes, kinds.items(), strict=False):
             for number, member in enumerate(members):
                 depth = 0.25 + 0.75 * (number + 1) / len(members)
-                shown = thinned(member.values)
-                place.plot([x for x, _ in shown], [y for _, y in shown], color=SERIES[0], alpha=depth, linewidth=1.1)
+                points = thinned(member.values)
+                place.plot([x for x, _ in points], [y for _, y in points], color=SERIES[0], alpha=depth, linewidth=1.1)
                 if member.cut and member.cut <= len(member.values):
-                    height = max(member.values[member.cut - 1], 1e-7)
+                    height = max(member.values[member.cut - 1], bottom)
                     place.plot([member.cut], [height], marker="o", color=SERIES[1], markersize=4, linestyle="none")
             _logarithmic(place)
-            place.set_ylim(1e-7, 2)
+            place.set_ylim(bottom, 2)
             place.set_title(kind, loc="left")
         for place in axes[len(kinds) :]:
             place.set_visible(False)
@@ -195,8 +222,8 @@ def thinned(values: Sequence[float]) -> list[tuple[int, float]]:
     return [(index + 1, max(values[index], 1e-9)) for index in kept]
 
 
-def losses(predicted: Mapping[int, float], measured: Sequence[tuple[float, float]]) -> str:
-    """Draw what each block was predicted to lose and what it loses by itself, in nats a token."""
+def losses(predicted: Mapping[int, float], measured: Sequence[tuple[float, float]], unit: str) -> str:
+    """Draw what each block was predicted to lose and what it loses by itself, in a unit."""
     matplotlib = library()
     with matplotlib.rc_context(STYLE):
         figure, (axes,) = _figure(7.4, 3.4)
@@ -210,7 +237,7 @@ def losses(predicted: Mapping[int, float], measured: Sequence[tuple[float, float
             axes.bar(places, list(values.values()), width=0.92 * width, color=SERIES[number], label=name)
         axes.xaxis.set_major_locator(importlib.import_module("matplotlib.ticker").MaxNLocator(integer=True))
         axes.set_xlabel("block")
-        axes.set_ylabel("nats a token")
+        axes.set_ylabel(unit)
         axes.grid(axis="x", visible=False)
         if len(rows) > 1:
             figure.legend(loc="outside lower center", ncols=3, fontsize=10)

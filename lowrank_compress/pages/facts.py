@@ -28,11 +28,13 @@ from lowrank_compress.stages.cost import read_cost
 from lowrank_compress.stages.evaluate import text_batches
 from lowrank_compress.stages.identity import display_name
 from lowrank_compress.stages.presenting import evaluations_of, report_of, spectra_of
+from lowrank_compress.stages.repeating import commands_of
 from lowrank_compress.stages.reporting import Reporter
 from lowrank_compress.stages.run import Run
 from lowrank_compress.strict import COMMAND_LINE
 
-_BLOCK = re.compile(r"(?:.*\.)?(\d+)[.:](.+)")
+# The first number in a name is its block's; that of an expert follows.
+_BLOCK = re.compile(r"(?:.*?\.)?(\d+)[.:](.+)")
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,12 @@ class RunFacts:
         Rows of evaluations: metric, name, amount, and the values of "compressed" and "dense".
     spectra
         Squared singular values in the method's metric, by matrix.
-    calibration, environment, cost
+    calibration, cost
         None where not known.
+    options
+        The recipe, as it is written out.
+    commands
+        How to make the run again.
     blocks
         What each block costs by itself; empty where it was not measured.
     chain
@@ -95,8 +101,18 @@ class RunFacts:
     environment: Mapping[str, Any]
     cost: Mapping[str, Any] | None
     recipe: str
+    options: Mapping[str, Any]
+    commands: tuple[str, ...]
     chain: tuple[str, ...]
     blocks: tuple[BlockLoss, ...] = field(default=())
+
+    @property
+    def unit(self) -> str:
+        """What losses are measured in, and of what."""
+        return {
+            "AutoModelForSequenceClassification": "nats an example",
+            "AutoModel": "½‖Δe‖² a text",
+        }.get(self.report["about"].get("auto_class", ""), "nats a token")
 
     @property
     def predicted(self) -> dict[int, float]:
@@ -144,20 +160,28 @@ def facts_of(path: Path, reporter: Reporter, text: str | None, limit: int) -> Ru
         environment=final.manifest.environment,
         cost=read_cost(run),
         recipe=read_small_text(run.recipe, RECIPE_BYTES),
+        options=load_recipe(run.recipe, {}).model_dump(mode="json"),
+        commands=tuple(commands_of(run, final.index)),
         chain=tuple(link.stage for link in final.index.chain),
         blocks=tuple(blocks),
     )
 
 
+def place_of(name: str) -> tuple[int | None, str]:
+    """Part the name of a matrix into the number of its block, None outside of all, and what it is called there."""
+    place = _BLOCK.fullmatch(name)
+    return (int(place[1]), place[2]) if place else (None, name)
+
+
 def _matrices(report: Mapping[str, Any]) -> list[Matrix]:
     found = []
     for name, entry in report["matrices"].items():
-        place = _BLOCK.fullmatch(name)
+        block, kind = place_of(name)
         found.append(
             Matrix(
                 name=name,
-                block=int(place[1]) if place else None,
-                kind=place[2] if place else name,
+                block=block,
+                kind=kind,
                 shape=tuple(entry["shape"]),
                 format=entry["format"],
                 rank=entry.get("rank"),
@@ -177,9 +201,10 @@ def _calibration(run: Run) -> dict[str, Any] | None:
     if manifest is None or not manifest.report.get("tokens"):
         return None
     source = load_recipe(run.recipe, {}).calibration
-    texts = [source] if isinstance(source, str) else [part.text for part in source or ()]
+    names = [source] if isinstance(source, str) else [part.text for part in source or ()]
     return {
-        "text": ", ".join(text if text.startswith("hf:") else Path(text).name for text in texts),
+        "text": ", ".join(name if name.startswith("hf:") else Path(name).name for name in names),
+        "texts": manifest.report.get("texts", []),
         **{name: manifest.report[name] for name in ("windows", "tokens", "tokens_sha256") if name in manifest.report},
         **{name: manifest.key.config[name] for name in ("seq_len", "seed") if name in manifest.key.config},
     }

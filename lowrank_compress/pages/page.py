@@ -12,14 +12,21 @@ from typing import Any
 from lowrank_compress.artifacts.files import read_bytes, write_text
 from lowrank_compress.errors import InputError
 from lowrank_compress.pages import charts
-from lowrank_compress.pages.facts import RunFacts, facts_of
+from lowrank_compress.pages.facts import RunFacts, facts_of, place_of
+from lowrank_compress.pages.grids import Cell, collective, experts, grid, shortened
 from lowrank_compress.stages.reporting import Reporter, Silent
+from lowrank_compress.stages.sweepconfig import AXES
+from lowrank_compress.stages.table import STAGES
 from lowrank_compress.texts import Place
 
 MARK = "<!-- lrc report -->"
 TEMPLATES = Path(__file__).parent / "templates"
+# Options that do not tell ways of compressing apart.
+UNSEEN = {*AXES, "micro_batch", "device", "text_column", "label_column"}
 # Charts of size against a measure; more of them nobody looks at.
 MOST_TRADES = 4
+# Steps that took fewer seconds are not listed.
+SHORTEST = 0.005
 SMALLER_IS_BETTER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
 
 
@@ -99,7 +106,7 @@ def _template() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"share": share, "size": size, "figure": figure, "whole": whole}
+    environment.filters |= {"share": share, "size": size, "figure": figure, "whole": whole, "change": change}
     return environment.get_template("report.html.j2")
 
 
@@ -113,10 +120,15 @@ def contents(runs: Sequence[RunFacts]) -> dict[str, Any]:
                 "facts": run,
                 "id": f"run-{number}",
                 "heat": heat(run),
+                "bits": bits(run),
+                "experts": experts(run.report.get("experts", {})),
                 "spectra": safe(charts.spectra(found)) if (found := by_kind(run)) else None,
-                "losses": safe(charts.losses(run.predicted, measured)) if run.predicted or run.blocks else None,
+                "to_the_cut": all(len(each.values) == each.cut for kind in found.values() for each in kind),
+                "losses": safe(charts.losses(run.predicted, measured, run.unit))
+                if run.predicted or run.blocks
+                else None,
                 "formats": Counter(matrix.format for matrix in run.matrices).most_common(),
-                "cost": seconds(run.cost),
+                "costs": costs(run),
             }
             for number, run in enumerate(runs, 1)
             for measured in [[(block.increase, block.divergence) for block in run.blocks]]
@@ -124,6 +136,7 @@ def contents(runs: Sequence[RunFacts]) -> dict[str, Any]:
         "metrics": metrics,
         "rows": [{"facts": run, "id": f"run-{number}", "values": values(run)} for number, run in enumerate(runs, 1)],
         "trades": [safe(drawn) for drawn in trades(runs, metrics)] if len(runs) > 1 else [],
+        "caches": len({run.size.kv_bytes_per_token for run in runs}) > 1,
         "title": runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
     }
 
@@ -133,26 +146,60 @@ def values(run: RunFacts) -> dict[tuple[str, str, str], Mapping[str, Any]]:
     return {(row["metric"], row["name"], row["amount"]): row for row in run.measured}
 
 
-def heat(run: RunFacts) -> dict[str, Any]:
-    """Arrange kept shares as blocks × kinds of matrices, in the order in which they come."""
-    kinds = list(dict.fromkeys(matrix.kind for matrix in run.matrices))
-    blocks = list(dict.fromkeys(matrix.block for matrix in run.matrices))
-    cells = {(matrix.block, matrix.kind): matrix for matrix in run.matrices}
-    return {
-        "kinds": [kind.rpartition(".")[2] for kind in kinds],
-        "rows": [(block, [cells.get((block, kind)) for kind in kinds]) for block in blocks],
-    }
+def heat(run: RunFacts) -> dict[str, Any] | None:
+    """Arrange kept shares as blocks × kinds of matrices, without those of single experts; None where all are."""
+    matrices = [matrix for matrix in run.matrices if matrix.kind == collective(matrix.kind)]
+    names = shortened(matrix.kind for matrix in matrices)
+    cells = [
+        Cell(
+            matrix.block,
+            names[matrix.kind],
+            min(matrix.kept, 1.0),
+            f"{100 * matrix.kept:.0f} %",
+            "dense" if matrix.rank is None else str(matrix.rank),
+            f"{matrix.name} ({matrix.format})",
+        )
+        for matrix in matrices
+    ]
+    return grid(cells) if cells else None
+
+
+def bits(run: RunFacts) -> dict[str, Any] | None:
+    """Arrange the bits of quantized layers as blocks × kinds of layers; None where none is quantized."""
+    layers = {place_of(name): layer for name, layer in run.report.get("quantize", {}).get("layers", {}).items()}
+    names = shortened(kind for _, kind in layers)
+    cells = []
+    for (block, kind), layer in layers.items():
+        said = "as it was" if layer["bits"] is None else f"{layer['bits']}"
+        full = 1.0 if layer["bits"] is None else layer["bits"] / 16
+        cells.append(Cell(block, names[kind], full, said, size(layer["bytes"]), kind))
+    return grid(cells) if cells else None
 
 
 def by_kind(run: RunFacts) -> dict[str, list[charts.Spectrum]]:
-    """Gather the spectra of each kind of matrix, block by block, each with its cut."""
+    """Gather the spectra of each kind of matrix, block by block, each with its cut; all experts are of one kind."""
     found: dict[str, list[charts.Spectrum]] = {}
+    names = shortened(collective(matrix.kind) for matrix in run.matrices)
     for matrix in run.matrices:
         squares = run.spectra.get(matrix.name)
         if squares and max(squares) > 0:
             shares = [value / max(squares) for value in squares]
-            kind = matrix.kind.rpartition(".")[2]
-            found.setdefault(kind, []).append(charts.Spectrum(shares, matrix.rank))
+            found.setdefault(names[collective(matrix.kind)], []).append(charts.Spectrum(shares, matrix.rank))
+    return found
+
+
+def labels(runs: Sequence[RunFacts]) -> list[str]:
+    """Name the way in which each run was made: runs of one name differ in ratio, seed and texts alone."""
+    found = []
+    for run in runs:
+        like = [other.options for other in runs if other.report["method"] == run.report["method"]]
+        own = [
+            f"{name}={value}"
+            for name, value in run.options.items()
+            if name not in UNSEEN and value is not None and any(other.get(name) != value for other in like)
+        ]
+        later = [stage for stage in run.chain if stage not in ("factorize", "refine")]
+        found.append(" ".join([run.report["method"], *own, *later]))
     return found
 
 
@@ -160,30 +207,43 @@ def trades(runs: Sequence[RunFacts], metrics: Sequence[tuple[str, str, str]]) ->
     """Draw size against each measure that at least two runs have."""
     drawn = []
     for metric, name, amount in metrics:
-        points, dense = [], None
-        for run in runs:
+        points, dense = list[charts.Point](), set[tuple[float, float]]()
+        for run, label in zip(runs, labels(runs), strict=True):
             row = values(run).get((metric, name, amount))
             if row is None:
                 continue
-            points.append(charts.Point(run.report["method"], run.name, run.size.bytes / 1e6, row["compressed"]))
+            points.append(charts.Point(label, run.name, run.size.bytes / 1e6, row["compressed"]))
             if run.dense_size is not None and isinstance(row.get("dense"), int | float):
-                dense = (run.dense_size.bytes / 1e6, row["dense"])
+                dense.add((run.dense_size.bytes / 1e6, row["dense"]))
         if len(points) > 1 and len(drawn) < MOST_TRADES:
             better = metric in SMALLER_IS_BETTER
-            drawn.append(charts.trade(points, dense, f"{metric} · {name}", less_is_better=better))
+            drawn.append(charts.trade(points, sorted(dense), f"{metric} · {name}", less_is_better=better))
     return drawn
 
 
-def seconds(cost: Mapping[str, Any] | None) -> list[tuple[str, float, float]]:
-    """List steps with their seconds and their share of the longest."""
-    taken = {step: spent for step, spent in (cost or {}).get("seconds", {}).items() if spent >= 0.005}
-    longest = max(taken.values(), default=1.0)
-    return [(step, spent, spent / longest) for step, spent in taken.items()]
+def costs(run: RunFacts) -> list[dict[str, Any]]:
+    """List what each command took: its steps, with their seconds and their share of the longest, and memory."""
+    taken = {
+        command: {step: spent for step, spent in cost["seconds"].items() if spent >= SHORTEST}
+        for command, cost in (run.cost or {}).items()
+        if command in ("compress", *(STAGES[stage].command for stage in run.chain))
+    }
+    longest = max((spent for steps in taken.values() for spent in steps.values()), default=1.0)
+    return [
+        {
+            "command": command,
+            "steps": [(step, spent, spent / longest) for step, spent in steps.items()],
+            "total": sum(steps.values()),
+            **{name: value for name, value in (run.cost or {})[command].items() if name != "seconds"},
+        }
+        for command, steps in taken.items()
+        if steps
+    ]
 
 
 def share(value: float) -> str:
     """Write a share in per cent."""
-    return f"{value:.2%}".replace("%", " %")
+    return f"{value:.2%}".replace("%", " %").replace("-", "−")
 
 
 def size(count: float) -> str:
@@ -197,6 +257,16 @@ def size(count: float) -> str:
 def figure(value: Any) -> str:
     """Write a measure with four significant digits."""
     return f"{value:.4g}" if isinstance(value, int | float) and not isinstance(value, bool) else "–"
+
+
+def change(row: Mapping[str, Any]) -> str:
+    """Say how far the compressed model's measure is from the dense one's: by a factor, or a difference."""
+    ours, dense = row.get("compressed"), row.get("dense")
+    if not isinstance(ours, int | float) or not isinstance(dense, int | float):
+        return "–"
+    if row["metric"] in SMALLER_IS_BETTER and dense:
+        return f"× {ours / dense:.4g}"
+    return f"{ours - dense:+.3g}".replace("-", "−")
 
 
 def whole(value: Any) -> str:

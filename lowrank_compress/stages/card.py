@@ -99,7 +99,9 @@ def _metadata(
     tags: Sequence[str] = ("low-rank", "lowrank_compress"),
 ) -> str:
     """Return the card's header in YAML, as the hub reads it."""
-    pipeline = PIPELINES.get(about.get("auto_class", ""))
+    pipeline = (
+        "sentence-similarity" if about.get("sentence_transformers") else PIPELINES.get(about.get("auto_class", ""))
+    )
     results = [
         EvalResult(
             task_type=pipeline or "text-generation",
@@ -117,7 +119,7 @@ def _metadata(
         datasets=about.get("datasets"),
         language=about.get("language"),
         library_name="sentence-transformers" if about.get("sentence_transformers") else "transformers",
-        pipeline_tag="sentence-similarity" if about.get("sentence_transformers") else pipeline,
+        pipeline_tag=pipeline,
         tags=list(tags),
         model_name=(f"{base} {report['method']}" if base else f"low-rank {report['method']}") if results else None,
         eval_results=results or None,
@@ -182,13 +184,31 @@ def _sizes(report: Mapping[str, Any]) -> str:
 
 
 def measurements(metrics: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield what was measured: once for each text, table or metric of a task, in a fixed order."""
+    """Yield what was measured: once for each text, table or metric of a task, in a fixed order.
+
+    Parameters
+    ----------
+    metrics
+        ``evaluations``, by id: what `lrc eval --json` prints of each.
+
+    Yields
+    ------
+    dict
+        ``metric``, ``name``, ``amount``, ``kind`` (the name as the hub takes it), and the values of ``compressed`` and
+        ``dense``, the latter where it was measured.
+    """
     rows: dict[tuple[str, str, str], dict[str, Any]] = {}
     for _, found in sorted(metrics["evaluations"].items()):
         for kind, metric in (("perplexity", "perplexity"), ("classification", "accuracy")):
             for name, values in found[kind].items():
                 short = name.removeprefix("hf:") if name.startswith("hf:") else Path(name).name
                 rows[metric, short, _amount(values)] = {"kind": _slug(short), "name": short, "metric": metric, **values}
+        for name, values in found.get("sts", {}).items():
+            row = {"kind": _slug(Path(name).name), "name": Path(name).name, "metric": "spearmanr"}
+            rows[row["metric"], row["name"], _amount(values)] = row | values
+            if values["cosine"] is not None:
+                near = row | {"metric": "cosine to dense", "compressed": values["cosine"]}
+                rows[near["metric"], near["name"], _amount(values)] = near
         for task, values in found["tasks"].items():
             for metric in values.get("compressed", {}):
                 if "stderr" not in metric:

@@ -10,7 +10,9 @@ from lowrank_compress.artifacts.manifest import Manifest, listed, read_manifest
 from lowrank_compress.errors import ArtifactError, InputError
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.locate import locate
+from lowrank_compress.resources.cost import Meter
 from lowrank_compress.resources.resources import Resources
+from lowrank_compress.stages.cost import keep_cost
 from lowrank_compress.stages.identity import checkpoint_id
 from lowrank_compress.stages.index import Index, Link, write_index
 from lowrank_compress.stages.reporting import Reporter, Silent
@@ -59,9 +61,15 @@ def extend(
     dense = original_of(before.index, str(run.path), trust_remote_code) if stage.needs_dense else None
     inputs = stage.inputs(Checkpoint(before.path), before.manifest.report, dense)
     directory = before.index.directory(stage.name, stage.directory)
-    manifest = stage.run(config, inputs, run.path / directory, reporter, resources=resources, overwrite=overwrite)
+    meter = Meter(reporter)
+    manifest = stage.run(config, inputs, run.path / directory, meter, resources=resources, overwrite=overwrite)
     link = Link(stage.name, directory, manifest.id)
-    resources.workers.once(lambda: record(run, before.index, [link], reporter))
+
+    def keep() -> None:
+        record(run, before.index, [link], reporter)
+        keep_cost(run, stage.command, meter.cost())
+
+    resources.workers.once(keep)
     return manifest
 
 

@@ -1,4 +1,4 @@
-"""What the last command took that made something in a run: kept beside it, and no part of any result."""
+"""What commands took that made something in a run: kept beside it, and no part of any result."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from lowrank_compress.stages.run import Run
 COST = "cost.json"
 
 
-def keep_cost(run: Run, cost: Mapping[str, Any]) -> None:
-    """Write down what a run took, where anything was done; a file of that name that is not ours stays."""
-    path = _path(run)
-    if not cost["seconds"] or (path.exists() and read_cost(run) is None):
+def keep_cost(run: Run, command: str, cost: Mapping[str, Any]) -> None:
+    """Write down what a command took, where it did anything; a file of that name that is not ours stays."""
+    path, before = _path(run), read_cost(run)
+    if not cost["seconds"] or (path.exists() and before is None):
         return
-    write_sealed(path, dict(cost))
+    write_sealed(path, {"commands": {**(before or {}), command: dict(cost)}})
 
 
 def read_cost(run: Run) -> dict[str, Any] | None:
-    """Read what a run took; None where that is not known."""
+    """Read what the last command of each name took, by its name; None where that is not known."""
     try:
-        return read_sealed(_path(run))
+        return read_sealed(_path(run)).get("commands", {})
     except (ArtifactError, OSError):
         return None
 

@@ -174,7 +174,7 @@ def _all(
             try:
                 with locked(job.run.path):
                     _make(job, jobs, shared, told, overwrite)
-                    keep_cost(job.run, told.cost())
+                    keep_cost(job.run, "compress", told.cost())
                     found = {} if measured is None else _measure(job.run, measured, told, known)
                 rows[job.point.name] = _finished(job, found)
             except (LrcError, OSError, RuntimeError, MemoryError) as problem:  # none stops the others

@@ -96,11 +96,11 @@ class SweepConfig(Strict):
             A field is unknown or out of range.
         """
         fields = dict(self.evaluate)
-        for name in ("perplexity", "tasks"):
+        for name in ("perplexity", "sts", "tasks"):
             if isinstance(fields.get(name), str):
                 fields[name] = (fields[name],)
         found = evaluate_config(where, **{"device": device, **fields})
-        return found if found.perplexity or found.classification or found.tasks else None
+        return found if found.perplexity or found.classification or found.sts or found.tasks else None
 
 
 def _text_name(calibration: Any, number: int) -> str:

@@ -45,9 +45,9 @@ def test_numbers_at_ticks(value: float, shown: str) -> None:
 def test_charts_are_xml_in_the_colours_of_the_page_and_repeat() -> None:
     points = [Point("a $\\frac$ <b>", "1", 1.0, 30.0), Point("c", "2", 2.0, 2.0)]
     for draw in (
-        lambda: charts.trade(points, (3.0, 1.5), "perplexity · x&y", less_is_better=True),
+        lambda: charts.trade(points, [(3.0, 1.5)], "perplexity · x&y", less_is_better=True),
         lambda: charts.spectra({"q": [Spectrum([1.0, 0.1, 0.0], 2), Spectrum([1.0, 0.5], None)]}),
-        lambda: charts.losses({0: 0.1, 1: 0.2}, [(0.1, 0.2), (0.0, 0.1)]),
+        lambda: charts.losses({0: 0.1, 1: 0.2}, [(0.1, 0.2), (0.0, 0.1)], "nats a token"),
     ):
         drawn = draw()
         assert drawn == draw()
@@ -56,7 +56,7 @@ def test_charts_are_xml_in_the_colours_of_the_page_and_repeat() -> None:
         assert "var(--ink)" in drawn
         assert "var(--series-1)" in drawn
         assert not any(colour in drawn for colour in (charts.INK, charts.MUTED, charts.GRID, *charts.SERIES))
-    text = charts.trade(points, None, "perplexity", less_is_better=True)
+    text = charts.trade(points, [], "perplexity", less_is_better=True)
     assert "a $\\frac$ &lt;b&gt;" in text
 
 

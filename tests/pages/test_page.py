@@ -83,7 +83,8 @@ def test_the_page_is_whole_and_needs_nothing(pages: Path, tiny: Tiny) -> None:
     run = pages / "svd $x^2$ & co"
     found = done("eval", run, "--perplexity", tiny.heldout, "--json").json
     values = found["perplexity"][str(tiny.heldout)]
-    assert f"<td>{values['compressed']:.4g}</td><td>{values['dense']:.4g}</td>" in re.sub(r"\s*\n\s*", "", text)
+    row = f"<td>{values['compressed']:.4g}</td><td>{values['dense']:.4g}</td>"
+    assert f"{row}<td>× {values['compressed'] / values['dense']:.4g}</td>" in re.sub(r"\s*\n\s*", "", text)
     report = done("show", run, "--json").json
     assert f"{report['stored_elements']:,}" in text
     assert f"{report['reached_ratio'] * 100:.2f} %" in text

@@ -12,6 +12,7 @@ import pytest
 import transformers
 import yaml
 
+from lowrank_compress.stages.card import measurements
 from tests.runs import Tiny, done, refused, results
 from tests.tiny import save_tiny
 
@@ -131,3 +132,14 @@ def test_what_was_measured_is_in_the_card_of_the_run(tiny: Tiny, finished: Finis
     done("cast", run, "--dtype", "bfloat16")
     assert "model-index" not in done("card", run).out
     assert "is no run" in refused("card", tiny.model)
+
+
+def test_what_an_embedding_model_was_measured_on() -> None:
+    values = {"compressed": 0.7, "dense": 0.75, "n": 12, "cosine": 0.99}
+    alone = {"dense": 0.75, "n": 12, "cosine": None}
+    empty: dict[str, Any] = {"perplexity": {}, "classification": {}, "tasks": {}}
+    found = list(measurements({"evaluations": {"0": {**empty, "sts": {"a/pairs.tsv": values, "b.tsv": alone}}}}))
+    assert [(row["metric"], row["name"], row["amount"], row["compressed"], row.get("dense")) for row in found] == [
+        ("cosine to dense", "pairs.tsv", "12 examples", 0.99, None),
+        ("spearmanr", "pairs.tsv", "12 examples", 0.7, 0.75),
+    ]

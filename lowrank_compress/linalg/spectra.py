@@ -83,7 +83,7 @@ class PowerLaw:
 
 
 def power_law(values: Tensor) -> PowerLaw | None:
-    """Fit a power law to the tail of the eigenvalues λ = σ² of WᵀW, as WeightWatcher does.
+    """Fit a power law to the tail of the eigenvalues λ = σ² of WᵀW, as WeightWatcher does from 20 eigenvalues on.
 
     For every eigenvalue as the tail's beginning the exponent of greatest likelihood is 1 + n / Σ log(λ / λ_min); taken
     is the beginning from which the law is nearest to the eigenvalues (A. Clauset, C. Shalizi, M. Newman, SIAM Review

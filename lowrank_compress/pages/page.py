@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from os import PathLike
@@ -189,18 +190,23 @@ def by_kind(run: RunFacts) -> dict[str, list[charts.Spectrum]]:
 
 
 def labels(runs: Sequence[RunFacts]) -> list[str]:
-    """Name the way in which each run was made: runs of one name differ in ratio, seed and texts alone."""
-    found = []
+    """Name the way in which each run was made: by its method, and options in which runs of one ratio differ.
+
+    Defaults that follow from the ratio tell no ways apart.
+    """
+    telling: dict[str, set[str]] = {}
+    for one, other in itertools.combinations(runs, 2):
+        method = one.report["method"]
+        if other.report["method"] == method and other.options["ratio"] == one.options["ratio"]:
+            found = {name for name, value in one.options.items() if other.options.get(name) != value}
+            telling.setdefault(method, set()).update(found - UNSEEN)
+    labelled = []
     for run in runs:
-        like = [other.options for other in runs if other.report["method"] == run.report["method"]]
-        own = [
-            f"{name}={value}"
-            for name, value in run.options.items()
-            if name not in UNSEEN and value is not None and any(other.get(name) != value for other in like)
-        ]
+        names = telling.get(run.report["method"], set())
+        own = [f"{name}={value}" for name, value in run.options.items() if name in names and value is not None]
         later = [stage for stage in run.chain if stage not in ("factorize", "refine")]
-        found.append(" ".join([run.report["method"], *own, *later]))
-    return found
+        labelled.append(" ".join([run.report["method"], *own, *later]))
+    return labelled
 
 
 def trades(runs: Sequence[RunFacts], metrics: Sequence[tuple[str, str, str]]) -> list[str]:

@@ -9,10 +9,13 @@ import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 import lowrank_compress
+from lowrank_compress.pages.page import labels
 from tests.runs import Tiny, done, refused
 
 Finished = Callable[[str], Path]
@@ -159,3 +162,19 @@ def test_nothing_is_cut_off_in_a_browser(width: int, pages: Path, tmp_path: Path
     found = re.search(r'data-found="([^"]*)"', ran.stdout)
     assert found, ran.stderr[-2000:]
     assert found[1] == "[false,[],[0,0,0,0,0],true,2]"
+
+
+def test_runs_are_named_by_what_tells_them_apart() -> None:
+    def run(method: str, ratio: float, *stages: str, **options: object) -> Any:
+        chain = ("factorize", "refine", *stages)
+        return SimpleNamespace(report={"method": method}, options={"ratio": ratio, **options}, chain=chain)
+
+    runs = [
+        run("auto", 0.1, second_by="scales", seed=0),
+        run("auto", 0.3, second_by="full", seed=1),
+        run("kfac", 0.1, storage="pair", allocate=None),
+        run("kfac", 0.1, storage="pivot", allocate=None),
+        run("kfac", 0.3, storage="pivot", allocate=None),
+        run("svd", 0.3, "quantize"),
+    ]
+    assert labels(runs) == ["auto", "auto", "kfac storage=pair", *["kfac storage=pivot"] * 2, "svd quantize"]

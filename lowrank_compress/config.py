@@ -20,6 +20,7 @@ from lowrank_compress.texts import Texts
 RatioOf = Literal["blocks", "model"]
 ModuleMetric = Literal["gram", "kfac"]
 SecondBy = Literal["full", "scales"]
+Mix = Literal["auto", "quantized", "low-rank", "mixed"]
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -88,6 +89,27 @@ class CalibrateConfig(CalibrationSet):
     rival: Scheme | None = None
 
 
+class ByteBudget(Strict):
+    """A budget in bytes, of weights in few bits.
+
+    Attributes
+    ----------
+    share
+        Of the bytes that the original stores for all claimed weights.
+    mix
+        Which plans compete, by kind; all with "auto".
+    group
+        Columns that share a scale.
+    dtype
+        Of weights that are not packed.
+    """
+
+    share: float = Field(gt=0, lt=1)
+    mix: Mix = "auto"
+    dtype: str
+    group: int = Field(default=64, ge=8, le=4096)
+
+
 class ScoreConfig(Strict):
     """What the bases and ranks depend on."""
 
@@ -106,11 +128,13 @@ class ScoreConfig(Strict):
     second: bool = False
     second_by: SecondBy = "full"
     kv_ratio: float | None = None
+    bytes: ByteBudget | None = None
 
     @model_serializer(mode="wrap")
     def _said(self, handler: Any) -> dict[str, Any]:
-        """Say nothing of a cache that is stock, so that what was made before there were others keeps its key."""
-        return {name: value for name, value in handler(self).items() if name != "kv_ratio" or value is not None}
+        """Say nothing of budgets that are not there, so that what was made before there were any keeps its key."""
+        found = handler(self)
+        return {name: value for name, value in found.items() if name not in ("kv_ratio", "bytes") or value is not None}
 
 
 class FactorizeConfig(Strict):

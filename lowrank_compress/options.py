@@ -1,14 +1,20 @@
-"""What an option is, and those that this package's allocators and methods declare."""
+"""What an option is, those that allocators and methods of this package declare, and how a recipe's field says one."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import Field
 
 from lowrank_compress.errors import InputError
 from lowrank_compress.registry import unknown
 
+WHAT = "What to compress, and how"
+DATA = "Calibration data"
+TUNING = "Fine tuning"
+WHERE = "Where and how to run"
 Value = bool | int | float | str
 
 
@@ -138,3 +144,48 @@ SUBSPACE = Option(
     "subspace", float, 1.0, "Share of the joint left singular directions that `merge` keeps", above=0, most=1
 )
 ALIGN = Option("align", bool, False, "Whether `merge` aligns the hidden units of experts first")
+
+
+Command = Literal["calibrate", "score", "factorize"]
+
+
+def setting(
+    default: Any,
+    help: str,
+    panel: str,
+    *commands: Command,
+    hint: str | None = None,
+    many: bool = False,
+    flag: str | None = None,
+    **bounds: Any,
+) -> Any:
+    """Describe a field as an option of the command line.
+
+    Parameters
+    ----------
+    default
+        Of the field.
+    help
+        Of the option, without its default.
+    panel
+        The option's place in the help.
+    commands
+        What takes the option besides `lrc compress`.
+    hint
+        What is said of the default, ``{}`` being its value; None for the value alone, if there is one.
+    many
+        The option may be given several times; the values of a text stand with commas between them.
+    flag
+        Name of the option, where it is not the field's.
+    bounds
+        Range of the value, as of a pydantic field.
+    """
+    extra = {"panel": panel, "commands": list(commands), "hint": hint, "many": many, "flag": flag}
+    return Field(default=default, description=help, json_schema_extra=extra, **bounds)
+
+
+def declared(option: Option, *commands: Command) -> Any:
+    """Describe a field that is an option of allocators or methods of this package."""
+    bounds = {"ge": option.least, "gt": option.above, "le": option.most}
+    given: dict[str, Any] = {name: bound for name, bound in bounds.items() if bound is not None}
+    return setting(option.default, option.help, TUNING, *commands, hint=option.decided, **given)

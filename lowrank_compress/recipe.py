@@ -8,69 +8,32 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
-from lowrank_compress.config import DTYPES, ModuleMetric, RatioOf, SecondBy
+from lowrank_compress.config import DTYPES, Mix, ModuleMetric, RatioOf, SecondBy
 from lowrank_compress.errors import InputError
-from lowrank_compress.options import ALPHA, CAP, FLOOR, TEMPERATURE, Option
+from lowrank_compress.options import (
+    ALPHA,
+    CAP,
+    DATA,
+    FLOOR,
+    TEMPERATURE,
+    TUNING,
+    WHAT,
+    WHERE,
+    declared,
+    setting,
+)
 from lowrank_compress.recipefile import read_recipe_file
 from lowrank_compress.strict import COMMAND_LINE, MANY, Strict, explain, option_of
 from lowrank_compress.texts import Texts
 
 RATIO, METHOD = 0.3, "auto"
-WHAT = "What to compress, and how"
-DATA = "Calibration data"
-TUNING = "Fine tuning"
-WHERE = "Where and how to run"
 # Options that are short for an entry of `methods`.
 PART_OPTIONS = ("attention", "qk", "vo", "mlp", "experts")
-
-Command = Literal["calibrate", "score", "factorize"]
-
-
-def setting(
-    default: Any,
-    help: str,
-    panel: str,
-    *commands: Command,
-    hint: str | None = None,
-    many: bool = False,
-    flag: str | None = None,
-    **bounds: Any,
-) -> Any:
-    """Describe a field as an option of the command line.
-
-    Parameters
-    ----------
-    default
-        Of the field.
-    help
-        Of the option, without its default.
-    panel
-        The option's place in the help.
-    commands
-        What takes the option besides `lrc compress`.
-    hint
-        What is said of the default, ``{}`` being its value; None for the value alone, if there is one.
-    many
-        The option may be given several times; the values of a text stand with commas between them.
-    flag
-        Name of the option, where it is not the field's.
-    bounds
-        Range of the value, as of a pydantic field.
-    """
-    extra = {"panel": panel, "commands": list(commands), "hint": hint, "many": many, "flag": flag}
-    return Field(default=default, description=help, json_schema_extra=extra, **bounds)
-
-
-def declared(option: Option, *commands: Command) -> Any:
-    """Describe a field that is an option of allocators or methods of this package."""
-    bounds = {"ge": option.least, "gt": option.above, "le": option.most}
-    given: dict[str, Any] = {name: bound for name, bound in bounds.items() if bound is not None}
-    return setting(option.default, option.help, TUNING, *commands, hint=option.decided, **given)
 
 
 class Recipe(Strict):
@@ -84,6 +47,27 @@ class Recipe(Strict):
     )
 
     ratio: float = setting(RATIO, "Share of parameters to remove, between 0 and 1", WHAT, "score")
+    bytes: float | None = setting(
+        None,
+        "In place of --ratio: the share of the original's bytes that may be stored, of all weights in the blocks, in "
+        "few bits each; how many, and where low rank or narrower modules serve better, is chosen with it",
+        WHAT,
+        "score",
+        hint="none",
+        gt=0,
+        lt=1,
+    )
+    mix: Mix | None = setting(
+        None,
+        "What is chosen with --bytes: auto, the best on held-out text; or quantized (bits alone), low-rank (ranks for "
+        "equal bits), or mixed (both, part by part)",
+        WHAT,
+        "score",
+        hint="auto",
+    )
+    rounding: str | None = setting(
+        None, "With --bytes: how weights are rounded; see `lrc quantize`", WHAT, "score", hint="kfac"
+    )
     ratio_of: RatioOf = setting("blocks", "What the ratio is a share of: blocks or model", WHAT, "score")
     method: str = setting(METHOD, "See `lrc list methods`", WHAT, "calibrate", hint="{}, the recommendation")
     attention: str | None = setting(None, "Method for q, k, v and o instead of --method's", WHAT, "calibrate")
@@ -232,9 +216,10 @@ class Recipe(Strict):
         return yaml.safe_dump(self.settings(), sort_keys=False, allow_unicode=True)
 
     def settings(self) -> dict[str, Any]:
-        """Everything that may stand in a file: mappings where they hold something, the cache where it is not stock."""
+        """Everything that may stand in a file: mappings where they hold something, budgets where they are."""
         found = self.model_dump(mode="json", exclude={"trust_remote_code"})
-        stock = () if self.kv_ratio is not None else ("kv_ratio", "kv_window")
+        stock = {"kv_ratio", "kv_window"} if self.kv_ratio is None else set()
+        stock |= {"bytes", "mix", "rounding"} if self.bytes is None else set()
         return {name: value for name, value in found.items() if value != {} and name not in stock}
 
 

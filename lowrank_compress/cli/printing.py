@@ -11,6 +11,7 @@ from rich.progress import filesize
 
 from lowrank_compress.cli.saying import hint
 from lowrank_compress.cli.terminal import became, console, number, print_json, share_of, table
+from lowrank_compress.stages.card import beside_in_words
 
 
 def print_dry_run(found: dict[str, Any], as_json: bool) -> None:
@@ -27,6 +28,14 @@ def print_dry_run(found: dict[str, Any], as_json: bool) -> None:
             f"{cache['largest_kept']:,}"
             + (f", and exact keys and values of the last {cache['window']:,} tokens." if cache["window"] else ".")
         )
+    if "bytes" in found:
+        asked = found["bytes"]
+        out.print(
+            f"Store all weights inside the blocks in {asked['share']:.1%} of {filesize.decimal(asked['original'])}: at "
+            f"most {asked['largest_stored']:,} bytes."
+        )
+        _print_needs(found)
+        return
     out.print(
         f"Remove {budget['ratio']:.1%} of {share_of(budget['ratio_of'], budget['denominator'])}: the "
         f"{budget['claimed_elements']:,} weights inside the blocks may keep {budget['largest_stored']:,} stored "
@@ -35,6 +44,11 @@ def print_dry_run(found: dict[str, Any], as_json: bool) -> None:
     note = " (uniform; the allocator asked for needs the scores)" if found["ranks_need_data"] else ""
     ranks = [[name, str(rank or "dense")] for name, rank in found["uniform_ranks"].items()]
     out.print(table(f"Ranks{note}", ["matrix", "rank"], ranks))
+    _print_needs(found)
+
+
+def _print_needs(found: Mapping[str, Any]) -> None:
+    out = console()
     for title in ("memory", "disk"):
         rows = [[name, filesize.decimal(size)] for name, size in found[title].items()]
         rows.append(["together", filesize.decimal(sum(found[title].values()))])
@@ -87,6 +101,21 @@ def cached(found: Mapping[str, Any]) -> str:
     )
 
 
+def quantized(said: Mapping[str, Any]) -> str:
+    """Say in a sentence or two what was quantized, and what it takes."""
+    loss = said["predicted_loss"]
+    beside = said.get("residual_bytes")
+    loads = "compressed-tensors" if said["format"] == "compressed-tensors" else "lowrank_compress, or remote code"
+    return (
+        f"Quantized ({said['rounding']}): {said['weights']:,} weights in {said['bits_per_weight']:.3f} bits each, "
+        f"scales included. All weights inside the blocks take {said['stored_bytes']:,} bytes, of the original's "
+        f"{said['original_bytes']:,} ({said['stored_bytes'] / said['original_bytes']:.1%}). Loads with {loads}."
+        + beside_in_words(said)
+        + (f" The adapter of rank {said['residual_rank']} beside takes {beside:,} bytes." if beside else "")
+        + ("" if loss is None else f" Predicted loss increase by rounding: {loss:.4g} nats a token.")
+    )
+
+
 def print_result(result: dict[str, Any], as_json: bool) -> None:
     """Print what a finished run reached."""
     if as_json:
@@ -98,6 +127,7 @@ def print_result(result: dict[str, Any], as_json: bool) -> None:
         f"stored elements, {became(result['claimed_bytes'], result['stored_bytes'])}.\n"
         + (f"{cached(result['cache'])}\n" if "cache" in result else "")
         + (f"{refined(result['refine'])}\n" if "refine" in result else "")
+        + (f"{quantized(result['quantize'])}\n" if "quantize" in result else "")
         + f"Checkpoint: {result['model']}"
     )
     if "cost" in result:

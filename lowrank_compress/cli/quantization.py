@@ -10,9 +10,9 @@ from typing import Any
 from rich import filesize
 
 from lowrank_compress.cli.commands import device_name, followed
+from lowrank_compress.cli.printing import quantized
 from lowrank_compress.cli.terminal import TerminalReporter, console, number, print_json, table
 from lowrank_compress.recipe import load_recipe
-from lowrank_compress.stages.card import beside_in_words
 from lowrank_compress.stages.quantizeconfig import QuantizeConfig, options_of
 from lowrank_compress.stages.run import Run
 from lowrank_compress.strict import COMMAND_LINE, stage_config
@@ -40,22 +40,7 @@ def print_result(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(result)
         return
-    console().print(f"{summary(result['quantize'])}\nCheckpoint: {result['model']}")
-
-
-def summary(said: Mapping[str, Any]) -> str:
-    """Say in a sentence or two what was quantized, and what it takes."""
-    loss = said["predicted_loss"]
-    beside = said.get("residual_bytes")
-    loads = "compressed-tensors" if said["format"] == "compressed-tensors" else "lowrank_compress, or remote code"
-    return (
-        f"Quantized ({said['rounding']}): {said['weights']:,} weights in {said['bits_per_weight']:.3f} bits each, "
-        f"scales included. All weights inside the blocks take {said['stored_bytes']:,} bytes, of the original's "
-        f"{said['original_bytes']:,} ({said['stored_bytes'] / said['original_bytes']:.1%}). Loads with {loads}."
-        + beside_in_words(said)
-        + (f" The adapter of rank {said['residual_rank']} beside takes {beside:,} bytes." if beside else "")
-        + ("" if loss is None else f" Predicted loss increase by rounding: {loss:.4g} nats a token.")
-    )
+    console().print(f"{quantized(result['quantize'])}\nCheckpoint: {result['model']}")
 
 
 def print_layers(target: str, said: Mapping[str, Any]) -> None:
@@ -83,4 +68,4 @@ def print_layers(target: str, said: Mapping[str, Any]) -> None:
     spread = ", ".join(f"{n} with {bits or 'all their'} bits" for bits, n in sorted(counts.items(), key=str))
     left = Counter(said["left"].values())
     stay = "".join(f" Not quantized: {n} ({why})." for why, n in sorted(left.items()))
-    out.print(f"{summary(said)}\nLayers: {spread}. Embeddings, norms and biases stay as they were.{stay}")
+    out.print(f"{quantized(said)}\nLayers: {spread}. Embeddings, norms and biases stay as they were.{stay}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,6 +13,36 @@ from lowrank_compress.shipped.beside import Beside
 from lowrank_compress.shipped.packed import pack, words_for
 
 _WORD_BYTES, _SHAPE_BYTES = 4, 16
+BITS = (2, 3, 4, 5, 6, 8)
+"""What a budget chooses from, matrix by matrix."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How matrices in few bits are stored.
+
+    Attributes
+    ----------
+    group
+        How many columns share a scale; where it is 0 or does not divide a matrix's columns, all of a row do.
+    symmetric
+        Whether zero points are 0.
+    dtype
+        Of the scales.
+    """
+
+    group: int
+    symmetric: bool
+    dtype: torch.dtype
+
+    def grid(self, columns: int, bits: int) -> Grid:
+        """Return the grid of a matrix with so many columns."""
+        group = self.group or columns
+        return Grid(bits, group if columns % group == 0 else columns, self.symmetric)
+
+    def bytes(self, shape: tuple[int, int], bits: int) -> int:
+        """Count the bytes of a matrix (m, n)."""
+        return packed_bytes(shape, self.grid(shape[1], bits), self.dtype)
 
 
 def scale_dtype(dtype: torch.dtype) -> torch.dtype:

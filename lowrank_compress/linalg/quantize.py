@@ -7,7 +7,7 @@ has one point more below zero than above.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -104,11 +104,17 @@ def rounded(weight: Tensor, scales: Scales) -> Quantized:
 
 def spanned(weight: Tensor, grid: Grid, dtype: torch.dtype | None = None) -> Scales:
     """Return scales at which the grid spans all weights (m, n) of each group; `dtype` is as in `searched`."""
-    scale, zero = next(_tried(weight.unflatten(1, (-1, grid.group)), grid))
+    scale, zero = next(_tried(weight.unflatten(1, (-1, grid.group)), grid, (1.0,)))
     return Scales(grid, _storable(scale, dtype), zero)
 
 
-def searched(weight: Tensor, grid: Grid, importance: Tensor | None = None, dtype: torch.dtype | None = None) -> Scales:
+def searched(
+    weight: Tensor,
+    grid: Grid,
+    importance: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    shrinks: Sequence[float] = SHRINKS,
+) -> Scales:
     """Find scales by trial: those at which rounding to the nearest point loses least, group by group.
 
     The loss of a group is Σ_j h_j (w_j − q_j)², with h the diagonal of a Gram matrix or 1. Tried are grids that span
@@ -124,6 +130,8 @@ def searched(weight: Tensor, grid: Grid, importance: Tensor | None = None, dtype
         h, (n,).
     dtype
         In which scales will be stored: only its values are tried. None for any.
+    shrinks
+        How far grids are narrower.
 
     Raises
     ------
@@ -138,7 +146,7 @@ def searched(weight: Tensor, grid: Grid, importance: Tensor | None = None, dtype
     weigh = weigh.view(-1, grid.group)
     best: Tensor | None = None
     scale = zero = weight.new_zeros(m, n // grid.group)
-    for tried_scale, tried_zero in _tried(grouped, grid):
+    for tried_scale, tried_zero in _tried(grouped, grid, shrinks):
         stored = _storable(tried_scale, dtype)
         codes = nearest(grouped, stored[..., None], tried_zero[..., None], grid)
         off = (codes - tried_zero[..., None]).mul_(stored[..., None]).sub_(grouped).square_()
@@ -152,17 +160,17 @@ def searched(weight: Tensor, grid: Grid, importance: Tensor | None = None, dtype
     return Scales(grid, scale, zero)
 
 
-def _tried(grouped: Tensor, grid: Grid) -> Iterator[tuple[Tensor, Tensor]]:
+def _tried(grouped: Tensor, grid: Grid, shrinks: Sequence[float]) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield scales and zero points to try of groups (m, k, g), the widest first."""
     if grid.symmetric:
         extreme = grouped.gather(2, grouped.abs().argmax(2, keepdim=True))[..., 0]
-        for shrink in SHRINKS:
+        for shrink in shrinks:
             for sign in (-1, 1):
                 yield shrink * extreme * sign / (-grid.low - (sign > 0) * 0.5), torch.zeros_like(extreme)
         return
     low, high = grouped.amin(2).clamp_max(0), grouped.amax(2).clamp_min(0)
-    for below in SHRINKS[::2]:
-        for above in SHRINKS[::2]:
+    for below in shrinks[::2]:
+        for above in shrinks[::2]:
             scale = (above * high - below * low) / (grid.high - grid.low)
             exact = torch.where(scale > 0, below * low / scale.clamp_min(torch.finfo(scale.dtype).tiny), 0)
             yield scale, (grid.low - exact).round_().clamp_(grid.low, grid.high)

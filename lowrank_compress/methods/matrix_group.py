@@ -184,15 +184,18 @@ class MatrixGroup:
         return [Replacement(self.target, FORMATS[choice.format].approximate(product, choice.parameters))]
 
     def _product(self, source: Source, choice: Choice, basis: Mapping[str, Tensor], precise: torch.dtype) -> Product:
-        projector = self.projector(basis, precise)
-        kept, rank = projector.expand.shape[1], self.keep(choice)
+        kept, rank = basis[f"{self.name}/expand"].shape[1], self.keep(choice)
         if rank > kept:
             raise InputError(
                 f"{self.name} asks for rank {rank}, but its basis was kept up to rank {kept}. Repeat `lrc score` with "
                 "--allocate loss, which keeps every rank that can pay, or lower the rank in ranks.json."
             )
+        return self.product(source, basis, precise)
+
+    def product(self, source: Source, basis: Mapping[str, Tensor], precise: torch.dtype = torch.float32) -> Product:
+        """Say what is to be encoded: the best approximations of all ranks up to that of the basis."""
         rows, columns = (basis[f"{self.name}/{side}_sensitivity"] for side in ("out", "in"))
-        weight = source.weight(self.target).to(source.device)
+        weight, projector = source.weight(self.target).to(source.device), self.projector(basis, precise)
         return Product(self.name, weight, projector, (rows, columns), source.dtype, source.multiple)
 
     def projector(self, basis: Mapping[str, Tensor], dtype: torch.dtype = torch.float64) -> Projector:

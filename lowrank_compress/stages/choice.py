@@ -90,7 +90,7 @@ def plans_of(bases: Bases) -> list[Plan]:
                 plan = planned(f"{name}{how}", bases, curves, groups, allocate)
                 if chooser.small or plan.predicted <= HOPELESS * plans[0].predicted:
                     rivals.append(plan)
-    plans = _different([*plans, *rivals])
+    plans = different([*plans, *rivals])
     if not chooser.small:
         plans = [plans[0], *sorted(plans[1:], key=lambda plan: plan.predicted)[:RIVALS]]
     if scales := bases.scales():
@@ -100,10 +100,10 @@ def plans_of(bases: Bases) -> list[Plan]:
             found = bases.rival.curves()
             groups = bases.rival.chooser.choose(found)
             plans.append(planned("narrower modules", bases.rival, found, groups, bases.rival.chooser.allocate))
-    return _different(plans)
+    return different(plans)
 
 
-def _different(plans: Sequence[Plan]) -> list[Plan]:
+def different(plans: Sequence[Plan]) -> list[Plan]:
     """Leave the first of several that choose the same."""
     return [plan for number, plan in enumerate(plans) if all(plan.choices != other.choices for other in plans[:number])]
 

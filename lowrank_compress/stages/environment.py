@@ -14,6 +14,15 @@ import lowrank_compress
 from lowrank_compress.errors import InputError
 from lowrank_compress.stages.hardware import hardware
 
+# Tokens a micro-batch unless the recipe says otherwise, on a CPU and on a GPU: little memory, and much work at once. A
+# result depends on it in the last bits, so it is in the key.
+MICRO_BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
+
+
+def micro_batch(device: str, seq_len: int) -> int:
+    """How many windows are computed at once, where nobody says."""
+    return max(1, MICRO_BATCH_TOKENS[torch.device(device).type] // seq_len)
+
 
 def compute_device(name: str) -> torch.device:
     """Resolve ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from lowrank_compress.artifacts.manifest import Key, read_manifest
+from lowrank_compress.config import CalibrationSet
 from lowrank_compress.errors import CalibrationError
 from lowrank_compress.methods.groups import needs_data
+from lowrank_compress.methods.rounding import ROUNDINGS
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.stages import calibrate, factorize, score
 from lowrank_compress.stages.plan import Plan
+from lowrank_compress.stages.quantizeconfig import QuantizeConfig
 from lowrank_compress.stages.run import Run
 from lowrank_compress.stages.samples import held_out_batches, sources_of
+from lowrank_compress.stages.trial import Storing
 
 
 def inputs_of_calibrate(plan: Plan, run: Run) -> calibrate.Inputs:
@@ -25,7 +29,25 @@ def inputs_of_score(plan: Plan, run: Run) -> score.Inputs:
 
     calibration = _calibration(plan, run)
     again = plan.calibrate if plan.score.second else None
-    return score.Inputs(plan.subject, calibration, run.statistics, held_out if plan.score.held_out else None, again)
+    quantize, storing = quantize_of(plan), None
+    if quantize is not None:
+        storing = Storing(plan.factorize, quantize, _datasets(plan), run.work / "trial")
+    # Plans for a budget in bytes are tried whatever the method.
+    tried = plan.score.held_out or storing is not None
+    return score.Inputs(plan.subject, calibration, run.statistics, held_out if tried else None, again, storing)
+
+
+def quantize_of(plan: Plan) -> QuantizeConfig | None:
+    """How the result is stored in few bits, where the budget is in bytes; on the text of the calibration."""
+    budget, rounding = plan.score.bytes, plan.recipe.rounding
+    if budget is None or rounding is None:
+        return None
+    data = dict(CalibrationSet.of(plan.calibrate))
+    if ROUNDINGS[rounding].needs == "nothing":
+        data |= {"source": None, "text_column": None, "label_column": None}
+    return QuantizeConfig(
+        **data, rounding=rounding, bytes=budget.share, group=budget.group, clip=plan.recipe.clip, device=plan.device
+    )
 
 
 def _calibration(plan: Plan, run: Run) -> Key:

@@ -25,7 +25,7 @@ from lowrank_compress.stages.chain import original_of, record
 from lowrank_compress.stages.decompose import Bases
 from lowrank_compress.stages.identity import checkpoint_id, display_name
 from lowrank_compress.stages.index import Index, Link, read_index
-from lowrank_compress.stages.inputs import inputs_of_score
+from lowrank_compress.stages.inputs import inputs_of_score, quantize_of
 from lowrank_compress.stages.maps import COSTS
 from lowrank_compress.stages.plan import Plan
 from lowrank_compress.stages.reporting import Reporter, Silent
@@ -42,6 +42,8 @@ def default_run(recipe: Recipe) -> Path:
     cache = "" if recipe.kv_ratio is None else f"-kv{recipe.kv_ratio:g}"
     window = f"-w{recipe.kv_window}" if cache and recipe.kv_window else ""
     ratio = "" if recipe.method == DENSE else f"-{recipe.ratio:g}"
+    if recipe.bytes is not None:
+        ratio = f"-bytes-{recipe.bytes:g}" + (f"-{recipe.mix}" if recipe.mix not in (None, "auto") else "")
     return Path("runs") / f"{display_name(recipe.model).replace('/', '--')}-{named}{ratio}{cache}{window}"
 
 
@@ -173,9 +175,11 @@ def finish(
 ) -> Manifest:
     """Factorize, refine where the recipe says so, and name the final checkpoint in run.json.
 
-    Whatever the recipe, its result is ``model``; what is refined is kept beside it.
+    Whatever the recipe, its result is ``model``; what is refined or stored in few bits is kept beside it.
     """
+    quantize = quantize_of(plan)
     stage, place = STAGES["factorize"], run.model if plan.refine is None else run.unrefined
+    place = place if quantize is None else run.unquantized
     inputs = stage.inputs(plan, run)
     manifest = stage.run(plan.factorize, inputs, place, reporter, resources=resources, overwrite=overwrite)
     links = [Link(stage.name, place.name, manifest.id)]
@@ -190,6 +194,11 @@ def finish(
             plan.refine, given, run.model, reporter, gradients=gradients, resources=resources, overwrite=overwrite
         )
         resources.workers.once(lambda: kept.remove(plan.subject.scopes))
+        links.append(Link(stage.name, run.model.name, manifest.id))
+    if quantize is not None:
+        stage = STAGES["quantize"]
+        given = Given(Checkpoint(place), manifest.report)
+        manifest = stage.run(quantize, given, run.model, reporter, resources=resources, overwrite=overwrite)
         links.append(Link(stage.name, run.model.name, manifest.id))
     resources.workers.once(lambda: _begin_chain(plan, run, links, reporter or Silent()))
     return manifest

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import torch
-
 from lowrank_compress.allocation.table import ALLOCATORS
 from lowrank_compress.calibration.capture import needs_gradient
 from lowrank_compress.calibration.sources import PAPERS_DATA
@@ -20,16 +18,16 @@ from lowrank_compress.methods.declared import options_used
 from lowrank_compress.methods.groups import needed, needs_data
 from lowrank_compress.methods.mixture import Mixture
 from lowrank_compress.methods.module import ModuleMethod
-from lowrank_compress.methods.parts import own_methods
-from lowrank_compress.methods.scheme import DENSE, label, method_of, methods_of, rival_of, scheme_of
+from lowrank_compress.methods.scheme import label, method_of, methods_of, rival_of, scheme_of
 from lowrank_compress.model.blueprint import WITH_LOSS, blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.embedding import embedding_of
 from lowrank_compress.model.locate import directory_of, locate
 from lowrank_compress.model.remembering import require_cacheable
 from lowrank_compress.recipe import Recipe
+from lowrank_compress.stages.budgets import byte_budget, require_nats, with_budgets
 from lowrank_compress.stages.choose import Chooser
-from lowrank_compress.stages.environment import compute_device
+from lowrank_compress.stages.environment import compute_device, micro_batch
 from lowrank_compress.stages.identity import source_id
 from lowrank_compress.stages.samples import check_own, check_shares, sources_of
 from lowrank_compress.stages.score import check_options
@@ -38,9 +36,6 @@ from lowrank_compress.texts import SELF
 
 log = logging.getLogger(__name__)
 
-# Tokens a micro-batch unless the recipe says otherwise, on a CPU and on a GPU: little memory, and much work at once. A
-# result depends on it in the last bits, so it is in the key.
-MICRO_BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
 PAPERS_SEQ_LEN = 2048
 # From this ratio on a second allocation pays for the time that it takes, unless the recipe says otherwise.
 SECOND = 0.25
@@ -140,27 +135,6 @@ def _resolved(text: str) -> str:
     return text if text == SELF or text.startswith("hf:") else str(Path(text).resolve())
 
 
-def _with_cache(recipe: Recipe) -> Recipe:
-    """Check the two budgets; where nothing is asked of the first one, say that nothing else is compressed.
-
-    Raises
-    ------
-    InputError
-        A budget is none, or what belongs to the second one is given without it.
-    """
-    if recipe.kv_ratio is None and recipe.kv_window:
-        raise InputError("--kv-window keeps exact positions beside a cache of latents: pass --kv-ratio, too.")
-    if recipe.kv_ratio is not None and recipe.ratio == 0:
-        if own_methods(recipe):
-            raise InputError("--ratio 0 compresses nothing but the cache: leave the methods of single parts out.")
-        return recipe.model_copy(update={"method": DENSE})
-    if not 0 < recipe.ratio < 1:
-        raise InputError(
-            f"--ratio {recipe.ratio} is not between 0 and 1: it is the share of parameters to remove, 0.3 for 30 %."
-        )
-    return recipe
-
-
 def make_plan(recipe: Recipe, *, reads_text: bool = True) -> Plan:
     """Decide every default of a recipe and check it before any work.
 
@@ -174,7 +148,7 @@ def make_plan(recipe: Recipe, *, reads_text: bool = True) -> Plan:
     LrcError
         An unknown name, a ratio outside (0, 1), an unsupported or damaged checkpoint, a sequence that is too long.
     """
-    recipe = _with_cache(recipe)
+    recipe = with_budgets(recipe)
     method = method_of(recipe)
     device = str(compute_device(recipe.device))
     checkpoint = Checkpoint(locate(recipe.model, recipe.revision, recipe.trust_remote_code), recipe.trust_remote_code)
@@ -187,13 +161,15 @@ def make_plan(recipe: Recipe, *, reads_text: bool = True) -> Plan:
     if recipe.kv_ratio is not None:
         require_cacheable(design)
     scheme, notes = scheme_of(recipe, design.resolved)
-    rival = rival_of(recipe, design.resolved) if design.task == "lm" else None
+    rival = rival_of(recipe, design.resolved) if design.task == "lm" and recipe.bytes is None else None
     subject = subject_of(design, scheme, rival)
     groups = subject.groups
     if not groups:
         raise InputError("No part of the blocks has a method: all are left dense. Choose one with --method.")
     if not subject.candidates:
         recipe = recipe.model_copy(update={"ratio": 0.0})
+    if recipe.bytes is not None:
+        require_nats(recipe, recipe.allocate or method.allocate, groups, design)
     check_options(recipe.allocate or method.allocate, recipe.storage or method.storage, subject.candidates)
     # Losses on other text than fits are made on, where the calibration set is small.
     held_out = isinstance(method, Mixture) and method.held_out
@@ -237,7 +213,7 @@ def make_plan(recipe: Recipe, *, reads_text: bool = True) -> Plan:
         samples=recipe.samples,
         seq_len=seq_len,
         seed=recipe.seed,
-        micro_batch=recipe.micro_batch or max(1, MICRO_BATCH_TOKENS[torch.device(device).type] // seq_len),
+        micro_batch=recipe.micro_batch or micro_batch(device, seq_len),
         clip=recipe.clip,
         device=device,
         held_out=held_out,
@@ -274,6 +250,7 @@ def make_plan(recipe: Recipe, *, reads_text: bool = True) -> Plan:
         second=second and (recipe.ratio >= SECOND if recipe.second is None else recipe.second),
         second_by=recipe.second_by or ("full" if subject.largest <= SMALL else "scales"),
         kv_ratio=recipe.kv_ratio,
+        bytes=byte_budget(recipe, dtype),
     )
     factorize = FactorizeConfig(
         method=label(recipe), scheme=scheme, storage=storage, round_to=round_to, dtype=dtype, device=device

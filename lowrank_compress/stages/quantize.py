@@ -182,7 +182,7 @@ def _layout(quantizer: Quantizer, chosen: Mapping[str, int]) -> dict[str, Any]:
     for layer in quantizer.layers:
         if layer.path not in chosen:
             continue
-        grid = layer.grid(chosen[layer.path], quantizer.config)
+        grid = quantizer.packing.grid(layer.shape[1], chosen[layer.path])
         if layer.transposed:
             rows, columns = layer.shape
             part = {"rows": rows, "format": "dense", "rank": rows}

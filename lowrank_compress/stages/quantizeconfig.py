@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from pydantic import Field, model_validator
 
 from lowrank_compress.calibration.sources import PAPERS_DATA
 from lowrank_compress.config import CalibrationSet
 from lowrank_compress.errors import InputError
+from lowrank_compress.formats.packed import BITS
 from lowrank_compress.methods.rounding import ROUNDINGS
 from lowrank_compress.recipe import Recipe
 from lowrank_compress.shipped.beside import MOST_ACTIVATION_BITS
-from lowrank_compress.stages.plan import MICRO_BATCH_TOKENS
+from lowrank_compress.stages.environment import micro_batch
 from lowrank_compress.strict import MANY
 
 SEQ_LEN, SAMPLES = 512, 128
-BITS = (2, 3, 4, 5, 6, 8)
-"""What a budget chooses from, matrix by matrix."""
 NO_TEXT = (
     "This quantization looks at the model on a text: name one with --calibration, or take --rounding rtn without "
     "--smooth, --outliers and --activation-bits, which needs none."
@@ -136,4 +134,4 @@ def options_of(data: Mapping[str, Any], recipe: Recipe | None, said: Mapping[str
     elif "source" not in given:
         raise InputError(NO_TEXT)
     length: int = given.setdefault("seq_len", SEQ_LEN) or SEQ_LEN
-    return given | {"device": device, "micro_batch": max(1, MICRO_BATCH_TOKENS[torch.device(device).type] // length)}
+    return given | {"device": device, "micro_batch": micro_batch(device, length)}

@@ -16,9 +16,11 @@ from lowrank_compress.stages.report import beyond_claimed
 
 def is_stock(quantizer: Quantizer) -> bool:
     """Whether the quantized checkpoint is one of a stock model, in the format of compressed-tensors."""
+    found = quantizer.plan.checkpoint.quantization or {}
+    smaller = any(found.get(kind) for kind in ("modules", "dense_shapes", "attention", "experts", "routers"))
     plain = not any(layer.transposed for layer in quantizer.layers)
     config = quantizer.config
-    return plain and config.symmetric and not config.aided and quantizer.plan.checkpoint.quantization is None
+    return plain and config.symmetric and not config.aided and not smaller
 
 
 def report_of(

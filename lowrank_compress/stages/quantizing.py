@@ -22,8 +22,8 @@ from lowrank_compress.calibration.capture import numbered
 from lowrank_compress.calibration.layers import LayerMoments, layer_moments
 from lowrank_compress.errors import InputError
 from lowrank_compress.evaluation.size import measure_size
-from lowrank_compress.formats.packed import beside_bytes, packed_bytes, packed_tensors, scale_dtype
-from lowrank_compress.linalg.quantize import Grid, Quantized, Scales
+from lowrank_compress.formats.packed import BITS, Packing, beside_bytes, packed_tensors, scale_dtype
+from lowrank_compress.linalg.quantize import Quantized, Scales
 from lowrank_compress.methods.rounding import ROUNDINGS, Problem
 from lowrank_compress.model.blueprint import Blueprint
 from lowrank_compress.model.skeleton import Skeleton
@@ -31,7 +31,7 @@ from lowrank_compress.resources.resources import Resources
 from lowrank_compress.shipped.beside import Beside
 from lowrank_compress.shipped.linear import CompressedLinear
 from lowrank_compress.stages.fitting import beside_of, fit
-from lowrank_compress.stages.quantizeconfig import BITS, QuantizeConfig
+from lowrank_compress.stages.quantizeconfig import QuantizeConfig
 from lowrank_compress.stages.reporting import Reporter
 from lowrank_compress.stages.samples import calibration_batches
 
@@ -61,11 +61,6 @@ class Layer:
     def weights(self) -> int:
         """How many weights it has."""
         return self.shape[0] * self.shape[1]
-
-    def grid(self, bits: int, config: QuantizeConfig) -> Grid:
-        """The grid of so many bits; where the group does not divide the columns, all of a row share one scale."""
-        columns, group = self.shape[1], config.group or self.shape[1]
-        return Grid(bits, group if columns % group == 0 else columns, config.symmetric)
 
 
 def layers_of(plan: Blueprint) -> tuple[list[Layer], dict[str, str]]:
@@ -122,6 +117,7 @@ class Quantizer:
         self.rounding = ROUNDINGS[config.rounding]
         self.dtype = self.plan.checkpoint.dtype
         self.scales = scale_dtype(self.dtype)
+        self.packing = Packing(config.group, config.symmetric, self.scales)
         self.bits = BITS if config.whole is None else (config.whole,)
         self.work = work
         self.rounded = BlockFiles(work, id, "rounded")
@@ -182,7 +178,9 @@ class Quantizer:
                 None if known is None or known.fisher is None else known.fisher.to(device),
             )
             for bits in self.bits:
-                fitted = fit(self.config, problem, layer.grid(bits, self.config), None if known is None else known.seen)
+                fitted = fit(
+                    self.config, problem, self.packing.grid(layer.shape[1], bits), None if known is None else known.seen
+                )
                 losses.setdefault(layer.path, {})[str(bits)] = fitted.lost
                 outliers[layer.path] = fitted.beside.outliers
                 tensors |= {f"{layer.path}/{bits}/{name}": each for name, each in fitted.kept(self.scales).items()}
@@ -199,7 +197,7 @@ class Quantizer:
     def tensors(self, layer: Layer, bits: int, block: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a layer by their leaf names; `block` is what was kept of its block."""
         codes, scale, zero = (block[f"{layer.path}/{bits}/{name}"] for name in ("codes", "scale", "zero"))
-        scales = Scales(layer.grid(bits, self.config), scale.double(), zero.double())
+        scales = Scales(self.packing.grid(layer.shape[1], bits), scale.double(), zero.double())
         more = {name: block[f"{layer.path}/{bits}/{name}"] for name in self._named(layer)}
         return packed_tensors(Quantized(scales, codes.double()), self.scales) | more
 
@@ -216,8 +214,8 @@ class Quantizer:
         """Bytes of a layer's weight; None for as it is. Those of outliers are known once it is rounded."""
         if bits is None:
             return layer.weights * self.dtype.itemsize
-        grid = layer.grid(bits, self.config)
-        return packed_bytes(layer.shape, grid, self.scales) + beside_bytes(layer.shape, self.beside(layer), self.scales)
+        beside = beside_bytes(layer.shape, self.beside(layer), self.scales)
+        return self.packing.bytes(layer.shape, bits) + beside
 
     def _limit(self) -> int:
         """How many bytes the layers may take together."""
@@ -273,7 +271,7 @@ def described(quantizer: Quantizer, chosen: Mapping[str, int]) -> dict[str, Any]
         bits = chosen.get(layer.path)
         entry: dict[str, Any] = {"shape": list(layer.shape), "bits": bits, "bytes": quantizer.bytes_of(layer, bits)}
         if bits is not None:
-            grid = layer.grid(bits, quantizer.config)
+            grid = quantizer.packing.grid(layer.shape[1], bits)
             entry |= {"group": grid.group, "symmetric": grid.symmetric, "loss": losses[layer.path][bits]}
             entry |= quantizer.beside(layer).entry
         found[layer.path] = entry

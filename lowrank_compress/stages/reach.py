@@ -17,6 +17,7 @@ from lowrank_compress.methods.declared import flag
 from lowrank_compress.methods.parts import flag_of
 from lowrank_compress.methods.scheme import DENSE as LEFT_DENSE
 from lowrank_compress.options import only
+from lowrank_compress.stages.bytebudget import require_bytes_reachable
 from lowrank_compress.stages.cache import most_stored, require_cache_reachable
 from lowrank_compress.stages.curves import lossless_curve
 from lowrank_compress.stages.subject import Subject
@@ -38,6 +39,8 @@ def budget_of(config: ScoreConfig, subject: Subject) -> Budget:
         )
     whole = sum(parameter.numel() for parameter in subject.model.model.parameters())
     denominator = claimed if config.ratio_of == "blocks" else whole
+    if config.bytes is not None:  # what counts is not elements
+        return Budget(0.0, denominator, denominator)
     more = most_stored(config, subject.cache) if subject.candidates else 0
     return Budget(config.ratio, denominator, denominator - sum(part.dense for part in subject.candidates), more)
 
@@ -45,6 +48,7 @@ def budget_of(config: ScoreConfig, subject: Subject) -> Budget:
 def check_ratio(config: ScoreConfig, subject: Subject) -> None:
     """Refuse a ratio that is out of reach, before any work (see :func:`require_reachable`)."""
     require_cache_reachable(config, subject.cache)
+    require_bytes_reachable(config, subject)
     require_reachable(config, budget_of(config, subject), subject.candidates)
 
 
@@ -56,8 +60,7 @@ def require_reachable(config: ScoreConfig, budget: Budget, candidates: Sequence[
     InputError
         It cannot; the message names the largest one that can, and the options that keep it from being larger.
     """
-    least = _least(config, candidates)
-    if least <= budget.limit or not candidates:
+    if config.bytes is not None or not candidates or (least := _least(config, candidates)) <= budget.limit:
         return
     advice = ["Ask for no more" if budget.largest(least) > 0 else "Change the options"]
     for option, value, loosest, looser in _looser(config):

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import torch
 from pydantic import Field, model_validator
 
 from lowrank_compress.calibration.sources import PAPERS_DATA
 from lowrank_compress.config import CalibrationSet
 from lowrank_compress.errors import InputError
 from lowrank_compress.recipe import Recipe
-from lowrank_compress.stages.plan import MICRO_BATCH_TOKENS
+from lowrank_compress.stages.environment import micro_batch
 from lowrank_compress.stages.samples import has_own
 from lowrank_compress.strict import MANY
 from lowrank_compress.training.student import Train
@@ -95,4 +94,4 @@ def options_of(data: Mapping[str, Any], recipe: Recipe | None, device: str) -> d
     if "source" not in given:
         raise InputError("Training needs a text: name it with --calibration (the dense model teaches) or --text.")
     length = given.setdefault("seq_len", SEQ_LEN)
-    return given | {"device": device, "micro_batch": max(1, MICRO_BATCH_TOKENS[torch.device(device).type] // length)}
+    return given | {"device": device, "micro_batch": micro_batch(device, length)}

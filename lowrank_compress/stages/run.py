@@ -72,6 +72,11 @@ class Run:
         return self.path / "unrefined"
 
     @property
+    def unquantized(self) -> Path:
+        """The checkpoint that the factorize stage writes where one in few bits takes the place of the model."""
+        return self.path / "unquantized"
+
+    @property
     def work(self) -> Path:
         """Blocks that are encoded while the checkpoint is not written yet."""
         return self.path / "work"

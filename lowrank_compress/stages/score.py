@@ -15,6 +15,7 @@ from torch import Tensor
 from lowrank_compress.allocation.table import ALLOCATORS
 from lowrank_compress.arch.spec import HEAD
 from lowrank_compress.artifacts.directories import link, recover, replacing
+from lowrank_compress.artifacts.documents import canonical_hash
 from lowrank_compress.artifacts.manifest import Key, Manifest, altered, commit, committed, listed, read_manifest
 from lowrank_compress.artifacts.tensors import BlockFiles
 from lowrank_compress.config import CalibrateConfig, ScoreConfig
@@ -31,10 +32,13 @@ from lowrank_compress.stages.choice import Plan, best, plans_of, scaled_plan, se
 from lowrank_compress.stages.choose import Chooser
 from lowrank_compress.stages.decompose import VERSION, Bases
 from lowrank_compress.stages.environment import environment
+from lowrank_compress.stages.mixing import byte_plans
 from lowrank_compress.stages.ranks import RANKS, write_ranks
 from lowrank_compress.stages.reporting import Reporter, Silent, in_parts
+from lowrank_compress.stages.samples import settings_of
 from lowrank_compress.stages.second import scales, second_bases
 from lowrank_compress.stages.subject import Subject
+from lowrank_compress.stages.trial import Storing, clear, tried_stored
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,8 @@ class Inputs:
         Makes the text that plans are tried on, kept out of the calibration set; None where there is no such.
     again
         How the calibration is repeated for a second allocation.
+    storing
+        How plans for a budget in bytes become checkpoints.
     """
 
     subject: Subject
@@ -60,12 +66,16 @@ class Inputs:
     statistics: Path
     held_out: Callable[[], list[Batch]] | None = None
     again: CalibrateConfig | None = None
+    storing: Storing | None = None
 
 
 def key(config: ScoreConfig, inputs: Inputs) -> Key:
     """Everything that bases and ranks depend on."""
-    settings = config.model_dump(mode="json")
-    return Key("score", VERSION, settings, {"calibration": inputs.calibration.id})
+    settings, found = config.model_dump(mode="json"), {"calibration": inputs.calibration.id}
+    if inputs.storing is not None:
+        how = [inputs.storing.factorize.model_dump(mode="json"), settings_of(inputs.storing.quantize)]
+        found["storing"] = canonical_hash(how)
+    return Key("score", VERSION, settings, found)
 
 
 def check_options(allocate: str, storage: str, candidates: Sequence[Candidates]) -> None:
@@ -157,7 +167,18 @@ def run(
     bases.flush()
     if (there := workers.once(lambda: _complete(out_dir, identity, overwrite))) is not None:
         return there
-    plan, found = _choose(config, inputs, bases, reporter, resources)
+    if inputs.storing is None:
+        plan, found = _choose(config, inputs, bases, reporter, resources)
+    else:
+        plan, found = workers.once(
+            lambda: _choose_stored(
+                inputs,
+                bases,
+                lambda plan, place: _commit(config, inputs, bases, plan, [], identity, place),
+                reporter,
+                replace(resources, workers=Workers()).on(config.device),
+            )
+        )
     # Ranks that were edited stay where nothing but bases of a second allocation was missing.
     return workers.once(
         lambda: (
@@ -199,6 +220,18 @@ def _choose(
     return best(plans, found), found
 
 
+def _choose_stored(
+    inputs: Inputs, bases: Bases, commit: Callable[[Plan, Path], object], reporter: Reporter, resources: Resources
+) -> tuple[Plan, list[dict[str, Any]]]:
+    """Choose among plans for a budget in bytes as they are stored in the end."""
+    plans, storing = byte_plans(bases), inputs.storing
+    if storing is None or inputs.held_out is None or len(plans) == 1 or not (batches := inputs.held_out()):
+        return plans[0], []
+    found = tried_stored(plans, storing, commit, batches, reporter, resources)
+    clear(storing, len(plans))
+    return best(plans, found), found
+
+
 def _commit(
     config: ScoreConfig,
     inputs: Inputs,
@@ -220,6 +253,7 @@ def _commit(
         "denominator": budget.denominator,
         "claimed_elements": claimed,
         "stored_elements": claimed - sum(dense_elements(group) for group in groups) + stored,
+        **({} if config.bytes is None else {"asked_bytes": config.bytes.share}),
         **cache_report(groups, choices, config.kv_ratio, config.scheme.kv_window),
         "predicted_loss": plan.predicted,
         "plan": plan.name,
@@ -235,7 +269,7 @@ def _commit(
         files += plan.bases.names(subject.scopes)
     with replacing(out_dir, listed) as draft:
         for name in files:
-            link(out_dir / name, draft / name)
+            link(bases.files.directory / name, draft / name)
         write_ranks(draft / RANKS, groups, choices)
         return commit(draft, identity, [RANKS, *files], report, environment(config.device))
 

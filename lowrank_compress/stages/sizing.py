@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from lowrank_compress.stages.reach import uniform_choices
 from lowrank_compress.stages.run import Run
 
 SINGLE = 4
+COMPETING = 4
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ def dry_run(plan: Plan, run: Run, resources: Resources = Resources()) -> dict[st
     """
     targets, budget = plan.subject.resolved.targets, plan.chooser.budget
     need = estimate(plan, resources)
-    choices = uniform_choices(plan.score, budget, plan.subject.candidates)
+    in_bytes = plan.score.bytes is not None  # what ranks there are is not known before
+    choices = {} if in_bytes else uniform_choices(plan.score, budget, plan.subject.candidates)
     return {
         "recipe": plan.resolved().model_dump(mode="json"),
         "run": str(run.path),
@@ -63,6 +66,7 @@ def dry_run(plan: Plan, run: Run, resources: Resources = Resources()) -> dict[st
             "uniform_bytes": _uniform_bytes(plan, choices),
         },
         **_cache(plan),
+        **_bytes(plan),
         "uniform_ranks": {name: None if c.is_dense else c.parameters[0] for name, c in choices.items()},
         "ranks_need_data": plan.score.allocate != "uniform",
         "memory": need.memory,
@@ -78,6 +82,15 @@ def _cache(plan: Plan) -> dict[str, Any]:
     most = limit_of(config, plan.subject.cache)
     window = config.scheme.kv_window
     return {"cache": {"ratio": config.kv_ratio, "dense": stock(groups), "largest_kept": most, "window": window}}
+
+
+def _bytes(plan: Plan) -> dict[str, Any]:
+    """The budget in bytes, if there is one."""
+    budget = plan.score.bytes
+    if budget is None:
+        return {}
+    whole = sum(weight_bytes(plan.subject.model, target) for target in plan.subject.resolved.targets)
+    return {"bytes": {"share": budget.share, "original": whole, "largest_stored": math.floor(whole * budget.share)}}
 
 
 def _uniform_bytes(plan: Plan, choices: Mapping[str, Choice]) -> int:
@@ -99,9 +112,12 @@ def estimate(plan: Plan, resources: Resources) -> Need:
     resident, spilled = _resident(plan, chooser.groups, resources)
     stays = sum(p.numel() for p in subject.model.model.parameters()) - sum(part.dense for part in subject.candidates)
     stays += most_stored(plan.score, subject.cache)
-    written = (stays + chooser.budget.limit) * getattr(torch, plan.factorize.dtype).itemsize
+    kept = chooser.budget.limit if plan.score.bytes is None else sum(part.dense for part in subject.candidates)
+    written = (stays + kept) * getattr(torch, plan.factorize.dtype).itemsize
     # Finished blocks, and then the checkpoint that is put together from them.
     disk = {"bases": basis * SINGLE, "compressed checkpoint": 2 * written}
+    if plan.score.bytes is not None:  # those that compete lie there at a time, before and after rounding
+        disk["candidates"] = math.ceil(COMPETING * written * (1 + plan.score.bytes.share))
     if plan.refine is not None:  # once more as it was, and what errors cost
         costs = sum(subject.model.model.config.hidden_size**2 for _ in subject.resolved.targets)
         disk |= {"unrefined checkpoint": written, "gradients": costs * SINGLE}

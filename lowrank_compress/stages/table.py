@@ -129,4 +129,9 @@ def in_order() -> list[Stage]:
 
 def directories(run: Run) -> list[Path]:
     """Name all directories of a run, whether they are there or not."""
-    return [*dict.fromkeys(run.path / stage.directory for stage in in_order()), run.unrefined, run.work]
+    return [
+        *dict.fromkeys(run.path / stage.directory for stage in in_order()),
+        run.unrefined,
+        run.unquantized,
+        run.work,
+    ]

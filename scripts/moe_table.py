@@ -29,7 +29,7 @@ from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 
 SEQ_LEN = 256
-CHARACTERS = 60_000
+CHARACTERS = 30_000
 """Of the held-out text that is measured on."""
 SLACK = 1e-4
 """Taken off a ratio, so that the list of the experts that a router still knows does not cost another expert."""

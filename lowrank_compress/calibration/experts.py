@@ -78,6 +78,8 @@ class Routing:
         self._batch = batch
         self._chosen: tuple[Tensor, Tensor] | None = None
         self._found: dict[int, Routed] = {}
+        self.aside = False
+        """Whether experts are run on tokens that the router does not send them."""
 
     def watch(self, experts: nn.Module) -> RemovableHandle:
         """Note what the experts are called with."""
@@ -120,22 +122,16 @@ def likeness(experts: Sequence[Any], x: Tensor) -> Tensor:
     Parameters
     ----------
     experts
-        Those of a block; hooks on their matrices are not called.
+        Those of a block.
     x
         (tokens, size): all real tokens, wherever the router sends them.
     """
     found = torch.zeros(len(experts), len(experts), dtype=torch.float64, device=x.device)
     for part in x.split(max(1, AT_ONCE // (len(experts) * x.shape[1]))):
-        outputs = torch.stack([_made(expert, part) for expert in experts])
+        outputs = torch.stack([expert(part) for expert in experts])
         units = nn.functional.normalize(outputs.double(), dim=-1).movedim(1, 0)
         found += (units @ units.mT).sum(0)
     return found
-
-
-def _made(expert: Any, x: Tensor) -> Tensor:
-    """Return the output of a stock expert, past the hooks on its matrices."""
-    gate, up = (layer.forward(x) for layer in (expert.lr_gating, expert.lr_up))
-    return expert.lr_down.forward(expert.act_fn(gate) * up)
 
 
 def routed_keys(targets: Sequence[Target], wanted: Mapping[str, frozenset[str]]) -> dict[int, str]:

@@ -44,7 +44,7 @@ def hooked(
                 experts = skeleton.model.get_submodule(path.rsplit(".", 2)[0])
                 handles.append(routing.watch(experts))
                 if moments.compares:
-                    handles.append(_compare(experts, moments, batch))
+                    handles.append(_compare(experts, moments, batch, routing))
             handles += _hook(module, targets, moments, batch, clip, own, routing)
     try:
         yield
@@ -53,12 +53,13 @@ def hooked(
             handle.remove()
 
 
-def _compare(experts: nn.Module, moments: Moments, batch: Batch) -> RemovableHandle:
+def _compare(experts: nn.Module, moments: Moments, batch: Batch, routing: Routing) -> RemovableHandle:
     """Compare all experts on all real tokens of a batch."""
 
     def before(module: Any, args: tuple[Tensor, ...]) -> None:
-        x = args[0].detach()
+        x, routing.aside = args[0].detach(), True
         moments.compare(list(module), x if batch.mask is None else x[batch.mask.bool().flatten().to(x.device)])
+        routing.aside = False
 
     return experts.register_forward_pre_hook(before)
 
@@ -99,6 +100,8 @@ def _hook(
         return (args[0].view_as(args[0]), *args[1:])
 
     def after(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        if routing is not None and routing.aside:
+            return
         x = measured(args[0], out.device)
         stored_bias: Tensor | None = getattr(module, "bias", None)
         y = out.detach() if stored_bias is None else out.detach() - stored_bias

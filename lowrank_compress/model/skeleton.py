@@ -13,6 +13,8 @@ from lowrank_compress.errors import CheckpointError
 from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.embedding import Embedding, embedding_of
+from lowrank_compress.model.lending import Lender
+from lowrank_compress.model.names import experts_of
 from lowrank_compress.shipped.linear import CompressedLinear
 from lowrank_compress.shipped.restore import restore_modules
 from lowrank_compress.shipped.swap import check_indices
@@ -37,6 +39,9 @@ class Skeleton:
         other weights into it, and so make another model of the same checkpoint. What it reads is not changed.
     beside
         A model that is in memory at the same time: what lies outside the blocks of both and is the same is so once.
+    for_experts
+        Bytes that the weights of a block's routed experts may take together, in a dense model; where they are more, one
+        expert at a time is in memory, while it is run. None for no bound. No result depends on it.
 
     Raises
     ------
@@ -51,6 +56,7 @@ class Skeleton:
         dtype: torch.dtype,
         edit: Callable[[int, nn.Module], None] | None = None,
         beside: Skeleton | None = None,
+        for_experts: int | None = None,
     ) -> None:
         # The dtype matters: Gemma keeps the scale of its embeddings in it.
         self.blueprint = blueprint(checkpoint, dtype)
@@ -58,6 +64,7 @@ class Skeleton:
         self.dtype = dtype
         self._edit = edit
         self._beside = beside
+        self._for_experts = for_experts
         self.task = self.blueprint.task
         self.model = self.blueprint.model
         self.resolved = self.blueprint.resolved
@@ -178,8 +185,10 @@ class Skeleton:
         """
         prefix = self.resolved.blocks[index]
         block = self.model.get_submodule(prefix)
-        state = {name.removeprefix(f"{prefix}."): self._read(name) for name in self.blueprint.inside(index)}
-        block.load_state_dict(state, assign=True)
+        lender = self._lender(index)
+        names = [name for name in self.blueprint.inside(index) if not lender.has(name)]
+        state = {name.removeprefix(f"{prefix}."): self._read(name) for name in names}
+        block.load_state_dict(state, assign=True, strict=len(names) == len(self.blueprint.inside(index)))
         for module in block.modules():
             self._restore_buffers(module)
         self._check(block, prefix)
@@ -192,4 +201,15 @@ class Skeleton:
         try:
             yield block
         finally:
+            lender.close()
             block.to("meta")
+
+    def _lender(self, index: int) -> Lender:
+        """Take the experts of a block whose weights would be too many."""
+        lender, prefix = Lender(self._read), f"{self.resolved.blocks[index]}."
+        elements = sum(target.elements for target in self.resolved.of_block(index) if target.expert is not None)
+        if self._for_experts is not None and elements * self.dtype.itemsize > self._for_experts:
+            for path, experts in experts_of(self.model).items():
+                for number, expert in enumerate(experts) if path.startswith(prefix) else ():
+                    lender.take(f"{path}.{number}", expert)
+        return lender

@@ -65,6 +65,11 @@ class Resources:
         """Bytes that hidden states may take in memory; where they are more, they go to disk."""
         return self.budget // 2
 
+    @property
+    def for_experts(self) -> int:
+        """Bytes that the weights of a block's experts may take together; where they are more, one is read at a time."""
+        return self.budget // 4
+
     def blocks_at_once(self, statistics: int) -> int:
         """How many blocks to decompose together, where the statistics of one have so many bytes.
 

@@ -165,7 +165,8 @@ def run(
             "uncentred Gram matrix and restores no mean."
         )
     if not complete:
-        skeleton = Skeleton(subject.checkpoint, torch.device(config.device), torch.float32)
+        device, room = torch.device(config.device), resources.on(config.device).for_experts
+        skeleton = Skeleton(subject.checkpoint, device, torch.float32, for_experts=room)
         main = all_groups(subject.candidates)
         if any(target.heads is not None for group in main if len(group.targets) > 1 for target in group.targets):
             check_narrowing(skeleton, batches[0])

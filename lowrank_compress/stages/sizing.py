@@ -130,6 +130,20 @@ def _refining_bytes(target: Target) -> int:
     return torch.float64.itemsize * (5 * columns**2 + 6 * rows * columns)
 
 
+def _lent(plan: Plan, resources: Resources) -> list[int]:
+    """Of each block, the elements of experts that are not in memory while one of them is run (`Skeleton`).
+
+    Whole plans are tried, and refined, with all of a block in memory.
+    """
+    found = []
+    for index in range(len(plan.subject.resolved.blocks)):
+        own = [target for target in plan.subject.resolved.of_block(index) if target.expert is not None]
+        elements = sum(target.elements for target in own)
+        whole = plan.score.held_out or plan.refine is not None or elements * SINGLE <= resources.for_experts
+        found.append(0 if whole else elements - elements // own[0].experts)
+    return found
+
+
 def roomy(plan: Plan, resources: Resources) -> bool:
     """Whether a run needs so much less memory than there is that what is freed may be kept."""
     resident, spilled = _resident(plan, plan.subject.groups, resources)
@@ -140,8 +154,8 @@ def _resident(plan: Plan, groups: Sequence[TargetGroup], resources: Resources) -
     """What a run has in memory at once, name -> bytes, and what of it goes to disk instead."""
     model, resolved = plan.subject.model.model, plan.subject.resolved
     wanted, resources = needed(groups), resources.on(plan.device)
-    block = sum(p.numel() for p in model.get_submodule(resolved.blocks[0]).parameters())
-    outside = sum(p.numel() for p in model.parameters()) - block * len(resolved.blocks)
+    sizes = [sum(p.numel() for p in model.get_submodule(path).parameters()) for path in resolved.blocks]
+    outside = sum(p.numel() for p in model.parameters()) - sum(sizes)
     tokens = plan.recipe.samples * plan.calibrate.seq_len if needs_data(groups) else 0
     copies = boundaries(len(resolved.blocks), wanted)
     states = {"hidden states": tokens * model.config.hidden_size * SINGLE * copies}
@@ -154,7 +168,7 @@ def _resident(plan: Plan, groups: Sequence[TargetGroup], resources: Resources) -
     halves = 2 if few else 1  # of the calibration set, each with sums of its own
     resident = {
         "outside the blocks": outside * SINGLE,
-        "one block": block * SINGLE,
+        "one block": max(size - lent for size, lent in zip(sizes, _lent(plan, resources), strict=True)) * SINGLE,
         "statistics": halves * resources.blocks_at_once(statistics_bytes(first)) * statistics_bytes(first),
         "decompositions": max(
             resources.items_at_once(beside) * max(beside, default=0),

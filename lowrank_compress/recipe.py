@@ -161,12 +161,14 @@ class Recipe(Strict):
     text_column: str | None = setting(
         None,
         "Column of a table with the text or the conversation; dots lead into nested values. Given twice: pairs of "
-        "sentences, for a classifier.",
+        "sentences for a classifier, question and context, chosen and rejected.",
         DATA,
         "calibrate",
         many=True,
     )
-    label_column: str | None = setting(None, "Column with the class label (classifiers).", DATA, "calibrate")
+    label_column: str | None = setting(
+        None, "Column with the label: of a text, of each of its words, or the answer to a question.", DATA, "calibrate"
+    )
     samples: int = setting(128, "Windows of text, or labelled examples", DATA, "calibrate", ge=1, le=MANY)
     seq_len: int | None = setting(
         None, "Tokens a window, bos included", DATA, "calibrate", hint="2048, or the model's longest", ge=8, le=MANY

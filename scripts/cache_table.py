@@ -38,8 +38,8 @@ from lowrank_compress.recipe import Recipe
 from lowrank_compress.shipped.config import LowRankConfig
 from lowrank_compress.shipped.swap import swap_modules
 from lowrank_compress.stages import pipeline
-from lowrank_compress.stages.evaluate import text_batches
 from lowrank_compress.stages.plan import Plan, make_plan
+from lowrank_compress.stages.reading import text_batches
 from lowrank_compress.stages.run import Run
 from lowrank_compress.stages.table import STAGES
 

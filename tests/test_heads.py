@@ -1,7 +1,8 @@
-"""Heads that no loss is known for here: compressed by methods without gradients, as the model below the head is."""
+"""Models with other heads: without gradients compressed as the model below the head is, with those of its own loss."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from lowrank_compress import api
 from tests.runs import done, refused
@@ -24,13 +26,15 @@ HEADS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def saved(name: str, place: Path) -> tuple[Path, list[str]]:
+def saved(name: str, place: Path, **more: Any) -> tuple[Path, list[str]]:
     """Write a model with a head, and a text for it."""
     model_type, overrides = HEADS[name]
     torch.manual_seed(0)
-    model = getattr(transformers, name)(tiny_config(model_type, "classification", **overrides))
+    model = getattr(transformers, name)(tiny_config(model_type, "classification", **(overrides | more)))
     model.save_pretrained(place / name)
-    tiny_tokenizer(place / name)
+    tokenizer = tiny_tokenizer(place / name)
+    tokenizer.mask_token = "<unk>"
+    tokenizer.save_pretrained(place / name)
     (place / "text.txt").write_text(tiny_text(3000))
     return place / name, ["--calibration", str(place / "text.txt"), "--samples", "24", "--seq-len", "24"]
 
@@ -64,15 +68,92 @@ def test_without_gradients_it_is_compressed_as_without_its_head(name: str, tmp_p
     assert all(torch.equal(inside[key], tensor) for key, tensor in below.items())
 
 
-@pytest.mark.parametrize("name", ["BertForMaskedLM", "LlamaForSequenceClassification"])
-def test_gradients_are_refused_by_name(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "columns"),
+    [
+        ("BertForTokenClassification", "the words in --text-column and a label for each in --label-column"),
+        ("BertForQuestionAnswering", "--text-column question --text-column context, and the answer in --label-column"),
+        ("LlamaForSequenceClassification", "--text-column chosen --text-column rejected"),
+    ],
+)
+def test_gradients_without_labels_are_refused_by_name(name: str, columns: str, tmp_path: Path) -> None:
     model, data = saved(name, tmp_path)
-    for method in ("kfac", "auto"):
-        said = refused("compress", model, "--method", method, *data, "--out", tmp_path / "run")
-        assert f"a {name} has no head to give one on plain text. Choose a method without gradients" in said
+    for more in (data, []):
+        said = refused("compress", model, "--method", "kfac", *more, "--out", tmp_path / "run")
+        assert f"takes gradients of the loss of a {name}, which needs labels: pass as --calibration" in said
+        assert columns in said
+        assert "--method svd-llm" in said
     assert not (tmp_path / "run").exists()
+    assert columns in refused("eval", model, "--classification", data[1])
+
+
+def test_scores_of_no_known_loss_are_refused(tmp_path: Path) -> None:
+    kind = {"num_labels": 2, "problem_type": "multi_label_classification"}
+    model, data = saved("BertForSequenceClassification", tmp_path, **kind)
+    said = refused("compress", model, "--method", "fwsvd", *data, "--out", tmp_path / "run")
+    assert "of a BertForSequenceClassification with 2 scores none is known here" in said
+
+
+def test_what_there_is_none_of_is_refused(tmp_path: Path) -> None:
+    model, data = saved("BertForMaskedLM", tmp_path)
     run = tmp_path / "made"
     done("compress", model, "--method", "svd", "--ratio", "0.2", "--out", run)
-    assert f"not for a {name}" in refused("recover", run, *data[:2], "--seq-len", "24", "--steps", "1")
-    for option in ("--perplexity", "--classification"):
-        assert "Traceback" not in refused("eval", run, option, data[1], *(["--label-column", "a"] * (option[2] == "c")))
+    assert "not for a BertForMaskedLM" in refused("recover", run, *data[:2], "--seq-len", "24", "--steps", "1")
+    assert "--perplexity" in refused("eval", run, "--classification", data[1], "--label-column", "a")
+
+
+WORDS = [tiny_text(900, seed=7).split()[start : start + 6] for start in range(0, 96, 6)]
+TABLES: dict[str, tuple[list[dict[str, Any]], list[str]]] = {
+    "BertForTokenClassification": (
+        [{"words": each, "tags": [f"LABEL_{len(word) % 5}" for word in each]} for each in WORDS],
+        ["--text-column", "words", "--label-column", "tags"],
+    ),
+    "BertForQuestionAnswering": (
+        [{"question": each[0], "context": " ".join(each[1:]), "answer": each[3]} for each in WORDS],
+        ["--text-column", "question", "--text-column", "context", "--label-column", "answer"],
+    ),
+    "LlamaForSequenceClassification": (
+        [{"chosen": " ".join(each), "rejected": " ".join(each[:4])} for each in WORDS],
+        ["--text-column", "chosen", "--text-column", "rejected"],
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "count"),
+    [
+        ("BertForTokenClassification", "kfac", 96),
+        ("BertForQuestionAnswering", "fwsvd", 16),
+        ("LlamaForSequenceClassification", "auto", 16),
+    ],
+)
+def test_gradients_of_its_own_loss(name: str, method: str, count: int, tmp_path: Path) -> None:
+    model, _ = saved(name, tmp_path)
+    rows, columns = TABLES[name]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run, options = tmp_path / "run", ["--ratio", "0.3", "--calibration", data, *columns, "--seq-len", "40"]
+    done("compress", model, "--method", method, *options, "--out", run)
+    assert type(api.load(run)).__name__ == name
+    (found,) = (
+        done("eval", run, "--classification", data, *columns, "--force", "--json").json["classification"].values()
+    )
+    assert found["n"] == count
+    assert all(0 <= found[role] <= 1 for role in ("dense", "compressed"))
+
+
+def test_a_masked_language_model_needs_no_labels(tmp_path: Path) -> None:
+    model, data = saved("BertForMaskedLM", tmp_path)
+    run, other = tmp_path / "run", tmp_path / "other.txt"
+    other.write_text(tiny_text(700, seed=9))
+    done("compress", model, "--method", "auto", "--ratio", "0.3", *data, "--out", run)
+    found = done("eval", run, "--perplexity", other, "--seq-len", "20", "--json").json["perplexity"][str(other)]
+    tokens = len(AutoTokenizer.from_pretrained(model)(other.read_text(), add_special_tokens=False)["input_ids"])
+    assert found["tokens"] == tokens
+    assert 1 < found["dense"] < found["compressed"] * 1.5
+
+
+def test_a_masked_language_model_without_a_mask_is_refused(tmp_path: Path) -> None:
+    model, data = saved("BertForMaskedLM", tmp_path)
+    tiny_tokenizer(model)
+    assert "has no mask token" in refused("compress", model, "--method", "svd-llm", *data, "--out", tmp_path / "run")

@@ -19,8 +19,8 @@ from lowrank_compress.calibration.hooks import hooked
 from lowrank_compress.calibration.moments import Moments
 from lowrank_compress.calibration.statistics import STATISTICS, first_half, statistic_key
 from lowrank_compress.model.skeleton import Skeleton
-from lowrank_compress.model.walk.batch import Batch
-from lowrank_compress.model.walk.head import head_gradient, lm_chunks, tokens_at_once
+from lowrank_compress.model.walk.batch import IGNORED, Batch
+from lowrank_compress.model.walk.head import head_gradient, scored_chunks, tokens_at_once
 from lowrank_compress.model.walk.step import Step
 from lowrank_compress.model.walk.walk import Walk, gradient_of_loss
 
@@ -62,12 +62,15 @@ class Again:
             shares = logits.detach().float().softmax(-1).cpu()
             return torch.multinomial(shares.flatten(0, -2), 1, generator=generator).reshape(shares.shape[:-1])
 
-        if batch.labels is not None:
-            return replace(batch, labels=drawn(walk.head(number, hidden)))
-        ids = batch.ids.clone()
-        for start, stop in lm_chunks(batch, tokens_at_once(walk.models[0].vocabulary)):
-            ids[:, start + 1 : stop + 1] = drawn(walk.head(number, hidden, start, stop)).to(ids)
-        return replace(batch, ids=ids)
+        ids, labels = batch.ids.clone(), None if batch.labels is None else batch.labels.clone()
+        for start, stop, right in scored_chunks(walk.models[0].task, batch, tokens_at_once(walk.models[0].vocabulary)):
+            found = drawn(walk.head(number, hidden, start, stop)).to(ids)
+            if labels is None or right is None:
+                ids[:, start + 1 : None if stop is None else stop + 1] = found
+            else:
+                part = labels if right.shape == labels.shape else labels[:, start:stop]
+                part[right != IGNORED] = found[right != IGNORED]
+        return replace(batch, ids=ids, labels=labels)
 
     def measure(self, walk: Walk, step: Step, moments: Moments, clip: float | None) -> None:
         """Add to `moments` what the edited model's gradients are in a block; δ is taken with the dense weights."""

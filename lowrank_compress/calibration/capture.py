@@ -133,7 +133,7 @@ def capture(
     boundary = boundary_bytes(skeleton, own) * len(models)
     spill = boundary * boundaries(count, wanted) > memory
     tokens = sum(batch.tokens for batch in batches)
-    losses = sum(loss_terms(batch) for batch in batches)
+    losses = sum(batch.terms for batch in batches)
     halves = halves and sum(len(batch.ids) for batch in batches) > 1
     halved = halved_statistics(skeleton.resolved.targets, wanted, tokens) if halves else frozenset()
     first = first_counts(batches) if halved else (0, 0)
@@ -248,7 +248,7 @@ def halved_statistics(targets: Sequence[Target], wanted: Wanted, tokens: int) ->
 def first_counts(batches: Sequence[Batch]) -> tuple[int, int]:
     """Tokens and loss terms of the even sequences of a calibration set."""
     halves = [_even(batch) for batch in batches]
-    return sum(half.tokens for half in halves), sum(loss_terms(half) for half in halves)
+    return sum(half.tokens for half in halves), sum(half.terms for half in halves)
 
 
 def _even(batch: Batch) -> Batch:
@@ -256,11 +256,4 @@ def _even(batch: Batch) -> Batch:
         None if part is None else part[batch.first % 2 :: 2] for part in (batch.ids, batch.mask, batch.labels)
     )
     assert ids is not None
-    return Batch(ids, mask, labels, pooled=batch.pooled)
-
-
-def loss_terms(batch: Batch) -> int:
-    """How many terms the summed loss of a batch has: scored tokens, or examples."""
-    if batch.labels is not None or batch.pooled:
-        return len(batch.ids)
-    return batch.ids.shape[0] * (batch.ids.shape[1] - 1)
+    return Batch(ids, mask, labels, pooled=batch.pooled, paired=batch.paired)

@@ -124,6 +124,58 @@ class Cell:
             raise self._refused("the name or the number of a class")
         return str(value)
 
+    def words(self) -> list[str]:
+        """Return the value, a list of words or a text of words with blanks between them, as words.
+
+        Raises
+        ------
+        CalibrationError
+            It is anything else, or there are none.
+        """
+        found = self.value.split() if isinstance(self.value, str) else self.value
+        if not isinstance(found, list) or not found:
+            raise self._refused("a list of words, or a text with blanks between them")
+        return [Cell(word, self.place, self.column, self.source).text() for word in found]
+
+    def labels(self) -> list[str]:
+        """Return the value, a list of names or numbers of classes or a text of them, as texts.
+
+        Raises
+        ------
+        CalibrationError
+            It is anything else.
+        """
+        found = self.value.split() if isinstance(self.value, str) else self.value
+        if not isinstance(found, list):
+            raise self._refused("a list of labels, or a text with blanks between them")
+        return [Cell(label, self.place, self.column, self.source).label() for label in found]
+
+    def answer(self, context: str) -> tuple[int, int] | None:
+        """Return from which character of a text to which the value, an answer, stands; None for none.
+
+        It is a text, of which the first occurrence is taken, or as SQuAD has it: `text` and `answer_start`, lists of
+        which the first counts.
+
+        Raises
+        ------
+        CalibrationError
+            It is anything else, or does not stand there.
+        """
+        value, start = self.value, None
+        if isinstance(value, Mapping):
+            texts, starts = value.get("text"), value.get("answer_start")
+            if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
+                raise self._refused("an answer: a text, or text and answer_start")
+            value, start = (texts[0], starts[0]) if texts else ("", None)
+        if not isinstance(value, str):
+            raise self._refused("an answer: a text, or text and answer_start")
+        if not value:
+            return None
+        start = context.find(value) if start is None else start
+        if not isinstance(start, int) or start < 0 or not context.startswith(value, start):
+            raise self._problem(f"the answer {value[:60]!r}, which does not stand in the text", "")
+        return start, start + len(value)
+
     def number(self) -> float:
         """Return the value, a number or the text of one.
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -33,9 +34,9 @@ def example_batches(
     CalibrationError
         An example has no tokens.
     """
-    known = _by_class_names(label_ids, examples.class_names)
-    labels = None if examples.labels is None else [_label(label, known) for label in examples.labels]
-    by_length: dict[int, list[tuple[int, list[int], list[int] | None]]] = {}
+    number_of = class_numbers(label_ids, examples.class_names)
+    labels = None if examples.labels is None else [number_of(label) for label in examples.labels]
+    rows = []
     for number, text in enumerate(examples.texts):
         pair = {} if examples.seconds is None else {"text_pair": examples.seconds[number]}
         found = tokenizer(text, **pair, truncation=True, max_length=seq_len, padding=False, verbose=False)
@@ -44,17 +45,51 @@ def example_batches(
             raise CalibrationError(
                 f"Example {number + 1} has no tokens: its text is {text!r}. Remove it, or fill it in."
             )
-        by_length.setdefault(len(ids), []).append((number, ids, kinds))  # pyright: ignore[reportArgumentType]
-    batches = []
-    for group in by_length.values():
-        for start in range(0, len(group), size):
-            part = group[start : start + size]
-            kinds = None if part[0][2] is None else torch.tensor([kinds for _, _, kinds in part])
-            chosen = None if labels is None else torch.tensor([labels[number] for number, _, _ in part])
-            ids = torch.tensor([ids for _, ids, _ in part])
-            require_known(tokenizer, ids, vocabulary)
-            batches.append(Batch(ids, None, chosen, kinds))
-    return batches
+        require_known(tokenizer, torch.tensor(ids), vocabulary)
+        rows.append(Row(ids, kinds, None if labels is None else labels[number]))  # pyright: ignore[reportArgumentType]
+    return equally_long(rows, size)
+
+
+class Row(NamedTuple):
+    """A sequence: its token ids, which sentence of a pair each is of, and its label, or labels."""
+
+    ids: list[int]
+    kinds: list[int] | None
+    labels: int | list[int] | None
+
+
+def equally_long(rows: Sequence[Row], size: int) -> list[Batch]:
+    """Make batches of `size` sequences of one length at most, in the order in which each length comes first."""
+    by_length: dict[int, list[Row]] = {}
+    for row in rows:
+        by_length.setdefault(len(row.ids), []).append(row)
+    parts = (group[start : start + size] for group in by_length.values() for start in range(0, len(group), size))
+    return [_batch(part) for part in parts]
+
+
+def _batch(rows: Sequence[Row]) -> Batch:
+    ids, kinds, labels = (None if part[0] is None else torch.tensor(part) for part in zip(*rows, strict=True))
+    assert ids is not None
+    return Batch(ids, None, labels, kinds)
+
+
+def class_numbers(label_ids: Mapping[str, int], names: Sequence[str] | None) -> Callable[[str], int]:
+    """Return what tells the number of a class from its label, the model's name or number of it.
+
+    Parameters
+    ----------
+    label_ids
+        The model's labels.
+    names
+        Names of the classes that are numbered, where the data set says them.
+
+    Raises
+    ------
+    InputError
+        Some of the names are the model's, but not all; and then, a label is none of the model's classes.
+    """
+    known = _by_class_names(label_ids, names)
+    return lambda label: _label(label, known)
 
 
 def _by_class_names(label_ids: Mapping[str, int], names: Sequence[str] | None) -> Mapping[str, int]:

@@ -135,7 +135,7 @@ def _file_pieces(source: Source) -> Iterator[str]:
 
 def _row_pieces(source: Source, render: Render | None) -> Iterator[str]:
     column, length = None, 0
-    for place, row in _open(source)[0]:
+    for place, row in open_table(source)[0]:
         column, first = column or _text_column(source, row), column is None
         cell = Cell.find(row, column, place, source.name)
         text = cell.rendered(render)
@@ -148,7 +148,7 @@ def _row_pieces(source: Source, render: Render | None) -> Iterator[str]:
             )
 
 
-def _open(source: Source) -> tuple[Iterator[Row], Any]:
+def open_table(source: Source) -> tuple[Iterator[Row], Any]:
     """Return the rows of a table, and for a hub data set what its columns are said to be."""
     if not source.is_hub:
         return TABLES[source.suffix](source.name), {}
@@ -186,7 +186,7 @@ def rows_of(source: Source) -> Iterator[Row]:
     """
     if not source.is_table:
         raise InputError(f"{source.name} is no table; expected a {', '.join(TABLES)} file or an hf: data set.")
-    return _open(source)[0]
+    return open_table(source)[0]
 
 
 def read_examples(source: Source, limit: int | None = None) -> Examples:
@@ -207,7 +207,7 @@ def read_examples(source: Source, limit: int | None = None) -> Examples:
             f"{source.name} is no table; examples come from {', '.join(TABLES)} files or hf: data sets, and need "
             "--text-column."
         )
-    found_rows, known = _open(source)
+    found_rows, known = open_table(source)
     rows = islice(found_rows, limit)
     first = next(rows, None)
     if first is None:

@@ -220,10 +220,17 @@ def evaluate(
         str, typer.Argument(help="A run directory, a checkpoint directory or a hub name.", show_default=False)
     ],
     perplexity: Annotated[
-        list[str] | None, typer.Option("--perplexity", help="Text to measure perplexity on; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            "--perplexity", help="Text to measure perplexity on, of a masked language model too; may be repeated."
+        ),
     ] = None,
     classification: Annotated[
-        str | None, typer.Option("--classification", help="Table of labelled examples to measure accuracy on.")
+        str | None,
+        typer.Option(
+            "--classification",
+            help="Table of labelled examples to measure accuracy on: of texts, words, answers or preferences.",
+        ),
     ] = None,
     sts: o.Pairs = None,
     text_column: Annotated[list[str] | None, o.of_recipe("text_column")] = None,
@@ -233,7 +240,7 @@ def evaluate(
     seq_len: o.WindowLength = None,
     limit: o.Limit = None,
     batch_size: o.BatchSize = _BATCH,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of lm-eval.")] = _SEED,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of lm-eval, and of masks.")] = _SEED,
     num_fewshot: o.Fewshot = None,
     apply_chat_template: o.ChatTemplate = False,
     device: Annotated[str | None, o.of_recipe("device")] = None,

@@ -9,15 +9,16 @@ from torch import Tensor
 
 from lowrank_compress.evaluation.embedded import distances_at_the_end
 from lowrank_compress.model.skeleton import Skeleton
-from lowrank_compress.model.walk.batch import Batch
-from lowrank_compress.model.walk.head import lm_chunks, tokens_at_once
+from lowrank_compress.model.walk.batch import IGNORED, Batch
+from lowrank_compress.model.walk.head import scored_chunks, tokens_at_once
 from lowrank_compress.model.walk.walk import Walk
 
 
 def divergences(models: Sequence[Skeleton], batches: Sequence[Batch]) -> list[float]:
     """Mean divergence KL(p₀ ‖ p) of each further model's predictions p from the first one's p₀, in nats.
 
-    The mean is over all positions whose next token is known, or over examples for a classifier; it is summed in
+    The mean is over all positions whose next token is known, over examples for a classifier, or over all that has a
+    label (masked tokens, words, first and last tokens of answers, pairs); it is summed in
     float64, and infinite where it is not finite, so that a broken model never wins. Of models without a head it is half
     the squared distance of their embeddings, of normalised ones 1 − cosine.
 
@@ -46,13 +47,13 @@ def divergences_at_the_end(walk: Walk) -> list[float]:
     totals, terms = [0.0] * (len(walk.models) - 1), 0
     first = walk.models[0]
     for number, batch in enumerate(walk.batches):
-        chunks = lm_chunks(batch, tokens_at_once(first.vocabulary)) if first.task == "lm" else [(0, None)]
-        for start, stop in chunks:
-            expected = _log_probabilities(walk, number, 0, start, stop)
+        for start, stop, labels in scored_chunks(first.task, batch, tokens_at_once(first.vocabulary)):
+            scored = None if labels is None or batch.labels is None else labels != IGNORED
+            expected = _log_probabilities(walk, number, 0, start, stop, scored)
             probabilities = expected.exp()
             terms += expected[..., 0].numel()
             for model in range(1, len(walk.models)):
-                got = _log_probabilities(walk, number, model, start, stop)
+                got = _log_probabilities(walk, number, model, start, stop, scored)
                 each = torch.sub(expected, got, out=got).mul_(probabilities).sum(-1)
                 totals[model - 1] += float(each.double().sum())
     for model in walk.models:
@@ -61,7 +62,10 @@ def divergences_at_the_end(walk: Walk) -> list[float]:
 
 
 @torch.no_grad()
-def _log_probabilities(walk: Walk, number: int, model: int, start: int, stop: int | None) -> Tensor:
+def _log_probabilities(
+    walk: Walk, number: int, model: int, start: int, stop: int | None, scored: Tensor | None
+) -> Tensor:
     """Log-probabilities in single precision at least: which model is nearer shows in fewer digits."""
     logits = walk.head(number, walk.leaving(number, model), start, stop, model)
+    logits = logits if scored is None else logits[scored.to(logits.device)]
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)

@@ -10,8 +10,8 @@ import torch
 
 from lowrank_compress.errors import NumericsError
 from lowrank_compress.model.skeleton import Skeleton
-from lowrank_compress.model.walk.batch import Batch
-from lowrank_compress.model.walk.head import HEAD_TOKENS, lm_chunks, token_loss
+from lowrank_compress.model.walk.batch import IGNORED, Batch
+from lowrank_compress.model.walk.head import HEAD_TOKENS, scored_chunks, token_loss
 from lowrank_compress.model.walk.walk import Walk
 
 # Hidden states of this many bytes are carried from block to block at once; longer texts take several passes.
@@ -61,14 +61,14 @@ def perplexity(
     carried: int = CARRIED_BYTES,
     head_tokens: int = HEAD_TOKENS,
 ) -> Perplexity:
-    """Measure perplexity on windows of text.
+    """Measure perplexity on windows of text; of a masked language model that of its masked tokens.
 
     Parameters
     ----------
     skeleton
-        A causal language model, dense or compressed.
+        A language model, dense or compressed.
     batches
-        Windows, each scoring all its tokens but the first.
+        Windows, each scoring all its tokens but the first; or with labels at masked ones.
     advance
         Called with (blocks done, blocks in all).
     carried, head_tokens
@@ -83,19 +83,19 @@ def perplexity(
     for walk in walked(skeleton, batches, advance, carried):
         for number, batch in enumerate(walk.batches):
             hidden = walk.leaving(number)
-            for start, stop in lm_chunks(batch, head_tokens):
+            for start, stop, labels in scored_chunks(skeleton.task, batch, head_tokens):
+                assert labels is not None
                 with torch.no_grad():
                     logits = walk.head(number, hidden, start, stop)
-                loss = token_loss(logits, batch.ids[:, start + 1 : stop + 1], "the evaluation text")
-                nats += loss.double().item()
-                tokens += batch.ids.shape[0] * (stop - start)
+                nats += token_loss(logits, labels, "the evaluation text").double().item()
+            tokens += batch.terms
     return Perplexity(nats, tokens)
 
 
 def accuracy(
     skeleton: Skeleton, batches: Sequence[Batch], advance: Callable[[int, int], None] = lambda done, total: None
 ) -> Accuracy:
-    """Count the examples whose largest logit is that of their label.
+    """Count what has its largest logit where its label says: examples, words, preferred ones of pairs, whole answers.
 
     Raises
     ------
@@ -112,8 +112,11 @@ def accuracy(
                     "The model gave NaN or infinite logits on the labelled examples. Check the checkpoint."
                 )
             assert batch.labels is not None
-            right += int((logits.argmax(-1).cpu() == batch.labels).sum())
-            count += len(batch.labels)
+            scored, same = batch.labels != IGNORED, logits.argmax(-1).cpu() == batch.labels
+            if skeleton.task == "answers":  # both ends of one
+                scored, same = scored.all(-1), same.all(-1)
+            right += int((same & scored).sum())
+            count += int(scored.sum())
     return Accuracy(right, count)
 
 

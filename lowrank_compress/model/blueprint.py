@@ -47,8 +47,8 @@ AUTO: Mapping[Task, Any] = {
     "masked": AutoModelForMaskedLM,
 }
 """The class of transformers that loads a model for each."""
-WITH_LOSS: tuple[Task, ...] = ("lm", "classification", "embedding")
-"""Tasks that a loss is known for here; what has another head is compressed without gradients."""
+NEED_LABELS: tuple[Task, ...] = ("classification", "tokens", "answers", "scores")
+"""Tasks whose loss is against labels; what has another head makes its loss of plain text."""
 _HEADS: Mapping[str, Task] = {
     "ForTokenClassification": "tokens",
     "ForQuestionAnswering": "answers",

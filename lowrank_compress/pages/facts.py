@@ -25,9 +25,9 @@ from lowrank_compress.recipefile import RECIPE_BYTES
 from lowrank_compress.stages.card import measurements
 from lowrank_compress.stages.chain import original_of
 from lowrank_compress.stages.cost import read_cost
-from lowrank_compress.stages.evaluate import text_batches
 from lowrank_compress.stages.identity import display_name
 from lowrank_compress.stages.presenting import evaluations_of, report_of, spectra_of
+from lowrank_compress.stages.reading import text_batches
 from lowrank_compress.stages.repeating import commands_of
 from lowrank_compress.stages.reporting import Reporter
 from lowrank_compress.stages.run import Run

@@ -16,7 +16,7 @@ from lowrank_compress.calibration.capture import capture, needs_gradient
 from lowrank_compress.calibration.experts import tokens_seen
 from lowrank_compress.calibration.windows import batches_hash
 from lowrank_compress.config import CalibrateConfig
-from lowrank_compress.errors import ArtifactError, InputError
+from lowrank_compress.errors import ArtifactError
 from lowrank_compress.methods.candidates import all_groups
 from lowrank_compress.methods.groups import needed, needs_data
 from lowrank_compress.methods.scale import with_scales
@@ -26,6 +26,7 @@ from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.resources.resources import Resources
 from lowrank_compress.stages.environment import environment
 from lowrank_compress.stages.identity import checkpoint_id
+from lowrank_compress.stages.reading import require_labels
 from lowrank_compress.stages.reporting import Reporter, Silent, in_parts
 from lowrank_compress.stages.samples import (
     batches_by_text,
@@ -70,6 +71,8 @@ def key(config: CalibrateConfig, inputs: Inputs, text: str | None = None) -> Key
     settings = settings_of(config, "scheme", "rival")
     if inputs.subject.model.task == "embedding":
         settings["read_as"] = "passages"  # before, it was windows of a running text
+    if inputs.subject.model.task == "masked":
+        settings["read_as"] = "masked windows"
     wanted = wanted_of(config, inputs.subject)
     by_role: dict[str, set[str]] = {}
     for target in inputs.subject.resolved.targets:
@@ -141,11 +144,8 @@ def run(
         )
     by_text = batches_by_text(config, subject.checkpoint, task)
     batches = [batch for part in by_text for batch in part]
-    if needs_gradient(wanted) and any(batch.labels is None for batch in batches) and task == "classification":
-        raise InputError(
-            "The method takes gradients of a classifier's loss, which needs labels. Pass a table with --text-column "
-            "and --label-column."
-        )
+    if needs_gradient(wanted):
+        require_labels(batches, task)
     reporter.advance("tokenize", 1, 1)
     tokens = sum(batch.tokens for batch in batches)
     report |= {

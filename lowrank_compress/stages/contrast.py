@@ -27,7 +27,6 @@ from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.resources.workers import started
 from lowrank_compress.stages.contamination import refuse_calibration_text
 from lowrank_compress.stages.environment import compute_device
-from lowrank_compress.stages.evaluate import text_batches
 from lowrank_compress.stages.opponents import (
     checkpoint_at,
     require_one_kind,
@@ -35,6 +34,7 @@ from lowrank_compress.stages.opponents import (
     require_same_windows,
     require_use,
 )
+from lowrank_compress.stages.reading import text_batches
 from lowrank_compress.stages.reporting import Reporter, Silent
 from lowrank_compress.stages.similarity import Pairs, read_pairs
 from lowrank_compress.strict import stage_config

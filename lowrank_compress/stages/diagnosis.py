@@ -34,8 +34,8 @@ from lowrank_compress.model.walk.walk import Walk
 from lowrank_compress.resources.workers import started
 from lowrank_compress.shipped.restore import restore_modules
 from lowrank_compress.stages.environment import compute_device
-from lowrank_compress.stages.evaluate import text_batches
 from lowrank_compress.stages.opponents import checkpoint_at, require_one_kind
+from lowrank_compress.stages.reading import text_batches
 from lowrank_compress.stages.reporting import Reporter, Silent
 from lowrank_compress.stages.talking import Talk
 from lowrank_compress.strict import COMMAND_LINE, stage_config

@@ -16,23 +16,21 @@ from lowrank_compress.artifacts.directories import keep_aside, refuse_link
 from lowrank_compress.artifacts.documents import canonical_hash, read_json, write_json
 from lowrank_compress.artifacts.files import sha256
 from lowrank_compress.artifacts.manifest import Key, Manifest, altered, commit, committed, read_manifest
-from lowrank_compress.calibration.examples import example_batches
-from lowrank_compress.calibration.sources import Source, pieces, read_examples
-from lowrank_compress.calibration.tokens import bos_of, encode, load_tokenizer, renderer, require_known, vocabulary_of
-from lowrank_compress.calibration.windows import evaluation_windows, window_batches
+from lowrank_compress.calibration.sources import Source
+from lowrank_compress.calibration.tokens import load_tokenizer, require_known, vocabulary_of
 from lowrank_compress.config import EvaluateConfig
-from lowrank_compress.errors import ArtifactError, CalibrationError, InputError
+from lowrank_compress.errors import ArtifactError, InputError
 from lowrank_compress.evaluation.harness import harness_version, run_tasks, task_files
 from lowrank_compress.evaluation.replayed import Accuracy, Perplexity, accuracy, perplexity
 from lowrank_compress.evaluation.size import measure_size
-from lowrank_compress.model.blueprint import blueprint, task_of
+from lowrank_compress.model.blueprint import NEED_LABELS, blueprint, task_of
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.skeleton import Skeleton
-from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.resources.resources import Resources
 from lowrank_compress.resources.workers import Workers
 from lowrank_compress.stages.environment import environment
 from lowrank_compress.stages.identity import checkpoint_id, source_id
+from lowrank_compress.stages.reading import labelled_examples, masked_text_batches, text_batches
 from lowrank_compress.stages.reporting import Reporter, Silent
 from lowrank_compress.stages.similarity import similarities
 from lowrank_compress.stages.stage import Given
@@ -178,25 +176,19 @@ def _measure(
         if seq_len > longest:
             raise InputError(f"--seq-len {seq_len} is more than the model's {longest} positions.")
         for name in config.perplexity:
-            batches = text_batches(
-                config, tokenizer, Source(name, config.text_column), seq_len, vocabulary_of(checkpoint)
-            )
-            if skeleton.task != "lm":
-                raise InputError("Perplexity needs a causal language model; for a classifier use --classification.")
+            if skeleton.task not in ("lm", "masked"):
+                raise InputError("Perplexity needs a language model; for a classifier use --classification.")
+            read = text_batches if skeleton.task == "lm" else masked_text_batches
+            source = Source(name, config.text_column)
+            batches = read(config, tokenizer, source, seq_len, vocabulary_of(checkpoint))
             share = perplexity(skeleton, workers.share(batches), _labelled(reporter, f"{role} perplexity"))
             nats, scored = workers.total([share.nats, share.tokens])
             found = Perplexity(nats, int(scored))
             measured["perplexity"][name] = {"value": found.value, "tokens": found.tokens}
         if config.classification is not None:
-            if skeleton.task != "classification":
-                raise InputError("--classification needs a sequence classifier; for a language model use --perplexity.")
-            if config.label_column is None:
-                raise InputError("--classification needs the column of the labels: pass --label-column.")
-            source = Source(config.classification, config.text_column, config.label_column)
-            examples = read_examples(source, config.limit)
-            batches = example_batches(
-                tokenizer, examples, checkpoint.class_ids, seq_len, config.batch_size, vocabulary_of(checkpoint)
-            )
+            if skeleton.task not in NEED_LABELS:
+                raise InputError("--classification needs a classifier; for a language model use --perplexity.")
+            batches = labelled_examples(config, skeleton.task, tokenizer, checkpoint, seq_len)
             part = accuracy(skeleton, workers.share(batches), _labelled(reporter, f"{role} accuracy"))
             whole = Accuracy(*map(int, workers.total([part.right, part.examples])))
             measured["classification"][config.classification] = {"value": whole.value, "n": whole.examples}
@@ -207,26 +199,6 @@ def _measure(
 
 def _labelled(reporter: Reporter, step: str) -> Callable[[int, int], None]:
     return lambda done, total: reporter.advance(step, done, total)
-
-
-def text_batches(
-    config: EvaluateConfig, tokenizer: Any, source: Source, seq_len: int, vocabulary: int | None = None
-) -> list[Batch]:
-    """Windows of an evaluation text.
-
-    Raises
-    ------
-    CalibrationError
-        The text is empty or has a single token.
-    """
-    bos = bos_of(tokenizer, vocabulary)
-    most = None if config.limit is None else config.limit * seq_len
-    ids = encode(tokenizer, pieces(source, renderer(tokenizer)), vocabulary, most=most)
-    windows = evaluation_windows(ids, seq_len, bos)[: config.limit]
-    windows = [window for window in windows if len(window) > 1]
-    if not windows:
-        raise CalibrationError(f"{source.name} has too few tokens to measure perplexity on. Pass a longer text.")
-    return window_batches(windows, config.batch_size)
 
 
 def _run_tasks(

@@ -19,7 +19,7 @@ from lowrank_compress.methods.groups import needed, needs_data
 from lowrank_compress.methods.mixture import Mixture
 from lowrank_compress.methods.module import ModuleMethod
 from lowrank_compress.methods.scheme import label, method_of, methods_of, rival_of, scheme_of
-from lowrank_compress.model.blueprint import WITH_LOSS, blueprint
+from lowrank_compress.model.blueprint import NEED_LABELS, blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.embedding import embedding_of
 from lowrank_compress.model.locate import directory_of, locate
@@ -29,6 +29,7 @@ from lowrank_compress.stages.budgets import byte_budget, require_nats, with_budg
 from lowrank_compress.stages.choose import Chooser
 from lowrank_compress.stages.environment import compute_device, micro_batch
 from lowrank_compress.stages.identity import source_id
+from lowrank_compress.stages.reading import refuse_unlabelled
 from lowrank_compress.stages.samples import check_own, check_shares, sources_of
 from lowrank_compress.stages.score import check_options
 from lowrank_compress.stages.subject import Subject, subject_of
@@ -176,18 +177,11 @@ def make_plan(recipe: Recipe, *, reads_text: bool = True) -> Plan:
     refines = held_out if recipe.refine is None else recipe.refine
     if design.task == "embedding" and (refines or needs_gradient(needed(groups))):
         embedding_of(checkpoint)  # whose change is the loss
-    if design.task not in WITH_LOSS and (refines or needs_gradient(needed(groups))):
-        raise InputError(
-            f"The method {recipe.method} takes gradients of a loss, and a {type(design.model).__name__} has no head to "
-            "give one on plain text. Choose a method without gradients, for instance --method svd-llm or modegpt."
-        )
+    gradients = design.task in NEED_LABELS and (refines or needs_gradient(needed(groups)))
+    if gradients and recipe.calibration is None:
+        refuse_unlabelled(recipe.method, design, ())
     reads = needs_data(groups) or refines
     if reads and recipe.calibration is None:
-        if design.task == "classification" and (refines or needs_gradient(needed(groups))):
-            raise InputError(
-                f"The method {recipe.method} needs labelled examples of a classifier: pass --calibration FILE.tsv with "
-                "--text-column and --label-column."
-            )
         recipe = recipe.model_copy(update={"calibration": PAPERS_DATA})
     longest = design.longest_input()
     seq_len = recipe.seq_len or min(PAPERS_SEQ_LEN, longest)
@@ -222,6 +216,8 @@ def make_plan(recipe: Recipe, *, reads_text: bool = True) -> Plan:
     )
     if reads:
         check_own(calibrate, design.task)
+        if gradients:
+            refuse_unlabelled(recipe.method, design, sources_of(calibrate))
     if reads and reads_text:
         check_shares(calibrate)
         for source in sources_of(calibrate):

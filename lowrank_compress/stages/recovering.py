@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from lowrank_compress.artifacts.tensors import BlockFiles
 from lowrank_compress.calibration.shares import most
 from lowrank_compress.errors import InputError, UnsupportedError
-from lowrank_compress.model.blueprint import AUTO, WITH_LOSS, Blueprint, blueprint
+from lowrank_compress.model.blueprint import AUTO, Blueprint, Task, blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.embedding import embedding_of
 from lowrank_compress.model.walk.batch import Batch
@@ -31,6 +31,8 @@ from lowrank_compress.training.student import Student
 from lowrank_compress.training.trainer import Data, joined
 
 STEPS = 200
+# Tasks that models are trained for.
+TRAINED: tuple[Task, ...] = ("lm", "classification", "embedding")
 # Of the text: sequences that are never trained on, but for what they are one eighth at most.
 HELD_OUT = 16
 
@@ -183,7 +185,7 @@ def _padding(plan: Blueprint) -> int | None:
 
 def _loaded(checkpoint: Checkpoint, plan: Blueprint, device: torch.device) -> PreTrainedModel:
     """Load a whole model in float32, without dropout, and nothing of it to be trained."""
-    if plan.task not in WITH_LOSS:
+    if plan.task not in TRAINED:
         raise UnsupportedError(
             f"{checkpoint.path} has no head whose predictions a compressed model is trained towards here. Recover is "
             f"for language models and classifiers, not for a {type(plan.model).__name__}."

@@ -32,6 +32,7 @@ from lowrank_compress.resources.resources import Resources
 from lowrank_compress.resources.workers import Workers
 from lowrank_compress.stages.environment import environment
 from lowrank_compress.stages.identity import checkpoint_id
+from lowrank_compress.stages.reading import require_labels
 from lowrank_compress.stages.refining import BlockRefiner, computing_dtype, kept_bytes
 from lowrank_compress.stages.reporting import Reporter, Silent
 from lowrank_compress.stages.rewrite import contents_of, refuse_packed, rewrite
@@ -140,11 +141,7 @@ class _Refinement:
 
     def _batches(self, dense: Checkpoint) -> list[Batch]:
         batches = calibration_batches(self.config, dense, self.dense.blueprint.task)
-        if self.dense.blueprint.task == "classification" and any(batch.labels is None for batch in batches):
-            raise InputError(
-                "Refining takes gradients of a classifier's loss, which needs labels. Pass a table with --text-column "
-                "and --label-column."
-            )
+        require_labels(batches, self.dense.blueprint.task)
         return with_drawn(batches, self.config.drawn, dense, self.dense.blueprint.task)
 
     def make(self) -> Manifest:

@@ -4,29 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from lowrank_compress.artifacts.documents import canonical_hash
-from lowrank_compress.calibration.capture import Advance, loss_terms
-from lowrank_compress.calibration.examples import example_batches
+from lowrank_compress.calibration.capture import Advance
 from lowrank_compress.calibration.own import own_windows
-from lowrank_compress.calibration.passages import passages
 from lowrank_compress.calibration.shares import shares
-from lowrank_compress.calibration.sources import Examples, Source, pieces, read_examples, shuffled
+from lowrank_compress.calibration.sources import Source
 from lowrank_compress.calibration.statistics import ENOUGH
-from lowrank_compress.calibration.tokens import bos_of, encode, load_tokenizer, renderer, vocabulary_of
-from lowrank_compress.calibration.windows import calibration_windows, drawn_windows, window_batches
+from lowrank_compress.calibration.tokens import load_tokenizer, vocabulary_of
+from lowrank_compress.calibration.windows import drawn_windows, window_batches
 from lowrank_compress.config import CalibrationSet
 from lowrank_compress.errors import InputError
 from lowrank_compress.methods.groups import TargetGroup
 from lowrank_compress.model.blueprint import Task
 from lowrank_compress.model.checkpoint import Checkpoint
-from lowrank_compress.model.embedding import longest_of
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.stages.identity import checkpoint_id, source_id
+from lowrank_compress.stages.reading import source_batches
 from lowrank_compress.texts import TextPart
 
 
@@ -121,8 +116,6 @@ def check_shares(config: CalibrationSet) -> None:
         )
 
 
-# Of a passage of plain text, for each token that is read of it at most.
-CHARACTERS = 6
 # Of text that plans are tried on: windows, tokens in all of them, and in large models no more of these, down to FEWEST,
 # than come to so many products with the model's elements.
 TRIED_WINDOWS, TRIED_TOKENS, TRIED_PRODUCTS, FEWEST = 16, 8192, 1 << 40, 2048
@@ -202,52 +195,8 @@ def batches_by_text(
             )
             found.append(window_batches(list(windows), config.micro_batch))
             continue
-        found.append(_batches(own, source, tokenizer, checkpoint, task, before) if samples else [])
+        found.append(source_batches(own, source, tokenizer, checkpoint, task, before) if samples else [])
     return found
-
-
-def _batches(
-    config: CalibrationSet,
-    source: Source,
-    tokenizer: PreTrainedTokenizerBase,
-    checkpoint: Checkpoint,
-    task: Task,
-    skip: int,
-) -> list[Batch]:
-    vocabulary = vocabulary_of(checkpoint)
-    if task == "embedding":
-        return _embedded(config, source, tokenizer, checkpoint, skip)
-    named = source.text_column is not None or source.label_column is not None
-    if task != "lm" and (named or (source.is_table and not source.is_hub)):
-        examples = shuffled(read_examples(source), skip + config.samples, config.seed)
-        return example_batches(
-            tokenizer,
-            examples.picked(range(len(examples.texts))[skip:]),
-            checkpoint.class_ids if task == "classification" else {},
-            config.seq_len,
-            config.micro_batch,
-            vocabulary,
-        )
-    ids = encode(tokenizer, pieces(source, renderer(tokenizer)), vocabulary)
-    bos = bos_of(tokenizer, vocabulary)
-    windows = calibration_windows(ids, config.seq_len, skip + config.samples, config.seed, bos)[skip:]
-    return window_batches(list(windows), config.micro_batch)
-
-
-def _embedded(
-    config: CalibrationSet, source: Source, tokenizer: PreTrainedTokenizerBase, checkpoint: Checkpoint, skip: int
-) -> list[Batch]:
-    """Make the batches of a model without a head: rows of a table, or passages of a text, as it is to read them."""
-    longest = longest_of(checkpoint)
-    seq_len = config.seq_len if longest is None else min(config.seq_len, longest)
-    if source.is_table and not (source.is_hub and source.text_column is None):
-        found = read_examples(replace(source, label_column=None))
-    else:
-        found = Examples(list(passages(pieces(source, renderer(tokenizer)), CHARACTERS * seq_len)), None)
-    examples = shuffled(found, skip + config.samples, config.seed).picked
-    chosen = examples(range(min(skip + config.samples, len(found.texts)))[skip:])
-    batches = example_batches(tokenizer, chosen, {}, seq_len, config.micro_batch, vocabulary_of(checkpoint))
-    return [replace(batch, pooled=True) for batch in batches]
 
 
 def with_drawn(batches: Sequence[Batch], each: int, checkpoint: Checkpoint, task: Task) -> list[Batch]:
@@ -262,7 +211,10 @@ def too_short(config: CalibrationSet, by_text: Sequence[Sequence[Batch]]) -> lis
     """Say which texts have fewer windows, or examples, than they are to give."""
     parts, found = parts_of(config), []
     for part, asked, own in zip(parts, shares([p.weight for p in parts], config.samples), by_text, strict=True):
-        count, what = sum(len(batch.ids) for batch in own), "windows" if own[0].labels is None else "examples"
+        count, what = (
+            sum(len(batch.ids) >> batch.paired for batch in own),
+            "windows" if own[0].labels is None else "examples",
+        )
         if count < asked:
             which = "The calibration text" if len(parts) == 1 else part.text
             found.append(
@@ -275,10 +227,10 @@ def too_short(config: CalibrationSet, by_text: Sequence[Sequence[Batch]]) -> lis
 def too_few(groups: Sequence[TargetGroup], batches: Sequence[Batch], gradient: bool) -> str | None:
     """Say what is under-determined by a calibration set, what that may cost, and what would be enough; None if nothing.
 
-    What a classifier's gradients say is counted by examples, of which each has one loss.
+    What gradients of losses against labels say is counted by those, of which each has one loss.
     """
     examples = gradient and batches[0].labels is not None
-    seen = sum(loss_terms(batch) if examples else batch.tokens for batch in batches)
+    seen = sum(batch.terms if examples else batch.tokens for batch in batches)
     widest = max(groups, key=lambda group: min(group.shape))
     largest = min(widest.shape)
     if seen >= largest:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
-from lowrank_compress.calibration.capture import loss_terms
 from lowrank_compress.config import CalibrationSet
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.resources.workers import Workers
@@ -41,7 +40,7 @@ class PerText:
         self._nats[text] += nats
         if batch.first not in self._begun:
             self._begun.add(batch.first)
-            self._terms[text] += loss_terms(batch)
+            self._terms[text] += batch.terms
 
     def report(self, workers: Workers) -> list[dict[str, Any]]:
         """Say of each text its weight, windows and tokens, and the dense perplexity, None where it was not measured."""

@@ -268,7 +268,7 @@ class TestClassifier:
         assert "needs labelled examples of a classifier" in message
 
     def test_wrong_measure(self, model: Path, tiny: Tiny):
-        assert "Perplexity needs a causal language model" in refused("eval", model, "--perplexity", tiny.heldout)
+        assert "Perplexity needs a language model" in refused("eval", model, "--perplexity", tiny.heldout)
 
 
 def test_debug_shows_the_traceback(tiny: Tiny, tmp_path: Path):

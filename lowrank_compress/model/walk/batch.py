@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+# In the place of a label: nothing is scored there.
+IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -18,11 +22,15 @@ class Batch:
     mask
         (sequences, length) int64, 1 for real tokens; None where nothing is padded.
     labels
-        (sequences,) int64 class labels; None for language models, whose labels are the ids themselves.
+        int64, what a head's loss is against; None for language models, whose labels are the ids themselves. Classes
+        (sequences,); for each token its class, or the one that was masked, (sequences, length), `IGNORED` where none is
+        scored; of answers the positions of the first and the last token, (sequences, 2); of pairs zeros (pairs,).
     kinds
         (sequences, length) int64, which sentence of a pair each token is of; None where there is but one.
     pooled
         Whether a sequence has one loss as a whole, that of its embedding.
+    paired
+        Whether every two sequences are one pair, of which the first is preferred to the other (`pair_rows`).
     first
         Number of its first sequence in the calibration set; it says which half a sequence belongs to.
     """
@@ -33,6 +41,7 @@ class Batch:
     kinds: Tensor | None = None
     first: int = 0
     pooled: bool = False
+    paired: bool = False
 
     @property
     def tokens(self) -> int:
@@ -42,3 +51,26 @@ class Batch:
     def real(self) -> Tensor | None:
         """(sequences · length,) bool: which flattened positions are no padding; None if all."""
         return None if self.mask is None else self.mask.bool().flatten()
+
+    @property
+    def terms(self) -> int:
+        """How many terms the summed loss has: scored tokens, examples, first and last tokens of answers, or pairs."""
+        if self.pooled:
+            return len(self.ids)
+        if self.labels is not None:
+            return int((self.labels != IGNORED).sum())
+        return self.ids.shape[0] * (self.ids.shape[1] - 1)
+
+
+def pair_rows(pairs: int) -> Tensor:
+    """Rows of the sequences of each pair in a batch, (pairs, 2) int64, the preferred one first.
+
+    Both have even numbers or both have odd ones, by which a calibration set is halved; but for a last pair that is left
+    over.
+    """
+    number = torch.arange(pairs)
+    one = 2 * number - number % 2
+    other = one + 2
+    if pairs % 2:
+        other[-1] = one[-1] + 1
+    return torch.stack([one, other], 1)

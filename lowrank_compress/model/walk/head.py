@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from lowrank_compress.errors import NumericsError
-from lowrank_compress.model.walk.batch import Batch
-from lowrank_compress.model.walk.replay import Replay
+from lowrank_compress.errors import InputError, NumericsError
+from lowrank_compress.model.walk.batch import IGNORED, Batch
+from lowrank_compress.model.walk.replay import CHUNKED, Replay
 
 # Logits of this many tokens at a time stand in memory, and no more than so many logits where the vocabulary is large.
 HEAD_TOKENS, HEAD_LOGITS = 512, 1 << 24
@@ -30,8 +30,34 @@ def lm_chunks(batch: Batch, tokens: int = HEAD_TOKENS) -> Iterator[tuple[int, in
         yield start, min(start + width, length - 1)
 
 
+def scored_chunks(task: str, batch: Batch, tokens: int) -> Iterator[tuple[int, int | None, Tensor | None]]:
+    """Yield ranges of positions with what their logits are scored against, as a head's task says.
+
+    Parameters
+    ----------
+    tokens
+        Of a language model, masked or not: whose logits stand in memory at a time.
+
+    Yields
+    ------
+    tuple
+        Start, stop and labels, `IGNORED` where nothing is scored; None where a batch has none.
+    """
+    if task == "lm":
+        for start, stop in lm_chunks(batch, tokens):
+            yield start, stop, batch.ids[:, start + 1 : stop + 1]
+    elif task == "masked":
+        length, width = batch.ids.shape[1], max(1, tokens // len(batch.ids))
+        for start in range(0, length, width):
+            labels = None if batch.labels is None else batch.labels[:, start : start + width]
+            if labels is None or bool((labels != IGNORED).any()):
+                yield start, min(start + width, length), labels
+    else:
+        yield 0, None, batch.labels
+
+
 def token_loss(logits: Tensor, targets: Tensor, what: str) -> Tensor:
-    """Summed cross-entropy in nats, in float32 or better.
+    """Summed cross-entropy in nats, in float32 or better, of all that are not `IGNORED`.
 
     Raises
     ------
@@ -47,7 +73,9 @@ def token_loss(logits: Tensor, targets: Tensor, what: str) -> Tensor:
             f"The model gave NaN or infinite logits on {what}. Nothing is dropped from a loss here: check the "
             "checkpoint, or compute in float32 (--dtype concerns only what is written)."
         )
-    return nn.functional.cross_entropy(logits, targets.flatten().to(logits.device), reduction="sum")
+    return nn.functional.cross_entropy(
+        logits, targets.flatten().to(logits.device), reduction="sum", ignore_index=IGNORED
+    )
 
 
 def head_loss(replay: Replay, batch: Batch, hidden: Tensor, tokens: int | None = None) -> float:
@@ -108,27 +136,29 @@ def head_gradient(
 ) -> Tensor:
     """Gradient of the summed loss in the hidden states that leave the last block, (sequences, length, width).
 
-    Without a head it is that of the embedding (`embedding_gradient`). The logits of a language model are made for so
-    many tokens at a time, by default as memory allows; `told` gets the losses as they are.
+    Without a head it is that of the embedding (`embedding_gradient`). Answers have the sum of the losses of first and
+    last token; of a pair it is −log σ(s − s'), with s the score of the preferred one (Bradley and Terry, Biometrika 39,
+    1952), which is the cross-entropy of both scores. The logits of a language model are made for so many tokens at a
+    time, by default as memory allows; `told` gets the losses as they are.
 
     Raises
     ------
     NumericsError
         A logit is not finite.
+    InputError
+        The head needs labels, and the batch has none.
     """
-    if replay.skeleton.task == "embedding":
+    task = replay.skeleton.task
+    if task == "embedding":
         return embedding_gradient(replay, batch, hidden)
-    if batch.labels is not None:
-        leaf = hidden.detach().requires_grad_()
-        with torch.enable_grad():
-            loss = token_loss(replay.head(batch, leaf), batch.labels, "the calibration set")
-        return torch.autograd.grad(loss, leaf)[0]
     gradient = torch.zeros_like(hidden)
-    for start, stop in lm_chunks(batch, tokens or tokens_at_once(replay.skeleton.vocabulary)):
+    for start, stop, labels in scored_chunks(task, batch, tokens or tokens_at_once(replay.skeleton.vocabulary)):
+        if labels is None:
+            raise InputError("The loss of this model's head needs labels, and the data have none.")
         leaf = hidden[:, start:stop].detach().requires_grad_()
-        padded = Batch(batch.ids[:, start:stop])
+        given = Batch(batch.ids[:, start:stop]) if task in CHUNKED else batch
         with torch.enable_grad():
-            loss = token_loss(replay.head(padded, leaf), batch.ids[:, start + 1 : stop + 1], "the calibration set")
+            loss = token_loss(replay.head(given, leaf), labels, "the calibration set")
         told(loss.detach().double().item())
         gradient[:, start:stop] = torch.autograd.grad(loss, leaf)[0]
     return gradient

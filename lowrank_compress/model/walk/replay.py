@@ -19,8 +19,11 @@ from torch import Tensor, nn
 
 from lowrank_compress.errors import UnsupportedError
 from lowrank_compress.model.skeleton import Skeleton
-from lowrank_compress.model.walk.batch import Batch
+from lowrank_compress.model.walk.batch import Batch, pair_rows
 from lowrank_compress.model.walk.states import State
+
+# What has logits of some positions without those of the others.
+CHUNKED = ("lm", "masked")
 
 
 @dataclass(frozen=True)
@@ -115,8 +118,10 @@ class Replay:
         hidden
             (sequences, length, width).
         start, stop
-            Positions wanted (language models only): their logits (sequences, stop − start, vocabulary). A classifier's
-            logits (examples, classes) need the whole batch; without a head they are the last hidden states.
+            Positions wanted (language models only, masked ones too): their logits (sequences, stop − start,
+            vocabulary). Others need the whole batch: a classifier's logits (examples, classes), or (examples, length,
+            classes) of tokens; those of an answer's first and last token (examples, 2, length); the scores of pairs
+            (pairs, 2). Without a head they are the last hidden states.
         """
         self.skeleton.load_outside()
         part = slice(start, stop)
@@ -130,9 +135,10 @@ class Replay:
                 return self._run(self.skeleton.model, batch).last_hidden_state
             if self.skeleton.task == "answers":
                 found = self._run(self.skeleton.model, batch)
-                return torch.stack([found.start_logits, found.end_logits], -1)
-            if self.skeleton.task != "lm":
-                return self._run(self.skeleton.model, batch).logits
+                return torch.stack([found.start_logits, found.end_logits], 1)
+            if self.skeleton.task not in CHUNKED:
+                found = self._run(self.skeleton.model, batch).logits
+                return found[pair_rows(len(found) // 2), 0] if batch.paired else found
             return self._run(self.skeleton.model, Batch(batch.ids[:, part])).logits
 
     @property

@@ -163,7 +163,7 @@ def test_measures_are_those_of_the_whole_model(name: str, tmp_path: Path) -> Non
     if skeleton.task == "masked":
         measured = perplexity(skeleton, batches)
         assert measured.tokens == sum(terms for _, terms in parts)
-        assert measured.nats == pytest.approx(float(sum(loss for loss, _ in parts)), rel=1e-6)  # pyright: ignore
+        assert measured.nats == pytest.approx(float(sum(loss.detach() for loss, _ in parts)), rel=1e-6)  # pyright: ignore
         return
     right, count = 0, 0
     for batch in batches:
@@ -209,7 +209,7 @@ def test_divergence_is_of_what_has_a_label(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", HEADS)
 def test_labels_are_drawn_where_there_are_labels(name: str, tmp_path: Path) -> None:
-    path, model = written(name, tmp_path)
+    path, _ = written(name, tmp_path)
     skeleton = Skeleton(Checkpoint(path), CPU, torch.float64)
     walk = Walk([skeleton], numbered(batches_for(name, skeleton, tmp_path)))
     for _ in walk.forwards():

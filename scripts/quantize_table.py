@@ -4,7 +4,7 @@ Usage, from the root of the repository::
 
     python scripts/quantize_table.py                                    # print
     python scripts/quantize_table.py --write docs/quantization.md       # replace what stands between the markers
-    python scripts/quantize_table.py --only stories260k
+    python scripts/quantize_table.py --only stories260k-outliers
 
 A table stands between ``<!-- quantize:NAME -->`` and ``<!-- /quantize:NAME -->``. A model that is not there is passed
 over, with a line on stderr, and its table stays as it was.
@@ -13,7 +13,7 @@ over, with a line on stderr, and its table stays as it was.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,6 +26,19 @@ ROUNDINGS = ("rtn", "gptq", "quantease", "kfac")
 BITS = (8, 4, 3)
 MIXED = (3.5, 3.25, 2.95, 2.75, 2.6)
 RATIOS = (0.05, 0.1)
+ROW_WISE = ("--bits", 8, "--group", 0, "--rounding", "rtn", "--activation-bits", 8)
+OUTLIERS: tuple[tuple[str, str, tuple[object, ...]], ...] = (
+    ("8, scales of rows", "8", ROW_WISE),
+    ("LLM.int8(), beyond 6", "8", (*ROW_WISE, "--outliers", 6)),
+    ("4", "4", ("--bits", 4, "--activation-bits", 4)),
+    ("4, `--smooth`", "4", ("--bits", 4, "--activation-bits", 4, "--smooth")),
+    ("SVDQuant: 4, `--smooth`, rank 4", "4", ("--bits", 4, "--activation-bits", 4, "--smooth", "--residual-rank", 4)),
+    ("4", "8", ("--bits", 4, "--activation-bits", 8)),
+    ("6", "4", ("--bits", 6, "--activation-bits", 4)),
+    ("4, `--smooth`", "–", ("--bits", 4, "--smooth")),
+    ("SVDQuant: 4, `--smooth`, rank 4", "–", ("--bits", 4, "--smooth", "--residual-rank", 4)),
+)
+"""Weights, activations, and the options that ask for them."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +87,14 @@ CASES = (
 )
 
 
+def quantized(target: Path, *options: object) -> tuple[dict[str, Any], Path]:
+    """Quantize; return what was stored, and where."""
+    found = lrc("quantize", target, *options, "--overwrite")
+    return found["quantize"], Path(found["model"])
+
+
 def rows(case: Case, place: Path) -> Iterator[tuple[str, str, dict[str, Any], float]]:
     """Yield rounding, what was asked for, what was stored, and the perplexity of each row."""
-
-    def quantized(target: Path, *options: object) -> tuple[dict[str, Any], Path]:
-        found = lrc("quantize", target, *options, "--overwrite")
-        return found["quantize"], Path(found["model"])
-
     out = ["--out", place / "quantized"]
     for bits in case.bits:
         for rounding in ROUNDINGS:
@@ -96,18 +110,25 @@ def rows(case: Case, place: Path) -> Iterator[tuple[str, str, dict[str, Any], fl
         yield "`kfac`", f"`auto`, {ratio:.0%} removed, then 4 bits", said, case.measured(made)
 
 
-def table(case: Case, place: Path) -> str:
-    """Make the table of a case, in markdown."""
+def outlier_rows(case: Case, place: Path) -> Iterator[tuple[str, str, dict[str, Any], float]]:
+    """Yield the same of `OUTLIERS`."""
+    for weights, activations, options in OUTLIERS:
+        said, made = quantized(case.model, *options, *case.sampled(), "--out", place / "quantized")
+        yield weights, activations, said, case.measured(made)
+
+
+def table(case: Case, place: Path, head: tuple[str, str], made: Callable[..., Iterator[Any]]) -> str:
+    """Make a table of a case, in markdown, of the rows that `made` yields; `head` names their first two columns."""
     dense = case.measured(case.model)
     lines = [
         f"{case.title}; {case.windows} × 256 tokens of calibration, 64 × 256 of held-out text, groups of 64.",
         f"Perplexity of the dense model: {dense:.3f}. Bits are those stored for each weight of the original's blocks.",
         "",
-        "| rounding | asked | stored bits a weight | perplexity ÷ dense |",
+        f"| {head[0]} | {head[1]} | stored bits a weight | perplexity ÷ dense |",
         "|---|---|---:|---:|",
     ]
     original: int | None = None
-    for rounding, asked, said, found in rows(case, place):
+    for rounding, asked, said, found in made(case, place):
         original = original or said["weights"]
         lines.append(f"| {rounding} | {asked} | {8 * said['stored_bytes'] / original:.2f} | {found / dense:.4f} |")
         typer.echo(lines[-1], err=True)
@@ -116,21 +137,23 @@ def table(case: Case, place: Path) -> str:
 
 def main(
     write: Annotated[Path | None, typer.Option(help="The file whose tables are replaced.")] = None,
-    only: Annotated[str | None, typer.Option(help="The one case to measure.")] = None,
+    only: Annotated[str | None, typer.Option(help="The one table to measure.")] = None,
 ) -> None:
     """Measure all cases whose models are there."""
     torch.set_num_threads(1)
-    for case in CASES:
-        if only not in (None, case.name):
+    tables = [(case.name, case, ("rounding", "asked"), rows) for case in CASES]
+    tables.insert(1, (f"{CASES[0].name}-outliers", CASES[0], ("bits of weights", "of activations"), outlier_rows))
+    for name, case, head, lines in tables:
+        if only not in (None, name):
             continue
         if not case.model.exists():
             typer.echo(f"{case.model} is not there: its table stays as it was.", err=True)
             continue
         with tempfile.TemporaryDirectory() as place:
-            made = table(case, Path(place))
+            made = table(case, Path(place), head, lines)
         typer.echo(f"{made}\n")
         if write is not None:
-            write_between(write, f"quantize:{case.name}", made)
+            write_between(write, f"quantize:{name}", made)
 
 
 if __name__ == "__main__":

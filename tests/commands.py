@@ -53,6 +53,8 @@ STANDING_FOR = {
     "RUN_OR_CHECKPOINT": "runs/mine",
     "TEXT": "my-text.txt",
 }
+# Runs in the place of those named, where it takes one of another kind: with blocks of one shape, or of embeddings.
+OTHERS = {"--native": {"runs/mine": "runs/narrow"}, "--sts": {"runs/other": "runs/minilm-other"}}
 SWEEP = """
 model: ./my-model
 methods: [svd]
@@ -93,13 +95,16 @@ class Command:
         """
         name, *rest = self.words[1:]
         words = [STANDING_FOR.get(word, f"made-{number}" if word in ("OUT", "DIRECTORY") else word) for word in rest]
-        if "--native" in words:  # which wants blocks of one shape
-            words = ["runs/narrow" if word == "runs/mine" else word for word in words]
+        for option, others in OTHERS.items():
+            if option in words:
+                words = [others.get(word, word) for word in words]
         if "--tasks" in words:
             place = words.index("--tasks")
             words[place + 1 : place + 2] = ["tiny_choice", "--include-path", "tasks"]
         more = [] if NAMING & set(words) else DOWNLOADED.get(name, [])
         little = {} if "--config" in words else LITTLE.get(name, {})
+        if name == "compress" and "--bytes" in words:
+            little = little | {"--mix": "quantized"}
         return [name, *words, *more, *(word for each in little.items() if each[0] not in words for word in each)]
 
 
@@ -151,7 +156,8 @@ def furnish(place: Path) -> None:
     narrow = ("--method", "nystrom", "--attention", "dense", "--allocate", "equal-widths")
     done("compress", place / "my-model", *narrow, "--ratio", 0.2, *own[2:], "--out", runs / "narrow")
     done("compress", place / "classifier", "--method", "svd", "--ratio", 0.2, "--out", runs / "sst2")
-    done("compress", sentences, "--method", "svd-llm", "--ratio", 0.2, *text, "--out", runs / "minilm")
+    for method, name in (("svd-llm", "minilm"), ("svd", "minilm-other")):
+        done("compress", sentences, "--method", method, "--ratio", 0.2, *text, "--out", runs / name)
 
 
 def _task(place: Path) -> None:

@@ -170,12 +170,20 @@ def finish(
     run: Run,
     reporter: Reporter | None = None,
     *,
+    statistics: Path | None = None,
     resources: Resources = Resources(),
     overwrite: bool = False,
 ) -> Manifest:
     """Factorize, refine where the recipe says so, and name the final checkpoint in run.json.
 
     Whatever the recipe, its result is ``model``; what is refined or stored in few bits is kept beside it.
+
+    Parameters
+    ----------
+    plan, run, reporter, resources, overwrite
+        As for `compress`.
+    statistics
+        Where those of the calibration may be, if not in the run.
     """
     quantize = quantize_of(plan)
     stage, place = STAGES["factorize"], run.model if plan.refine is None else run.unrefined
@@ -189,7 +197,8 @@ def finish(
         calibration = inputs_of_score(plan, run).calibration
         kept = _gradients(run, calibration)
         # A calibration that is held out takes them as `refine` does.
-        gradients = (kept, BlockFiles(run.statistics, calibration.id)) if plan.calibrate.held_out else ()
+        known = BlockFiles(statistics or run.statistics, calibration.id)
+        gradients = (kept, known) if plan.calibrate.held_out else ()
         manifest = stage.run(
             plan.refine, given, run.model, reporter, gradients=gradients, resources=resources, overwrite=overwrite
         )

@@ -41,7 +41,7 @@ def commands_of(run: Run, index: Index) -> list[str]:
     text = None if calibrated is None else calibrated.key.inputs.get("text")
     found = [["lrc", "compress", "--config", RECIPE, "--out", AGAIN]]
     for link in index.chain:
-        if link.directory in (run.model.name, run.unrefined.name):
+        if link.directory in (run.model.name, run.unrefined.name, run.unquantized.name):
             continue  # `lrc compress` makes it
         if (made := _manifest_or_none(run, link.directory)) is None:
             raise ArtifactError(f"{run.path / link.directory} has no manifest. Repeat `lrc {link.stage}` on this run.")

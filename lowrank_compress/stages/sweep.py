@@ -7,6 +7,7 @@ those whose bases have one identity share these too.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,6 +39,7 @@ from lowrank_compress.stages.sweepconfig import Point, SweepConfig, make_sweep, 
 from lowrank_compress.texts import Place
 
 SWEEP = "sweep.json"
+log = logging.getLogger(__name__)
 
 
 class Told:
@@ -163,7 +165,7 @@ def _all(
             check_ratio(plan.score, plan.subject)
             key = inputs_of_score(plan, run).calibration
             groups.setdefault(key.id, []).append(Job(point, plan, run, key))
-        except LrcError as problem:
+        except Exception as problem:  # none stops the others
             if workers.is_first:  # all find the same
                 rows[point.name] = _failed(point, place, problem)
     own, known, done = workers.share(list(groups.values())), dict[str, Any](), 0
@@ -177,7 +179,7 @@ def _all(
                     keep_cost(job.run, "compress", told.cost())
                     found = {} if measured is None else _measure(job.run, measured, told, known)
                 rows[job.point.name] = _finished(job, found)
-            except (LrcError, OSError, RuntimeError, MemoryError) as problem:  # none stops the others
+            except Exception as problem:
                 rows[job.point.name] = _failed(job.point, place, problem)
             done += 1
             reporter.advance("sweep", done, sum(map(len, own)))
@@ -203,7 +205,7 @@ def _make(job: Job, jobs: Iterable[Job], shared: Path, reporter: Reporter, overw
         score.run(
             plan.score, replace(inputs, statistics=shared), run.scores, reporter, bases=bases, overwrite=overwrite
         )
-    pipeline.finish(plan, run, reporter, overwrite=overwrite)
+    pipeline.finish(plan, run, reporter, statistics=shared, overwrite=overwrite)
 
 
 def _borrow(bases: Bases, jobs: Iterable[Job], job: Job) -> None:
@@ -267,6 +269,7 @@ def _named(point: Point) -> dict[str, Any]:
 
 def _failed(point: Point, place: Path, problem: BaseException) -> dict[str, Any]:
     text = str(problem) if isinstance(problem, LrcError) else f"{type(problem).__name__}: {problem}"
+    log.info("%s failed", point.name, exc_info=problem)
     return {
         **_named(point),
         "state": "failed",

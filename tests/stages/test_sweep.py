@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,12 @@ import yaml
 
 import lowrank_compress
 from lowrank_compress.errors import InputError
-from lowrank_compress.stages import calibrate, evaluate
+from lowrank_compress.stages import calibrate, evaluate, refine, sweep
 from lowrank_compress.stages.sweepconfig import make_sweep
-from tests.runs import Tiny, block_file, done, lrc, refused, results, times
+from tests.runs import Tiny, block_file, done, forked, lrc, refused, results, times
+from tests.stages.test_workers import ended, start
 
+NAMED = "kfac-allocate=loss-storage=pivot"
 METHODS = ["svd-llm", {"method": "kfac", "allocate": "loss", "storage": "pivot"}]
 
 
@@ -165,3 +169,59 @@ def test_the_calibration_text_is_no_measure(tiny: Tiny, tmp_path: Path) -> None:
     (row,) = lowrank_compress.sweep(fields, tmp_path / "out")["rows"]
     assert row["state"] == "failed"
     assert "is the text that this run was calibrated on" in row["problem"]
+
+
+def test_what_is_refined_knows_gradients(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    again, captured = counted(monkeypatch, refine, "capture"), counted(monkeypatch, calibrate, "capture")
+    file = written(tiny, tmp_path, methods=["auto"], evaluate={})
+    done("sweep", file, "--out", tmp_path / "out", "--no-report")
+    assert (len(captured), again) == (1, [])
+    for ratio in (0.2, 0.3):
+        alone = tmp_path / f"{ratio}"
+        done("compress", *tiny.options(alone), "--ratio", ratio)
+        assert results(tmp_path / "out" / "runs" / f"auto-{ratio}") == results(alone)
+
+
+def test_two_processes_have_a_share_each(
+    swept: Path, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every run is made once, by the process that has its calibration; a failure is told by the first."""
+    made, real = tmp_path / "made", sweep._make
+    made.mkdir()
+
+    def make(job: sweep.Job, *rest: Any) -> None:
+        with (made / job.point.name).open("a") as file:
+            file.write(os.environ["RANK"])
+        if job.point.name == "svd-0.3":
+            raise KeyError("a fault of ours")
+        real(job, *rest)
+
+    monkeypatch.setattr(sweep, "_make", make)
+    file, out = written(tiny, tmp_path, methods=["svd", *METHODS]), tmp_path / "out"
+    assert ended(start(2, "sweep", file, "--out", out, "--no-report", "--json")) == [2, 0]
+    by = {path.name: path.read_text() for path in made.iterdir()}
+    assert len(by) == 6
+    assert sorted(by.values()) == ["0"] * 4 + ["1"] * 2
+    assert all(by[f"{name}-0.2"] == by[f"{name}-0.3"] for name in ("svd", "svd-llm"))
+    rows = {row["name"]: row for row in json.loads((out / "sweep.json").read_text())["rows"]}
+    assert list(rows) == [f"{name}-{ratio}" for name in ("svd", "svd-llm", NAMED) for ratio in (0.2, 0.3)]
+    assert [name for name, row in rows.items() if row["state"] == "failed"] == ["svd-0.3"]
+    assert rows["svd-0.3"]["problem"] == "KeyError: 'a fault of ours'"
+    for path in (swept / "runs").iterdir():
+        # Manifests say how many processes there were.
+        one, other = (
+            {n: d for n, d in results(run).items() if "manifest" not in n} for run in (path, out / "runs" / path.name)
+        )
+        assert one == other
+    assert not (out / "statistics").exists()
+
+
+def test_after_a_kill_the_same_command_ends_in_the_same_bytes(swept: Path, tiny: Tiny, tmp_path: Path) -> None:
+    file, out, killed = written(tiny, tmp_path), tmp_path / "out", 0
+    for seconds in (0.3, 0.8, 1.3):
+        killed += forked(lambda: done("sweep", file, "--out", out, "--no-report"), kill_after=seconds) == -9
+    assert killed > 0
+    done("sweep", file, "--out", out, "--no-report")
+    for path in (swept / "runs").iterdir():
+        assert results(out / "runs" / path.name) == results(path)
+    assert not (out / "statistics").exists()

@@ -170,6 +170,11 @@ def labelled_batches(
             "The tokenizer does not say where in a text its tokens are, as labels of words and answers need it; "
             "expected a fast one (tokenizer.json)."
         )
+    if task == "scores" and checkpoint.config.num_labels != 1:
+        raise InputError(
+            f"Preferences are for models with one score, and this one has {checkpoint.config.num_labels}. Name another "
+            "column of text."
+        )
     examples = [labelled.examples[number] for number in numbers]
     vocabulary = vocabulary_of(checkpoint)
     if task == "scores":

@@ -164,6 +164,11 @@ def labelled_examples(
             raise InputError("--classification needs the column of the labels: pass --label-column.")
         examples, size = read_examples(source, config.limit), config.batch_size
         return example_batches(tokenizer, examples, checkpoint.class_ids, seq_len, size, vocabulary_of(checkpoint))
+    if task == "scores" and (scores := checkpoint.config.num_labels) != 1:
+        raise InputError(
+            f"--classification is for classifiers and models with one score; this one gives {scores} scores of a text, "
+            "for which no measure is known here."
+        )
     if not has_labels(task, source):
         raise InputError(f"--classification needs {needs(task)} for this model's head.")
     labelled = read_labelled(task, source, tokenizer, config.limit)
@@ -212,7 +217,8 @@ def refuse_unlabelled(method: str, design: Blueprint, sources: Sequence[Source])
             "--text-column and --label-column."
         )
     if task in ("tokens", "answers", "scores") and not (sources and all(has_labels(task, each) for each in sources)):
+        what = "is one of preferences" if task == "scores" else "needs labels"
         raise InputError(
-            f"The method {method} takes gradients of the loss of a {name}, which needs labels: pass as --calibration "
+            f"The method {method} takes gradients of the loss of a {name}, which {what}: pass as --calibration "
             f"{needs(task)}. {instead}"
         )

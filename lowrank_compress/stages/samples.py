@@ -211,10 +211,9 @@ def too_short(config: CalibrationSet, by_text: Sequence[Sequence[Batch]]) -> lis
     """Say which texts have fewer windows, or examples, than they are to give."""
     parts, found = parts_of(config), []
     for part, asked, own in zip(parts, shares([p.weight for p in parts], config.samples), by_text, strict=True):
-        count, what = (
-            sum(len(batch.ids) >> batch.paired for batch in own),
-            "windows" if own[0].labels is None else "examples",
-        )
+        count = sum(len(batch.ids) >> batch.paired for batch in own)
+        labels, ids = own[0].labels, own[0].ids
+        what = "windows" if labels is None else "sequences" if labels.shape == ids.shape else "examples"
         if count < asked:
             which = "The calibration text" if len(parts) == 1 else part.text
             found.append(

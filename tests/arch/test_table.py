@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModel, PreTrainedConfig
@@ -47,6 +49,11 @@ def test_entry_is_consistent(name: str) -> None:
     mlp = "attn" if side_by_side else "mlp"
     reads = {"q": "attn", "k": "attn", "v": "attn", "o": "context", "gate": mlp, "up": mlp, "down": "hidden"}
     assert all(projection.reads == reads[role] for projection in entry.projections for role in projection.parts)
+
+
+def test_every_model_type_is_in_the_page_of_models() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    assert [name for name in ARCHITECTURES.own if f"`{name}`" not in page] == []
 
 
 @pytest.mark.parametrize("name", MORE)

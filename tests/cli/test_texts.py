@@ -23,17 +23,27 @@ def table(path: Path, rows: int) -> Path:
 
 
 @pytest.mark.parametrize(
-    "overrides", [{"num_labels": 1}, {"problem_type": "regression"}, {"problem_type": "multi_label_classification"}]
+    ("overrides", "said"),
+    [
+        ({"num_labels": 1}, "loss of a BertForSequenceClassification, which is one of preferences"),
+        ({"problem_type": "regression"}, "BertForSequenceClassification with 3 scores none is known"),
+        ({"problem_type": "multi_label_classification"}, "BertForSequenceClassification with 3 scores none is known"),
+    ],
 )
-def test_heads_with_another_loss_are_refused_by_name(overrides: dict[str, Any], tmp_path: Path) -> None:
+def test_heads_with_another_loss_are_refused_by_name(overrides: dict[str, Any], said: str, tmp_path: Path) -> None:
     """For what needs their loss, that is; a method without gradients takes them."""
     model = save_tiny("bert", tmp_path / "model", "classification", **overrides)
     data = table(tmp_path / "a.tsv", 6)
     options = ["--calibration", data, "--label-column", "label", "--out", tmp_path / "run"]
     for command in ("compress", "calibrate"):
-        said = refused(command, model, "--method", "fwsvd", *options)
-        assert "a BertForSequenceClassification has no head to give one on plain text" in said
-    assert "classifier" in refused("eval", model, "--classification", data, "--label-column", "label")
+        assert said in refused(command, model, "--method", "fwsvd", *options)
+    measure = "--text-column chosen" if overrides == {"num_labels": 1} else "3 scores of a text"
+    assert measure in refused("eval", model, "--classification", data, "--label-column", "label")
+    if overrides != {"num_labels": 1}:
+        pairs = ["--text-column", "chosen", "--text-column", "rejected"]
+        (tmp_path / "b.jsonl").write_text(json.dumps({"chosen": "the fox", "rejected": "dog"}) + "\n")
+        options = ["--method", "svd-llm", "--calibration", tmp_path / "b.jsonl", *pairs, "--out", tmp_path / "other"]
+        assert "Preferences are for models with one score" in refused("compress", model, *options)
     assert not (tmp_path / "run").exists()
     done("compress", model, "--method", "svd", "--dry-run")
 

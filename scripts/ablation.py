@@ -5,7 +5,7 @@ shuffle the calibration text. Usage, from the root of the repository (a minute a
 
     python scripts/ablation.py
     python scripts/ablation.py --only demo --ratios 0.3 --seeds 0 --steps 0     # without recovery
-    python scripts/ablation.py --json runs/ablation.json --write docs/quality.md
+    python scripts/ablation.py --json runs/ablation.json --write docs/results.md
 
 With --json what is measured is kept there, and not measured again; with --write the table goes between
 ``<!-- methods:ablation -->`` and ``<!-- /methods:ablation -->``.
@@ -84,22 +84,23 @@ def measure(case: Case, ratios: Sequence[float], seed: int, steps: int, known: K
 
 def table(measured: Sequence[Case], ratios: Sequence[float], seeds: Sequence[int], steps: int, known: Known) -> str:
     """Return the table in markdown."""
+    spread = f", mean over {len(seeds)} calibration sets ± half their distance" if len(seeds) > 1 else ""
     lines = [
-        f"Perplexity ÷ the dense model's, mean over {len(seeds)} calibration sets (seeds {', '.join(map(str, seeds))}) "
-        f"± half their distance; recovered in {steps} steps.",
+        f"Perplexity ÷ the dense model's{spread} (seeds {', '.join(map(str, seeds))})"
+        + (f"; recovered in {steps} steps." if steps else "."),
         "",
         "| model | idea | " + " | ".join(f"{ratio:.0%} removed" for ratio in ratios) + " |",
         "|---|---|" + "---:|" * len(ratios),
     ]
     for case in measured:
         dense = known.values[f"{case.name} dense"]
-        for idea, title in enumerate(IDEAS):
+        for idea, title in enumerate(IDEAS[: None if steps else -1]):
             cells = []
             for ratio in ratios:
                 keys = [key_of(case, ratio, seed, idea) for seed in seeds]
                 found = [known.values[key] / dense for key in keys if key in known.values]
-                spread = (max(found) - min(found)) / 2 if found else 0.0
-                cells.append(f"{sum(found) / len(found):.3f} ± {spread:.3f}" if found else "–")
+                half = f" ± {(max(found) - min(found)) / 2:.3f}" if len(found) > 1 else ""
+                cells.append(f"{sum(found) / len(found):.3f}{half}" if found else "–")
             lines.append(f"| {case.name} | {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

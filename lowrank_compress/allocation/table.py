@@ -39,6 +39,8 @@ class Allocator:
         alone; any such limit is one that it accepts.
     alike
         Whether it makes all blocks alike, so that nothing else may tell them apart.
+    measures
+        Whether it chooses once more, by losses that are measured at what it has chosen first.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Allocator:
     help: str
     least: Callable[..., int] = least_stored
     alike: bool = False
+    measures: bool = False
 
 
 _OWN = (
@@ -70,6 +73,16 @@ _OWN = (
         needs_influence=False,
         options=(FLOOR,),
         help="the least predicted loss under the budget, over all matrices",
+    ),
+    Allocator(
+        name="measured",
+        allocate=loss.allocate,
+        needs_spectrum=False,
+        needs_loss=True,
+        needs_influence=False,
+        options=(FLOOR,),
+        help="as loss, and then once more by losses that are measured, matrix by matrix; takes long",
+        measures=True,
     ),
     Allocator(
         name="equal-widths",

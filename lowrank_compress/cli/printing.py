@@ -41,6 +41,12 @@ def print_dry_run(found: dict[str, Any], as_json: bool) -> None:
         f"{budget['claimed_elements']:,} weights inside the blocks may keep {budget['largest_stored']:,} stored "
         f"elements. In bytes, with uniform ranks: {became(budget['claimed_bytes'], budget['uniform_bytes'])}."
     )
+    if "measured" in found:
+        measured = found["measured"]
+        out.print(
+            f"Losses will be measured by running the model up to {measured['passes']:.0f} times over "
+            f"{measured['tokens']:,} tokens ({measured['changes']:,} changes)."
+        )
     note = " (uniform; the allocator asked for needs the scores)" if found["ranks_need_data"] else ""
     ranks = [[name, str(rank or "dense")] for name, rank in found["uniform_ranks"].items()]
     out.print(table(f"Ranks{note}", ["matrix", "rank"], ranks))

@@ -28,7 +28,7 @@ def inputs_of_score(plan: Plan, run: Run) -> score.Inputs:
         return held_out_batches(plan.calibrate, plan.checkpoint, plan.subject.model.task)
 
     calibration = _calibration(plan, run)
-    again = plan.calibrate if plan.score.second else None
+    again = plan.calibrate if plan.score.second or plan.chooser.allocator.measures else None
     quantize, storing = quantize_of(plan), None
     if quantize is not None:
         storing = Storing(plan.factorize, quantize, _datasets(plan), run.work / "trial")

@@ -28,15 +28,15 @@ from lowrank_compress.registry import unknown
 from lowrank_compress.resources.resources import Resources
 from lowrank_compress.resources.workers import Workers
 from lowrank_compress.stages.cache import cache_report
-from lowrank_compress.stages.choice import Plan, best, plans_of, scaled_plan, second_plan, tried
+from lowrank_compress.stages.choice import Plan, best
 from lowrank_compress.stages.choose import Chooser
+from lowrank_compress.stages.decide import decide
 from lowrank_compress.stages.decompose import VERSION, Bases
 from lowrank_compress.stages.environment import environment
 from lowrank_compress.stages.mixing import byte_plans
 from lowrank_compress.stages.ranks import RANKS, write_ranks
 from lowrank_compress.stages.reporting import Reporter, Silent, in_parts
 from lowrank_compress.stages.samples import settings_of
-from lowrank_compress.stages.second import scales, second_bases
 from lowrank_compress.stages.subject import Subject
 from lowrank_compress.stages.trial import Storing, clear, tried_stored
 
@@ -56,7 +56,7 @@ class Inputs:
     held_out
         Makes the text that plans are tried on, kept out of the calibration set; None where there is no such.
     again
-        How the calibration is repeated for a second allocation.
+        How the calibration is repeated for a second allocation, and where losses are measured.
     storing
         How plans for a budget in bytes become checkpoints.
     """
@@ -95,7 +95,8 @@ def check_options(allocate: str, storage: str, candidates: Sequence[Candidates])
             f"The allocator {allocate!r} looks at the singular values of single matrices; {wide.name} is compressed as "
             "a module. Use --allocate uniform, loss or block-influence."
         )
-    if allocator.needs_influence and not needs_data(first_groups(candidates)):
+    looks = allocator.needs_influence or allocator.measures
+    if looks and not needs_data(first_groups(candidates)):
         raise InputError(
             f"The allocator {allocate!r} needs calibration data, which none of the methods takes. Use --allocate "
             "uniform or loss, or another --method."
@@ -103,7 +104,7 @@ def check_options(allocate: str, storage: str, candidates: Sequence[Candidates])
     outside = next(
         (target for group in first_groups(candidates) for target in group.targets if target.group == HEAD.name), None
     )
-    if allocator.needs_influence and outside is not None:
+    if looks and outside is not None:
         raise InputError(
             f"The allocator {allocate!r} looks at what blocks do; {outside.name} is outside of them. Use --allocate "
             "uniform or loss, or leave it as it is."
@@ -168,7 +169,7 @@ def run(
     if (there := workers.once(lambda: _complete(out_dir, identity, overwrite))) is not None:
         return there
     if inputs.storing is None:
-        plan, found = _choose(config, inputs, bases, reporter, resources)
+        plan, found = decide(bases, inputs.held_out, inputs.again, reporter, resources)
     else:
         plan, found = workers.once(
             lambda: _choose_stored(
@@ -193,31 +194,6 @@ def _complete(out_dir: Path, identity: Key, overwrite: bool) -> Manifest | None:
     if there is None or there.id != identity.id or not (out_dir / RANKS).exists():
         return None
     return None if set(altered(out_dir, there)) - {RANKS} else there
-
-
-def _choose(
-    config: ScoreConfig, inputs: Inputs, bases: Bases, reporter: Reporter, resources: Resources
-) -> tuple[Plan, list[dict[str, Any]]]:
-    """Choose among whole plans, and return what each of them came to on held-out text, where several were tried."""
-    workers, plans = resources.workers, plans_of(bases)
-    again = inputs.again if config.second else None
-    if inputs.held_out is None or (len(plans) == 1 and again is None) or not (batches := inputs.held_out()):
-        return plans[0], []
-    found = workers.once(lambda: tried(bases, batches, plans))
-    reporter.advance("choose", len(plans), len(plans))
-    if again is None:
-        return best(plans, found), found
-    first = best([plan for plan in plans if plan.bases is bases], found)
-    if config.second_by == "scales":
-        alone = replace(resources, workers=Workers()).on(config.device)
-        told = workers.once(lambda: scales(first, again, reporter, resources=alone))
-        plans.append(scaled_plan(bases, told))
-    else:
-        plans.append(second_plan(second_bases(first, again, reporter, resources=resources)))
-    found += workers.once(lambda: tried(bases, batches, plans[-1:]))
-    if plans[-1].bases is not bases and best(plans, found) is not plans[-1]:
-        workers.once(lambda: plans[-1].bases.files.remove(inputs.subject.scopes))
-    return best(plans, found), found
 
 
 def _choose_stored(

@@ -17,6 +17,7 @@ from lowrank_compress.evaluation.size import weight_bytes
 from lowrank_compress.methods.groups import TargetGroup, needed, needs_data, price_of, statistics_bytes
 from lowrank_compress.resources.resources import Resources
 from lowrank_compress.stages.cache import limit_of, most_stored, stock
+from lowrank_compress.stages.measured import TOKENS, cost, most_trials
 from lowrank_compress.stages.plan import Plan
 from lowrank_compress.stages.reach import uniform_choices
 from lowrank_compress.stages.run import Run
@@ -67,6 +68,7 @@ def dry_run(plan: Plan, run: Run, resources: Resources = Resources()) -> dict[st
         },
         **_cache(plan),
         **_bytes(plan),
+        **_measurements(plan),
         "uniform_ranks": {name: None if c.is_dense else c.parameters[0] for name, c in choices.items()},
         "ranks_need_data": plan.score.allocate != "uniform",
         "memory": need.memory,
@@ -91,6 +93,16 @@ def _bytes(plan: Plan) -> dict[str, Any]:
         return {}
     whole = sum(weight_bytes(plan.subject.model, target) for target in plan.subject.resolved.targets)
     return {"bytes": {"share": budget.share, "original": whole, "largest_stored": math.floor(whole * budget.share)}}
+
+
+def _measurements(plan: Plan) -> dict[str, Any]:
+    """What measuring losses will cost at most, if the allocator does."""
+    if not plan.chooser.allocator.measures:
+        return {}
+    trials = most_trials(plan.chooser)
+    passes = cost(trials, len(plan.subject.resolved.blocks))
+    tokens = min(plan.recipe.samples * plan.calibrate.seq_len, TOKENS)
+    return {"measured": {"changes": sum(trials.values()), "passes": passes, "tokens": tokens}}
 
 
 def _uniform_bytes(plan: Plan, choices: Mapping[str, Choice]) -> int:

@@ -54,6 +54,11 @@ class Allocator:
     alike: bool = False
     measures: bool = False
 
+    @property
+    def needs_data(self) -> bool:
+        """Whether it looks at what blocks do on a text, whatever the method."""
+        return self.needs_influence or self.measures
+
 
 _OWN = (
     Allocator(

@@ -95,8 +95,7 @@ def check_options(allocate: str, storage: str, candidates: Sequence[Candidates])
             f"The allocator {allocate!r} looks at the singular values of single matrices; {wide.name} is compressed as "
             "a module. Use --allocate uniform, loss or block-influence."
         )
-    looks = allocator.needs_influence or allocator.measures
-    if looks and not needs_data(first_groups(candidates)):
+    if allocator.needs_data and not needs_data(first_groups(candidates)):
         raise InputError(
             f"The allocator {allocate!r} needs calibration data, which none of the methods takes. Use --allocate "
             "uniform or loss, or another --method."
@@ -104,7 +103,7 @@ def check_options(allocate: str, storage: str, candidates: Sequence[Candidates])
     outside = next(
         (target for group in first_groups(candidates) for target in group.targets if target.group == HEAD.name), None
     )
-    if looks and outside is not None:
+    if allocator.needs_data and outside is not None:
         raise InputError(
             f"The allocator {allocate!r} looks at what blocks do; {outside.name} is outside of them. Use --allocate "
             "uniform or loss, or leave it as it is."

@@ -52,8 +52,8 @@ MODULES = [name for name in METHODS if name not in (*LINEAR, *EXPERTS, "auto")]
 REACHABLE = {"nystrom": 0.4, "modegpt": RATIO}
 
 
-# Block influence decides about blocks, not about formats: one storage is enough for it.
-WAYS = [(a, s) for a, entry in ALLOCATORS.items() for s in FORMATS if not entry.needs_influence or s == "pivot"]
+# What looks at blocks decides about formats as others do: one storage is enough for it.
+WAYS = [(a, s) for a, entry in ALLOCATORS.items() for s in FORMATS if not entry.needs_data or s == "pivot"]
 
 
 @pytest.mark.parametrize(("allocate", "storage"), WAYS)
@@ -62,7 +62,7 @@ def test_combination(tiny: Tiny, tmp_path: Path, method: str, allocate: str, sto
     run = tmp_path / "run"
     options = ["--allocate", allocate, "--storage", storage, "--ratio", RATIO]
     entry = METHODS[method]
-    if isinstance(entry, LinearMethod) and entry.left == entry.right == PLAIN and ALLOCATORS[allocate].needs_influence:
+    if isinstance(entry, LinearMethod) and entry.left == entry.right == PLAIN and ALLOCATORS[allocate].needs_data:
         assert "needs calibration data" in refused("compress", *tiny.options(run, method), *options)
         return
     said = done("compress", *tiny.options(run, method), *options, "--json").json

@@ -65,6 +65,14 @@ class Recipe(Strict):
         "score",
         hint="auto",
     )
+    residual_rank: int = setting(
+        0,
+        "With --bytes: rank of a product that makes up for rounding in the matrices where it pays",
+        WHAT,
+        "score",
+        ge=0,
+        le=MANY,
+    )
     rounding: str | None = setting(
         None, "With --bytes: how weights are rounded; see `lrc quantize`", WHAT, "score", hint="kfac"
     )
@@ -221,7 +229,7 @@ class Recipe(Strict):
         """Everything that may stand in a file: mappings where they hold something, budgets where they are."""
         found = self.model_dump(mode="json", exclude={"trust_remote_code"})
         stock = {"kv_ratio", "kv_window"} if self.kv_ratio is None else set()
-        stock |= {"bytes", "mix", "rounding"} if self.bytes is None else set()
+        stock |= {"bytes", "mix", "residual_rank", "rounding"} if self.bytes is None else set()
         return {name: value for name, value in found.items() if value != {} and name not in stock}
 
 

@@ -64,6 +64,15 @@ def quantize(
             rich_help_panel=WHAT,
         ),
     ] = 0,
+    inside: Annotated[
+        bool,
+        typer.Option(
+            "--residual-inside",
+            help="Keep that product in the checkpoint, beside the codes, where it counts; under a budget each matrix "
+            "has one if it pays. Of a run, too.",
+            rich_help_panel=WHAT,
+        ),
+    ] = False,
     smooth: Annotated[
         bool,
         typer.Option(
@@ -153,6 +162,7 @@ def quantize(
             "group": group,
             "symmetric": symmetric,
             "residual_rank": residual_rank,
+            "inside": inside,
             "smooth": smooth,
             "outliers": outliers,
             "activation_bits": activation_bits,

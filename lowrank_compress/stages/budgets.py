@@ -28,9 +28,10 @@ def with_budgets(recipe: Recipe) -> Recipe:
     """
     if recipe.bytes is not None:
         return _in_bytes(recipe)
-    for name in ("mix", "rounding"):
-        if getattr(recipe, name) is not None:
-            raise InputError(f"--{name} says how weights are stored under a budget in bytes: pass --bytes, too.")
+    for name in ("mix", "residual_rank", "rounding"):
+        if getattr(recipe, name):
+            flag = name.replace("_", "-")
+            raise InputError(f"--{flag} says how weights are stored under a budget in bytes: pass --bytes, too.")
     if recipe.kv_ratio is None and recipe.kv_window:
         raise InputError("--kv-window keeps exact positions beside a cache of latents: pass --kv-ratio, too.")
     if recipe.kv_ratio is not None and recipe.ratio == 0:

@@ -68,7 +68,9 @@ def beside_in_words(said: Mapping[str, Any]) -> str:
     if (beside := said.get("beside")) is None:
         return ""
     parts = ["scales that shift outliers of activations to weights"] if beside["smooth"] else []
-    parts += [f"a product of rank {beside['rank']}"] if beside["rank"] else []
+    if beside["rank"]:
+        some = f" of {beside['products']:,} layers" if "products" in beside else ""
+        parts.append(f"a product of rank {beside['rank']}{some}")
     if beside["outliers"] is not None:
         parts.append(f"{beside['outlier_columns']:,} of {beside['columns']:,} input columns in two bytes a number")
     held = f" Beside the codes there are {', and '.join(parts)}; they count." if parts else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,37 +46,49 @@ class Fitted:
         return found | {name: each.to(dtype) if each.is_floating_point() else each for name, each in self.more.items()}
 
 
-def beside_of(config: QuantizeConfig, shape: tuple[int, int], outliers: int) -> Beside:
-    """Say what a matrix (m, n) is to have beside its codes, with so many columns that are left alone."""
+class Way(NamedTuple):
+    """How a matrix is rounded: to so many bits, with a product of this rank to make up for it."""
+
+    bits: int
+    rank: int = 0
+
+    @property
+    def key(self) -> str:
+        """Its name where it is kept."""
+        return f"{self.bits}+{self.rank}" if self.rank else f"{self.bits}"
+
+
+def beside_of(config: QuantizeConfig, rank: int, outliers: int) -> Beside:
+    """Say what a matrix is to have beside its codes: a product of a rank, and so many columns that are left alone."""
     if not config.aided:
-        return Beside()
-    return Beside(min(config.residual_rank, *shape), outliers, config.smooth, config.activation_bits or 0)
+        return Beside(rank if config.inside else 0)
+    return Beside(rank, outliers, config.smooth, config.activation_bits or 0)
 
 
-def fit(config: QuantizeConfig, problem: Problem, grid: Grid, seen: Seen | None) -> Fitted:
+def fit(config: QuantizeConfig, problem: Problem, grid: Grid, rank: int, seen: Seen | None) -> Fitted:
     """Round a matrix.
 
     Parameters
     ----------
     config
         How.
-    problem, grid
-        The matrix, and to what.
+    problem, grid, rank
+        The matrix, to what, and the rank of a product that makes up for it.
     seen
         What is known of single inputs; needed for what is beside codes.
     """
     rounding = ROUNDINGS[config.rounding]
-    m, n = problem.weight.shape
-    rank = min(config.residual_rank, m, n)
     if config.aided:
         assert seen is not None
         peaks, rows = seen.peaks.to(problem.weight), seen.rows.to(problem.weight)
         aid = Aid(rank, config.outliers, config.smooth, config.activation_bits or 0, peaks, rows)
         made = aided(problem, grid, rounding, aid)
-        beside = beside_of(config, (m, n), len(made.columns))
+        beside = beside_of(config, rank, len(made.columns))
         return Fitted(made.quantized, made.lost, beside, made.tensors(beside))
     if rank:
         both = with_residual(problem, grid, rounding, rank, problem.dtype)
-        return Fitted(both.quantized, both.lost, Beside(), {"outer": both.outer, "inner": both.inner})
+        names = ("weight_outer", "weight_inner") if config.inside else ("outer", "inner")
+        product = dict(zip(names, (both.outer, both.inner), strict=True))
+        return Fitted(both.quantized, both.lost, beside_of(config, rank, 0), product)
     found = rounding.fit(problem, grid)
     return Fitted(found, problem.lost(found), Beside())

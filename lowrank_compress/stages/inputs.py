@@ -46,7 +46,14 @@ def quantize_of(plan: Plan) -> QuantizeConfig | None:
     if ROUNDINGS[rounding].needs == "nothing":
         data |= {"source": None, "text_column": None, "label_column": None}
     return QuantizeConfig(
-        **data, rounding=rounding, bytes=budget.share, group=budget.group, clip=plan.recipe.clip, device=plan.device
+        **data,
+        rounding=rounding,
+        bytes=budget.share,
+        group=budget.group,
+        residual_rank=plan.recipe.residual_rank,
+        inside=plan.recipe.residual_rank > 0,
+        clip=plan.recipe.clip,
+        device=plan.device,
     )
 
 

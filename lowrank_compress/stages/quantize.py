@@ -33,6 +33,7 @@ from lowrank_compress.shipped.packed import LAYOUT
 from lowrank_compress.shipped.saving import remote_code_entries, write_remote_code
 from lowrank_compress.stages.card import PEFT_TASKS, model_card
 from lowrank_compress.stages.environment import environment
+from lowrank_compress.stages.fitting import Way
 from lowrank_compress.stages.origin import CARD, copy_licences
 from lowrank_compress.stages.quantizeconfig import NO_TEXT, QuantizeConfig, looks
 from lowrank_compress.stages.quantized import is_stock, report_of
@@ -127,10 +128,10 @@ def _quantized(
             f"--seq-len {config.seq_len} is more than the {longest} positions of the model. Use at most that."
         )
     stock = config.symmetric and checkpoint.quantization is None and config.whole is not None
-    if config.residual_rank and not (config.aided or stock):
+    if config.residual_rank and not (config.aided or config.inside or stock):
         raise InputError(
             "A residual becomes an adapter of a stock checkpoint: expected a dense one to quantize, --symmetric, and a "
-            "whole number of --bits; or --smooth, with which it becomes part of the checkpoint."
+            "whole number of --bits; or --residual-inside or --smooth, with which it becomes part of the checkpoint."
         )
     quantizer = Quantizer(config, skeleton, original, work_of(out_dir), identity.id, reporter, resources)
     chosen = quantizer.make()
@@ -138,7 +139,7 @@ def _quantized(
         shards = _write_tensors(quantizer, chosen, draft)
         report = report_of(quantizer, chosen, before, own)
         _write_rest(quantizer, chosen, report, draft)
-        if config.residual_rank and not config.aided:
+        if config.residual_rank and not (config.aided or config.inside):
             _write_adapter(quantizer, chosen, draft / ADAPTER)
         said = {name: value for name, value in report["quantize"].items() if name not in ("layers", "left")}
         found = facts(report) | {"shards": shards, "quantize": said}
@@ -147,7 +148,7 @@ def _quantized(
     return manifest
 
 
-def _write_tensors(quantizer: Quantizer, chosen: Mapping[str, int], out: Path) -> int:
+def _write_tensors(quantizer: Quantizer, chosen: Mapping[str, Way], out: Path) -> int:
     """Write all tensors; return how many shards they take."""
     plan = quantizer.plan
     writer = ShardWriter(out, quantizer.config.shard_bytes)
@@ -175,31 +176,32 @@ def _named(layer: Layer, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> I
         yield f"lr_in.{leaf}" if layer.transposed else leaf, tensor
 
 
-def _layout(quantizer: Quantizer, chosen: Mapping[str, int]) -> dict[str, Any]:
+def _layout(quantizer: Quantizer, chosen: Mapping[str, Way]) -> dict[str, Any]:
     """What `LowRankConfig` is to say."""
     found: dict[str, Any] = dict(quantizer.plan.checkpoint.quantization or {})
     modules, linears = dict(found.get("modules", {})), {}
     for layer in quantizer.layers:
         if layer.path not in chosen:
             continue
-        grid = quantizer.packing.grid(layer.shape[1], chosen[layer.path])
+        way = chosen[layer.path]
+        grid = quantizer.packing.grid(layer.shape[1], way.bits)
         if layer.transposed:
             rows, columns = layer.shape
             part = {"rows": rows, "format": "dense", "rank": rows}
             modules[layer.path] = {
                 "in_features": columns, "out_features": rows, "bias": True, "heads": 1, "parts": [part]
             }  # fmt: skip
-        beside = quantizer.beside(layer).entry
+        beside = quantizer.beside(layer, way).entry
         entry = [grid.bits, grid.group, grid.symmetric, *([beside] if beside else [])]
         linears[f"{layer.path}.lr_in" if layer.transposed else layer.path] = entry
     return found | {"modules": modules, "factor_quantization": {"layout": LAYOUT, "linears": linears}}
 
 
-def _write_rest(quantizer: Quantizer, chosen: Mapping[str, int], report: Mapping[str, Any], out: Path) -> None:
+def _write_rest(quantizer: Quantizer, chosen: Mapping[str, Way], report: Mapping[str, Any], out: Path) -> None:
     """Write all but the tensors."""
     plan, checkpoint = quantizer.plan, quantizer.plan.checkpoint
     layout = _layout(quantizer, chosen)
-    if is_stock(quantizer):
+    if is_stock(quantizer, chosen):
         settings = {**checkpoint.raw_config, "quantization_config": _stock_config(plan, layout)}
         write_json(out / "config.json", settings)
     else:
@@ -220,7 +222,7 @@ def _stock_config(plan: Blueprint, layout: Mapping[str, Any]) -> dict[str, Any]:
     return packing.config_of(packed, [path for path in shapes if path not in packed], model.base_model_prefix)
 
 
-def _write_adapter(quantizer: Quantizer, chosen: Mapping[str, int], out: Path) -> None:
+def _write_adapter(quantizer: Quantizer, chosen: Mapping[str, Way], out: Path) -> None:
     """Write the products that make up for rounding as an adapter of peft."""
     tensors: dict[str, Tensor] = {}
     for block in quantizer.blocks:
@@ -228,7 +230,7 @@ def _write_adapter(quantizer: Quantizer, chosen: Mapping[str, int], out: Path) -
         for layer in quantizer.of_block(block):
             for name, side in (("inner", "A"), ("outer", "B")):
                 named = f"base_model.model.{layer.path}.lora_{side}.weight"
-                tensors[named] = kept[f"{layer.path}/{chosen[layer.path]}/{name}"].contiguous()
+                tensors[named] = kept[f"{layer.path}/{chosen[layer.path].key}/{name}"].contiguous()
     ranks = {layer.path: min(quantizer.config.residual_rank, *layer.shape) for layer in quantizer.layers}
     usual = max(ranks.values())
     out.mkdir()

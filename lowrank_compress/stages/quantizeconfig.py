@@ -42,6 +42,9 @@ class QuantizeConfig(CalibrationSet):
     residual_rank
         Of a product that is added to each matrix and makes up for rounding: an adapter beside the checkpoint, or in it
         where something else is beside the codes, too. 0: none.
+    inside
+        Whether that product is in the checkpoint all the same, and counted; under a budget each matrix has it or not,
+        whichever loses less.
     smooth
         Whether outliers of activations are shifted to weights (SVDQuant).
     outliers
@@ -63,6 +66,7 @@ class QuantizeConfig(CalibrationSet):
     group: int = Field(default=64, ge=0, le=4096)
     symmetric: bool = True
     residual_rank: int = Field(default=0, ge=0, le=MANY)
+    inside: bool = False
     smooth: bool = False
     outliers: float | None = Field(default=None, gt=0)
     activation_bits: int | None = Field(default=None, ge=2, le=MOST_ACTIVATION_BITS)
@@ -82,6 +86,8 @@ class QuantizeConfig(CalibrationSet):
             raise ValueError(f"bits is {self.whole}; expected one of {', '.join(map(str, BITS))}, or a fraction")
         if 0 < self.group < 8:
             raise ValueError(f"group is {self.group}; expected 8 columns or more, or 0 for all of a row")
+        if self.inside and not self.residual_rank:
+            raise ValueError("inside says where a product is; expected a residual_rank, too")
         if self.aided and self.whole is None:
             raise ValueError("smooth, outliers and activation_bits go with one whole number of bits for all weights")
         return self

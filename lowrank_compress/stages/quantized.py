@@ -9,22 +9,24 @@ import torch
 
 from lowrank_compress.model import packing
 from lowrank_compress.model.blueprint import Blueprint
+from lowrank_compress.stages.fitting import Way
 from lowrank_compress.stages.origin import about
 from lowrank_compress.stages.quantizing import Layer, Quantizer, described
 from lowrank_compress.stages.report import beyond_claimed
 
 
-def is_stock(quantizer: Quantizer) -> bool:
+def is_stock(quantizer: Quantizer, chosen: Mapping[str, Way]) -> bool:
     """Whether the quantized checkpoint is one of a stock model, in the format of compressed-tensors."""
     found = quantizer.plan.checkpoint.quantization or {}
     smaller = any(found.get(kind) for kind in ("modules", "dense_shapes", "attention", "experts", "routers"))
     plain = not any(layer.transposed for layer in quantizer.layers)
     config = quantizer.config
-    return plain and config.symmetric and not config.aided and not smaller
+    beside = config.aided or (config.inside and any(way.rank for way in chosen.values()))
+    return plain and config.symmetric and not beside and not smaller
 
 
 def report_of(
-    quantizer: Quantizer, chosen: Mapping[str, int], before: Mapping[str, Any] | None, own: int
+    quantizer: Quantizer, chosen: Mapping[str, Way], before: Mapping[str, Any] | None, own: int
 ) -> dict[str, Any]:
     """Make lowrank.json."""
     config, layers = quantizer.config, described(quantizer, chosen)
@@ -32,7 +34,7 @@ def report_of(
     taken = sum(entry["bytes"] for entry in layers.values())
     stored = own + taken - sum(quantizer.bytes_of(layer, None) for layer in quantizer.layers)
     nats = quantizer.rounding.needs == "gradients"
-    apart = 0 if config.aided else config.residual_rank
+    apart = 0 if config.aided or config.inside else config.residual_rank
     said = {
         "rounding": config.rounding,
         "asked_bits": config.bits,
@@ -46,8 +48,8 @@ def report_of(
         "residual_bytes": sum(_residual_bytes(layer, apart) for layer in quantizer.layers),
         "predicted_loss": sum(entry.get("loss", 0.0) for entry in layers.values()) if nats else None,
         "unit": "nats" if nats else "share",
-        **({"beside": _beside(quantizer)} if config.aided else {}),
-        "format": packing.METHOD if is_stock(quantizer) else "lowrank",
+        **({"beside": _beside(quantizer, chosen)} if config.aided or config.inside else {}),
+        "format": packing.METHOD if is_stock(quantizer, chosen) else "lowrank",
         "left": quantizer.left,
         "layers": layers,
     }
@@ -56,9 +58,10 @@ def report_of(
     return {**before, **_bytes_now(before, quantizer.plan, stored), "quantize": said}
 
 
-def _beside(quantizer: Quantizer) -> dict[str, Any]:
+def _beside(quantizer: Quantizer, chosen: Mapping[str, Way]) -> dict[str, Any]:
     """Say what all layers together have beside their codes."""
-    config, found = quantizer.config, [quantizer.beside(layer) for layer in quantizer.layers]
+    config = quantizer.config
+    found = [quantizer.beside(layer, chosen[layer.path]) for layer in quantizer.layers if layer.path in chosen]
     return {
         "smooth": config.smooth,
         "outliers": config.outliers,
@@ -66,6 +69,7 @@ def _beside(quantizer: Quantizer) -> dict[str, Any]:
         "columns": sum(layer.shape[1] for layer in quantizer.layers),
         "activation_bits": config.activation_bits,
         "rank": config.residual_rank,
+        **({"products": sum(each.rank > 0 for each in found)} if config.inside else {}),
     }
 
 

@@ -30,7 +30,7 @@ from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.resources.resources import Resources
 from lowrank_compress.shipped.beside import Beside
 from lowrank_compress.shipped.linear import CompressedLinear
-from lowrank_compress.stages.fitting import beside_of, fit
+from lowrank_compress.stages.fitting import Way, beside_of, fit
 from lowrank_compress.stages.quantizeconfig import QuantizeConfig
 from lowrank_compress.stages.reporting import Reporter
 from lowrank_compress.stages.samples import calibration_batches
@@ -129,8 +129,14 @@ class Quantizer:
         """The layers of a block."""
         return [layer for layer in self.layers if layer.block == block]
 
-    def make(self) -> dict[str, int]:
-        """Round what is not rounded yet; return the bits of each layer by its path, none for one that stays."""
+    def ways(self, layer: Layer) -> list[Way]:
+        """How a layer may be rounded: where a product is counted, with one or without."""
+        rank = min(self.config.residual_rank, *layer.shape)
+        ranks = [0, rank] if rank and self.config.inside and self.config.whole is None else [rank]
+        return [Way(bits, each) for bits in self.bits for each in ranks]
+
+    def make(self) -> dict[str, Way]:
+        """Round what is not rounded yet; return how each layer is by its path, none for one that stays."""
         missing = [block for block in self.blocks if not self.rounded.finished(block)]
         if missing:
             self.work.mkdir(parents=True, exist_ok=True)
@@ -177,45 +183,41 @@ class Quantizer:
                 None if known is None else known.gram.to(device),
                 None if known is None or known.fisher is None else known.fisher.to(device),
             )
-            for bits in self.bits:
-                fitted = fit(
-                    self.config, problem, self.packing.grid(layer.shape[1], bits), None if known is None else known.seen
-                )
-                losses.setdefault(layer.path, {})[str(bits)] = fitted.lost
+            seen = None if known is None else known.seen
+            for way in self.ways(layer):
+                grid = self.packing.grid(layer.shape[1], way.bits)
+                fitted = fit(self.config, problem, grid, way.rank, seen)
+                losses.setdefault(layer.path, {})[way.key] = fitted.lost
                 outliers[layer.path] = fitted.beside.outliers
-                tensors |= {f"{layer.path}/{bits}/{name}": each for name, each in fitted.kept(self.scales).items()}
+                tensors |= {f"{layer.path}/{way.key}/{name}": each for name, each in fitted.kept(self.scales).items()}
         self.rounded.write(block, tensors, notes={"losses": losses, "outliers": outliers})
 
-    def losses(self) -> dict[str, dict[int, float]]:
-        """What each layer loses at each number of bits (`Problem.lost`)."""
-        return {
-            path: {int(bits): value for bits, value in each.items()}
-            for block in self.blocks
-            for path, each in self.rounded.notes(block)["losses"].items()
-        }
+    def losses(self) -> dict[str, dict[str, float]]:
+        """What each layer loses in each way, by its key (`Problem.lost`)."""
+        return {path: each for block in self.blocks for path, each in self.rounded.notes(block)["losses"].items()}
 
-    def tensors(self, layer: Layer, bits: int, block: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def tensors(self, layer: Layer, way: Way, block: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a layer by their leaf names; `block` is what was kept of its block."""
-        codes, scale, zero = (block[f"{layer.path}/{bits}/{name}"] for name in ("codes", "scale", "zero"))
-        scales = Scales(self.packing.grid(layer.shape[1], bits), scale.double(), zero.double())
-        more = {name: block[f"{layer.path}/{bits}/{name}"] for name in self._named(layer)}
+        codes, scale, zero = (block[f"{layer.path}/{way.key}/{name}"] for name in ("codes", "scale", "zero"))
+        scales = Scales(self.packing.grid(layer.shape[1], way.bits), scale.double(), zero.double())
+        more = {name: block[f"{layer.path}/{way.key}/{name}"] for name in self._named(layer, way)}
         return packed_tensors(Quantized(scales, codes.double()), self.scales) | more
 
-    def beside(self, layer: Layer) -> Beside:
+    def beside(self, layer: Layer, way: Way) -> Beside:
         """What a layer that is rounded has beside its codes."""
         outliers = self.rounded.notes(layer.block)["outliers"][layer.path] if self.config.outliers else 0
-        return beside_of(self.config, layer.shape, outliers)
+        return beside_of(self.config, way.rank, outliers)
 
-    def _named(self, layer: Layer) -> list[str]:
+    def _named(self, layer: Layer, way: Way) -> list[str]:
         """The names of the tensors that a layer has beside its codes."""
-        return list(self.beside(layer).buffers(*layer.shape, self.scales))
+        return list(self.beside(layer, way).buffers(*layer.shape, self.scales))
 
-    def bytes_of(self, layer: Layer, bits: int | None) -> int:
+    def bytes_of(self, layer: Layer, way: Way | None) -> int:
         """Bytes of a layer's weight; None for as it is. Those of outliers are known once it is rounded."""
-        if bits is None:
+        if way is None:
             return layer.weights * self.dtype.itemsize
-        beside = beside_bytes(layer.shape, self.beside(layer), self.scales)
-        return self.packing.bytes(layer.shape, bits) + beside
+        beside = beside_bytes(layer.shape, self.beside(layer, way), self.scales)
+        return self.packing.bytes(layer.shape, way.bits) + beside
 
     def _limit(self) -> int:
         """How many bytes the layers may take together."""
@@ -227,7 +229,7 @@ class Quantizer:
         return math.floor(Fraction(str(config.bytes)) * self.original_bytes) - others
 
     def _require_reachable(self) -> None:
-        least = sum(self.bytes_of(layer, BITS[0]) for layer in self.layers)
+        least = sum(self.bytes_of(layer, Way(BITS[0])) for layer in self.layers)
         if least <= (limit := self._limit()):
             return
         if self.config.bytes is None:
@@ -242,37 +244,40 @@ class Quantizer:
             "--group needs less."
         )
 
-    def _chosen(self) -> dict[str, int]:
-        whole = self.config.whole
-        if whole is not None:
-            return {layer.path: whole for layer in self.layers}
+    def _chosen(self) -> dict[str, Way]:
+        if self.config.whole is not None:
+            return {layer.path: way for layer in self.layers for way in self.ways(layer)}
         losses = self.losses()
         curves, kinds = [], []
         for layer in self.layers:
-            # Of a narrow matrix several take the same words: then the most of them.
-            by_size = {self.bytes_of(layer, bits): bits for bits in BITS}
-            kind = [bits for size, bits in by_size.items() if size < self.bytes_of(layer, None)]
-            stored = np.array([self.bytes_of(layer, bits) for bits in (*kind, None)], dtype=np.int64)
-            # What a search misses: more bits lose no more than fewer.
-            loss = np.minimum.accumulate([losses[layer.path][bits] for bits in kind])
-            choices = of_ranks("packed", np.array(kind, dtype=np.int64), stored[:-1])
-            curves.append(Curve(layer.path, choices, stored, np.append(loss, 0.0), block=layer.block))
+            lost, whole = losses[layer.path], self.bytes_of(layer, None)
+            sizes = {way: size for way in self.ways(layer) if (size := self.bytes_of(layer, way)) < whole}
+            # Of a narrow matrix several take the same words; and what a search misses, more of them may lose more.
+            kind = list[Way]()
+            for way in sorted(sizes, key=lambda way: (sizes[way], lost[way.key])):
+                if not kind or lost[way.key] < lost[kind[-1].key]:
+                    kind.append(way)
+            stored = np.array([*(sizes[way] for way in kind), whole], dtype=np.int64)
+            choices = of_ranks("packed", np.array([way.bits for way in kind], dtype=np.int64), stored[:-1])
+            loss = np.array([*(lost[way.key] for way in kind), 0.0])
+            curves.append(Curve(layer.path, choices, stored, loss, block=layer.block))
             kinds.append([*kind, None])
         points = allocate(curves, self._limit())
         found = {layer.path: kind[point] for layer, kind, point in zip(self.layers, kinds, points, strict=True)}
-        return {path: bits for path, bits in found.items() if bits is not None}
+        return {path: way for path, way in found.items() if way is not None}
 
 
-def described(quantizer: Quantizer, chosen: Mapping[str, int]) -> dict[str, Any]:
+def described(quantizer: Quantizer, chosen: Mapping[str, Way]) -> dict[str, Any]:
     """Say of each layer how it is stored, for lowrank.json."""
     losses = quantizer.losses()
     found = {}
     for layer in quantizer.layers:
-        bits = chosen.get(layer.path)
-        entry: dict[str, Any] = {"shape": list(layer.shape), "bits": bits, "bytes": quantizer.bytes_of(layer, bits)}
-        if bits is not None:
-            grid = quantizer.packing.grid(layer.shape[1], bits)
-            entry |= {"group": grid.group, "symmetric": grid.symmetric, "loss": losses[layer.path][bits]}
-            entry |= quantizer.beside(layer).entry
+        way = chosen.get(layer.path)
+        bits, size = None if way is None else way.bits, quantizer.bytes_of(layer, way)
+        entry: dict[str, Any] = {"shape": list(layer.shape), "bits": bits, "bytes": size}
+        if way is not None:
+            grid = quantizer.packing.grid(layer.shape[1], way.bits)
+            entry |= {"group": grid.group, "symmetric": grid.symmetric, "loss": losses[layer.path][way.key]}
+            entry |= quantizer.beside(layer, way).entry
         found[layer.path] = entry
     return found

@@ -88,7 +88,7 @@ def fit(config: QuantizeConfig, problem: Problem, grid: Grid, rank: int, seen: S
     if rank:
         both = with_residual(problem, grid, rounding, rank, problem.dtype)
         names = ("weight_outer", "weight_inner") if config.inside else ("outer", "inner")
-        product = dict(zip(names, (both.outer, both.inner), strict=True))
+        product: dict[str, Tensor] = dict(zip(names, (both.outer, both.inner), strict=True))
         return Fitted(both.quantized, both.lost, beside_of(config, rank, 0), product)
     found = rounding.fit(problem, grid)
     return Fitted(found, problem.lost(found), Beside())

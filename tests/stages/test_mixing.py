@@ -95,6 +95,18 @@ def test_a_share_out_of_reach_names_the_smallest(tiny: Tiny, tmp_path: Path) -> 
     done("compress", tiny.model, "--bytes", smallest, *text)
 
 
+def test_a_dry_run_says_the_bytes(tiny: Tiny, tmp_path: Path) -> None:
+    options = (tiny.model, "--bytes", SHARE, "--calibration", tiny.text, *FEW, "--out", tmp_path / "run", "--dry-run")
+    found = done("compress", *options, "--json").json
+    size = measure_size(Checkpoint(tiny.model)).block_bytes
+    assert found["bytes"] == {"share": SHARE, "original": size, "largest_stored": math.floor(SHARE * size)}
+    assert found["disk"]["candidates"] > size
+    said = " ".join(done("compress", *options).out.split())
+    assert "Store all weights inside the blocks in 12.0% of" in said
+    assert "Nothing was written." in said
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_does_not_go_with_it(tiny: Tiny, tmp_path: Path) -> None:
     def message(*options: object) -> str:
         return refused("compress", tiny.model, "--calibration", tiny.text, *FEW, *options, "--out", tmp_path / "no")

@@ -86,7 +86,7 @@ def table(measured: Sequence[Case], ratios: Sequence[float], seeds: Sequence[int
     """Return the table in markdown."""
     spread = f", mean over {len(seeds)} calibration sets ± half their distance" if len(seeds) > 1 else ""
     lines = [
-        f"Perplexity ÷ the dense model's{spread} (seeds {', '.join(map(str, seeds))})"
+        f"Perplexity ÷ the dense model's{spread} (seed{'s' if spread else ''} {', '.join(map(str, seeds))})"
         + (f"; recovered in {steps} steps." if steps else "."),
         "",
         "| model | idea | " + " | ".join(f"{ratio:.0%} removed" for ratio in ratios) + " |",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -191,7 +192,17 @@ def test_what_is_said_of_experts(run: Path) -> None:
         entries = [shown["matrices"][name] for name in expert["entries"]]
         assert expert["dense"] == 3 * 32 * 40
         assert expert["stored"] == sum(entry["stored"] for entry in entries)
-    assert "Routed experts" in done("show", run).out
+    routers = shown["routers"]
+    for block in range(2):
+        path = f"model.layers.{block}.mlp.experts"
+        shares = [experts[f"{path}.{number}"]["tokens"] / (2 * 10 * 32) for number in range(4)]
+        assert routers[path]["experts"] == 4
+        assert (routers[path]["busiest"], routers[path]["idlest"]) == (max(shares), min(shares))
+        product = math.prod(share**-share for share in shares if share)
+        assert routers[path]["in_effect"] == pytest.approx(product)
+    said = done("show", run).out
+    assert "Routed experts" in said
+    assert "choices of the router" in said
     assert {file["state"] for file in done("verify", run, "--json").json["files"]} == {"intact", "dropped"}
 
 
@@ -253,3 +264,27 @@ def test_a_stock_checkpoint_whose_experts_lie_in_one_tensor(place: Path, tmp_pat
 
 def test_every_family_is_tried() -> None:
     assert [model_type for model_type, _ in CASES] == [*MOE]
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["lr_gating", "lr_up", "lr_down"]])
+def test_adapters_on_experts_train_and_are_merged(targets: Any, run: Path) -> None:
+    """Some of them are factors and others are not, so that all linear layers have names of both kinds."""
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(load(run / "model"), peft.LoraConfig(r=2, target_modules=targets))
+    ids = torch.stack(tokens(9, 9))
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=1.0)
+    for _ in range(2):
+        adapted(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    own = {name.split(".lora_")[0] for name, p in adapted.named_parameters() if p.requires_grad}
+    assert any(".experts." in name for name in own)
+    assert any(name.endswith("lr_in") for name in own) == (targets == "all-linear")
+    expected = logits_of(adapted)
+    assert not torch.allclose(expected, logits_of(load(run / "model")), atol=1e-3)
+    torch.testing.assert_close(logits_of(adapted.merge_and_unload()), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_peft_does_not_find_it_names(run: Path) -> None:
+    peft = pytest.importorskip("peft")
+    with pytest.raises(ValueError, match="target_parameters"):
+        peft.get_peft_model(load(run / "model"), peft.LoraConfig(target_parameters=["mlp.experts.gate_up_proj"]))

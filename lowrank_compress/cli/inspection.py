@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,8 @@ def show(target: str, as_json: bool) -> None:
     spectra = {name: values for name, values in (spectra_of(run) if is_run else {}).items() if name in of_matrices}
     texts = _texts(run) if is_run else []
     if as_json:
-        print_json(report | {"spectra": spectra, "texts": texts})
+        routers = {"routers": found} if (found := routers_of(report.get("experts", {}))) else {}
+        print_json(report | {"spectra": spectra, "texts": texts} | routers)
         return
     if "quantize" in report:
         print_layers(target, report["quantize"])
@@ -113,6 +115,8 @@ def show(target: str, as_json: bool) -> None:
     out.print(table(f"{target}: {report['method']}", columns, rows, left=4))
     if experts := report.get("experts"):
         out.print(_experts_table(experts, report["matrices"]))
+        if routers := routers_of(experts):
+            out.print(_routers_table(routers))
     kinds = [row[2] for row in rows]
     total = sum(matrix["predicted_loss"] for matrix in report["matrices"].values())
     out.print(
@@ -167,6 +171,36 @@ def _experts_table(experts: dict[str, Any], matrices: dict[str, Any]) -> Any:
         said = f"in {expert['leads_to'].rpartition('.')[2]}" if "leads_to" in expert else said
         rows.append([path, tokens, said, f"{expert['stored'] / expert['dense']:.1%}"])
     return table("Routed experts", ["expert", "tokens seen", "width, or ranks of gate, up, down", "kept"], rows, left=1)
+
+
+def routers_of(experts: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Say, by the path of a block's experts, how its router shared out the calibration set; nothing of unseen ones.
+
+    ``busiest`` and ``idlest`` are the largest and least share of the choices that an expert got, ``in_effect`` the
+    number of experts which, choosing each equally often, would have the same entropy.
+    """
+    tokens = dict[str, list[int]]()
+    for path, expert in experts.items():
+        if expert["tokens"] is not None:
+            tokens.setdefault(path.rpartition(".")[0], []).append(expert["tokens"])
+    found = {}
+    for path, counts in tokens.items():
+        if total := sum(counts):
+            shares = [count / total for count in counts]
+            entropy = -sum(share * math.log(share) for share in shares if share)
+            busiest, idlest = max(shares), min(shares)
+            found[path] = {"experts": len(counts), "busiest": busiest, "idlest": idlest, "in_effect": math.exp(entropy)}
+    return found
+
+
+def _routers_table(routers: Mapping[str, Mapping[str, float]]) -> Any:
+    """List how routers shared out the calibration set."""
+    columns = ["choices of the router", "experts", "in effect", "busiest", "idlest"]
+    rows = [
+        [path, str(each["experts"]), f"{each['in_effect']:.1f}", f"{each['busiest']:.1%}", f"{each['idlest']:.1%}"]
+        for path, each in routers.items()
+    ]
+    return table("Routers", columns, rows, left=1)
 
 
 # What may be said of a checkpoint's model code, which is no damage.

@@ -88,6 +88,11 @@ class AdaptedLayer:
             self.merged_adapters.clear()
 
 
+def _factors(names: Any) -> bool:
+    """Whether factors are among the names of the layers that are to have adapters, as all linear ones are."""
+    return isinstance(names, set | list | tuple) and any(name.endswith(("lr_in", "lr_out")) for name in names)
+
+
 def adapt_peft() -> None:
     """Let peft put LoRA adapters on compressed layers, now or when it is imported.
 
@@ -109,6 +114,9 @@ def _adapt() -> None:
             if type(base) in layers:
                 if any(isinstance(part, Rebuilt) for part in base.parts):
                     raise ValueError(f"{kwargs.get('target_name', 'A layer')} takes no adapter: {REBUILT}")
+                if _factors(lora_config.target_modules):
+                    # Its factors come next. Its own name is there where it is that of a dense layer elsewhere, too.
+                    return target
                 lora_config = copy.copy(lora_config)  # the caller's own can still be pickled
                 lora_config._register_custom_module(layers)
             return stock(lora_config, adapter_name, target, **kwargs)

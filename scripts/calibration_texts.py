@@ -6,7 +6,7 @@ standard library. What is lost is ln(perplexity / dense), in nats a token.
 
 Usage, from the root of the repository (some minutes a model)::
 
-    python scripts/calibration_texts.py stories
+    python scripts/calibration_texts.py stories --write docs/calibration.md
     python scripts/calibration_texts.py demo --method svd-llm
 """
 
@@ -19,7 +19,7 @@ from typing import Annotated
 
 import typer
 from real_model import texts
-from running import ASSETS, ROOT, lrc, perplexity
+from running import ASSETS, ROOT, lrc, perplexity, write_between
 
 from lowrank_compress.demo.text import write_parts
 
@@ -32,6 +32,7 @@ def main(
     ratio: Annotated[float, typer.Option(help="Share to remove.")] = 0.2,
     samples: Annotated[int, typer.Option(help="Windows of 256 tokens to calibrate on.")] = 64,
     limit: Annotated[int, typer.Option(help="Windows to measure on.")] = 100,
+    write: Annotated[Path | None, typer.Option(help="File whose table `calibration:NAME` is replaced.")] = None,
 ) -> None:
     """Print the table."""
     with tempfile.TemporaryDirectory() as temporary:
@@ -46,8 +47,11 @@ def main(
         measured = {"domain": inside, "WikiText-2": elsewhere, "code": code}
         window = ("--seq-len", 256, "--limit", limit)
         dense = {each: perplexity(model, text, *window) for each, text in measured.items()}
-        typer.echo(f"| calibrated on | {' | '.join(measured)} |\n|---|{'---:|' * len(measured)}")
-        typer.echo(f"| (dense) | {' | '.join(f'{value:.4g}' for value in dense.values())} |")
+        lines = [
+            f"| calibrated on | {' | '.join(measured)} |",
+            f"|---|{'---:|' * len(measured)}",
+            f"| (dense) | {' | '.join(f'{value:.4g}' for value in dense.values())} |",
+        ]
         sets = {
             "domain": [domain],
             "WikiText-2": [wiki],
@@ -63,7 +67,11 @@ def main(
                 "--seq-len", 256, "--out", run)  # fmt: skip
             found = [perplexity(run / "model", text, *window) for text in measured.values()]
             lost = [math.log(value / base) for value, base in zip(found, dense.values(), strict=True)]
-            typer.echo(f"| {row} | {' | '.join(f'{v:.4g} ({x:.3f})' for v, x in zip(found, lost, strict=True))} |")
+            lines.append(f"| {row} | {' | '.join(f'{v:.4g} ({x:.3f})' for v, x in zip(found, lost, strict=True))} |")
+            typer.echo(lines[-1], err=True)
+    typer.echo("\n".join(lines))
+    if write is not None:
+        write_between(write, f"calibration:{name}", "\n".join(lines))
 
 
 if __name__ == "__main__":

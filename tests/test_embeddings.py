@@ -12,8 +12,11 @@ from transformers import AutoModel, AutoTokenizer
 
 import lowrank_compress
 from lowrank_compress import api
+from lowrank_compress.calibration.layers import layer_moments
 from lowrank_compress.config import CalibrationSet
 from lowrank_compress.model.checkpoint import Checkpoint
+from lowrank_compress.model.skeleton import Skeleton
+from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.stages.samples import calibration_batches, held_out_batches
 from tests.runs import Tiny, done, refused
 from tests.tiny import tiny_model, tiny_text, tiny_tokenizer
@@ -69,6 +72,40 @@ def test_without_a_head_with_what_sentence_transformers_needs(model_type: str, t
     done("export", run, "--dense", tmp_path / "exported")
     assert has_all(tmp_path / "exported")
     torch.testing.assert_close(states(tmp_path / "exported"), near, rtol=1e-4, atol=1e-4)
+
+
+def test_quantized_and_native_checkpoints_keep_it_too(tmp_path: Path) -> None:
+    model, data = saved(tmp_path)
+    run, table = tmp_path / "run", pairs(tmp_path / "pairs.csv")
+    narrow = ("--method", "nystrom", "--attention", "dense", "--allocate", "equal-widths", "--ratio", "0.2")
+    done("compress", model, *narrow, *data, "--out", run)
+    done("export", run, "--native", tmp_path / "native")
+    assert has_all(tmp_path / "native")
+    torch.testing.assert_close(states(tmp_path / "native"), states(run / "model"), rtol=1e-5, atol=1e-5)
+    done("quantize", run, "--bits", "8", *data[:2])
+    done("quantize", model, "--bits", "8", *data, "--out", tmp_path / "quantized")
+    assert has_all(run / "quantize")
+    assert has_all(tmp_path / "quantized")
+    found = done("compare", run / "model", run / "quantize", "--sts", table, "--json").json["sts"][str(table)]
+    assert 0.999 < found["lowest_cosine"] < 1
+    torch.testing.assert_close(states(tmp_path / "quantized"), states(model), rtol=0.1, atol=0.1)
+    assert "½‖Δe‖² a text" in done("show", run).out
+
+
+def test_gradients_of_layers_are_means_over_texts(tmp_path: Path) -> None:
+    path, _ = saved(tmp_path)
+    name = "encoder.layer.1.output.dense"
+    model, seen = AutoModel.from_pretrained(path, dtype=torch.float64).eval(), []
+    model.get_submodule(name).register_forward_hook(lambda _, args, out: (out.retain_grad(), seen.append(out))[0])
+    hidden = model(input_ids=IDS).last_hidden_state
+    embedded = torch.nn.functional.normalize(hidden.mean(1), dim=-1)
+    signs = [torch.randint(2, (32,), generator=torch.Generator().manual_seed(n)).double() * 2 - 1 for n in (0, 1)]
+    (embedded * torch.stack(signs)).sum().backward()
+    skeleton = Skeleton(Checkpoint(path), torch.device("cpu"), torch.float64)
+    batch = Batch(IDS, pooled=True)
+    found = dict(layer_moments(skeleton, [batch], [[], [name]], gradients=True, skip=lambda block: block == 0))
+    rows = seen[0].grad.flatten(0, 1)
+    torch.testing.assert_close(found[1][name].fisher, rows.mT @ rows / 2)
 
 
 def test_replacing_a_run_leaves_nothing_over_and_loses_nothing(tmp_path: Path) -> None:

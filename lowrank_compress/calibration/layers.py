@@ -104,6 +104,7 @@ def layer_moments(
     walk = Walk([skeleton], batches, store=StateStore(spill, spill_to))
     wanted = [block for block in range(count) if not skip(block)]
     tokens = sum(batch.tokens for batch in batches)
+    losses = sum(len(batch.ids) for batch in batches) if skeleton.task == "embedding" else tokens
     if gradients:
         disk = shutil.disk_usage(spill_to or tempfile.gettempdir()).free // 2
         length = segment_length(count, (disk if spill else memory) // boundary)
@@ -122,7 +123,7 @@ def layer_moments(
         done = count - step.index if gradients else step.index + 1
         advance("backward" if gradients else "forward", done, count)
         if sums is not None:
-            yield step.index, {path: sums.moments(path, tokens) for path in layers[step.index]}
+            yield step.index, {path: sums.moments(path, tokens, losses) for path in layers[step.index]}
 
 
 class _Sums:
@@ -139,11 +140,11 @@ class _Sums:
         self.peaks: dict[str, Tensor] = {}
         self.kept: dict[str, list[Tensor]] = {}
 
-    def moments(self, path: str, tokens: int) -> LayerMoments:
-        """Return what is known of a layer, means over so many tokens."""
+    def moments(self, path: str, tokens: int, losses: int) -> LayerMoments:
+        """Return what is known of a layer, means over so many tokens, and of gradients over so many losses."""
         own, fisher = self.shared.get(path, path), self.fishers.get(path)
         seen = Seen(self.peaks[own].cpu(), torch.cat(self.kept[own]).cpu()) if self.rows else None
-        return LayerMoments(self.grams[own].cpu() / tokens, None if fisher is None else fisher.cpu() / tokens, seen)
+        return LayerMoments(self.grams[own].cpu() / tokens, None if fisher is None else fisher.cpu() / losses, seen)
 
     def _keep(self, path: str, values: Tensor, real: Tensor | None) -> None:
         """Keep what single inputs (tokens, n) tell; `real` says which are no padding."""

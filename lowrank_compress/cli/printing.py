@@ -118,8 +118,13 @@ def quantized(said: Mapping[str, Any]) -> str:
         f"{said['original_bytes']:,} ({said['stored_bytes'] / said['original_bytes']:.1%}). Loads with {loads}."
         + beside_in_words(said)
         + (f" The adapter of rank {said['residual_rank']} beside takes {beside:,} bytes." if beside else "")
-        + ("" if loss is None else f" Predicted loss increase by rounding: {loss:.4g} nats a token.")
+        + ("" if loss is None else f" Predicted loss increase by rounding: {loss:.4g} {unit_of(said)}.")
     )
+
+
+def unit_of(said: Mapping[str, Any]) -> str:
+    """Name the unit of the losses of a quantization, as people read it."""
+    return "nats a token" if said["unit"] == "nats" else said["unit"]
 
 
 def print_result(result: dict[str, Any], as_json: bool) -> None:

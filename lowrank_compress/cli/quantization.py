@@ -10,7 +10,7 @@ from typing import Any
 from rich import filesize
 
 from lowrank_compress.cli.commands import device_name, followed
-from lowrank_compress.cli.printing import quantized
+from lowrank_compress.cli.printing import quantized, unit_of
 from lowrank_compress.cli.terminal import TerminalReporter, console, number, print_json, table
 from lowrank_compress.recipe import load_recipe
 from lowrank_compress.stages.quantizeconfig import QuantizeConfig, options_of
@@ -61,7 +61,7 @@ def print_layers(target: str, said: Mapping[str, Any]) -> None:
                 number(layer.get("loss", 0.0)),
             ]
         )
-    loss = "loss, nats/token" if said["unit"] == "nats" else "loss, share"
+    loss = "loss, share" if said["unit"] == "share" else f"loss, {unit_of(said)}"
     out = console()
     out.print(table(f"{target}: quantized", ["layer", "shape", "bits", "group", "bytes", loss], rows, left=1))
     counts = Counter(layer["bits"] for layer in said["layers"].values())

@@ -25,6 +25,7 @@ from lowrank_compress.evaluation.size import measure_size
 from lowrank_compress.methods.rounding import ROUNDINGS
 from lowrank_compress.model import packing
 from lowrank_compress.model.blueprint import AUTO, Blueprint
+from lowrank_compress.model.embedding import embedding_of
 from lowrank_compress.model.export import ShardWriter, config_json, write_companions
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.resources.resources import Resources
@@ -118,10 +119,7 @@ def _quantized(
             "checkpoint as it is, or the quantization of the program that serves it."
         )
     if ROUNDINGS[config.rounding].needs == "gradients" and skeleton.task == "embedding":
-        raise InputError(
-            f"Rounding by {config.rounding} takes gradients of a loss, and a {type(skeleton.model).__name__} has no "
-            "head to give one. Take --rounding quantease."
-        )
+        embedding_of(checkpoint)  # whose change is the loss
     longest = skeleton.blueprint.longest_input()
     if config.source is not None and config.seq_len > longest:
         raise InputError(

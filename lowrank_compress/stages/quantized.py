@@ -47,7 +47,7 @@ def report_of(
         "residual_rank": config.residual_rank,
         "residual_bytes": sum(_residual_bytes(layer, apart) for layer in quantizer.layers),
         "predicted_loss": sum(entry.get("loss", 0.0) for entry in layers.values()) if nats else None,
-        "unit": "nats" if nats else "share",
+        "unit": ("½‖Δe‖² a text" if quantizer.plan.task == "embedding" else "nats") if nats else "share",
         **({"beside": _beside(quantizer, chosen)} if config.aided or config.inside else {}),
         "format": packing.METHOD if is_stock(quantizer, chosen) else "lowrank",
         "left": quantizer.left,

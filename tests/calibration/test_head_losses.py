@@ -84,8 +84,9 @@ def batches_for(name: str, skeleton: Skeleton, place: Path, size: int = 4) -> li
         ids = torch.tensor(tokenizer(tiny_text(300), add_special_tokens=False)["input_ids"])
         return masked_windows(ids[:60].view(4, 15), frame_of(tokenizer), size, seed=1)
     source, count = rows_for(name, place)
-    labelled = read_labelled(skeleton.task, source, tokenizer)
-    return labelled_batches(skeleton.task, labelled, range(count), tokenizer, checkpoint, 40, size)
+    task: Any = skeleton.task
+    labelled = read_labelled(task, source, tokenizer)
+    return labelled_batches(task, labelled, range(count), tokenizer, checkpoint, 40, size)
 
 
 def own_loss(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, int]:
@@ -112,7 +113,7 @@ def reference(
     model: PreTrainedModel, paths: list[str], loss_of: Callable[[], tuple[Tensor, int]]
 ) -> dict[str, dict[str, Tensor]]:
     """Each statistic by its definition, from autograd through the whole model."""
-    seen: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    seen: dict[str, list[Any]] = defaultdict(list)
     handles = [
         model.get_submodule(path).register_forward_hook(
             lambda module, args, out, path=path: seen[path].append((args[0], out))
@@ -191,7 +192,7 @@ def test_divergence_is_of_what_has_a_label(tmp_path: Path) -> None:
     other = tmp_path / "other"
     changed = type(model).from_pretrained(path, dtype=torch.float32)
     with torch.no_grad():
-        changed.base_model.encoder.layer[1].output.dense.weight.mul_(0.5)
+        changed.get_parameter("bert.encoder.layer.1.output.dense.weight").mul_(0.5)
     changed.save_pretrained(other)
     tiny_tokenizer(other)
     skeletons = [Skeleton(Checkpoint(each), CPU, torch.float64) for each in (path, other)]

@@ -33,10 +33,6 @@ OUTLIERS: tuple[tuple[str, str, tuple[object, ...]], ...] = (
     ("4", "4", ("--bits", 4, "--activation-bits", 4)),
     ("4, `--smooth`", "4", ("--bits", 4, "--activation-bits", 4, "--smooth")),
     ("SVDQuant: 4, `--smooth`, rank 4", "4", ("--bits", 4, "--activation-bits", 4, "--smooth", "--residual-rank", 4)),
-    ("4", "8", ("--bits", 4, "--activation-bits", 8)),
-    ("6", "4", ("--bits", 6, "--activation-bits", 4)),
-    ("4, `--smooth`", "–", ("--bits", 4, "--smooth")),
-    ("SVDQuant: 4, `--smooth`, rank 4", "–", ("--bits", 4, "--smooth", "--residual-rank", 4)),
 )
 """Weights, activations, and the options that ask for them."""
 

@@ -103,9 +103,11 @@ def speeds(model: Path, checkpoints: Iterable[Path], rounds: int) -> dict[Path, 
     }
 
 
-def row(shown: str, removed: str, model: Path, checkpoint: Path, tables: Iterable[Path], speed: float) -> str:
-    """A line of the table: cosines, bytes, speed."""
-    cells: list[str] = []
+def row(
+    shown: str, removed: str, model: Path, checkpoint: Path, tables: Iterable[Path], speed: float, empty: int = 0
+) -> str:
+    """A line of the table: cosines, or so many empty cells, bytes, speed."""
+    cells = [""] * empty
     for table in tables:
         found: dict[str, Any] = lrc("compare", model, checkpoint, "--sts", table)["sts"][str(table)]
         cells.append(f"{found['cosine']['value']:.4f}")
@@ -148,7 +150,7 @@ def main(
     lines = [
         f"| | removed | {' | '.join(kind.name for kind in kinds)} | weights | sentences/s |",
         f"|---|---:|{'---:|' * len(kinds)}---:|---:|",
-        row(DENSE, "", model, model, tables, fast[model.resolve()]),
+        row(DENSE, "", model, model, [], fast[model.resolve()], len(tables)),
     ]
     for shown, ratio, checkpoint in checkpoints:
         lines.append(row(shown, f"{ratio:.0%}", model, checkpoint, tables, fast[checkpoint.resolve()]))

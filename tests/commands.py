@@ -25,6 +25,10 @@ SKIPPED = {
     "pip": "installs",
     "OWNER/NAME": "a repository on the Hub; tests/cli/test_hub.py has a hub of its own",
     "--push-to-hub": "the same",
+    **dict.fromkeys(
+        ("./my-masked-model", "./my-tagger", "./my-reader", "./my-reward-model", "runs/tagger", "runs/my-tagger"),
+        "a model with another head; tests/test_heads.py has them",
+    ),
     "--install-completion": "changes the files of the user's shell",
     "--show-completion": "asks which shell calls it",
 }

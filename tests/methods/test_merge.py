@@ -74,7 +74,8 @@ def test_merged_is_the_joint_decomposition_with_v_by_frequency(rows: int, column
     shares = torch.tensor([0.5, 0.2, 0.1], dtype=torch.float64)
     u, values, vt = np.linalg.svd(torch.cat(matrices, 1).numpy(), full_matrices=False)
     directions = round(kept * rows)
-    v = sum(float(share / shares.sum()) * part for share, part in zip(shares, np.split(vt, 3, axis=1), strict=True))
+    parts = np.split(vt, 3, axis=1)
+    v = np.sum([float(share / shares.sum()) * each for share, each in zip(shares, parts, strict=True)], axis=0)
     expected = u[:, :directions] * values[:directions] @ v[:directions]
     np.testing.assert_allclose(merged(matrices, shares, kept).numpy(), expected, atol=1e-10)
     nobody = merged(matrices, torch.zeros(3, dtype=torch.float64), 1.0)

@@ -132,10 +132,14 @@ def print_result(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(result)
         return
+    removed = (
+        f"Removed {result['reached_ratio']:.2%} of {share_of(result['ratio_of'])} (asked: {result['asked_ratio']:.2%}): "
+        if result["asked_ratio"]
+        else ""
+    )
     console().print(
-        f"Removed {result['reached_ratio']:.2%} of {share_of(result['ratio_of'])} (asked: "
-        f"{result['asked_ratio']:.2%}): {result['claimed_elements']:,} weights became {result['stored_elements']:,} "
-        f"stored elements, {became(result['claimed_bytes'], result['stored_bytes'])}.\n"
+        f"{removed}{result['claimed_elements']:,} weights became {result['stored_elements']:,} stored elements, "
+        f"{became(result['claimed_bytes'], result['stored_bytes'])}.\n"
         + (f"{cached(result['cache'])}\n" if "cache" in result else "")
         + (f"{refined(result['refine'])}\n" if "refine" in result else "")
         + (f"{quantized(result['quantize'])}\n" if "quantize" in result else "")

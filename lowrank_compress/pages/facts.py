@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,15 +25,13 @@ from lowrank_compress.stages.card import measurements
 from lowrank_compress.stages.chain import original_of
 from lowrank_compress.stages.cost import read_cost
 from lowrank_compress.stages.identity import display_name
+from lowrank_compress.stages.naming import place_of
 from lowrank_compress.stages.presenting import evaluations_of, report_of, spectra_of
 from lowrank_compress.stages.reading import text_batches
 from lowrank_compress.stages.repeating import commands_of
 from lowrank_compress.stages.reporting import Reporter
 from lowrank_compress.stages.run import Run
 from lowrank_compress.strict import COMMAND_LINE
-
-# The first number in a name is its block's; that of an expert follows.
-_BLOCK = re.compile(r"(?:.*?\.)?(\d+)[.:](.+)")
 
 
 @dataclass(frozen=True)
@@ -165,12 +162,6 @@ def facts_of(path: Path, reporter: Reporter, text: str | None, limit: int) -> Ru
         chain=tuple(link.stage for link in final.index.chain),
         blocks=tuple(blocks),
     )
-
-
-def place_of(name: str) -> tuple[int | None, str]:
-    """Part the name of a matrix into the number of its block, None outside of all, and what it is called there."""
-    place = _BLOCK.fullmatch(name)
-    return (int(place[1]), place[2]) if place else (None, name)
 
 
 def _matrices(report: Mapping[str, Any]) -> list[Matrix]:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 _EXPERT = re.compile(r"(?:.*?\.)?(\d+)\.(?:.+\.)?(\d+)")
-_NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
 
 @dataclass(frozen=True)
@@ -46,23 +45,6 @@ def grid(cells: Iterable[Cell], ends: Mapping[int | None, str] | None = None) ->
         "columns": columns,
         "rows": [(row, [known.get((row, column)) for column in columns], (ends or {}).get(row)) for row in rows],
     }
-
-
-def collective(kind: str) -> str:
-    """Name a matrix inside of a block without the number of its expert, if it is of one."""
-    return _NUMBER.sub("", kind)
-
-
-def shortened(names: Iterable[str]) -> dict[str, str]:
-    """Name dotted paths by as few of their last parts as tell them apart."""
-    paths = {name: name.split(".") for name in names}
-    found = {}
-    for name, parts in paths.items():
-        others = [other for other in paths.values() if other != parts]
-        sizes = range(1, len(parts))
-        size = next((n for n in sizes if all(parts[-n:] != other[-n:] for other in others)), len(parts))
-        found[name] = ".".join(parts[-size:])
-    return found
 
 
 def experts(said: Mapping[str, Any]) -> dict[str, Any] | None:

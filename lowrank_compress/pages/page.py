@@ -13,8 +13,9 @@ from typing import Any
 from lowrank_compress.artifacts.files import read_bytes, write_text
 from lowrank_compress.errors import InputError
 from lowrank_compress.pages import charts
-from lowrank_compress.pages.facts import RunFacts, facts_of, place_of
-from lowrank_compress.pages.grids import Cell, collective, experts, grid, shortened
+from lowrank_compress.pages.facts import RunFacts, facts_of
+from lowrank_compress.pages.grids import Cell, experts, grid
+from lowrank_compress.stages.naming import collective, place_of, shortened
 from lowrank_compress.stages.reporting import Reporter, Silent
 from lowrank_compress.stages.sweepconfig import AXES
 from lowrank_compress.stages.table import STAGES

@@ -10,6 +10,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from lowrank_compress.stages.naming import collective, place_of, shortened
+
 PIPELINES = {
     "AutoModelForCausalLM": "text-generation",
     "AutoModelForSequenceClassification": "text-classification",
@@ -55,11 +57,9 @@ def model_card(report: Mapping[str, Any], metrics: Mapping[str, Any] | None = No
 
 def _of_dense(report: Mapping[str, Any], about: Mapping[str, Any]) -> str:
     """Make the card of a dense checkpoint whose weights are quantized, and nothing else of it is changed."""
-    ours = report["quantize"]["format"] == "lowrank"
-    how = "import lowrank_compress, or pass trust_remote_code=True" if ours else "pip install compressed-tensors"
     title = f"{about['base_model']}, quantized" if "base_model" in about else "A quantized checkpoint"
     header = _metadata(report, about, [], ("quantized",))
-    loading = f"To load: {how}.\n"
+    loading = f"## Use\n\n{_snippet(about, report['quantize']['format'] == 'lowrank')}"
     return "\n".join([f"---\n{header}\n---\n", f"# {title}\n", _quantized(report), loading, _limits(about, False)])
 
 
@@ -134,11 +134,13 @@ def _summary(report: Mapping[str, Any], about: Mapping[str, Any]) -> str:
     where = "inside the blocks" if report["ratio_of"] == "blocks" else "of the model"
     base = about.get("base_model")
     of = f"[{base}](https://huggingface.co/{base}) compressed. " if base else ""
-    text = f"{of}Method `{report['method']}`: {report['reached_ratio']:.2%} of the parameters {where} were removed\n"
+    change = report["reached_ratio"]
+    what = f"of the parameters {where} were removed" if change >= 0 else f"more parameters {where} are stored"
+    text = f"{of}Method `{report['method']}`: {abs(change):.2%} {what}\n"
     text += f"({report['claimed_elements']:,} weights inside the blocks became {report['stored_elements']:,} stored "
     text += "elements)"
     if "reached_ratio_bytes" in report:
-        text += f", and\n{report['reached_ratio_bytes']:.2%} of their bytes "
+        text += f", and\n{abs(report['reached_ratio_bytes']):.2%} {'of their' if change >= 0 else 'more'} bytes "
         text += f"({report['claimed_bytes']:,} became {report['stored_bytes']:,})"
     text += ".\n"
     if cache := report.get("cache"):
@@ -147,24 +149,25 @@ def _summary(report: Mapping[str, Any], about: Mapping[str, Any]) -> str:
     return text
 
 
+def _snippet(about: Mapping[str, Any], ours: bool = True) -> str:
+    """Show how a checkpoint is loaded: one of `ours`, or a stock one of quantized weights."""
+    auto, place = about.get("auto_class", "AutoModelForCausalLM"), '"path/to/this/checkpoint"'
+    lines = [] if ours else ["# pip install compressed-tensors"]
+    if about.get("sentence_transformers"):
+        lines += ["from sentence_transformers import SentenceTransformer", ""]
+        lines += [f"model = SentenceTransformer({place}{', trust_remote_code=True' if ours else ''})"]
+    else:
+        lines += ["import lowrank_compress  # or pass trust_remote_code=True below"] if ours else []
+        lines += [f"from transformers import {auto}", "", f"model = {auto}.from_pretrained({place})"]
+    return "\n".join(["```python", *lines, "```\n"])
+
+
 def _loading(about: Mapping[str, Any]) -> str:
     auto = about.get("auto_class", "AutoModelForCausalLM")
-    code = f"""import lowrank_compress  # or pass trust_remote_code=True below
-from transformers import {auto}
-
-model = {auto}.from_pretrained("path/to/this/checkpoint")
-"""
-    if about.get("sentence_transformers"):
-        code = """from sentence_transformers import SentenceTransformer
-
-model = SentenceTransformer("path/to/this/checkpoint", trust_remote_code=True)
-"""
     task = f', task_type="{PEFT_TASKS[auto]}"' if auto in PEFT_TASKS else ""
     return f"""## Use
 
-```python
-{code}```
-
+{_snippet(about)}
 `config.json` says how each layer is stored; `lowrank.json` is a report for people. Adapters of
 [peft](https://huggingface.co/docs/peft) go onto the factors: `LoraConfig(target_modules="all-linear"{task})`.
 """
@@ -172,9 +175,10 @@ model = SentenceTransformer("path/to/this/checkpoint", trust_remote_code=True)
 
 def _sizes(report: Mapping[str, Any]) -> str:
     """Say what each kind of matrix, or module, keeps over all blocks."""
-    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    found = {name: collective(place_of(name)[1]) for name in report["matrices"]}
+    names, kinds = shortened(found.values()), dict[str, list[Mapping[str, Any]]]()
     for name, matrix in report["matrices"].items():
-        kinds.setdefault(name.rpartition(".")[2], []).append(matrix)
+        kinds.setdefault(names[found[name]], []).append(matrix)
     lines = ["| matrix or module | number | kept | stored as |", "|---|---:|---:|---|"]
     for kind, matrices in kinds.items():
         stored, dense = (sum(each[what] for each in matrices) for what in ("stored", "dense"))

@@ -21,7 +21,7 @@ from lowrank_compress.stages.run import require_alone
 from lowrank_compress.stages.stage import Given
 from lowrank_compress.strict import Strict
 
-VERSION = 3
+VERSION = 4
 
 
 class CastConfig(Strict):

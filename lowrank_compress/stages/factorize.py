@@ -47,7 +47,7 @@ from lowrank_compress.stages.run import require_alone
 from lowrank_compress.stages.subject import scopes_of
 
 log = logging.getLogger(__name__)
-VERSION = 7
+VERSION = 8
 
 
 @dataclass(frozen=True)

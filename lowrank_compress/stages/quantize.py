@@ -46,7 +46,7 @@ from lowrank_compress.stages.run import require_alone, work_of
 from lowrank_compress.stages.samples import settings_of, text_id
 from lowrank_compress.stages.stage import Given
 
-VERSION = 2
+VERSION = 3
 ADAPTER = "adapter"
 
 

@@ -19,7 +19,7 @@ from lowrank_compress.stages.run import require_alone, work_of
 from lowrank_compress.stages.samples import has_own, settings_of, text_id
 from lowrank_compress.stages.stage import Given
 
-VERSION = 4
+VERSION = 5
 
 
 def key(config: RecoverConfig, inputs: Given) -> Key:

@@ -40,7 +40,7 @@ from lowrank_compress.stages.run import require_alone, work_of
 from lowrank_compress.stages.samples import calibration_batches, held_out_batches, settings_of, text_id, with_drawn
 from lowrank_compress.stages.stage import Given
 
-VERSION = 3
+VERSION = 4
 KEEP = "keep"
 
 

@@ -1,39 +1,10 @@
-"""Grids of a page: names as short as can be, and what routers gave to experts."""
+"""Grids of a page, and what routers gave to experts."""
 
 from __future__ import annotations
 
 import math
 
-import pytest
-
-from lowrank_compress.pages.facts import place_of
-from lowrank_compress.pages.grids import Cell, collective, experts, grid, shortened
-
-
-def test_names_are_as_short_as_tells_them_apart() -> None:
-    names = ["attention.output.dense", "intermediate.dense", "output.dense", "attention.self.query"]
-    assert shortened(names) == {
-        "attention.output.dense": "attention.output.dense",
-        "intermediate.dense": "intermediate.dense",
-        "output.dense": "output.dense",
-        "attention.self.query": "query",
-    }
-    assert shortened(["mlp", "mlp"]) == {"mlp": "mlp"}
-
-
-@pytest.mark.parametrize(
-    ("name", "place", "together"),
-    [
-        ("model.layers.11.self_attn.q_proj", (11, "self_attn.q_proj"), "self_attn.q_proj"),
-        ("model.layers.2.mlp.experts.7.lr_up", (2, "mlp.experts.7.lr_up"), "mlp.experts.lr_up"),
-        ("model.layers.2.mlp.experts.7", (2, "mlp.experts.7"), "mlp.experts"),
-        ("model.layers.0:experts", (0, "experts"), "experts"),
-        ("lm_head", (None, "lm_head"), "lm_head"),
-    ],
-)
-def test_places_of_names(name: str, place: tuple[int | None, str], together: str) -> None:
-    assert place_of(name) == place
-    assert collective(place[1]) == together
+from lowrank_compress.pages.grids import Cell, experts, grid
 
 
 def test_cells_stand_in_the_order_in_which_they_come() -> None:

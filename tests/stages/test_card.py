@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,8 @@ evil: !!python/object/apply:os.system [echo]
 ---
 # A model
 """
+
+PARTS = ("`query-key`", "`value-output`", "`mlp`")
 
 
 def header(card: str) -> dict[str, Any]:
@@ -62,7 +65,21 @@ def test_the_original_is_named_and_its_licence_goes_along(tiny: Tiny, tmp_path: 
         assert (place / "LICENSE").read_text() == LICENCE
         assert f"# some-org/a.model-1b, {kind}" in card
         assert "The licence of the original holds for it." in card
+        assert ("import lowrank_compress" if kind == "low-rank" else "compressed-tensors") in code(card)
     assert done("verify", run, "--json").json["ok"]
+
+
+def test_what_is_stored_is_told_by_kind(finished: Callable[[str], Path], tiny: Tiny, tmp_path: Path) -> None:
+    """One row a kind of matrix or module, whichever blocks have it; more is no loss."""
+    card = (finished("modegpt") / "model" / "README.md").read_text()
+    rows = [line.split("|")[1:3] for line in card.splitlines() if line.startswith("| `")]
+    assert {name.strip(): int(number) for name, number in rows} == dict.fromkeys(PARTS, 2)
+    run = tmp_path / "cache"
+    said = done("compress", *tiny.options(run, "dense"), "--kv-ratio", "0.5", "--kv-window", "4").out
+    assert "19,968 weights became 22,016 stored elements" in said
+    assert "Removed" not in said
+    card = (run / "model" / "README.md").read_text()
+    assert re.search(r"Method `dense \(cache: latent\)`: \d+\.\d\d% more parameters inside the blocks are stored", card)
 
 
 def test_cards_repeat_and_know_nothing_of_places(tiny: Tiny, tmp_path: Path) -> None:

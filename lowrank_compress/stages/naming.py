@@ -1,0 +1,33 @@
+"""Names of matrices and modules, for people: where in the model they are, and what they are called there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+# The first number in a name is its block's; that of an expert follows.
+_BLOCK = re.compile(r"(?:.*?\.)?(\d+)[.:](.+)")
+_NUMBER = re.compile(r"\.\d+(?=\.|$)")
+
+
+def place_of(name: str) -> tuple[int | None, str]:
+    """Part the name of a matrix into the number of its block, None outside of all, and what it is called there."""
+    place = _BLOCK.fullmatch(name)
+    return (int(place[1]), place[2]) if place else (None, name)
+
+
+def collective(kind: str) -> str:
+    """Name a matrix inside of a block without the number of its expert, if it is of one."""
+    return _NUMBER.sub("", kind)
+
+
+def shortened(names: Iterable[str]) -> dict[str, str]:
+    """Name dotted paths by as few of their last parts as tell them apart."""
+    paths = {name: name.split(".") for name in names}
+    found = {}
+    for name, parts in paths.items():
+        others = [other for other in paths.values() if other != parts]
+        sizes = range(1, len(parts))
+        size = next((n for n in sizes if all(parts[-n:] != other[-n:] for other in others)), len(parts))
+        found[name] = ".".join(parts[-size:])
+    return found

@@ -32,6 +32,7 @@ MODELS: dict[str, tuple[Any, int, int]] = {
             num_experts_per_tok=8,
             num_hidden_layers=1,
             vocab_size=8,
+            **{"head_dim": 128},
         ),
         48,
         8,

@@ -85,7 +85,8 @@ class Aided:
         """Name what is stored beside the codes, as the layer does."""
         found = {"weight_outer": self.outer, "weight_inner": self.inner, "weight_smooth": self.scales}
         found |= {"weight_outliers": self.kept, "weight_columns": self.columns.int()}
-        return {name: found[name] for name in beside.buffers(*self.quantized.codes.shape, None)}
+        rows, columns = self.quantized.codes.shape
+        return {name: found[name] for name in beside.buffers(rows, columns, None)}
 
 
 def aided(problem: Problem, grid: Grid, rounding: Rounding, aid: Aid) -> Aided:

@@ -61,7 +61,7 @@ def test_a_config_that_transformers_cannot_read(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("config", "message"),
-    [({"model_type": "lama"}, r"'lama'\. Known: bert, camembert, cohere, "), ({}, "'None'")],
+    [({"model_type": "lama"}, r"'lama'\. Known: .*\bllama, "), ({}, "'None'")],
 )
 def test_a_model_type_that_nobody_knows(config: dict[str, object], message: str, path: Path) -> None:
     (path / "config.json").write_text(json.dumps(config))

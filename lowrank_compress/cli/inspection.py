@@ -10,8 +10,8 @@ from typing import Any
 from rich import filesize
 
 from lowrank_compress.artifacts.documents import read_json
-from lowrank_compress.cli.printing import cached, refined
-from lowrank_compress.cli.terminal import became, console, number, print_json, share_of, sparkline, table
+from lowrank_compress.cli.printing import cached, refined, removed
+from lowrank_compress.cli.terminal import became, console, number, print_json, sparkline, table
 from lowrank_compress.errors import ArtifactError, InputError
 from lowrank_compress.options import Option
 from lowrank_compress.registry import unknown
@@ -119,11 +119,11 @@ def show(target: str, as_json: bool) -> None:
             out.print(_routers_table(routers))
     kinds = [row[2] for row in rows]
     total = sum(matrix["predicted_loss"] for matrix in report["matrices"].values())
+    sizes = [removed(report)] if report["asked_ratio"] else []
+    sizes += [became(report["claimed_bytes"], report["stored_bytes"])] if "stored_bytes" in report else []
     out.print(
         f"{kinds.count('LRC')} matrices are low-rank (LRC), {kinds.count('narrow')} modules are narrower, "
-        f"{kinds.count('N-LRC')} stay dense (N-LRC). Removed "
-        f"{report['reached_ratio']:.2%} of {share_of(report['ratio_of'])} (asked: {report['asked_ratio']:.2%})"
-        + (f", {became(report['claimed_bytes'], report['stored_bytes'])}." if "stored_bytes" in report else ".")
+        f"{kinds.count('N-LRC')} stay dense (N-LRC). {', '.join(sizes)}{'.' if sizes else ''}"
     )
     if "cache" in report:
         out.print(cached(report["cache"]))

@@ -127,18 +127,20 @@ def unit_of(said: Mapping[str, Any]) -> str:
     return "nats a token" if said["unit"] == "nats" else said["unit"]
 
 
+def removed(report: Mapping[str, Any]) -> str:
+    """Say what share of the parameters is gone; it is what was asked for only where there was a ratio."""
+    asked, reached = report["asked_ratio"], report["reached_ratio"]
+    return f"Removed {reached:.2%} of {share_of(report['ratio_of'])} (asked: {asked:.2%})"
+
+
 def print_result(result: dict[str, Any], as_json: bool) -> None:
     """Print what a finished run reached."""
     if as_json:
         print_json(result)
         return
-    removed = (
-        f"Removed {result['reached_ratio']:.2%} of {share_of(result['ratio_of'])} (asked: {result['asked_ratio']:.2%}): "
-        if result["asked_ratio"]
-        else ""
-    )
+    gone = f"{removed(result)}: " if result["asked_ratio"] else ""
     console().print(
-        f"{removed}{result['claimed_elements']:,} weights became {result['stored_elements']:,} stored elements, "
+        f"{gone}{result['claimed_elements']:,} weights became {result['stored_elements']:,} stored elements, "
         f"{became(result['claimed_bytes'], result['stored_bytes'])}.\n"
         + (f"{cached(result['cache'])}\n" if "cache" in result else "")
         + (f"{refined(result['refine'])}\n" if "refine" in result else "")

@@ -126,11 +126,14 @@ def test_stages_print_one_json_object(tiny: Tiny, tmp_path: Path, command: str):
     assert len(found["id"]) == 64
 
 
+IN_BYTES = ("bytes", "mix", "rounding", "residual_rank")
+
+
 def test_the_recipe_says_everything(pristine: Finished):
     recipe = yaml.safe_load((pristine("auto") / "recipe.yaml").read_text())
     # Whether to run a checkpoint's code is for the command line alone to say, each time.
-    # Mappings stand there where there is something in them, and so does what is said of a cache.
-    without = ("trust_remote_code", "methods", "options", "kv_ratio", "kv_window")
+    # Mappings stand there where there is something in them, and so does what is said of a cache, or of bytes.
+    without = ("trust_remote_code", "methods", "options", "kv_ratio", "kv_window", *IN_BYTES)
     assert list(recipe) == [name for name in Recipe.model_fields if name not in without]
     parts = {"attention", "qk", "vo", "mlp", "experts", "metric"}
     decided = (

@@ -12,6 +12,7 @@ from pathlib import Path
 from tests.moe import save_moe
 from tests.runs import done
 from tests.test_embeddings import saved
+from tests.test_heads import saved as saved_with_head
 from tests.tiny import save_tiny, tiny_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,10 +26,6 @@ SKIPPED = {
     "pip": "installs",
     "OWNER/NAME": "a repository on the Hub; tests/cli/test_hub.py has a hub of its own",
     "--push-to-hub": "the same",
-    **dict.fromkeys(
-        ("./my-masked-model", "./my-tagger", "./my-reader", "./my-reward-model", "runs/tagger", "runs/my-tagger"),
-        "a model with another head; tests/test_heads.py has them",
-    ),
     "--install-completion": "changes the files of the user's shell",
     "--show-completion": "asks which shell calls it",
 }
@@ -59,6 +56,12 @@ STANDING_FOR = {
 }
 # Runs in the place of those named, where it takes one of another kind: with blocks of one shape, or of embeddings.
 OTHERS = {"--native": {"runs/mine": "runs/narrow"}, "--sts": {"runs/other": "runs/minilm-other"}}
+HEADS = {
+    "my-masked-model": "BertForMaskedLM",
+    "my-tagger": "BertForTokenClassification",
+    "my-reader": "BertForQuestionAnswering",
+    "my-reward-model": "LlamaForSequenceClassification",
+}
 SWEEP = """
 model: ./my-model
 methods: [svd]
@@ -152,6 +155,7 @@ def furnish(place: Path) -> None:
     recipe = place / "configs/svd-llm.yaml"
     recipe.write_text(re.sub(r"^samples:.*", "samples: 16\nseq_len: 64", recipe.read_text(), flags=re.MULTILINE))
     _task(place / "tasks")
+    _heads(place)
     sentences, text = saved(place)
     own = ("--config", recipe, "--calibration", place / "my-text.txt")
     runs = place / "runs"
@@ -160,8 +164,27 @@ def furnish(place: Path) -> None:
     narrow = ("--method", "nystrom", "--attention", "dense", "--allocate", "equal-widths")
     done("compress", place / "my-model", *narrow, "--ratio", 0.2, *own[2:], "--out", runs / "narrow")
     done("compress", place / "classifier", "--method", "svd", "--ratio", 0.2, "--out", runs / "sst2")
+    done("compress", place / "my-tagger", "--method", "svd", "--ratio", 0.2, "--out", runs / "tagger")
     for method, name in (("svd-llm", "minilm"), ("svd", "minilm-other")):
         done("compress", sentences, "--method", method, "--ratio", 0.2, *text, "--out", runs / name)
+
+
+def _heads(place: Path) -> None:
+    """Make models with other heads, and the tables that these are trained on."""
+    for name, head in HEADS.items():
+        saved_with_head(head, place / "heads")[0].rename(place / name)
+    texts = {name: tiny_text(1500, seed=seed).split() for seed, name in enumerate(("train", "dev"), start=7)}
+    lines = {name: [words[start : start + 6] for start in range(0, 96, 6)] for name, words in texts.items()}
+    tables = {
+        name: [{"tokens": each, "ner_tags": [f"LABEL_{len(word) % 5}" for word in each]} for each in found]
+        for name, found in lines.items()
+    }
+    tables["squad"] = [
+        {"question": each[0], "context": " ".join(each[1:]), "answers": each[3]} for each in lines["dev"]
+    ]
+    tables["pairs"] = [{"chosen": " ".join(each), "rejected": " ".join(each[:4])} for each in lines["dev"]]
+    for name, rows in tables.items():
+        (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _task(place: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lowrank_compress.artifacts.directories import recover
+from lowrank_compress.artifacts.files import sweep
 from lowrank_compress.artifacts.manifest import Manifest, listed, read_manifest
 from lowrank_compress.errors import ArtifactError, InputError
 from lowrank_compress.model.checkpoint import Checkpoint
@@ -57,6 +58,7 @@ def extend(
         original is needed and gone or changed.
     """
     reporter = reporter or Silent()
+    resources.workers.once(lambda: sweep(run.path))
     before = run.finished(before=stage.name)
     dense = original_of(before.index, str(run.path), trust_remote_code) if stage.needs_dense else None
     inputs = stage.inputs(Checkpoint(before.path), before.manifest.report, dense)

@@ -92,7 +92,7 @@ def make(name: str, place: Path) -> Case:
         whole = range(0, len(ids) - body + 1, body)
         return Case(path, task, data, [torch.tensor([1, *ids[start : start + body]]) for start in whole], None)
     data = place / "rows.tsv"
-    texts = [tiny_text(length, seed=length).replace("\n", " ").strip() for length in range(20, 70, 2)]
+    texts = [tiny_text(length, seed=length).replace("\n", " ").strip() for length in range(20, 119)]
     with open(data, "w", newline="") as handle:
         writer = csv.writer(handle, delimiter="\t", lineterminator="\n")
         writer.writerow(["sentence", "label"])

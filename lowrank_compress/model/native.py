@@ -26,7 +26,7 @@ from lowrank_compress.shipped.experts import FUSED
 WIDTHS = ("moe_intermediate_size", "intermediate_size", "ffn_dim", "n_inner", "hidden_dim")
 HOW = (
     "Compress with --method nystrom --attention dense --allocate equal-widths for a native export, or "
-    "export with --dense, which every compressed checkpoint can, at the original's size."
+    "export with --dense, at the original's size: all can but those whose routers know fewer experts."
 )
 
 

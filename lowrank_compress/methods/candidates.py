@@ -128,7 +128,7 @@ def all_groups(candidates: Sequence[Candidates]) -> tuple[TargetGroup, ...]:
     return tuple(group for part in candidates for each in part.each for group in each)
 
 
-def beside(candidates: Sequence[Candidates]) -> dict[str, tuple[TargetGroup, ...]]:
+def yardsticks(candidates: Sequence[Candidates]) -> dict[str, tuple[TargetGroup, ...]]:
     """Return the groups of the first alternative for each group that is one of several, by its name.
 
     Where losses are no nats a token, those of alternatives are shares of the mean total of these: a unit of their own,

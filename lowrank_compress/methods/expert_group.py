@@ -16,13 +16,13 @@ from lowrank_compress.calibration.statistics import statistic_key
 from lowrank_compress.formats.dense import dense
 from lowrank_compress.methods.edit import Edit, Replacement, Rerouted, Source
 from lowrank_compress.methods.experts import ExpertMethod
-from lowrank_compress.methods.groups import Price, Weights, dense_elements
+from lowrank_compress.methods.groups import InPlace, Price, Weights, dense_elements
 from lowrank_compress.methods.linear import Damping
 from lowrank_compress.model.casting import cast
 
 
 @dataclass(frozen=True)
-class ExpertGroup:
+class ExpertGroup(InPlace):
     """The experts of a block, of which the best are kept; the rank is how many experts, or units of all of them.
 
     The matrices are those of the first expert, then those of the next, each gate, up, down.
@@ -75,16 +75,6 @@ class ExpertGroup:
     def loses_mean(self) -> bool:
         """What is kept stays as it is."""
         return False
-
-    @property
-    def beside(self) -> bool:
-        """It is not: what it stores is in the place of its matrices."""
-        return False
-
-    @property
-    def cached(self) -> int:
-        """Nothing of a cache."""
-        return 0
 
     def statistics(self) -> Mapping[str, frozenset[str]]:
         """What the method needs of the down-projections."""

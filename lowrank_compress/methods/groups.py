@@ -36,6 +36,20 @@ class Price:
         return (self.elements - self.indices) * itemsize + self.indices * INDEX_DTYPE.itemsize
 
 
+class InPlace:
+    """What groups have in common that store something in the place of their matrices."""
+
+    @property
+    def beside(self) -> bool:
+        """Nothing lies beside them."""
+        return False
+
+    @property
+    def cached(self) -> int:
+        """Nothing of a cache."""
+        return 0
+
+
 class TargetGroup(Protocol):
     """Matrices that get one choice together."""
 

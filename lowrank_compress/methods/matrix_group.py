@@ -17,13 +17,13 @@ from lowrank_compress.formats.spec import Product
 from lowrank_compress.formats.table import FORMATS, choices_of, cost_of, rebuild
 from lowrank_compress.linalg.weighted import Projector
 from lowrank_compress.methods.edit import Edit, Replacement, Source
-from lowrank_compress.methods.groups import Price, Weights, uses
+from lowrank_compress.methods.groups import InPlace, Price, Weights, uses
 from lowrank_compress.methods.halves import halves_of
 from lowrank_compress.methods.linear import Damping, LinearMethod, decompose_target, fit_held_out, sensitivities
 
 
 @dataclass(frozen=True)
-class MatrixGroup:
+class MatrixGroup(InPlace):
     """One matrix, compressed by a linear method."""
 
     target: Target
@@ -73,16 +73,6 @@ class MatrixGroup:
     def loses_mean(self) -> bool:
         """Whether the method would restore the mean here, but has no bias to do it with."""
         return self.method.right.centred and self.target.bias is None
-
-    @property
-    def beside(self) -> bool:
-        """It is not: what it stores is in the place of its matrix."""
-        return False
-
-    @property
-    def cached(self) -> int:
-        """Nothing of a cache."""
-        return 0
 
     def statistics(self) -> Mapping[str, frozenset[str]]:
         """What the method needs for a matrix of this shape."""

@@ -16,7 +16,7 @@ from lowrank_compress.arch.targets import Target
 from lowrank_compress.calibration.statistics import statistic_key
 from lowrank_compress.formats.dense import dense
 from lowrank_compress.methods.edit import Edit, Narrower, Replacement, Source
-from lowrank_compress.methods.groups import Price, Weights, dense_elements, uses
+from lowrank_compress.methods.groups import InPlace, Price, Weights, dense_elements, uses
 from lowrank_compress.methods.halves import halves_of
 from lowrank_compress.methods.linear import Damping
 from lowrank_compress.methods.module import ModuleMethod, Reduced
@@ -24,7 +24,7 @@ from lowrank_compress.model.casting import cast
 
 
 @dataclass(frozen=True)
-class ModuleGroup:
+class ModuleGroup(InPlace):
     """The matrices of a module that shrink together; the rank is the width that is kept.
 
     For queries and keys, and for values and their outputs, that is the width of one head.
@@ -70,16 +70,6 @@ class ModuleGroup:
     def loses_mean(self) -> bool:
         """Module methods restore no mean."""
         return False
-
-    @property
-    def beside(self) -> bool:
-        """It is not: what it stores is in the place of its matrices."""
-        return False
-
-    @property
-    def cached(self) -> int:
-        """Nothing of a cache."""
-        return 0
 
     @property
     def _rotated(self) -> bool:

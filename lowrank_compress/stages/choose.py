@@ -14,7 +14,7 @@ from lowrank_compress.allocation.table import ALLOCATORS
 from lowrank_compress.calibration.statistics import SMALL
 from lowrank_compress.config import ScoreConfig
 from lowrank_compress.errors import InputError
-from lowrank_compress.methods.candidates import Candidates, all_groups, beside, first_groups
+from lowrank_compress.methods.candidates import Candidates, all_groups, first_groups, yardsticks
 from lowrank_compress.methods.groups import TargetGroup, largest_kept, ranking
 from lowrank_compress.options import only
 from lowrank_compress.stages.cache import require_cache_reachable
@@ -49,7 +49,7 @@ class Chooser:
         TargetGroup -> the largest rank that can be asked for.
     nats
         Whether losses are in nats a token; else each is a share of its group's own total.
-    beside
+    yardsticks
         Of groups that are one of several alternatives, those whose mean total takes the place of their own.
 
     Raises
@@ -65,7 +65,7 @@ class Chooser:
         main = all_groups(subject.candidates) if self.allocator.needs_loss else first_groups(subject.candidates)
         self.groups = (*main, *self.cache)
         self.nats = all(group.nats for group in main)
-        self.beside = beside(subject.candidates) if self.allocator.needs_loss else {}
+        self.yardsticks = yardsticks(subject.candidates) if self.allocator.needs_loss else {}
         require_cache_reachable(config, subject.cache)
         self.budget = budget_of(config, subject)
         require_reachable(config, self.budget, subject.candidates)

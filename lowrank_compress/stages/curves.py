@@ -38,7 +38,7 @@ def read_curves(
     bases: BlockFiles,
     spectra: BlockFiles | None = None,
     *,
-    beside: Mapping[str, Sequence[TargetGroup]] = {},
+    yardsticks: Mapping[str, Sequence[TargetGroup]] = {},
     on_sample: bool = False,
 ) -> dict[str, Curve]:
     """Make the curve of every group from the decompositions that were kept, by the group's name.
@@ -53,8 +53,8 @@ def read_curves(
         Their decompositions.
     spectra
         Singular values of the weights themselves, where the allocator looks at them.
-    beside
-        Of groups that are one of several alternatives, those of the first (`candidates.beside`).
+    yardsticks
+        Of groups that are one of several alternatives, those of the first (`candidates.yardsticks`).
     on_sample
         Losses are those on the text that the fits were made on, not those on other text where these are known.
     """
@@ -68,7 +68,7 @@ def read_curves(
             spectrum = singular.get(f"{group.name}/singular_values")
             choices = choices_of(group, config)
             losses = predicted_losses(
-                group, tensors, choices, nats or group.cached > 0, beside.get(group.name, ()), on_sample=on_sample
+                group, tensors, choices, nats or group.cached > 0, yardsticks.get(group.name, ()), on_sample=on_sample
             )
             curves[group.name] = make_curve(
                 group.name,
@@ -87,16 +87,16 @@ def predicted_losses(
     basis: Mapping[str, Tensor],
     choices: Choices,
     nats: bool,
-    beside: Sequence[TargetGroup] = (),
+    yardsticks: Sequence[TargetGroup] = (),
     *,
     on_sample: bool = False,
 ) -> np.ndarray:
     """Predicted loss of the first choices of a group, float64: nats per token, or a share of a total.
 
-    That is the group's own; of one among alternatives the mean of those `beside` it (`candidates.beside`).
+    That is the group's own; of one among alternatives the mean of its `yardsticks` (`candidates.yardsticks`).
     """
     losses = group.losses(basis, choices, on_sample=on_sample)
     if nats:
         return losses / 2
-    total = fmean(each.total(basis, on_sample=on_sample) for each in beside or (group,))
+    total = fmean(each.total(basis, on_sample=on_sample) for each in yardsticks or (group,))
     return losses / total if total > 0 else np.zeros_like(losses)

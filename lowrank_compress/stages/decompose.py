@@ -208,7 +208,7 @@ class Bases:
         """Make the curves of all groups, by name; see :func:`read_curves`."""
         chooser = self.chooser
         return read_curves(
-            chooser.config, chooser.groups, self.files, self.spectra, beside=chooser.beside, on_sample=on_sample
+            chooser.config, chooser.groups, self.files, self.spectra, yardsticks=chooser.yardsticks, on_sample=on_sample
         )
 
 

@@ -28,7 +28,7 @@ from lowrank_compress.artifacts.tensors import BlockFiles
 from lowrank_compress.calibration.experts import tokens_seen
 from lowrank_compress.config import FactorizeConfig, Scheme
 from lowrank_compress.errors import ArtifactError
-from lowrank_compress.methods.candidates import all_groups, beside, candidates_of
+from lowrank_compress.methods.candidates import all_groups, candidates_of, yardsticks
 from lowrank_compress.methods.groups import TargetGroup
 from lowrank_compress.model.blueprint import Blueprint
 from lowrank_compress.model.export import ShardWriter, config_json, write_companions
@@ -189,7 +189,7 @@ def _write(
     seen: dict[str, int] = {}
     leads: dict[str, str] = {}
     every = candidates_of(plan.resolved, scheme_of_scores(scores))
-    compared = beside(every) if ALLOCATORS[scores.key.config["allocate"]].needs_loss else {}
+    compared = yardsticks(every) if ALLOCATORS[scores.key.config["allocate"]].needs_loss else {}
     for block in blocks:
         for name, tensor in work.read(block).items():
             writer.add(name, tensor)

@@ -60,27 +60,27 @@ def block_losses(
     basis: Mapping[str, Tensor],
     choices: Mapping[str, Choice],
     unit_of_loss: str,
-    beside: Mapping[str, Sequence[TargetGroup]],
+    yardsticks: Mapping[str, Sequence[TargetGroup]],
 ) -> dict[str, float]:
     """Predicted loss of the groups that `choices` names, of one block, at the rank they are stored with.
 
-    `beside` says whose totals losses of alternatives are shares of (`candidates.beside`).
+    `yardsticks` says whose totals losses of alternatives are shares of (`candidates.yardsticks`).
     """
     return {
         group.name: 0.0
         if choices[group.name].is_dense
-        else _loss(group, basis, choices[group.name], unit_of_loss == "nats", beside.get(group.name, ()))
+        else _loss(group, basis, choices[group.name], unit_of_loss == "nats", yardsticks.get(group.name, ()))
         for group in groups
         if group.name in choices
     }
 
 
 def _loss(
-    group: TargetGroup, basis: Mapping[str, Tensor], choice: Choice, nats: bool, beside: Sequence[TargetGroup]
+    group: TargetGroup, basis: Mapping[str, Tensor], choice: Choice, nats: bool, yardsticks: Sequence[TargetGroup]
 ) -> float:
     alone = np.array([choice.parameters], dtype=np.int64)
     choices = Choices(choice.format, alone, alone[:, 0], alone[:, 0])
-    return float(predicted_losses(group, basis, choices, nats or group.cached > 0, beside)[0])
+    return float(predicted_losses(group, basis, choices, nats or group.cached > 0, yardsticks)[0])
 
 
 def summary(

@@ -86,7 +86,7 @@ def test_alternatives_share_a_unit_where_others_have_another(tiny: Tiny, tmp_pat
     assert not chooser.nats
     scores = scores_manifest(run / "scores")
     files = bases_of(run / "scores", scores)
-    curves = read_curves(chooser.config, chooser.groups, files, beside=chooser.beside)
+    curves = read_curves(chooser.config, chooser.groups, files, yardsticks=chooser.yardsticks)
     parts = [part for part in chooser.subject.candidates if len(part.each) > 1]
     assert parts
     for part in parts:

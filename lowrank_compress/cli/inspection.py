@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich import filesize
 
-from lowrank_compress.artifacts.documents import read_json
 from lowrank_compress.cli.printing import cached, refined, removed
 from lowrank_compress.cli.terminal import became, console, number, print_json, sparkline, table
 from lowrank_compress.errors import ArtifactError, InputError
 from lowrank_compress.options import Option
 from lowrank_compress.registry import unknown
+from lowrank_compress.stages.naming import loss_unit
+from lowrank_compress.stages.routers import routers_of
 
 KINDS = {"dense": "N-LRC", "width": "narrow", "latent": "cache"}
 LISTS = ("methods", "allocators", "architectures", "stages")
@@ -91,9 +91,7 @@ def show(target: str, as_json: bool) -> None:
     if not of_matrices:
         return
     nats = report["unit"] == "nats"
-    (named, *_) = read_json(place / "config.json").get("architectures") or [""]
-    embeds = named.endswith("Model") and not named.endswith("LMHeadModel")
-    unit = "of ½‖Δe‖² (1 − cosine)" if embeds else "nats"
+    unit = loss_unit(report)
     rows = []
     for name, matrix in report["matrices"].items():
         rows.append(
@@ -109,7 +107,7 @@ def show(target: str, as_json: bool) -> None:
                 number(matrix["predicted_loss"]),
             ]
         )
-    loss = ("loss, ½‖Δe‖²" if embeds else "loss, nats/token") if nats else "loss, share"
+    loss = f"loss, {unit}" if nats else "loss, share"
     columns = ["matrix", "spectrum (6 decades)", "kind", "format", "shape", "rank or width", "kept", "bytes", loss]
     out = console()
     out.print(table(f"{target}: {report['method']}", columns, rows, left=4))
@@ -128,9 +126,9 @@ def show(target: str, as_json: bool) -> None:
     if "cache" in report:
         out.print(cached(report["cache"]))
     for tried in report.get("plans") or []:
-        at_random = "" if tried["at_random"] is None else f", {tried['at_random']:.3f} on tokens drawn at random"
+        at_random = "" if tried["at_random"] is None else f", {tried['at_random']:.4g} on tokens drawn at random"
         taken = " (taken)" if tried["plan"] == report["plan"] else ""
-        far = f"{tried['divergence']:.{4 if embeds else 3}f} {unit}"
+        far = f"{tried['divergence']:.4g} {unit}"
         out.print(f"Plan {tried['plan']}{taken}: {far} from dense on held-out text{at_random}.")
     for text in texts:
         dense = "" if text["perplexity"] is None else f", dense perplexity {text['perplexity']:.4g}"
@@ -142,8 +140,7 @@ def show(target: str, as_json: bool) -> None:
     if "refine" in report:
         out.print(refined(report["refine"], unit))
     if nats:
-        each = "a text" if embeds else "a token"
-        out.print(f"Predicted loss increase: {total:.4g} {unit} {each} (second order: too low at large ratios).")
+        out.print(f"Predicted loss increase: {total:.4g} {unit} (second order: too low at large ratios).")
     else:
         out.print(
             "Losses are shares of each matrix's own total in the method's metric; they do not compare between matrices."
@@ -171,26 +168,6 @@ def _experts_table(experts: dict[str, Any], matrices: dict[str, Any]) -> Any:
         said = f"in {expert['leads_to'].rpartition('.')[2]}" if "leads_to" in expert else said
         rows.append([path, tokens, said, f"{expert['stored'] / expert['dense']:.1%}"])
     return table("Routed experts", ["expert", "tokens seen", "width, or ranks of gate, up, down", "kept"], rows, left=1)
-
-
-def routers_of(experts: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Say, by the path of a block's experts, how its router shared out the calibration set; nothing of unseen ones.
-
-    ``busiest`` and ``idlest`` are the largest and least share of the choices that an expert got, ``in_effect`` the
-    number of experts which, choosing each equally often, would have the same entropy.
-    """
-    tokens = dict[str, list[int]]()
-    for path, expert in experts.items():
-        if expert["tokens"] is not None:
-            tokens.setdefault(path.rpartition(".")[0], []).append(expert["tokens"])
-    found = {}
-    for path, counts in tokens.items():
-        if total := sum(counts):
-            shares = [count / total for count in counts]
-            entropy = -sum(share * math.log(share) for share in shares if share)
-            busiest, idlest = max(shares), min(shares)
-            found[path] = {"experts": len(counts), "busiest": busiest, "idlest": idlest, "in_effect": math.exp(entropy)}
-    return found
 
 
 def _routers_table(routers: Mapping[str, Mapping[str, float]]) -> Any:

@@ -9,9 +9,11 @@ from typing import Any
 
 from rich.progress import filesize
 
+from lowrank_compress.artifacts.documents import read_json
 from lowrank_compress.cli.saying import hint
 from lowrank_compress.cli.terminal import became, console, number, print_json, share_of, table
 from lowrank_compress.stages.card import beside_in_words
+from lowrank_compress.stages.naming import loss_unit
 
 
 def print_dry_run(found: dict[str, Any], as_json: bool) -> None:
@@ -71,10 +73,10 @@ def print_stage(result: dict[str, Any], as_json: bool) -> None:
     rows = [[name.replace("_", " "), _plain(value)] for name, value in plain.items()]
     console().print(table(f"{result['stage']}: done", ["what", "value"], rows))
     if "refine" in result:
-        console().print(refined(result["refine"]))
+        console().print(refined(result["refine"], _unit(result)))
 
 
-def refined(found: Mapping[str, Any], unit: str = "nats") -> str:
+def refined(found: Mapping[str, Any], unit: str) -> str:
     """Say what refining came to; `unit` is that of distances from the dense model."""
     taken = "taken" if found["taken"] else "not taken, as they are no better"
     said = (
@@ -85,6 +87,13 @@ def refined(found: Mapping[str, Any], unit: str = "nats") -> str:
         return said
     counts = Counter(f"{value:g}" if isinstance(value, float) else value for value in found["lambdas"].values())
     return said + " λ by cross-validation: " + ", ".join(f"{name} ({n}×)" for name, n in sorted(counts.items())) + "."
+
+
+def _unit(result: Mapping[str, Any]) -> str:
+    """Name what the losses of the checkpoint are measured in that a command has made."""
+    from lowrank_compress.stages.report import REPORT
+
+    return loss_unit(read_json(Path(result["model"]) / REPORT))
 
 
 def _plain(value: Any) -> str:
@@ -143,7 +152,7 @@ def print_result(result: dict[str, Any], as_json: bool) -> None:
         f"{gone}{result['claimed_elements']:,} weights became {result['stored_elements']:,} stored elements, "
         f"{became(result['claimed_bytes'], result['stored_bytes'])}.\n"
         + (f"{cached(result['cache'])}\n" if "cache" in result else "")
-        + (f"{refined(result['refine'])}\n" if "refine" in result else "")
+        + (f"{refined(result['refine'], _unit(result))}\n" if "refine" in result else "")
         + (f"{quantized(result['quantize'])}\n" if "quantize" in result else "")
         + f"Checkpoint: {result['model']}"
     )

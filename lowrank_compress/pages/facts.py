@@ -25,7 +25,7 @@ from lowrank_compress.stages.card import measurements
 from lowrank_compress.stages.chain import original_of
 from lowrank_compress.stages.cost import read_cost
 from lowrank_compress.stages.identity import display_name
-from lowrank_compress.stages.naming import place_of
+from lowrank_compress.stages.naming import loss_unit, place_of
 from lowrank_compress.stages.presenting import evaluations_of, report_of, spectra_of
 from lowrank_compress.stages.reading import text_batches
 from lowrank_compress.stages.repeating import commands_of
@@ -106,10 +106,7 @@ class RunFacts:
     @property
     def unit(self) -> str:
         """What losses are measured in, and of what."""
-        return {
-            "AutoModelForSequenceClassification": "nats an example",
-            "AutoModel": "½‖Δe‖² a text",
-        }.get(self.report["about"].get("auto_class", ""), "nats a token")
+        return loss_unit(self.report)
 
     @property
     def predicted(self) -> dict[int, float]:

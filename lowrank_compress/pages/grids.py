@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from lowrank_compress.stages.routers import in_effect, shares_of
 
 _EXPERT = re.compile(r"(?:.*?\.)?(\d+)\.(?:.+\.)?(\d+)")
 
@@ -61,7 +62,7 @@ def experts(said: Mapping[str, Any]) -> dict[str, Any] | None:
     for path, expert in said.items():
         if place := _EXPERT.fullmatch(path):
             blocks.setdefault(int(place[1]), []).append((place[2], path, expert))
-    cells, ends = [], {}
+    cells, ends, shares = [], {}, shares_of(said)
     for block, members in blocks.items():
         seen = [expert["tokens"] or 0 for *_, expert in members]
         total = sum(seen)
@@ -73,7 +74,7 @@ def experts(said: Mapping[str, Any]) -> dict[str, Any] | None:
             cells.append(
                 Cell(block, number, kept, line, "gone" if not kept else f"{100 * kept:.0f} %", f"{path}: {count}")
             )
-        shares = [tokens / total for tokens in seen if tokens] if total else []
-        if shares:
-            ends[block] = f"{math.exp(-sum(share * math.log(share) for share in shares)):.1f} of {len(members)}"
+        path = members[0][1].rpartition(".")[0]
+        if path in shares:
+            ends[block] = f"{in_effect(shares[path]):.1f} of {len(members)}"
     return grid(cells, ends) if cells else None

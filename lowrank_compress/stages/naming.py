@@ -1,13 +1,27 @@
-"""Names of matrices and modules, for people: where in the model they are, and what they are called there."""
+"""Names for people: of matrices and modules, where in the model they are, and of what losses are measured in."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 # The first number in a name is its block's; that of an expert follows.
 _BLOCK = re.compile(r"(?:.*?\.)?(\d+)[.:](.+)")
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
+
+# What a loss is measured in, and of what, by the class that loads the model.
+_UNITS = {
+    "AutoModel": "½‖Δe‖² a text",
+    "AutoModelForSequenceClassification": "nats an example",
+    "AutoModelForTokenClassification": "nats a word",
+    "AutoModelForQuestionAnswering": "nats an answer",
+}
+
+
+def loss_unit(report: Mapping[str, Any]) -> str:
+    """Name what losses are measured in that are no shares, and of what, by a checkpoint's lowrank.json."""
+    return _UNITS.get(report.get("about", {}).get("auto_class", ""), "nats a token")
 
 
 def place_of(name: str) -> tuple[int | None, str]:

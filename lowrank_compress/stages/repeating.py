@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lowrank_compress.artifacts.manifest import Manifest, read_manifest
+from lowrank_compress.config import CalibrationSet
 from lowrank_compress.errors import ArtifactError
 from lowrank_compress.recipe import Recipe, load_recipe
 from lowrank_compress.stages.index import Index
@@ -14,13 +15,11 @@ from lowrank_compress.stages.run import Run
 from lowrank_compress.stages.table import STAGES
 
 RECIPE, AGAIN = "recipe.yaml", "AGAIN"
-# What the commands of stages can be told that their results depend on, beside the text.
-TOLD = {
-    "cast": ("dtype",),
-    "refine": (),
-    "recover": ("steps", "seconds", "lr", "train", "lora", "batch"),
-    "quantize": (*("bits", "bytes", "group", "symmetric", "residual_rank", "rounding", "damping", "damping_fisher"),),
-}
+# Settings of stages that commands say in another way, find in the recipe, or cannot be told.
+_ELSEWHERE = {*CalibrationSet.model_fields, "device", "shard_bytes", "block", "towards", "clip", "drawn", "lambdas"}
+_OF_RECIPE = {"refine": {"damping_fisher"}}
+# Names of options that are not those of settings.
+_FLAGS = {"inside": "residual-inside"}
 # Those of a stage that reads a text; by default they are the recipe's.
 OF_TEXT = {"refine": ("samples", "seq_len", "seed"), "recover": ("seq_len", "seed")}
 OF_TEXT["quantize"] = OF_TEXT["refine"]
@@ -62,7 +61,7 @@ def _options(made: Manifest, recipe: Recipe, text: str | None) -> Iterator[str]:
     if config.get("block") is not None:
         yield from ("--block", "--block-steps", str(config["block"]))
     defaults = {name: field.default for name, field in STAGES[stage].config.model_fields.items()}
-    for name in TOLD.get(stage, tuple(config)):
+    for name in told(stage):
         if config[name] is not None and config[name] != defaults[name]:
             yield from _option(name, config[name])
     if own is None:
@@ -76,7 +75,18 @@ def _options(made: Manifest, recipe: Recipe, text: str | None) -> Iterator[str]:
         yield from ("--calibration", "TEXT")
 
 
+def told(stage: str) -> list[str]:
+    """Name the settings of a stage that its command has options for."""
+    elsewhere = _ELSEWHERE | _OF_RECIPE.get(stage, set())
+    return [name for name in STAGES[stage].config.model_fields if name not in elsewhere]
+
+
 def _option(name: str, value: Any) -> tuple[str, ...]:
-    if name == "symmetric":
-        return ("--symmetric" if value else "--asymmetric",)
-    return (f"--{name.replace('_', '-')}", str(value).removesuffix(".0"))
+    if isinstance(value, bool):
+        return ("--asymmetric",) if name == "symmetric" else (flag_of(name),)  # as no default
+    return (flag_of(name), str(value).removesuffix(".0"))
+
+
+def flag_of(name: str) -> str:
+    """Spell the option of a setting."""
+    return f"--{_FLAGS.get(name, name.replace('_', '-'))}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -20,7 +20,7 @@ import torch
 import typer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from lowrank_compress.model.export import ShardWriter
 
@@ -114,15 +114,22 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 def write(directory: Path, shape: Shape, dtype: str, seed: int, shard_bytes: int = SHARD_BYTES) -> int:
     """Write the whole checkpoint into an empty directory and return the number of its parameters."""
+    return written(directory, tensors(shape, getattr(torch, dtype), seed), make_config(shape, dtype), shard_bytes)
+
+
+def written(
+    directory: Path, weights: Iterable[tuple[str, Tensor]], config: PreTrainedConfig, shard_bytes: int = SHARD_BYTES
+) -> int:
+    """Write weights, a tokenizer and a configuration into an empty directory; return the number of parameters."""
     writer = ShardWriter(directory, shard_bytes)
     count = 0
-    for name, tensor in tensors(shape, getattr(torch, dtype), seed):
+    for name, tensor in weights:
         writer.add(name, tensor)
         count += tensor.numel()
     writer.close()
     make_tokenizer().save_pretrained(directory)
     # The config comes last: a directory without it is no checkpoint.
-    text = json.dumps(make_config(shape, dtype).to_dict(), indent=2, sort_keys=True)
+    text = json.dumps(config.to_dict(), indent=2, sort_keys=True)
     (directory / "config.json").write_text(f"{text}\n", encoding="utf-8")
     return count
 

@@ -19,12 +19,11 @@ from typing import Annotated
 
 import torch
 import typer
-from random_llama import SHARD_BYTES, STD, make_tokenizer
+from random_llama import STD, written
 from torch import Tensor
 from transformers import MixtralConfig
 
 from lowrank_compress.demo.text import part
-from lowrank_compress.model.export import ShardWriter
 
 HIDDEN, INNER, KEYS, VOCABULARY = 4096, 14336, 1024, 259
 RATIO = 0.3
@@ -74,15 +73,7 @@ def tensors(experts: int, blocks: int) -> Iterator[tuple[str, Tensor]]:
 def write(directory: Path, experts: int, blocks: int) -> int:
     """Write the whole checkpoint into an empty directory and return the number of its parameters."""
     directory.mkdir(parents=True)
-    writer, count = ShardWriter(directory, SHARD_BYTES), 0
-    for name, tensor in tensors(experts, blocks):
-        writer.add(name, tensor)
-        count += tensor.numel()
-    writer.close()
-    make_tokenizer().save_pretrained(directory)
-    text = json.dumps(make_config(experts, blocks).to_dict(), indent=2, sort_keys=True)
-    (directory / "config.json").write_text(f"{text}\n", encoding="utf-8")
-    return count
+    return written(directory, tensors(experts, blocks), make_config(experts, blocks))
 
 
 def measure(directory: Path, method: str, budget: str, samples: int) -> str:

@@ -34,14 +34,16 @@ def limit_of(budget: ByteBudget, subject: Subject) -> int:
     """How many bytes the candidates may take together: what the share leaves beside claimed weights that stay."""
     claimed = subject.resolved.targets
     others = sum(target.elements for target in claimed) - sum(part.dense for part in subject.candidates)
-    return _asked(budget, subject) - others * getattr(torch, budget.dtype).itemsize
+    return most_bytes(budget, subject) - others * getattr(torch, budget.dtype).itemsize
 
 
-def _asked(budget: ByteBudget, subject: Subject) -> int:
-    return math.floor(Fraction(str(budget.share)) * _original(subject))
+def most_bytes(budget: ByteBudget, subject: Subject) -> int:
+    """How many bytes all claimed weights may take together."""
+    return math.floor(Fraction(str(budget.share)) * original_bytes(subject))
 
 
-def _original(subject: Subject) -> int:
+def original_bytes(subject: Subject) -> int:
+    """Bytes of all claimed weights in the original."""
     return sum(weight_bytes(subject.model, target) for target in subject.resolved.targets)
 
 
@@ -75,10 +77,10 @@ def _require(least: int, budget: ByteBudget, subject: Subject) -> None:
     limit = limit_of(budget, subject)
     if least <= limit:
         return
-    smallest = math.ceil(Fraction(_asked(budget, subject) - limit + least, _original(subject)) * 10**4) / 10**4
+    smallest = math.ceil(Fraction(most_bytes(budget, subject) - limit + least, original_bytes(subject)) * 10**4) / 10**4
     raise InputError(
-        f"--bytes {budget.share} is out of reach: of {_original(subject):,} bytes of the original at least "
-        f"{_asked(budget, subject) - limit + least:,} stay, with {BITS[0]} bits a weight"
+        f"--bytes {budget.share} is out of reach: of {original_bytes(subject):,} bytes of the original at least "
+        f"{most_bytes(budget, subject) - limit + least:,} stay, with {BITS[0]} bits a weight"
         + (" and all matrices as large as they are" if budget.mix == QUANTIZED else "")
         + f". The smallest share is {smallest}."
     )

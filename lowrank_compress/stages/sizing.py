@@ -16,6 +16,7 @@ from lowrank_compress.calibration.statistics import enough_tokens
 from lowrank_compress.evaluation.size import weight_bytes
 from lowrank_compress.methods.groups import TargetGroup, needed, needs_data, price_of, statistics_bytes
 from lowrank_compress.resources.resources import Resources
+from lowrank_compress.stages.bytebudget import most_bytes, original_bytes
 from lowrank_compress.stages.cache import limit_of, most_stored, stock
 from lowrank_compress.stages.measured import TOKENS, cost, most_trials
 from lowrank_compress.stages.plan import Plan
@@ -91,8 +92,8 @@ def _bytes(plan: Plan) -> dict[str, Any]:
     budget = plan.score.bytes
     if budget is None:
         return {}
-    whole = sum(weight_bytes(plan.subject.model, target) for target in plan.subject.resolved.targets)
-    return {"bytes": {"share": budget.share, "original": whole, "largest_stored": math.floor(whole * budget.share)}}
+    sizes = {"original": original_bytes(plan.subject), "largest_stored": most_bytes(budget, plan.subject)}
+    return {"bytes": {"share": budget.share, **sizes}}
 
 
 def _measurements(plan: Plan) -> dict[str, Any]:

@@ -260,3 +260,14 @@ def test_pickled_modules_are_refused(tmp_path: Path) -> None:
     (model / "2_Dense" / "pytorch_model.bin").write_bytes(b"")
     said = refused("compress", model, "--method", "svd", "--out", tmp_path / "run")
     assert "2_Dense/pytorch_model.bin is a pickle" in said
+
+
+def test_one_budget_of_bytes(tmp_path: Path) -> None:
+    """Ranks and bits are chosen by what they do to the embedding."""
+    model, data = saved(tmp_path)
+    run = tmp_path / "run"
+    said = done("compress", model, "--bytes", "0.3", *data, "--out", run, "--json").json
+    assert said["stored_bytes"] <= 0.3 * said["claimed_bytes"]
+    assert said["quantize"]["unit"] == "½‖Δe‖² a text"
+    assert has_all(run / "model")
+    done("verify", run)

@@ -87,9 +87,3 @@ def require_nats(recipe: Recipe, allocate: str, groups: Sequence[TargetGroup], d
             f"{recipe.model} has routed experts, whose weights cannot be stored in few bits yet: pass --ratio in place "
             "of --bytes."
         )
-    assert recipe.rounding is not None
-    if ROUNDINGS[recipe.rounding].needs == "gradients" and design.task == "embedding":
-        raise InputError(
-            f"Rounding by {recipe.rounding} takes gradients of a loss, and {recipe.model} has no head to give one. "
-            "Take --rounding quantease."
-        )

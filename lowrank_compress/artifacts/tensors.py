@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +123,8 @@ class BlockFiles:
             return None
         return found if isinstance(found, dict) else None
 
-    def read(self, block: int) -> dict[str, Tensor]:
-        """Read a block.
+    def read(self, block: int, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
+        """Read a block, or of its tensors those with `wanted` names.
 
         Raises
         ------
@@ -143,7 +143,8 @@ class BlockFiles:
             raise ArtifactError(
                 f"{self.path(block)} is not as it was written. Repeat the stage that writes it, with --overwrite."
             )
-        return load_file(self.path(block))
+        with safe_open(self.path(block), framework="pt") as handle:
+            return {name: handle.get_tensor(name) for name in sorted(handle.keys()) if wanted(name)}
 
 
 def _digest(tensors: Mapping[str, Tensor], said: Mapping[str, Any]) -> str:

@@ -200,9 +200,9 @@ class Bases:
         """Return what to multiply the losses of each group with for the sake of sequences; empty if that is unknown."""
         found = {}
         for block in self.chooser.subject.scopes:
-            found |= {name: float(tensor) for name, tensor in self.files.read(block).items() if name.endswith("/scale")}
-        named = {name.removesuffix("/scale"): scale for name, scale in found.items()}
-        return named if named.keys() == {group.name for group in self.chooser.groups} else {}
+            scales = self.files.read(block, lambda name: name.endswith("/scale"))
+            found |= {name.removesuffix("/scale"): float(scale) for name, scale in scales.items()}
+        return found if found.keys() == {group.name for group in self.chooser.groups} else {}
 
     def curves(self, *, on_sample: bool = False) -> dict[str, Curve]:
         """Make the curves of all groups, by name; see :func:`read_curves`."""

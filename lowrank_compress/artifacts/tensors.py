@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lowrank_compress.artifacts.directories import keep_aside, refuse_link
@@ -56,7 +56,7 @@ class BlockFiles:
         refuse_link(self.directory)
         # One metadata key only: safetensors does not keep the order of several, and bytes must repeat.
         said = {"block": block, "id": self.id, "notes": dict(notes or {})}
-        header = {"lrc": json.dumps(said | {"digest": _digest(plain, said)}, sort_keys=True)}
+        header = {"lrc": json.dumps(said | {"digest": _digest(plain.items(), said)}, sort_keys=True)}
         if self._header(block) is None:
             keep_aside(self.path(block))  # nothing of ours
         write_atomically(self.path(block), lambda path: save_file(plain, path, metadata=header))
@@ -73,9 +73,7 @@ class BlockFiles:
         stamp = self._stamp(block)
         if self._verified.get(block) != stamp:
             try:
-                digest = _digest(
-                    load_file(self.path(block)), {"block": block, "id": self.id, "notes": header.get("notes")}
-                )
+                digest = _digest(self._tensors(block), {"block": block, "id": self.id, "notes": header.get("notes")})
             except (SafetensorError, ValueError):
                 return False
             if digest != header.get("digest"):
@@ -124,7 +122,11 @@ class BlockFiles:
         return found if isinstance(found, dict) else None
 
     def read(self, block: int, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
-        """Read a block, or of its tensors those with `wanted` names.
+        """Read a block, or of its tensors those with `wanted` names; see `each`."""
+        return dict(self.each(block, wanted))
+
+    def each(self, block: int, wanted: Callable[[str], bool] = lambda name: True) -> Iterator[tuple[str, Tensor]]:
+        """Read the tensors of a block one by one, in the order of their names.
 
         Raises
         ------
@@ -143,14 +145,19 @@ class BlockFiles:
             raise ArtifactError(
                 f"{self.path(block)} is not as it was written. Repeat the stage that writes it, with --overwrite."
             )
+        return self._tensors(block, wanted)
+
+    def _tensors(self, block: int, wanted: Callable[[str], bool] = lambda name: True) -> Iterator[tuple[str, Tensor]]:
         with safe_open(self.path(block), framework="pt") as handle:
-            return {name: handle.get_tensor(name) for name in sorted(handle.keys()) if wanted(name)}
+            for name in sorted(handle.keys()):
+                if wanted(name):
+                    yield name, handle.get_tensor(name)
 
 
-def _digest(tensors: Mapping[str, Tensor], said: Mapping[str, Any]) -> str:
-    """Hash a block's tensors, and what its header says."""
+def _digest(tensors: Iterable[tuple[str, Tensor]], said: Mapping[str, Any]) -> str:
+    """Hash a block's tensors, in the order of their names, and what its header says."""
     digest = hashlib.sha256(canonical_hash(said).encode())
-    for name, tensor in sorted(tensors.items()):
+    for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data if tensor.numel() else b"")
     return digest.hexdigest()

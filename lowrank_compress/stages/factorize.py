@@ -191,7 +191,7 @@ def _write(
     every = candidates_of(plan.resolved, scheme_of_scores(scores))
     compared = yardsticks(every) if ALLOCATORS[scores.key.config["allocate"]].needs_loss else {}
     for block in blocks:
-        for name, tensor in work.read(block).items():
+        for name, tensor in work.each(block):
             writer.add(name, tensor)
         notes = work.notes(block)
         for kind, entries in layout.items():

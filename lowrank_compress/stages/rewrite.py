@@ -38,9 +38,10 @@ def refuse_packed(checkpoint: Checkpoint, command: str) -> None:
         It is one.
     """
     if ((checkpoint.quantization or {}).get("factor_quantization") or {}).get("linears"):
+        after = "" if command == "quantize" else f", and quantize the result of `lrc {command}`"
         raise CheckpointError(
             f"{checkpoint.path} is quantized, which comes last: `lrc {command}` cannot change its weights. Name the "
-            f"checkpoint that it was quantized from, and quantize the result of `lrc {command}`."
+            f"checkpoint that it was quantized from{after}."
         )
 
 

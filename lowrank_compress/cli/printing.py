@@ -11,7 +11,7 @@ from rich.progress import filesize
 
 from lowrank_compress.artifacts.documents import read_json
 from lowrank_compress.cli.saying import hint
-from lowrank_compress.cli.terminal import became, console, number, print_json, share_of, table
+from lowrank_compress.cli.terminal import became, console, duration, number, print_json, share_of, table
 from lowrank_compress.stages.card import beside_in_words
 from lowrank_compress.stages.naming import loss_unit
 
@@ -163,7 +163,7 @@ def print_result(result: dict[str, Any], as_json: bool) -> None:
 
 
 def _cost(cost: dict[str, Any]) -> str:
-    seconds = ", ".join(f"{step} {taken:.3g} s" for step, taken in cost["seconds"].items() if taken >= 0.05)
+    seconds = ", ".join(f"{step} {duration(taken)}" for step, taken in cost["seconds"].items() if taken >= 0.05)
     device = f", {filesize.decimal(cost['peak_device_bytes'])} on the GPU" if "peak_device_bytes" in cost else ""
     return (
         f"Peak memory: {filesize.decimal(cost['peak_bytes'])} (in {cost['peak_step']}; "

@@ -244,6 +244,13 @@ def number(value: float | None) -> str:
     return f"{value:.4g}" if abs(value) < 1e5 else f"{value:.3g}"
 
 
+def duration(seconds: float) -> str:
+    """Say how long something took: in seconds, from two minutes in minutes, from two hours in hours."""
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 def share_of(ratio_of: str, count: int | None = None) -> str:
     """Say in words what a ratio is a share of."""
     parameters = "the parameters" if count is None else f"the {count:,} parameters"

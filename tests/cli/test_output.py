@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from lowrank_compress.allocation.table import ALLOCATORS
 from lowrank_compress.arch.table import ARCHITECTURES
+from lowrank_compress.cli.terminal import duration
 from lowrank_compress.methods.table import METHODS
 from lowrank_compress.model.dense import EXPORT
 from lowrank_compress.recipe import Recipe
@@ -97,7 +98,7 @@ def test_compress_says_what_it_reached(tiny: Tiny, tmp_path: Path):
     assert "factorize: done (2)" in said.err
     # Steps of less than a twentieth of a second are not named.
     assert re.search(
-        r"Peak memory: [\d.]+ [MG]B \(in \w+; [\d.]+ [MG]B at the start\).* Time: (none|\w+ [\d.e+]+ s)", said.err
+        r"Peak memory: [\d.]+ [MG]B \(in \w+; [\d.]+ [MG]B at the start\).* Time: (none|\w+ [\d.]+ (s|min))", said.err
     )
 
 
@@ -254,3 +255,11 @@ def test_export_replaces_checkpoints_only_and_only_when_told(tiny: Tiny, finishe
 def test_help_says_the_defaults(default: str):
     said = " ".join(done("compress", "--help").out.replace("│", " ").split())
     assert f"(default: {default}" in said
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0.0512, "0.0512 s"), (3.3349, "3.33 s"), (119, "119 s"), (1003, "17 min"), (7140, "119 min"), (9000, "2.5 h")],
+)
+def test_times_are_said_in_units_that_are_read_easily(seconds: float, said: str):
+    assert duration(seconds) == said

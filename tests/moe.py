@@ -53,6 +53,17 @@ MOE: dict[str, dict[str, Any]] = {
         "n_group": 2,
         "topk_group": 1,
     },
+    # Biases are not zero in what `random_model` makes; a small limit, so that it is reached.
+    "gpt_oss": {
+        **_LLAMA,
+        "head_dim": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 24,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "swiglu_limit": 0.5,
+    },
 }
 
 
@@ -73,12 +84,38 @@ def save_moe(model_type: str, directory: Path, dtype: torch.dtype = torch.float3
 LEAVES = {"gate": "lr_gating", "up": "lr_up", "down": "lr_down"}
 
 
+def plain_expert(experts: Any, number: int) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """Weight (out, in) and bias of gate, up and down of one expert in a stock module."""
+    both, down = experts.gate_up_proj[number], experts.down_proj[number]
+    if not hasattr(experts, "limit"):
+        gate, up = both.chunk(2)
+        return {"gate": (gate, None), "up": (up, None), "down": (down, None)}
+    width = both.shape[1] // 2  # as GPT-OSS has them: transposed, gate and up by turns, with biases
+    even, odd = range(0, 2 * width, 2), range(1, 2 * width, 2)
+    bias = experts.gate_up_proj_bias[number]
+    return {
+        "gate": (torch.stack([both[:, column] for column in even]), torch.stack([bias[column] for column in even])),
+        "up": (torch.stack([both[:, column] for column in odd]), torch.stack([bias[column] for column in odd])),
+        "down": (down.T, experts.down_proj_bias[number]),
+    }
+
+
+def plain_hidden(experts: Any, gate: Tensor, up: Tensor) -> Tensor:
+    """What the family of a stock module makes of the outputs of gate and up."""
+    if not hasattr(experts, "limit"):
+        return experts.act_fn(gate) * up
+    gate, limit = torch.minimum(gate, torch.full_like(gate, experts.limit)), experts.limit
+    up = torch.minimum(torch.maximum(up, torch.full_like(up, -limit)), torch.full_like(up, limit))
+    return (up + 1) * gate / (1 + torch.exp(-1.702 * gate))
+
+
 class Watched:
     """Runs the stock model with a plain loop over experts in the place of theirs, and keeps what each one sees."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.seen: dict[str, tuple[Tensor, ...]] = {}
+        self.biases: dict[str, dict[str, Tensor | None]] = {}
         for path, module in model.named_modules():
             if path.endswith(".experts") and hasattr(module, "gate_up_proj"):
                 module.forward = self._forward(path, module)
@@ -88,17 +125,24 @@ class Watched:
             out = torch.zeros_like(x)
             for number in range(len(experts.down_proj)):
                 tokens, places = torch.where(index == number)
-                gate, up = (x[tokens] @ part.T for part in experts.gate_up_proj[number].chunk(2))
-                hidden = experts.act_fn(gate) * up
-                made = hidden @ experts.down_proj[number].T
+                parts = plain_expert(experts, number)
+
+                def run(x: Tensor, role: str, parts: Any = parts) -> Tensor:
+                    weight, bias = parts[role]
+                    return x @ weight.T if bias is None else x @ weight.T + bias
+
+                gate, up = run(x[tokens], "gate"), run(x[tokens], "up")
+                hidden = plain_hidden(experts, gate, up)
+                made = run(hidden, "down")
+                self.biases[f"{path}.{number}"] = {role: bias for role, (_, bias) in parts.items()}
                 self.seen[f"{path}.{number}"] = (x[tokens], gate, up, hidden, made, weights[tokens, places].double())
                 out = out.index_add(0, tokens, made * weights[tokens, places, None].to(made))
             return out
 
         return forward
 
-    def traces(self, sequences: Sequence[Tensor]) -> dict[str, list[tuple[Tensor, Tensor, Tensor, Tensor]]]:
-        """Return x, y, g and the router's weights of each expert's matrices, by target, for one sequence at a time."""
+    def traces(self, sequences: Sequence[Tensor]) -> dict[str, list[tuple[Tensor, ...]]]:
+        """Return x, z, g, the router's weights and the bias of each expert's matrices, by target, for each sequence."""
         found = defaultdict(list)
         for ids in sequences:
             loss, _ = summed_loss(self.model, ids, None)
@@ -108,17 +152,20 @@ class Watched:
                 for role, inputs, y in (("gate", x, gate), ("up", x, up), ("down", hidden, made)):
                     g = next(gradients)
                     g = torch.zeros_like(y) if g is None else g
-                    found[f"{path}.{LEAVES[role]}"].append((inputs.detach(), y.detach(), g, weights.detach()))
+                    bias = self.biases[path][role]
+                    bias = torch.zeros(y.shape[1], dtype=y.dtype) if bias is None else bias.detach()
+                    found[f"{path}.{LEAVES[role]}"].append((inputs.detach(), y.detach(), g, weights.detach(), bias))
         return found
 
 
 def expert_statistics(
-    seen: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]], weight: Tensor, role: str, tokens: int, losses: int
+    seen: Sequence[tuple[Tensor, ...]], weight: Tensor, role: str, tokens: int, losses: int
 ) -> dict[str, Tensor]:
     """Statistics of one expert's matrix, each by its definition; none where it saw nothing."""
-    x, y, g, w = (torch.cat(part) for part in zip(*seen, strict=True))
+    x, z, g, w = (torch.cat(part) for part in list(zip(*seen, strict=True))[:4])
     if not len(x):
         return {}
+    y = z - seen[0][4]
     own, delta = losses * len(x) / tokens, g @ weight
     found = {
         "in_gram": x.T @ x / tokens,
@@ -132,7 +179,7 @@ def expert_statistics(
         "row_fisher": sum((each[2].T @ each[0]).square().sum(1) for each in seen) / own,
     }
     if role == "down":
-        norms = y.norm(dim=1)
+        norms = z.norm(dim=1)
         found |= {
             "routed": torch.tensor([len(x) / tokens], dtype=torch.float64),
             "router_weight": w.sum()[None] / tokens,

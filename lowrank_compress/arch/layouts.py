@@ -169,4 +169,4 @@ LATENT = (
     Projection("self_attn.kv_b_proj", ("kv_b",), "kv_latent"),
     Projection("self_attn.o_proj", ("o",), "context"),
 )
-ROUTER = ("mlp.gate.weight", "mlp.shared_expert_gate.weight")
+ROUTER = ("mlp.gate.weight", "mlp.router.weight", "mlp.shared_expert_gate.weight")

@@ -12,7 +12,8 @@ from lowrank_compress.arch.spec import EXPERTS, HEAD, LATENT, Architecture, Proj
 from lowrank_compress.arch.table import architecture_of
 from lowrank_compress.arch.targets import Heads, Resolved, Router, Rows, Target, View
 from lowrank_compress.errors import UnsupportedError
-from lowrank_compress.shipped.experts import ROLES, SeparateExperts, separable, separate
+from lowrank_compress.shipped.experts import SeparateExperts, separate
+from lowrank_compress.shipped.fusion import ROLES, fusion_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -60,10 +61,10 @@ def separate_experts(model: PreTrainedModel) -> None:
     for path in block_paths(model) if architecture.experts else ():
         experts = _find(model, place := f"{path}.{architecture.experts}")
         if experts is not None:
-            if not isinstance(experts, SeparateExperts) and not separable(experts):
+            if not isinstance(experts, SeparateExperts) and fusion_of(experts) is None:
                 raise UnsupportedError(
-                    f"{type(model).__name__} has a {type(experts).__name__} at {place!r}; expected gated experts "
-                    f"without biases in two tensors, as architecture {architecture.name!r} has."
+                    f"{type(model).__name__} has a {type(experts).__name__} at {place!r}; expected gated experts in "
+                    f"two tensors, as architecture {architecture.name!r} has."
                 )
             separate(model, place)
 
@@ -160,8 +161,9 @@ def _expert_targets(model: PreTrainedModel, architecture: Architecture, index: i
             view, reads = View(Rows(1, rows, 0, rows)), f"expert.{number}"
             reads = f"{reads}.hidden" if role == "down" else reads
             shape, name = (rows, columns), f"{own}.weight"
+            bias = f"{own}.bias" if experts.fusion.biased else None
             targets.append(
-                Target(own, index, name, view, None, role, EXPERTS.name, shape, reads, None, number, len(experts))
+                Target(own, index, name, view, bias, role, EXPERTS.name, shape, reads, None, number, len(experts))
             )
     return targets
 
@@ -182,7 +184,7 @@ def _fixed(router: nn.Module) -> str:
     if method == "group_limited_greedy" or (method is None and (groups or 1) > 1):
         return f"it chooses among {groups} groups of equally many experts first"
     names = [name for name, _ in (*router.named_parameters(), *router.named_buffers())]
-    if others := [name for name in names if name != "weight"]:
+    if others := [name for name in names if name not in ("weight", "bias")]:
         return f"beside its weight it has {others[0]}, with an entry for every expert"
     return "" if names and hasattr(router, "top_k") else "it has no weight with a row for every expert"
 

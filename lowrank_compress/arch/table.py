@@ -115,6 +115,7 @@ _ENTRIES = (
     _mixture("olmoe", layouts.ATTENTION, traits=traits.NORMED_AS_A_WHOLE),
     _mixture("deepseek_v2", (*layouts.LATENT, *layouts.MLP, *layouts.SHARED_EXPERTS), groups=(LATENT, MLP)),
     _mixture("deepseek_v3", (*layouts.LATENT, *layouts.MLP, *layouts.SHARED_EXPERTS), groups=(LATENT, MLP)),
+    _mixture("gpt_oss", layouts.ATTENTION, traits=traits.SINKING, router="mlp.router"),
 )
 
 ARCHITECTURES: Registry[Architecture] = Registry(

@@ -21,5 +21,7 @@ UNROTATED_LAYERS = WINDOWED._replace(rotates="use_rope")
 SOFT_CAPPED = WINDOWED._replace(soft_cap="attn_logit_softcapping")
 # Attention weights are dropped as `dropout` says.
 DROPPING = Traits(dropout="dropout")
+# Each head has a sink, and rotary tables a column for each pair.
+SINKING = WINDOWED._replace(sinks="sinks", halved_tables=True)
 GPT2 = Traits(dropout="attn_dropout", output_dropout="resid_dropout", reordered="reorder_and_upcast_attn")
 GPT_BIGCODE = Traits(dropout="attn_dropout", output_dropout="resid_dropout")

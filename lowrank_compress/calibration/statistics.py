@@ -133,11 +133,11 @@ STATISTICS: Mapping[str, Statistic] = {
         Statistic("score_fisher", ("key_heads", "size", "size"), True, False, "E[t tᵀ] of each key-value head", ("q",)),
         Statistic(ROUTED, ("one",), False, False, "share of the tokens that an expert sees", ("down",), True),
         Statistic("router_weight", ("one",), False, False, "E[w]", ("down",), True),
-        Statistic("output_norm", ("one",), False, False, "E[‖y‖]", ("down",), True),
-        Statistic("routed_norm", ("one",), False, False, "E[w ‖y‖]", ("down",), True),
+        Statistic("output_norm", ("one",), False, False, "E[‖z‖]", ("down",), True),
+        Statistic("routed_norm", ("one",), False, False, "E[w ‖z‖]", ("down",), True),
         Statistic("hidden_energy", ("in",), False, False, "E[(w x)²]", ("down",), True),
         Statistic("hidden_peak", ("in",), False, False, "largest (w x)², divided by all tokens", ("down",), True),
-        Statistic(LIKENESS, ("experts",), False, False, "E[cos(y, y_j)], all experts j on all tokens", ("down",), True),
+        Statistic(LIKENESS, ("experts",), False, False, "E[cos(z, z_j)], all experts j on all tokens", ("down",), True),
     )
 }
 

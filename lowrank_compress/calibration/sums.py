@@ -74,7 +74,7 @@ def _routed(seen: Seen) -> Routed:
 
 
 def _norms(seen: Seen) -> Tensor:
-    return seen.y.norm(dim=-1, keepdim=True)
+    return seen.z.norm(dim=-1, keepdim=True)
 
 
 def _second_by_head(values: Tensor, heads: Heads) -> Tensor:

@@ -51,6 +51,9 @@ def measure_size(checkpoint: Checkpoint) -> Size:
     blocks = block_bytes = elements = total = 0
     for name in names:
         shape, size = checkpoint.stored(plan.name_on_disk(name))
+        if name in plan.pieces:
+            own = tuple(plan.model.get_parameter(name).shape)
+            shape, size = own, size * math.prod(own) // math.prod(shape)
         count = _weights_in(plan, name, math.prod(shape))
         elements += count
         total += size

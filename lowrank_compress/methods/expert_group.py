@@ -145,12 +145,14 @@ class ExpertGroup(InPlace):
 
     def encode(self, source: Source, choice: Choice, basis: Mapping[str, Tensor]) -> Edit:
         """Store what is kept, dense: experts with fewer hidden units, or none."""
-        parts = {}
+        parts, biases = {}, {}
         for own, units in zip(self.experts, self._units(choice, basis), strict=True):
             for target in own if len(units) < down_of(own).shape[1] else ():
                 weight = source.weight(target)[:, units] if target.role == "down" else source.weight(target)[units]
                 parts[target.name] = dense(cast(weight.cpu(), source.dtype, f"The smaller {target.name}"))
-        return Edit(choice, parts, router=self._rerouted(choice, basis))
+                if target.bias is not None and target.role != "down":
+                    biases[target.name] = source.bias(target)[units].cpu().double()
+        return Edit(choice, parts, biases, router=self._rerouted(choice, basis))
 
     def replace(self, source: Source, choice: Choice, basis: Mapping[str, Tensor]) -> Sequence[Replacement | Rerouted]:
         """Have the router leave experts out; or fill them up with zeros for the units that go."""

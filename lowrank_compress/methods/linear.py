@@ -104,8 +104,8 @@ class LinearMethod:
         return (self.left, self.right) if smaller_side(target.shape) == "out" else (self.right, self.left)
 
     def restores_mean(self, target: Target) -> bool:
-        """Whether the mean input is restored through the bias; only where the layer has one."""
-        return self.right.centred and target.bias is not None
+        """Whether the mean input is restored through the bias; only where the layer has one, and sees all tokens."""
+        return self.right.centred and target.bias is not None and target.expert is None
 
     def statistics(self, target: Target) -> frozenset[str]:
         """Names of the statistics that a target needs."""

@@ -71,8 +71,8 @@ class MatrixGroup(InPlace):
 
     @property
     def loses_mean(self) -> bool:
-        """Whether the method would restore the mean here, but has no bias to do it with."""
-        return self.method.right.centred and self.target.bias is None
+        """Whether the method would restore the mean, but cannot here."""
+        return self.method.right.centred and not self.method.restores_mean(self.target)
 
     def statistics(self) -> Mapping[str, frozenset[str]]:
         """What the method needs for a matrix of this shape."""

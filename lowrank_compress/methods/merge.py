@@ -74,7 +74,7 @@ def merged(matrices: Sequence[Tensor], shares: Tensor, kept: float) -> Tensor:
     Parameters
     ----------
     matrices
-        W_e, (m, n), as the experts' hidden units are to stand.
+        W_e, (m, n), as the experts' hidden units are to stand; or, if all directions are kept, biases, (m,).
     shares
         Tokens that each of them sees, (k,); where none sees any, all count the same.
     kept

@@ -85,22 +85,26 @@ class MergeGroup(ExpertGroup):
 
     def encode(self, source: Source, choice: Choice, basis: Mapping[str, Tensor]) -> Edit:
         """Store those that are left, dense, and nothing of the others."""
-        parts, leads = {}, self._leads(choice, basis)
+        parts, biases, leads = {}, {}, self._leads(choice, basis)
         for members, made in self._made(source, leads, basis):
-            for target, weight in zip(self.experts[members[0]], made, strict=True):
+            for target, (weight, bias) in zip(self.experts[members[0]], made, strict=True):
                 parts[target.name] = dense(cast(weight.cpu(), source.dtype, f"The merged {target.name}"))
+                if bias is not None:
+                    biases[target.name] = bias.cpu()
             for target in (target for other in members[1:] for target in self.experts[other]):
                 none = torch.empty((target.shape[0], 0) if target.role == "down" else (0, target.shape[1]))
                 parts[target.name] = dense(none.to(source.dtype))
-        return Edit(choice, parts, merged=Merged(self.path, leads))
+                if target.bias is not None and target.role != "down":
+                    biases[target.name] = torch.empty(0, dtype=torch.float64)
+        return Edit(choice, parts, biases, merged=Merged(self.path, leads))
 
     def replace(self, source: Source, choice: Choice, basis: Mapping[str, Tensor]) -> list[Replacement]:
         """Give every expert the matrices of its cluster."""
         return [
-            Replacement(target, weight)
+            Replacement(target, weight, bias)
             for members, made in self._made(source, self._leads(choice, basis), basis)
             for member in members
-            for target, weight in zip(self.experts[member], made, strict=True)
+            for target, (weight, bias) in zip(self.experts[member], made, strict=True)
         ]
 
     def _leads(self, choice: Choice, basis: Mapping[str, Tensor]) -> Tensor:
@@ -108,8 +112,8 @@ class MergeGroup(ExpertGroup):
 
     def _made(
         self, source: Source, leads: Tensor, basis: Mapping[str, Tensor]
-    ) -> Iterator[tuple[list[int], list[Tensor]]]:
-        """For each cluster of several: who is in it, the leader first, and its matrices, float64."""
+    ) -> Iterator[tuple[list[int], list[tuple[Tensor, Tensor | None]]]]:
+        """For each cluster of several: who is in it, the leader first, and its matrices and biases, float64."""
         shares, told = basis[f"{self.name}/shares"].cpu(), basis[f"{self.name}/told"].tolist()
         for lead in leads.unique().tolist():
             members = [lead, *(m for m in (leads == lead).nonzero().flatten().tolist() if m != lead)]
@@ -118,9 +122,12 @@ class MergeGroup(ExpertGroup):
 
     def _merged(
         self, source: Source, members: Sequence[int], shares: Tensor, subspace: float, align: float
-    ) -> list[Tensor]:
+    ) -> list[tuple[Tensor, Tensor | None]]:
         def read(target: Target) -> Tensor:
             return source.weight(target).to(source.device).double()
+
+        def read_bias(target: Target) -> Tensor:
+            return source.bias(target).to(source.device).double()
 
         orders: list[Tensor | None] = [None] * len(members)
         if align:
@@ -130,7 +137,15 @@ class MergeGroup(ExpertGroup):
         for place in range(len(self.experts[members[0]])):
             same = [self.experts[member][place] for member in members]
             matrices = [_ordered(read(t), order, t.role) for t, order in zip(same, orders, strict=True)]
-            made.append(merged(matrices, shares.to(matrices[0]), subspace))
+            weight, bias = merged(matrices, shares.to(matrices[0]), subspace), None
+            if same[0].bias is not None:
+                # Of output i, as is row i of the matrices.
+                rows = [None if t.role == "down" else order for t, order in zip(same, orders, strict=True)]
+                biases = [
+                    read_bias(t) if order is None else read_bias(t)[order] for t, order in zip(same, rows, strict=True)
+                ]
+                bias = merged(biases, shares.to(weight), 1)
+            made.append((weight, bias))
         return made
 
 

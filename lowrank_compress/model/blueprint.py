@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -32,7 +32,7 @@ from lowrank_compress.errors import CheckpointError, LrcError, UnsupportedError
 from lowrank_compress.model import contract, weights
 from lowrank_compress.model.casting import cast
 from lowrank_compress.model.checkpoint import Checkpoint, in_a_line
-from lowrank_compress.model.names import names_of
+from lowrank_compress.model.names import Piece, names_of
 from lowrank_compress.shipped.config import LowRankConfig
 from lowrank_compress.shipped.swap import swap_modules
 
@@ -112,6 +112,8 @@ class Blueprint:
         Further names on disk of tensors that are tied: name on disk -> that of the one they are tied to.
     warnings
         What the user should know about what is stored.
+    pieces
+        Tensor name in the model -> which piece of the stored one it is, where it is not all of it.
     """
 
     checkpoint: Checkpoint
@@ -120,6 +122,7 @@ class Blueprint:
     stored: Mapping[str, str]
     ties: Mapping[str, str]
     warnings: tuple[str, ...] = ()
+    pieces: Mapping[str, Piece] = field(default_factory=dict)
 
     @property
     def task(self) -> Task:
@@ -136,10 +139,12 @@ class Blueprint:
         NumericsError
             It has values beyond the dtype that config.json asks for.
         """
-        return self._read(self.name_on_disk(name), self.kept_dtype(name, self.checkpoint.dtype))
+        on_disk, dtype = self.name_on_disk(name), self.kept_dtype(name, self.checkpoint.dtype)
+        piece = self.pieces.get(name)
+        return self._read(on_disk, dtype) if piece is None else piece.of(self._read(on_disk, dtype, piece.number))
 
-    def _read(self, on_disk: str, dtype: torch.dtype | None = None) -> Tensor:
-        found = self.checkpoint.read(on_disk)
+    def _read(self, on_disk: str, dtype: torch.dtype | None = None, row: int | None = None) -> Tensor:
+        found = self.checkpoint.read(on_disk, row)
         return cast(found, dtype or self.checkpoint.dtype, f"The tensor {on_disk} of {self.checkpoint.path}")
 
     def kept_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
@@ -149,6 +154,11 @@ class Blueprint:
             kept |= set(self.model._keep_in_fp32_modules_strict or ())
         # As transformers looks for them.
         return torch.float32 if any(re.search(each.replace("*", ".*"), name) for each in kept) else dtype
+
+    def whole(self, name: str, dtype: torch.dtype) -> Tensor:
+        """Read as `rounded` does what is stored for a tensor: that itself, or all of what it is a piece of."""
+        found = self._read(self.name_on_disk(name), self.kept_dtype(name, self.checkpoint.dtype))
+        return cast(found, self.kept_dtype(name, dtype), f"The tensor {name}")
 
     def rounded(self, name: str, dtype: torch.dtype) -> Tensor:
         """Read a tensor as a checkpoint of some dtype stores it.
@@ -282,6 +292,7 @@ def _built(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Blueprint:
         ) from problem
     model.eval().requires_grad_(False)
     names = names_of(checkpoint.path, checkpoint.files, model)
-    contract.check(checkpoint.path, model, checkpoint.tensors, names.stored, names.ties)
+    wholes = {name: piece.whole for name, piece in names.pieces.items()}
+    contract.check(checkpoint.path, model, checkpoint.tensors, names.stored, names.ties, wholes)
     warnings = contract.dropped(checkpoint.path, contract.unexpected(model, names.unknown))
-    return Blueprint(checkpoint, model, resolved, names.stored, names.ties, warnings)
+    return Blueprint(checkpoint, model, resolved, names.stored, names.ties, warnings, names.pieces)

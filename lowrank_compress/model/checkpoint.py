@@ -136,8 +136,8 @@ class Checkpoint:
         """Tensor name on disk -> the safetensors file that holds it."""
         return {name: stored.file for name, stored in self.tensors.items()}
 
-    def read(self, stored_name: str) -> Tensor:
-        """Read one tensor by its name on disk.
+    def read(self, stored_name: str, row: int | None = None) -> Tensor:
+        """Read one tensor by its name on disk, or a row of it, that is of its first dimension.
 
         Raises
         ------
@@ -145,7 +145,7 @@ class Checkpoint:
             It has NaN or infinite elements.
         """
         with open_tensors(self.files[stored_name]) as handle:
-            tensor = handle.get_tensor(stored_name)
+            tensor = handle.get_tensor(stored_name) if row is None else handle.get_slice(stored_name)[row]
         # The extremes show whether any is not finite, and are found thirty times as fast as the truth about each.
         floats = tensor.is_floating_point() and tensor.numel() > 0
         if floats and not all(torch.isfinite(extreme) for extreme in tensor.aminmax()):

@@ -31,6 +31,7 @@ def check(
     tensors: Mapping[str, Stored],
     stored: Mapping[str, str],
     ties: Mapping[str, str],
+    wholes: Mapping[str, Tensor],
 ) -> None:
     """Make sure that a model's tensors are stored, in their shapes and as plain numbers.
 
@@ -46,6 +47,8 @@ def check(
         Name in the model -> name on disk.
     ties
         Further names on disk of tied tensors -> name on disk of the one they are tied to.
+    wholes
+        Name in the model -> what is stored in its place, where that is a tensor it is a piece of.
 
     Raises
     ------
@@ -55,7 +58,7 @@ def check(
         A tensor is missing, or has another shape or kind of dtype than the model's.
     """
     state: dict[str, Tensor] = model.state_dict()
-    asked = {on_disk: state[name] for name, on_disk in stored.items()}
+    asked = {on_disk: wholes.get(name, state[name]) for name, on_disk in stored.items()}
     asked |= {other: asked[one] for other, one in ties.items() if one in asked}
     companion = next((name for name in tensors if name not in asked and _QUANTIZED.search(name)), None)
     if companion is not None:

@@ -16,6 +16,7 @@ from lowrank_compress.errors import ArtifactError, CheckpointError
 from lowrank_compress.model.blueprint import Blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.export import ShardWriter, write_companions
+from lowrank_compress.model.joining import Joining
 from lowrank_compress.model.names import stock_names
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.model.walk.walk import Walk
@@ -115,7 +116,7 @@ def _write(checkpoint: Checkpoint, out: Path, advance: Callable[[int, int], None
     skeleton = Skeleton(checkpoint, torch.device("cpu"), checkpoint.dtype)
     plan = skeleton.blueprint
     writer = ShardWriter(out, SHARD_BYTES)
-    restored, experts = skeleton.restored_outside(), stock_names(plan.model)
+    restored, experts = skeleton.restored_outside(), Joining(plan.model, stock_names(plan.model))
     factored = {name.rpartition(".")[0] for name in restored}
     for name in plan.outside():
         if not name.startswith(tuple(f"{path}." for path in factored)):
@@ -132,7 +133,9 @@ def _write(checkpoint: Checkpoint, out: Path, advance: Callable[[int, int], None
             name = f"{prefix}.{leaf}"
             # What compression left alone is written in the dtype it is stored in.
             untouched = name.rpartition(".")[0] not in made
-            writer.add(experts.get(name) or _on_disk(plan, name), plan.read(name) if untouched else tensor)
+            found = plan.read(name) if untouched else tensor
+            for stored in experts.add(name, found) if name in experts else [(_on_disk(plan, name), found)]:
+                writer.add(*stored)
         advance(step.index + 1, len(plan.resolved.blocks))
     writer.close()
     dropped = ("quantization_config", "auto_map")

@@ -4,18 +4,19 @@ They may differ: a checkpoint of the base model lacks a prefix, GPT-NeoX stores 
 have `gamma` and `beta`, and experts that lie in one parameter are stored one by one. transformers' own conversion rules
 say what is what; nothing else in this package sees a name on disk.
 
-Experts that are separate in memory have one stored tensor for each of their matrices: under the stock name in a stock
-checkpoint, under their own in a compressed one.
+Experts that are separate in memory have one stored tensor for each of their matrices, under the stock name in a stock
+checkpoint, under their own in a compressed one; or, in a stock one, these are pieces of tensors that have all of them.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -27,7 +28,35 @@ from transformers.core_model_loading import (
 )
 
 from lowrank_compress.errors import CheckpointError
-from lowrank_compress.shipped.experts import FUSED, ROLES, SeparateExperts
+from lowrank_compress.shipped.experts import SeparateExperts
+from lowrank_compress.shipped.fusion import FUSED, ROLES, Fusion
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """A matrix or a bias of one expert in a stored tensor that has those of all experts of a block.
+
+    Attributes
+    ----------
+    number
+        Which expert.
+    leaf
+        Name of the piece below it.
+    fusion
+        How the tensor holds pieces.
+    whole
+        The tensor in the stock model, on the meta device.
+    """
+
+    number: int
+    leaf: str
+    fusion: Fusion
+    whole: Tensor
+
+    def of(self, own: Tensor) -> Tensor:
+        """Take it out of what the stored tensor has of its expert; it shares no memory with that."""
+        found = self.fusion.views({self.fusion.source(self.leaf): own[None]})[self.leaf][0]
+        return found.clone(memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True)
@@ -38,19 +67,22 @@ class Names:
     ----------
     stored
         Tensor name in the model -> name on disk. Tied tensors appear once, under the name of the one that the others
-        are tied to, whichever of them is stored.
+        are tied to, whichever of them is stored. Several are in one, if they are in `pieces`.
     converted
         Tensor name in the model -> names on disk of the several tensors that it is made of, in natural order.
     ties
         Further names on disk of tensors that are tied: name on disk -> that of the one they are tied to.
     unknown
         Name on disk of a tensor that the model does not have -> the name that it would have there.
+    pieces
+        Tensor name in the model -> which piece of the stored one it is, where it is not all of it.
     """
 
     stored: dict[str, str]
     converted: dict[str, tuple[str, ...]]
     ties: dict[str, str]
     unknown: dict[str, str]
+    pieces: dict[str, Piece] = field(default_factory=dict)
 
 
 def names_of(path: Path, on_disk: Collection[str], model: PreTrainedModel) -> Names:
@@ -73,19 +105,20 @@ def names_of(path: Path, on_disk: Collection[str], model: PreTrainedModel) -> Na
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     state = model.state_dict()
     experts = experts_of(model)
-    known = state | {f"{path}.{leaf}": True for path in experts for leaf in FUSED}
+    known = state | {f"{path}.{leaf}": True for path, several in experts.items() for leaf in several.fusion.names}
     found: dict[str, str] = {}
+    pieces: dict[str, Piece] = {}
     parts: dict[str, list[str]] = {}
     unknown: dict[str, str] = {}
     # In the order in which transformers goes through them: some rules take effect from the first match on.
     for stored in sorted(on_disk, key=dot_natural_key):
         name, pattern = rename_source_key(stored, renamings, converters, model.base_model_prefix, known)
-        if name not in state and name.rpartition(".")[0] in experts:
+        if name not in state and name in known:
             if pattern is None:
-                raise CheckpointError(
-                    f"{path} stores the experts of a block in one tensor, {stored}; expected one for each matrix of "
-                    "each expert. Load it with transformers and `save_pretrained` it, which parts them."
-                )
+                own = dict(_pieces(name, experts))
+                pieces |= own
+                found |= dict.fromkeys(own, stored)
+                continue
             name, pattern = _of_expert(stored, name, pattern, converters), None
         if name not in state and stored in state:
             name, pattern = rename_source_key(stored, [], [], model.base_model_prefix, state)
@@ -106,7 +139,7 @@ def names_of(path: Path, on_disk: Collection[str], model: PreTrainedModel) -> Na
             ties[found.pop(name)] = found[source]
         elif name in found:
             found[source] = found.pop(name)
-    return Names(found, {name: tuple(several) for name, several in parts.items()}, ties, unknown)
+    return Names(found, {name: tuple(several) for name, several in parts.items()}, ties, unknown, pieces)
 
 
 def experts_of(model: torch.nn.Module) -> dict[str, SeparateExperts]:
@@ -123,16 +156,28 @@ def _of_expert(stored: str, fused: str, pattern: str, converters: Sequence[Weigh
     return f"{path}.{number}.{role}.weight"
 
 
-def stock_names(model: PreTrainedModel) -> Mapping[str, str]:
-    """Return, for each matrix of separate experts by its name, the name under which stock checkpoints store it.
+def _pieces(name: str, experts: Mapping[str, SeparateExperts]) -> Iterator[tuple[str, Piece]]:
+    """Name what there is of experts in a stock tensor that has all of a block, by its name in a stock model."""
+    path, _, whole = name.rpartition(".")
+    fusion, stock = experts[path].fusion, experts[path].__dict__["stock"]
+    for number in range(len(experts[path])):
+        for leaf in fusion.leaves:
+            if fusion.source(leaf) == whole:
+                yield f"{path}.{number}.{leaf}", Piece(number, leaf, fusion, stock.get_parameter(whole))
 
-    transformers is asked to save tensors that tell by their values which matrices these are.
+
+def stock_names(model: PreTrainedModel) -> Mapping[str, str]:
+    """Return, for each tensor of separate experts by its name, the name under which stock checkpoints store it.
+
+    transformers is asked to save tensors that tell by their values which ones these are; several may be in one.
     """
     tokens, names = {}, []
     for path, experts in experts_of(model).items():
-        own = [[f"{path}.{number}.{role}.weight" for role in ROLES] for number in range(len(experts))]
-        first = torch.arange(len(names), len(names) + 3 * len(own)).view(-1, 3, 1)
-        tokens |= {f"{path}.{FUSED[0]}": first[:, :2].clone(), f"{path}.{FUSED[1]}": first[:, 2:].clone()}
-        names += [name for several in own for name in several]
+        parts = {}
+        for leaf in experts.fusion.leaves:
+            shape = (-1, 1, 1) if leaf.endswith("weight") else (-1, 1)
+            parts[leaf] = torch.arange(len(names), len(names) + len(experts)).view(shape)
+            names += [f"{path}.{number}.{leaf}" for number in range(len(experts))]
+        tokens |= {f"{path}.{name}": experts.fusion.joined(name, parts) for name in experts.fusion.names}
     found = revert_weight_conversion(model, tokens) if tokens else {}
-    return {names[int(value)]: stored for stored, value in found.items()}
+    return {names[value]: stored for stored, values in found.items() for value in values.flatten().tolist()}

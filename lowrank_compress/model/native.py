@@ -18,9 +18,10 @@ from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.dense import SHARD_BYTES, exporting
 from lowrank_compress.model.export import ShardWriter, write_companions
+from lowrank_compress.model.joining import Joining
 from lowrank_compress.model.names import experts_of, stock_names
 from lowrank_compress.model.shards import INDEX
-from lowrank_compress.shipped.experts import FUSED
+from lowrank_compress.shipped.fusion import FUSED
 
 # What the families' configs call the width of an MLP, or of each expert.
 WIDTHS = ("moe_intermediate_size", "intermediate_size", "ffn_dim", "n_inner", "hidden_dim")
@@ -65,11 +66,14 @@ def write_native(checkpoint: Checkpoint, out: Path, *, overwrite: bool = False) 
 def _write_renamed(checkpoint: Checkpoint, draft: Path) -> None:
     """Write the tensors, those of experts under the names that stock checkpoints have for them."""
     plan = blueprint(checkpoint)
-    names = {stored: name for name, stored in plan.stored.items()}
-    experts, writer = stock_names(plan.model), ShardWriter(draft, SHARD_BYTES)
-    for stored in checkpoint.files:
-        if not stored.endswith(tuple(f".experts.{leaf}" for leaf in FUSED)):
-            writer.add(experts.get(names.get(stored, stored), stored), checkpoint.read(stored))
+    names = {stored: name for name, stored in plan.stored.items() if name not in plan.pieces}
+    experts, writer = Joining(plan.model, stock_names(plan.model)), ShardWriter(draft, SHARD_BYTES)
+    for stored, header in checkpoint.tensors.items():
+        if stored.endswith(tuple(f".experts.{leaf}" for leaf in FUSED)) and not header.elements:
+            continue
+        name, tensor = names.get(stored, stored), checkpoint.read(stored)
+        for found in experts.add(name, tensor) if name in experts else [(stored, tensor)]:
+            writer.add(*found)
     writer.close()
 
 

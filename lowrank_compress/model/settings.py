@@ -19,6 +19,11 @@ _WIDTHS = (
 )  # fmt: skip
 _POSITIONS = ("max_position_embeddings", "n_positions")
 MANY_POSITIONS = 1 << 40
+# What to do about quantized weights that are all there is.
+_CURES = {
+    "mxfp4": "Make it plain: AutoModelForCausalLM.from_pretrained(PATH, dtype=torch.bfloat16, quantization_config="
+    "Mxfp4Config(dequantize=True)).save_pretrained(PLAIN), with transformers, and compress that.",
+}
 
 
 def quantization(path: Path, raw: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -53,10 +58,8 @@ def quantization(path: Path, raw: Mapping[str, Any]) -> dict[str, Any] | None:
             "quant_method, or none at all. Remove the entry if the weights are plain ones."
         )
     if method != QUANT_METHOD:
-        raise UnsupportedError(
-            f"{path} is quantized ({_short(method)}); expected plain floating-point weights. Start from the dense "
-            "checkpoint that it was made from."
-        )
+        cure = _CURES.get(method, "Start from the dense checkpoint that it was made from.")
+        raise UnsupportedError(f"{path} is quantized ({_short(method)}); expected plain floating-point weights. {cure}")
     version = found.get("version", VERSION)
     if type(version) is int and version > VERSION:
         raise UnsupportedError(

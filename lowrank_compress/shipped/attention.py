@@ -182,8 +182,8 @@ class CompressedAttention(nn.Module):
         return norm(states.flatten(-2)).view(states.shape) if self.lr_heads.traits.whole_norms else norm(states)
 
     def _rotate(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotate (batch, heads, tokens, query_key); `cos` and `sin` are the model's, (batch, tokens, rotary)."""
-        heads, rotary = self.lr_heads, cos.shape[-1]
+        """Rotate (batch, heads, tokens, query_key); `cos` and `sin` are (batch, tokens, rotary), or half of that."""
+        heads, rotary = self.lr_heads, cos.shape[-1] * (2 if self.lr_heads.traits.halved_tables else 1)
         if not heads.rotary:
             return family(self.lr_stock_class).apply_rotary_pos_emb(query, key, cos, sin)
         first = self.lr_rotary[:, : heads.query_key // 2].long()
@@ -207,9 +207,9 @@ class CompressedAttention(nn.Module):
         return float(getattr(value, "p", value))
 
     def _limits(self) -> dict[str, Any]:
-        """Return what the stock module tells the attention function about its window and its soft cap."""
+        """Return what the stock module tells the attention function about its window, soft cap and sinks."""
         traits = self.lr_heads.traits
-        places = {"sliding_window": traits.window, "softcap": traits.soft_cap}
+        places = {"sliding_window": traits.window, "softcap": traits.soft_cap, "s_aux": traits.sinks}
         limits = {name: attrgetter(place)(self) for name, place in places.items() if place}
         return {name: value for name, value in limits.items() if value is not None}
 

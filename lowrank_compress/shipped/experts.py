@@ -8,14 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from .formats.base import INDEX_DTYPE
+from .fusion import FUSED, ROLES, Fusion, Gating, fusion_of
 from .modules import find, put
-
-ROLES = ("lr_gating", "lr_up", "lr_down")
-FUSED = ("gate_up_proj", "down_proj")
 
 
 class Expert(nn.Module):
-    """One expert, a gated MLP: ``lr_down(act_fn(lr_gating(x)) * lr_up(x))``; of width 0 it gives zeros.
+    """One expert, a gated MLP: ``lr_down(gating(lr_gating(x), lr_up(x)))``; of width 0 it gives zeros, or a bias.
 
     Each of the three is a linear layer, which may be compressed as any other. Their names are none that transformers
     would take for those of stored experts, and join to a tensor, or for a router, whose dtype is its own.
@@ -25,17 +23,17 @@ class Expert(nn.Module):
     lr_up: Any
     lr_down: Any
 
-    def __init__(self, width: int, size: int, act_fn: Any, like: Tensor) -> None:
+    def __init__(self, width: int, size: int, gating: Gating, bias: bool, like: Tensor) -> None:
         super().__init__()
         shapes = dict(zip(ROLES, ((width, size), (width, size), (size, width)), strict=True))
         for role, (rows, columns) in shapes.items():
-            linear = nn.utils.skip_init(nn.Linear, columns, rows, bias=False, device=like.device, dtype=like.dtype)
+            linear = nn.utils.skip_init(nn.Linear, columns, rows, bias=bias, device=like.device, dtype=like.dtype)
             self.add_module(role, linear)
-        self.act_fn = act_fn
+        self.gating = gating
 
     def hidden(self, x: Tensor) -> Tensor:
         """Map (tokens, size) to the hidden units, (tokens, width)."""
-        return self.act_fn(self.lr_gating(x)) * self.lr_up(x)
+        return self.gating(self.lr_gating(x), self.lr_up(x))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (tokens, size) to (tokens, size)."""
@@ -52,6 +50,8 @@ class SeparateExperts(nn.ModuleList):
     ----------
     stock : nn.Module
         What it stands for; its weights are taken along unless they are on the meta device.
+    fusion : Fusion
+        How that holds them.
 
     Notes
     -----
@@ -64,16 +64,18 @@ class SeparateExperts(nn.ModuleList):
 
     lr_merged: int
 
-    def __init__(self, stock: Any) -> None:
-        gate_up, down = (stock.get_parameter(name) for name in FUSED)
-        count, size, width = down.shape
-        super().__init__(Expert(width, size, stock.act_fn, down) for _ in range(count))
+    def __init__(self, stock: Any, fusion: Fusion) -> None:
+        views = fusion.views({name: stock.get_parameter(name) for name in fusion.names})
+        count, size, width = (down := views[f"{ROLES[2]}.weight"]).shape
+        gating = Gating(stock, fusion)
+        super().__init__(Expert(width, size, gating, fusion.biased, down) for _ in range(count))
         self.train(stock.training)
+        self.fusion = fusion
         if down.device.type != "meta":
             with torch.no_grad():
-                for expert, both, last in zip(list[Any](self), gate_up, down, strict=True):
-                    for role, weight in zip(ROLES, (*both.chunk(2), last), strict=True):
-                        getattr(expert, role).weight.copy_(weight)
+                for leaf, several in views.items():
+                    for expert, own in zip(self, several, strict=True):
+                        expert.get_parameter(leaf).copy_(own)
         # No submodule: it has no memory and no place in any state.
         self.__dict__["stock"] = stock.to("meta")
 
@@ -124,10 +126,10 @@ class SeparateExperts(nn.ModuleList):
     def part(self) -> None:
         """Let all experts stand for themselves again, with the weights of those that stood for them."""
         if self.merged:
-            experts: list[Any] = list(self)
+            experts = list(self)
             for number, lead in enumerate(self._buffers.pop("lr_leads").tolist()):  # pyright: ignore[reportOptionalMemberAccess]
-                for role in ROLES if lead != number else ():
-                    getattr(experts[number], role).weight.copy_(getattr(experts[lead], role).weight)
+                for leaf in self.fusion.leaves if lead != number else ():
+                    experts[number].get_parameter(leaf).copy_(experts[lead].get_parameter(leaf))
             del self.lr_merged
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -151,10 +153,9 @@ class SeparateExperts(nn.ModuleList):
     def joined(self) -> nn.Module:
         """Return the stock module, with these experts' weights; all three layers of each must be stock again."""
         stock = self.__dict__["stock"]
-        experts: list[Any] = list(self)
-        gate_up = torch.stack([torch.cat([expert.lr_gating.weight, expert.lr_up.weight]) for expert in experts])
-        stock.gate_up_proj = nn.Parameter(gate_up)
-        stock.down_proj = nn.Parameter(torch.stack([expert.lr_down.weight for expert in experts]))
+        parts = {leaf: torch.stack([expert.get_parameter(leaf) for expert in self]) for leaf in self.fusion.leaves}
+        for name in self.fusion.names:
+            setattr(stock, name, nn.Parameter(self.fusion.joined(name, parts)))
         return stock.train(self.training)
 
 
@@ -162,14 +163,6 @@ def routed(top_k_index: Tensor, number: int) -> tuple[Tensor, Tensor]:
     """Return which tokens go to an expert, ascending, and at which place of their choices it stands."""
     tokens, places = torch.where(top_k_index == number)
     return tokens, places
-
-
-def separable(module: nn.Module) -> bool:
-    """Tell whether a stock module holds gated experts without biases, gate rows before up rows, as (out, in)."""
-    told = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
-    gate_up, down = (getattr(module, name, None) for name in FUSED)
-    shaped = isinstance(gate_up, Tensor) and isinstance(down, Tensor) and gate_up.ndim == down.ndim == 3
-    return shaped and hasattr(module, "act_fn") and all(getattr(module, k, v) == v for k, v in told.items())
 
 
 def separate(model: nn.Module, path: str) -> SeparateExperts:
@@ -183,11 +176,11 @@ def separate(model: nn.Module, path: str) -> SeparateExperts:
     name, old = find(model, path)
     if isinstance(old, SeparateExperts):
         return old
-    if not separable(old):
+    if (fusion := fusion_of(old)) is None:
         raise ValueError(
             f"{path} is a {type(old).__name__}, expected experts whose gate, up and down can be told apart"
         )
-    put(model, name, new := SeparateExperts(old))
+    put(model, name, new := SeparateExperts(old, fusion))
     return new
 
 

@@ -37,7 +37,7 @@ def lacking(traits: Traits, attention: nn.Module) -> str:
     for field in ("query_norm", "key_norm", "output_dropout"):
         if (name := getattr(traits, field)) and not isinstance(getattr(attention, name, None), nn.Module):
             return f"a {type(attention).__name__} has no module {name}, which is to be its {field}"
-    for field in ("rotates", "window", "soft_cap", "dropout", "reordered"):
+    for field in ("rotates", "window", "soft_cap", "dropout", "reordered", "sinks"):
         owner, _, leaf = (name := getattr(traits, field)).rpartition(".")
         if name and not hasattr(getattr(attention, owner, None) if owner else attention, leaf):
             return f"a {type(attention).__name__} has no {name}, which is to be its {field}"

@@ -79,4 +79,5 @@ def dense_module(stock: Stock, like: Tensor) -> Any:
     if 0 in (stock.in_features, stock.out_features):
         linear.in_features, linear.out_features = stock.in_features, stock.out_features
         linear.weight = nn.Parameter(linear.weight.new_empty(stock.out_features, stock.in_features))
+        linear.bias = nn.Parameter(linear.bias.new_empty(stock.out_features)) if stock.bias else None
     return linear

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -13,9 +14,9 @@ from .formats.base import INDEX_DTYPE
 class PrunedRouter(nn.Module):
     """A router that knows fewer experts; it is mixed into a family's own router class.
 
-    The stock class computes with the rows of its weight that are left, and so shares a token among the experts that
-    are left. What it returns is told in stock numbers: it equals the stock router whose logits of the other experts are
-    -inf, and so do its logits, (tokens, stock experts).
+    The stock class computes with the rows of its weight, and of its bias, that are left, and so shares a token among
+    the experts that are left. What it returns is told in stock numbers: it equals the stock router whose logits of the
+    other experts are -inf, and so do its logits, (tokens, stock experts).
 
     Notes
     -----
@@ -70,23 +71,26 @@ def prune_router(module: Any, kept: Tensor) -> None:
     ValueError
         It is no router whose experts are the rows of its weight, or fewer would be left than a token goes to.
     """
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.ndim != 2 or not hasattr(module, "top_k"):
+    weight, several = getattr(module, "weight", None), module.parameters()
+    shaped = isinstance(weight, Tensor) and weight.ndim == 2 and all(len(each) == len(weight) for each in several)
+    if not isinstance(weight, Tensor) or not shaped or not hasattr(module, "top_k"):
         raise ValueError(f"a {type(module).__name__} is no router with a row for each expert")
     if not module.top_k <= len(kept) <= len(weight):
         raise ValueError(
             f"{len(kept)} of {len(weight)} experts cannot be left where a token goes to {module.top_k} of them"
         )
     module.lr_experts = len(weight)
-    rows = weight.detach()[kept.long().to(weight.device)]
-    module.weight = nn.Parameter(rows, requires_grad=weight.requires_grad)
+    for name, parameter in list(module.named_parameters()):
+        rows = parameter.detach()[kept.long().to(parameter.device)]
+        setattr(module, name, nn.Parameter(rows, requires_grad=parameter.requires_grad))
     module.__class__ = pruned_class(type(module))
     module.register_buffer("lr_kept", kept.to(weight.device, INDEX_DTYPE))
 
 
-def restore_router(module: Any, weight: nn.Parameter) -> None:
-    """Make it the stock router again, with a weight for all experts."""
-    module.weight = weight
+def restore_router(module: Any, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Make it the stock router again, with the parameters that it had for all experts."""
+    for name, parameter in parameters.items():
+        setattr(module, name, parameter)
     module._buffers.pop("lr_kept")
     module.__dict__.pop("lr_experts")
     module.__class__ = module.lr_stock_class

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 class Traits(NamedTuple):
     """What the attention of a family does beyond projections, rotation, softmax and output.
 
-    All but one name an attribute of the attention module (those of tokens and bounds may be an attribute's attribute,
+    All but two name an attribute of the attention module (those of tokens and bounds may be an attribute's attribute,
     with a dot); the empty name says that there is nothing of the kind.
 
     Parameters
@@ -30,6 +30,10 @@ class Traits(NamedTuple):
         Module that drops outputs.
     reordered
         Whether eager attention is computed by the module's own ``_upcast_and_reordered_attn`` (GPT-2).
+    sinks
+        A further score of each query head, (heads,), that takes a share of attention which goes nowhere.
+    halved_tables
+        Whether rotary tables have one column for each pair of dimensions that turns, and not one for each dimension.
     """
 
     query_norm: str = ""
@@ -41,6 +45,8 @@ class Traits(NamedTuple):
     dropout: str = "attention_dropout"
     output_dropout: str = ""
     reordered: str = ""
+    sinks: str = ""
+    halved_tables: bool = False
 
     def entry(self) -> dict[str, Any]:
         """Return what is not as usual: so much of it stands in a checkpoint's config."""

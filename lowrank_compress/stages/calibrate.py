@@ -161,8 +161,8 @@ def run(
     batches = with_drawn(batches, config.drawn, subject.checkpoint, task)
     if any(group.loses_mean for group in groups):
         reporter.warn(
-            "afm restores the mean through biases, and some layers of this model have none: there it uses the "
-            "uncentred Gram matrix and restores no mean."
+            "afm restores the mean through biases, and some layers of this model have none, or are experts, which see "
+            "some tokens only: there it uses the uncentred Gram matrix and restores no mean."
         )
     if not complete:
         device, room = torch.device(config.device), resources.on(config.device).for_experts

@@ -215,13 +215,13 @@ def divergences(skeleton: Skeleton, batches: Sequence[Batch], plans: Sequence[Pl
 def in_place_of(skeleton: Skeleton, replacements: Sequence[Replacement | Rerouted]) -> Iterator[None]:
     """Put matrices and biases into the block in memory, for a while."""
     routers = [skeleton.model.get_submodule(each.path) for each in replacements if isinstance(each, Rerouted)]
-    weights = [router.get_parameter("weight") for router in routers]
+    parameters = [dict(router.named_parameters()) for router in routers]
     kept = _put(skeleton, replacements)
     try:
         yield
     finally:
-        for router, weight in zip(routers, weights, strict=True):
-            restore_router(router, weight)
+        for router, whole in zip(routers, parameters, strict=True):
+            restore_router(router, whole)
         for name, data in kept.items():
             skeleton.model.get_parameter(name).data = data
 

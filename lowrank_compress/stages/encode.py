@@ -21,8 +21,8 @@ from lowrank_compress.methods.groups import TargetGroup
 from lowrank_compress.model.blueprint import Blueprint
 from lowrank_compress.model.casting import cast
 from lowrank_compress.model.surgery import KEPT, LATENT, LEADS, REBUILD, ROTARY, attention_entry
-from lowrank_compress.shipped.experts import FUSED
 from lowrank_compress.shipped.formats.base import INDEX_DTYPE
+from lowrank_compress.shipped.fusion import FUSED
 
 
 @dataclass
@@ -111,8 +111,9 @@ class Encoder:
         replaced = self._modules(block, edits, made) | self._routers(edits, made)
         self._attention(block, edits, made)
         for name in self.plan.inside(block):
-            if name not in replaced:
-                made.tensors[self._on_disk(name, made)] = self.plan.rounded(name, self.dtype)
+            if name not in replaced and (on_disk := self._on_disk(name, made)) not in made.tensors:
+                alone = on_disk == name or name not in self.plan.pieces
+                made.tensors[on_disk] = (self.plan.rounded if alone else self.plan.whole)(name, self.dtype)
         return made
 
     def _experts(self, block: int, edits: Sequence[Edit], made: EncodedBlock) -> None:
@@ -133,12 +134,13 @@ class Encoder:
         """Take the rows of experts that are gone from routers; return the names of the tensors that become others."""
         replaced: set[str] = set()
         for router in (edit.router for edit in edits if edit.router is not None):
-            name = f"{router.path}.weight"
-            weight, on_disk = self.plan.rounded(name, self.dtype), self.plan.name_on_disk(name)
-            made.routers[router.path] = {"experts": len(weight), "kept": len(router.kept)}
-            made.tensors[on_disk] = weight[router.kept]
-            made.tensors[f"{on_disk.removesuffix('weight')}{KEPT}"] = router.kept.to(INDEX_DTYPE)
-            replaced.add(name)
+            for leaf, _ in self.plan.model.get_submodule(router.path).named_parameters():
+                name = f"{router.path}.{leaf}"
+                rows, on_disk = self.plan.rounded(name, self.dtype), self.plan.name_on_disk(name)
+                made.routers[router.path] = {"experts": len(rows), "kept": len(router.kept)}
+                made.tensors[on_disk] = rows[router.kept]
+                made.tensors[f"{on_disk.removesuffix(leaf)}{KEPT}"] = router.kept.to(INDEX_DTYPE)
+                replaced.add(name)
         return replaced
 
     def _on_disk(self, name: str, made: EncodedBlock) -> str:
@@ -173,7 +175,7 @@ class Encoder:
             replaced.add(first.parameter)
             if first.bias is not None:
                 biases = [changed.get(target.name, plan.bias(target).double()) for target in targets]
-                made.tensors[plan.name_on_disk(first.bias)] = cast(
+                made.tensors[self._on_disk(first.bias, made)] = cast(
                     joined(targets, biases), self.dtype, f"The bias of {path}"
                 )
                 replaced.add(first.bias)

@@ -22,6 +22,7 @@ from lowrank_compress.linalg.refine import Sample
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.model.walk.step import Step
 from lowrank_compress.shipped.experts import SeparateExperts
+from lowrank_compress.shipped.fusion import ROLES
 
 # Bytes of the sums of those experts that are measured in one go; it changes no result.
 AT_ONCE = 1 << 30
@@ -102,7 +103,8 @@ def expert_sums(
     experts
         Numbers.
     down
-        Whether it is for the matrices that emit their outputs; else for those that read their inputs.
+        Whether it is for the matrices that emit their outputs, beside the dense model's biases; else for those that
+        read their inputs.
     """
     theirs, own = (cast(SeparateExperts, block.get_submodule(path)) for block in step.blocks[:2])
     sums, seen = {number: PairSums() for number in experts}, set[int]()
@@ -121,6 +123,8 @@ def expert_sums(
                 inputs = _called(own.get_submodule(str(expert)).hidden, inputs)
                 targets = _called(theirs.get_submodule(str(member)), targets)
                 targets = targets + (owed[tokens] if isinstance(owed, Tensor) else owed)
+                bias = theirs.get_submodule(f"{expert}.{ROLES[-1]}").bias
+                targets = targets if bias is None else targets - bias
             parts = Batch(routed.real.long(), routed.real, first=batch.first)
             sums[expert].add(parts, routed.spread(inputs), routed.spread(targets))
     return {number: each.samples() for number, each in sums.items() if number in seen}

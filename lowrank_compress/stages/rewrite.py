@@ -14,6 +14,7 @@ from lowrank_compress.errors import CheckpointError
 from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.export import ShardWriter, config_json, write_companions
+from lowrank_compress.model.joining import Joining
 from lowrank_compress.shipped.saving import remote_code_entries, write_remote_code
 from lowrank_compress.stages.card import model_card
 from lowrank_compress.stages.identity import checkpoint_id
@@ -82,10 +83,13 @@ def rewrite(
     plan = blueprint(checkpoint)
     plan.check_ties()
     writer = ShardWriter(out, shard_bytes)
+    pieces = Joining(plan.model, {name: plan.name_on_disk(name) for name in plan.pieces})
     count = len(plan.resolved.blocks)
     for block in range(-1, count):
         for name in plan.outside() if block < 0 else plan.inside(block):
-            writer.add(plan.name_on_disk(name), tensors(block, name))
+            tensor = tensors(block, name)
+            for found in pieces.add(name, tensor) if name in pieces else [(plan.name_on_disk(name), tensor)]:
+                writer.add(*found)
         advance(block + 1, count)
     shards = writer.close()
     layout = checkpoint.quantization or {}

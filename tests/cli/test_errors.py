@@ -150,7 +150,8 @@ def lacking(model: Path) -> None:
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
 
 
-GPT_OSS = {"model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], "num_local_experts": 4}
+JAMBA = {"model_type": "jamba", "architectures": ["JambaForCausalLM"], "num_experts": 4}
+MXFP4 = {"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}}
 DAMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "nan": (poison(float("nan")), ["model.layers.1.mlp.up_proj.weight", "1 NaN or infinite elements"]),
     "inf": (poison(float("-inf")), ["model.layers.1.mlp.up_proj.weight", "1 NaN or infinite elements"]),
@@ -163,7 +164,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "bad config": (lambda m: (m / "config.json").write_text("{"), ["config.json"]),
     "unknown type": (configured(model_type="llamma"), ["llamma"]),
     "unsupported type": (configured(model_type="mamba", architectures=["MambaForCausalLM"]), ["mamba", "llama"]),
-    "mixture of experts": (configured(**GPT_OSS), ["gpt_oss", "mixtral"]),
+    "mixture of experts": (configured(**JAMBA), ["jamba", "mixtral"]),
+    "mxfp4": (configured(**MXFP4), ["is quantized (mxfp4)", "Mxfp4Config(dequantize=True)", "save_pretrained"]),
     "unsupported head": (configured(architectures=["LlamaForMultipleChoice"]), ["LlamaForMultipleChoice"]),
     "quantized": (configured(quantization_config={"quant_method": "gptq", "bits": 4}), ["gptq", "dense checkpoint"]),
     "no tokenizer": (lambda m: [p.unlink() for p in m.glob("tokenizer*")], ["no tokenizer"]),

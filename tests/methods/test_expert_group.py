@@ -54,7 +54,7 @@ def decomposed(method: str, model_type: str, place: Path) -> Found:
 def saliency(method: str, seen: list[tuple[Tensor, ...]], weight: Tensor) -> list[float]:
     """One for the expert, or for camera one for each hidden unit, by its definition."""
     count, norms, energy, peak = 0, 0.0, [0.0] * weight.shape[1], [0.0] * weight.shape[1]
-    for hidden, outputs, _, routers in seen:
+    for hidden, outputs, _, routers, _ in seen:
         for h, y, w in zip(hidden, outputs, routers, strict=True):
             count += 1
             norms += float(w) * float(y.norm())
@@ -68,11 +68,11 @@ def saliency(method: str, seen: list[tuple[Tensor, ...]], weight: Tensor) -> lis
     return [sums[method]]
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "gpt_oss"])
 @pytest.mark.parametrize("method", ["frequency", "reap", "reap-sum", "camera"])
 def test_the_ranking_is_that_of_every_token_by_itself(method: str, model_type: str, tmp_path: Path) -> None:
     skeleton, found, traces = decomposed(method, model_type, tmp_path)
-    assert len(found) == {"mixtral": 2, "qwen3_moe": 1}[model_type]
+    assert len(found) == {"mixtral": 2, "qwen3_moe": 1, "gpt_oss": 2}[model_type]
     for group, basis in found:
         downs = [target for target in group.targets if target.role == "down"]
         each = [saliency(method, traces[down.name], skeleton.blueprint.weight(down)) for down in downs]
@@ -162,6 +162,7 @@ def test_experts_that_are_kept_stay_as_they_are(tmp_path: Path) -> None:
         ),
         ("deepseek_v2", {}, ""),
         ("olmoe", {}, ""),
+        ("gpt_oss", {}, ""),
     ],
 )
 def test_routers_that_cannot_do_with_fewer_are_refused(model_type: str, fields: dict, why: str) -> None:

@@ -41,7 +41,7 @@ class Counting(Skeleton):
         Counting.alive -= 1
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v3", "gpt_oss"])
 @pytest.mark.parametrize("gradients", [True, False])
 def test_statistics_are_the_same_to_the_last_bit(model_type: str, gradients: bool, tmp_path: Path) -> None:
     moe_model(model_type).save_pretrained(tmp_path)
@@ -65,7 +65,9 @@ def test_statistics_are_the_same_to_the_last_bit(model_type: str, gradients: boo
         assert all(torch.equal(mean, lent[block][key]) for key, mean in means.items())
     experts = max(target.experts for target in skeleton.resolved.targets)  # pyright: ignore[reportPossiblyUnboundVariable]
     assert most[0] >= 3 * experts
-    assert most[1] <= 6  # of the one that is run, and of the one before it whose storage goes as it is replaced
+    # Gate, up and down, with biases in some families,
+    each = 6 if model_type == "gpt_oss" else 3
+    assert most[1] <= 2 * each  # of the one that is run, and of the one before it whose storage goes as it is replaced
 
 
 def test_what_was_lent_is_gone_and_can_be_run_again(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -16,7 +17,7 @@ from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.model.walk.walk import Walk
 from lowrank_compress.stages.refining import BlockRefiner
 from lowrank_compress.stages.refiningexperts import expert_sums
-from tests.moe import save_moe
+from tests.moe import plain_expert, plain_hidden, save_moe
 from tests.ordinary import tokens
 from tests.runs import done
 from tests.tiny import tiny_text
@@ -54,9 +55,10 @@ def slow_sums(dense: Any, compressed: Any, calls: list[list[Call]], expert: int,
                 continue
             if down:
                 one = compressed[expert]
-                inputs.append(one.act_fn(one.lr_gating(own[token])) * one.lr_up(own[token]))
-                gate, up = (dense.gate_up_proj[expert] @ x[token]).chunk(2)
-                made = dense.down_proj[expert] @ (torch.nn.functional.silu(gate) * up)
+                inputs.append(plain_hidden(dense, one.lr_gating(own[token]), one.lr_up(own[token])))
+                parts = plain_expert(dense, expert)
+                gate, up = (torch.nn.functional.linear(x[token], *parts[role]) for role in ("gate", "up"))
+                made = parts["down"][0] @ plain_hidden(dense, gate, up)  # beside the bias
                 targets.append(made + lost[token] / shares[token].sum())
             else:
                 inputs.append(own[token])
@@ -65,8 +67,9 @@ def slow_sums(dense: Any, compressed: Any, calls: list[list[Call]], expert: int,
     return [one.T @ one, other.T @ one, torch.tensor(len(one))]
 
 
-def test_sums_of_experts(tmp_path: Path) -> None:
-    model, text = save_moe("mixtral", tmp_path / "dense"), tmp_path / "text.txt"
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
+def test_sums_of_experts(model_type: str, tmp_path: Path) -> None:
+    model, text = save_moe(model_type, tmp_path / "dense"), tmp_path / "text.txt"
     text.write_text(tiny_text(600))
     done("compress", model, "--method", "svd", "--ratio", "0.4", "--out", tmp_path / "run")
     sequences = tokens(*[11] * 5)

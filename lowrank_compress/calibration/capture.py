@@ -247,13 +247,14 @@ def halved_statistics(targets: Sequence[Target], wanted: Wanted, tokens: int) ->
 
 def first_counts(batches: Sequence[Batch]) -> tuple[int, int]:
     """Tokens and loss terms of the even sequences of a calibration set."""
-    halves = [_even(batch) for batch in batches]
+    halves = [half_of(batch, 0) for batch in batches]
     return sum(half.tokens for half in halves), sum(half.terms for half in halves)
 
 
-def _even(batch: Batch) -> Batch:
+def half_of(batch: Batch, half: int) -> Batch:
+    """Take the sequences of a batch that belong to a half of the calibration set: the even (0) or the odd ones (1)."""
     ids, mask, labels = (
-        None if part is None else part[batch.first % 2 :: 2] for part in (batch.ids, batch.mask, batch.labels)
+        None if part is None else part[(batch.first + half) % 2 :: 2] for part in (batch.ids, batch.mask, batch.labels)
     )
     assert ids is not None
     return Batch(ids, mask, labels, pooled=batch.pooled, paired=batch.paired)

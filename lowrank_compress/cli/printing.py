@@ -74,6 +74,8 @@ def print_stage(result: dict[str, Any], as_json: bool) -> None:
     console().print(table(f"{result['stage']}: done", ["what", "value"], rows))
     if "refine" in result:
         console().print(refined(result["refine"], _unit(result)))
+    if result["stage"] == "cache" and "cache" in result:
+        console().print(cached(result["cache"]))
 
 
 def refined(found: Mapping[str, Any], unit: str) -> str:

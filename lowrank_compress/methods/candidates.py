@@ -64,10 +64,14 @@ def candidates_of(resolved: Resolved, scheme: Scheme) -> tuple[Candidates, ...]:
                     _require_no_data(part)
                 found.append(Candidates(tuple(_groups(each, name, part.targets, resolved) for each in part.methods)))
         if scheme.kv_window is not None and block < len(resolved.blocks):
-            key, value = (target for role in "kv" for target in resolved.of_block(block) if target.role == role)
-            group = LatentGroup(f"{path}:{LABEL}", (key, value), scheme.kv_window)
-            found.append(Candidates(((group,),), cache=True))
+            found.append(Candidates(((key_value_group(resolved, block, scheme.kv_window),),), cache=True))
     return tuple(found)
+
+
+def key_value_group(resolved: Resolved, block: int, window: int) -> LatentGroup:
+    """Return the group of what a block may cache."""
+    key, value = (target for role in "kv" for target in resolved.of_block(block) if target.role == role)
+    return LatentGroup(f"{resolved.blocks[block]}:{LABEL}", (key, value), window)
 
 
 def _without_rebuilt(part: Part, scheme: Scheme) -> Part:
@@ -78,8 +82,8 @@ def _without_rebuilt(part: Part, scheme: Scheme) -> Part:
         if isinstance(method, ModuleMethod) and any(target.heads is not None for target in part.targets):
             raise UnsupportedError(
                 f"{method.name} makes the heads of {part.group.title} narrower, and --kv-ratio rebuilds keys and "
-                "values of whole heads from a latent. Choose one of them: leave --kv-ratio out, or give the attention "
-                "a linear method, for instance --attention kfac."
+                "values of whole heads from a latent. Leave --kv-ratio out, and make the cache of the result smaller by "
+                "`lrc cache`; or give the attention a linear method, for instance --attention kfac."
             )
     if scheme.kv_window:
         return part

@@ -56,7 +56,8 @@ def require_cacheable(design: Blueprint) -> None:
 def check_remembering(skeleton: Skeleton, batch: Batch) -> None:
     """Run a block of each kind with its own attention, and with ours, whose factors multiply to the same matrices.
 
-    Once all keys and values are rebuilt, once those of a window are exact.
+    Once all keys and values are rebuilt, once those of a window are exact. Of a compressed model blocks are made dense
+    for it, after which the skeleton is of no more use.
 
     Raises
     ------
@@ -66,45 +67,56 @@ def check_remembering(skeleton: Skeleton, batch: Batch) -> None:
     replay = Replay(skeleton, [batch])
     (hidden,) = replay.start()
     for index in unlike_attentions(skeleton.model, skeleton.resolved):
-        for window in (0, WINDOW):
-            _check_block(skeleton, replay, index, hidden, window)
+        with skeleton.block(index) as block:
+            restore_modules(block)
+            expected = replay.step(index, block, 0, hidden)
+            for window in (WINDOW, 0):  # after the latter keys and values are no longer what they were
+                found = _remembered(skeleton, replay, index, block, hidden, window)
+                _compare(skeleton, index, hidden, expected, found)
 
 
-def _check_block(skeleton: Skeleton, replay: Replay, index: int, hidden: Tensor, window: int) -> None:
-    resolved = skeleton.resolved
+def _path(skeleton: Skeleton, index: int) -> str:
+    return f"{skeleton.resolved.blocks[index]}.{skeleton.resolved.architecture.attention}"
+
+
+def _remembered(
+    skeleton: Skeleton, replay: Replay, index: int, block: nn.Module, hidden: Tensor, window: int
+) -> Tensor:
+    """Run a stock block with our attention, and put the stock one back."""
+    resolved, path = skeleton.resolved, _path(skeleton, index)
     architecture, heads = resolved.architecture, resolved.heads
-    path = f"{resolved.blocks[index]}.{architecture.attention}"
     targets: dict[Role, Target] = {target.role: target for target in resolved.of_block(index)}
     entry = attention_entry(targets, heads, heads.size, heads.size, rotary=False, traits=architecture.traits)
-    with skeleton.block(index) as block:
-        expected = replay.step(index, block, 0, hidden)
-        matrix = _keys_and_values(skeleton.model, targets)
-        rank = min(matrix.shape)
-        whole = torch.eye(rank).to(matrix)
-        inner, outer = (whole, matrix) if rank == matrix.shape[1] else (matrix, whole)
-        latent = {"rank": rank, "window": window}
-        try:
-            swap_modules(skeleton.model, LowRankConfig(attention={path: {**entry, "latent": latent}}))
-            attention = skeleton.model.get_submodule(path)
-            for name, factor in (("lr_latent", inner), ("lr_rebuild", outer)):
-                linear = attention.get_submodule(name)
-                linear.weight = nn.Parameter(factor, requires_grad=False)
-            found = replay.step(index, block, 0, hidden)
-        except (MemoryError, torch.OutOfMemoryError):  # says nothing of the family
-            raise
-        except Exception as problem:  # whatever another family's attention runs into
-            raise UnsupportedError(
-                f"{path} of {type(skeleton.model).__name__} does not run as attention that caches a latent does "
-                f"({type(problem).__name__}: {first_line(problem)}). {INSTEAD}"
-            ) from problem
-        finally:
-            restore_modules(block)
+    matrix = _keys_and_values(skeleton.model, targets)
+    rank = min(matrix.shape)
+    whole = torch.eye(rank).to(matrix)
+    inner, outer = (whole, matrix) if rank == matrix.shape[1] else (matrix, whole)
+    latent = {"rank": rank, "window": window}
+    try:
+        swap_modules(skeleton.model, LowRankConfig(attention={path: {**entry, "latent": latent}}))
+        attention = skeleton.model.get_submodule(path)
+        for name, factor in (("lr_latent", inner), ("lr_rebuild", outer)):
+            linear = attention.get_submodule(name)
+            linear.weight = nn.Parameter(factor, requires_grad=False)
+        return replay.step(index, block, 0, hidden)
+    except (MemoryError, torch.OutOfMemoryError):  # says nothing of the family
+        raise
+    except Exception as problem:  # whatever another family's attention runs into
+        raise UnsupportedError(
+            f"{path} of {type(skeleton.model).__name__} does not run as attention that caches a latent does "
+            f"({type(problem).__name__}: {first_line(problem)}). {INSTEAD}"
+        ) from problem
+    finally:
+        restore_modules(block)
+
+
+def _compare(skeleton: Skeleton, index: int, hidden: Tensor, expected: Tensor, found: Tensor) -> None:
     change, error = float((expected - hidden).abs().max()), float((found - expected).abs().max())
     if not error <= TOLERANCE * change:
         raise UnsupportedError(
-            f"{path} of {type(skeleton.model).__name__} does more than queries, keys and values: with keys and values "
-            f"rebuilt from a latent that loses nothing its block differs by {error:.2g}, where it changes the hidden "
-            f"states by {change:.2g}. {INSTEAD}"
+            f"{_path(skeleton, index)} of {type(skeleton.model).__name__} does more than queries, keys and values: "
+            f"with keys and values rebuilt from a latent that loses nothing its block differs by {error:.2g}, where it "
+            f"changes the hidden states by {change:.2g}. {INSTEAD}"
         )
 
 

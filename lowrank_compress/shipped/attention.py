@@ -183,9 +183,13 @@ class CompressedAttention(nn.Module):
 
     def _rotate(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Rotate (batch, heads, tokens, query_key); `cos` and `sin` are (batch, tokens, rotary), or half of that."""
-        heads, rotary = self.lr_heads, cos.shape[-1] * (2 if self.lr_heads.traits.halved_tables else 1)
-        if not heads.rotary:
+        if not self.lr_heads.rotary:
             return family(self.lr_stock_class).apply_rotary_pos_emb(query, key, cos, sin)
+        return self._kept_turned(query, cos, sin), self._kept_turned(key, cos, sin)
+
+    def _kept_turned(self, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotate the kept dimensions of (batch, heads, tokens, query_key), each pair by its own frequency."""
+        heads, rotary = self.lr_heads, cos.shape[-1] * (2 if self.lr_heads.traits.halved_tables else 1)
         first = self.lr_rotary[:, : heads.query_key // 2].long()
         cos, sin = cos[..., : rotary // 2], sin[..., : rotary // 2]
         if rotary < heads.size:
@@ -193,12 +197,8 @@ class CompressedAttention(nn.Module):
             first = first.clamp(max=rotary // 2)
             cos, sin = nn.functional.pad(cos, (0, 1), value=1.0), nn.functional.pad(sin, (0, 1))
         cos, sin = (table[..., first].transpose(1, 2).unsqueeze(2) for table in (cos, sin))
-
-        def turn(states: Tensor) -> Tensor:
-            one, two = states.unflatten(1, (heads.kv_heads, -1)).chunk(2, -1)
-            return torch.cat([one * cos - two * sin, two * cos + one * sin], -1).flatten(1, 2)
-
-        return turn(query), turn(key)
+        one, two = states.unflatten(1, (heads.kv_heads, -1)).chunk(2, -1)
+        return torch.cat([one * cos - two * sin, two * cos + one * sin], -1).flatten(1, 2)
 
     def _dropout(self) -> float:
         """Return the probability with which the stock module drops attention weights."""

@@ -16,8 +16,9 @@ QUANT_METHOD = "lowrank"
 # Of what a checkpoint holds; raised when code that knows only earlier ones could not load it. 2: indices are int32.
 # 3: attentions may say their traits, and parts be svd-core. 4: experts may be compressed. 5: linear layers may be
 # packed. 6: routers may know fewer experts. 7: attentions may cache latents. 8: packed layers may have something beside
-# their codes. 9: experts may be merged. A checkpoint bears the first version that has all that is in it.
-VERSION = 9
+# their codes. 9: experts may be merged. 10: attentions with narrower heads may cache latents. A checkpoint bears the
+# first version that has all that is in it.
+VERSION = 10
 REMOTE_FILE = "modeling_lowrank.py"
 IN_PACKAGE = __name__.startswith("lowrank_compress.")
 
@@ -108,7 +109,7 @@ class LowRankConfig(QuantizationConfigMixin):
             self.merged = {path: _checked_merged(path, count, self.experts) for path, count in merged.items()}
         needed = [3 for entry in self.attention.values() if "traits" in entry]
         needed += [4 for _ in self.experts] + [6 for _ in self.routers] + [9 for _ in self.merged]
-        needed += [7 for entry in self.attention.values() if "latent" in entry]
+        needed += [10 if _is_narrower(entry) else 7 for entry in self.attention.values() if "latent" in entry]
         needed += [FORMATS[part["format"]].since for entry in self.modules.values() for part in entry["parts"]]
         needed += [] if self.factor_quantization is None else [5]
         needed += [8 for entry in (self.factor_quantization or {}).get("linears", {}).values() if len(entry) > 3]
@@ -212,13 +213,16 @@ def _checked_attention(path: str, entry: Mapping[str, Any]) -> dict[str, Any]:
 
 def _latent_problem(entry: Mapping[str, Any]) -> str:
     """Say why an attention's entry is not one that caches latents, or nothing."""
-    latent, size = entry["latent"], entry["size"]
+    latent = entry["latent"]
     named = isinstance(latent, dict) and set(latent) == {"rank", "window"}
     if not named or any(type(number) is not int for number in latent.values()):
         return f"latent is a rank and a window, two whole numbers, got {latent!r}"
-    most = 2 * entry["kv_heads"] * size
+    most = entry["kv_heads"] * (entry["query_key"] + entry["value"])
     if not 1 <= latent["rank"] <= most or latent["window"] < 0:
         return f"a latent has from 1 to {most} numbers, and a window none or more, got {latent}"
-    if entry["rotary"] or entry["query_key"] != size or entry["value"] != size:
-        return "an attention that caches latents keeps its heads as they are"
     return ""
+
+
+def _is_narrower(entry: Mapping[str, Any]) -> bool:
+    """Whether an attention's heads are narrower than stock."""
+    return entry["query_key"] < entry["size"] or entry["value"] < entry["size"]

@@ -31,11 +31,12 @@ class Latent(NamedTuple):
 class LatentAttention(CompressedAttention):
     """Self-attention that caches z = B x of each token, and rebuilds keys and values from it: [k; v] = A z + b.
 
-    B (rank, hidden) is ``lr_latent``, A (2 · kv_heads · size, rank) ``lr_rebuild``, keys before values; the biases are
-    those of the projections. Keys are normalised and rotated once they are rebuilt. Without a window the projections
-    emit nothing but their biases (`Rebuilt`). With one they are whole, and a token attends to exact keys and values of
-    the last `Latent.window` tokens, itself among them, and to rebuilt ones of those before; a forward pass without a
-    cache does the same (CSKV, 2024, section 3, keeps such a window; there keys and values are factored apart).
+    B (rank, hidden) is ``lr_latent``, A (kv_heads · (query_key + value), rank) ``lr_rebuild``, keys before values, of
+    heads that may be narrower than stock; the biases are those of the projections. Keys are normalised and rotated once
+    they are rebuilt. Without a window the projections emit nothing but their biases (`Rebuilt`). With one they are
+    whole, and a token attends to exact keys and values of the last `Latent.window` tokens, itself among them, and to
+    rebuilt ones of those before; a forward pass without a cache does the same (CSKV, 2024, section 3, keeps such a
+    window; there keys and values are factored apart).
 
     Notes
     -----
@@ -70,10 +71,10 @@ class LatentAttention(CompressedAttention):
             everywhere = torch.arange(latent.shape[1], device=hidden.device)[None]
             of_all = self.lr_turning[0](hidden, everywhere)
             of_new = tuple(table[:, counted] for table in of_all)
-        query = turned(query, of_new)
+        query = self._turned(query, of_new)
         if not self.lr_remembered.window:
             return query, *self._rebuilt(latent, of_all), mask
-        key, value = turned(exact[0].transpose(1, 2), of_new), exact[1].transpose(1, 2)
+        key, value = self._turned(exact[0].transpose(1, 2), of_new), exact[1].transpose(1, 2)
         if cache is not None:
             key, value = windowed(cache, self.layer_idx).extended(key, value, self.lr_remembered.window)
         held = key.shape[2]
@@ -89,13 +90,24 @@ class LatentAttention(CompressedAttention):
 
     def _rebuilt(self, latent: Tensor, tables: tuple[Tensor, ...] | None) -> tuple[Tensor, Tensor]:
         """Rebuild keys and values, each (batch, kv_heads, tokens, size), of latents (batch, tokens, rank)."""
-        heads = self.lr_heads
-        key, value = self.lr_rebuild(latent).unflatten(-1, (2, heads.kv_heads, heads.size)).unbind(2)
+        both = self.lr_rebuild(latent).split(self._widths(), -1)
+        key, value = (states.unflatten(-1, (self.lr_heads.kv_heads, -1)) for states in both)
         of_key, of_value = self._biases()
         key = key if of_key is None else key + of_key
         value = value if of_value is None else value + of_value
-        key = self._normalised(heads.traits.key_norm, key).transpose(1, 2)
-        return turned(key, tables), value.transpose(1, 2)
+        key = self._normalised(self.lr_heads.traits.key_norm, key).transpose(1, 2)
+        return self._turned(key, tables), value.transpose(1, 2)
+
+    def _widths(self) -> tuple[int, int]:
+        """Return how many rows keys have, and values, of all heads together."""
+        heads = self.lr_heads
+        return heads.kv_heads * heads.query_key, heads.kv_heads * heads.value
+
+    def _turned(self, states: Tensor, tables: tuple[Tensor, ...] | None) -> Tensor:
+        """Rotate queries or keys (batch, heads, tokens, query_key) by tables (batch, tokens, rotary), if any."""
+        if tables is None or not self.lr_heads.rotary:
+            return turned(states, tables)
+        return self._kept_turned(states, *tables)
 
     def _biases(self) -> tuple[Tensor | None, Tensor | None]:
         """Return the biases of keys and of values, each (kv_heads, size) or None."""
@@ -155,19 +167,19 @@ class LatentAttention(CompressedAttention):
 
     @torch.no_grad()
     def products(self) -> tuple[Tensor, Tensor]:
-        """Multiply out the matrices of keys and values, each (kv_heads · size, hidden), in at least float32."""
+        """Multiply out the matrices of keys and values, each (kv_heads · width, hidden), in at least float32."""
         factors = [module.get_parameter("weight") for module in (self.lr_rebuild, self.lr_latent)]
         half = factors[0].dtype.itemsize < 4 or factors[0].device.type == "mps"
         left, right = (factor.to(torch.float32 if half else torch.float64) for factor in factors)
-        key, value = (left @ right).chunk(2)
+        key, value = (left @ right).split(self._widths())
         return key, value
 
     def stock_products(self) -> dict[str, Tensor]:
-        """Return what a stock projection of each name adds to its weight, (out, hidden), to emit what is rebuilt."""
+        """Return what the projection of each name adds to its weight, (rows, hidden), to emit what is rebuilt."""
         heads, (key, value) = self.lr_heads, self.products()
         if heads.q != heads.k:
             return {heads.k: key, heads.v: value}
-        query = key.new_zeros(heads.heads * heads.size, key.shape[1])
+        query = key.new_zeros(heads.heads * heads.query_key, key.shape[1])
         if not heads.interleaved:
             return {heads.q: torch.cat([query, key, value])}
         parts = [matrix.unflatten(0, (heads.heads, -1)) for matrix in (query, key, value)]

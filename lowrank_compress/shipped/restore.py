@@ -71,7 +71,7 @@ def restore_modules(model: nn.Module) -> list[str]:
         whole = weight.new_zeros(stock.out_features, stock.groups, stock.in_features // stock.groups)
         whole[rows, :, : weight.shape[2]] = weight
         if name in rebuilt:
-            whole += rebuilt[name].to(whole)[:, None]
+            whole[rows] += rebuilt[name].to(whole)[:, None]
         new = dense_module(stock, weight).train(old.training)
         (new.weight.T if stock.conv1d else new.weight).copy_(whole.flatten(1))
         if stock.bias:

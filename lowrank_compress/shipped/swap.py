@@ -121,7 +121,8 @@ def _swap_attention(model: nn.Module, path: str, entry: Mapping[str, Any]) -> No
         like, hidden = linear["q"].weight, shape_of(linear["q"])[1]
         module.__class__ = latent_class(stock_class)
         module.lr_latent = dense_module(Stock(latent.rank, hidden, False, False), like)
-        module.lr_rebuild = dense_module(Stock(2 * heads.kv_heads * heads.size, latent.rank, False, False), like)
+        rebuilt = heads.kv_heads * (heads.query_key + heads.value)
+        module.lr_rebuild = dense_module(Stock(rebuilt, latent.rank, False, False), like)
         module.lr_remembered = latent
         module.lr_turning = turning  # a tuple, so that it is no child
 
@@ -180,7 +181,7 @@ def latent_problem(module: Any, traits: Traits, turning: tuple[nn.Module, ...]) 
         return "it sees a sliding window of tokens, whose cache is short already"
     if getattr(module, "is_causal", True) is not True:
         return "it is no decoder, so that it has no cache"
-    if not hasattr(family(type(module)), "apply_rotary_pos_emb"):
+    if not hasattr(family(getattr(type(module), "lr_stock_class", type(module))), "apply_rotary_pos_emb"):
         return ""
     if len(turning) != 1 or "inv_freq" not in turning[0]._buffers:
         return f"the model has {len(turning) or 'no'} rotary embeddings of its own kind, expected one for all layers"

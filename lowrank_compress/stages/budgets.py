@@ -51,7 +51,10 @@ def _in_bytes(recipe: Recipe) -> Recipe:
     if recipe.ratio_of != "blocks":
         raise InputError("--bytes is a share of the blocks' bytes: leave --ratio-of out.")
     if recipe.kv_ratio is not None:
-        raise InputError("--kv-ratio does not go with --bytes yet: leave one of them out.")
+        raise InputError(
+            "--kv-ratio does not go with --bytes, which ends in packed weights. Compress by --ratio with it, and then "
+            "`lrc quantize --bytes`."
+        )
     if recipe.second or recipe.refine:
         raise InputError(
             "--second and --refine do not go with --bytes. Compress by --ratio with them, and then `lrc quantize`."

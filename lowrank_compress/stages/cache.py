@@ -19,8 +19,12 @@ from lowrank_compress.methods.groups import TargetGroup, dense_elements, price_o
 def limit_of(config: ScoreConfig, subject_cache: Sequence[Candidates]) -> int:
     """How many numbers of a token all blocks together may cache, so that at least the share asked for disappears."""
     assert config.kv_ratio is not None
-    whole = stock(first_groups(subject_cache))
-    return whole - math.ceil(Fraction(str(config.kv_ratio)) * whole)
+    return most_kept(config.kv_ratio, stock(first_groups(subject_cache)))
+
+
+def most_kept(ratio: float, whole: int) -> int:
+    """How many of so many numbers stay at most, so that at least this share disappears."""
+    return whole - math.ceil(Fraction(str(ratio)) * whole)
 
 
 def cached_at(group: TargetGroup, choice: Choice) -> int:
@@ -46,19 +50,27 @@ def require_cache_reachable(config: ScoreConfig, cache: Sequence[Candidates]) ->
     InputError
         It cannot; the message names the largest ratio that can be reached.
     """
-    if config.kv_ratio is None:
-        return
-    groups = first_groups(cache)
-    least = sum(
-        int(group.choices(group.formats[0], config.round_to).stored[:1].sum()) or group.cached for group in groups
-    )
-    if least > limit_of(config, cache):
-        largest = math.floor(Fraction(stock(groups) - least, stock(groups)) * 10**4) / 10**4
+    if config.kv_ratio is not None:
+        groups = first_groups(cache)
+        require_reachable(config.kv_ratio, config.round_to, groups, stock(groups))
+
+
+def require_reachable(ratio: float, round_to: int, groups: Sequence[TargetGroup], whole: int) -> None:
+    """Make sure of the same for groups of a model whose stock cache keeps so many numbers of a token.
+
+    Raises
+    ------
+    InputError
+        As `require_cache_reachable`.
+    """
+    least = sum(int(group.choices(group.formats[0], round_to).stored[:1].sum()) or group.cached for group in groups)
+    if least > most_kept(ratio, whole):
+        largest = math.floor(Fraction(whole - least, whole) * 10**4) / 10**4
         raise InputError(
-            f"A --kv-ratio of {config.kv_ratio} is out of reach: of {stock(groups)} numbers that the cache keeps of a "
-            f"token, {least} stay at the smallest latents. "
+            f"A --kv-ratio of {ratio} is out of reach: of {whole} numbers that the cache keeps of a token, {least} "
+            "stay at the smallest latents. "
             + (f"The largest reachable one is {largest}. " if largest > 0 else "None can go. ")
-            + ("Ask for no more." if config.round_to == 1 else "Ask for no more, or pass a smaller --round-to.")
+            + ("Ask for no more." if round_to == 1 else "Ask for no more, or pass a smaller --round-to.")
         )
 
 

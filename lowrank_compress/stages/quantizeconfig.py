@@ -128,16 +128,22 @@ def options_of(data: Mapping[str, Any], recipe: Recipe | None, said: Mapping[str
     InputError
         No text is named, and one is needed; or the rounding is unknown.
     """
-    given = {name: value for name, value in data.items() if value is not None}
-    if recipe is not None:
-        own = {name: getattr(recipe, name) for name in ("samples", "seq_len", "seed")}
-        if "source" not in given:
-            columns = {name: getattr(recipe, name) for name in ("text_column", "label_column")}
-            own |= {"source": recipe.calibration or PAPERS_DATA, **columns}
-        given = {name: value for name, value in own.items() if value is not None} | given
+    given = text_of(data, recipe)
     if not looks(said):
         given = {name: value for name, value in given.items() if name == "seed"} | {"source": None}
     elif "source" not in given:
         raise InputError(NO_TEXT)
     length: int = given.setdefault("seq_len", SEQ_LEN) or SEQ_LEN
     return given | {"device": device, "micro_batch": micro_batch(device, length)}
+
+
+def text_of(data: Mapping[str, Any], recipe: Recipe | None) -> dict[str, Any]:
+    """Say which text is looked at: what was asked for of it, and else what the run's recipe says; None is no answer."""
+    given = {name: value for name, value in data.items() if value is not None}
+    if recipe is None:
+        return given
+    own = {name: getattr(recipe, name) for name in ("samples", "seq_len", "seed")}
+    if "source" not in given:
+        columns = {name: getattr(recipe, name) for name in ("text_column", "label_column")}
+        own |= {"source": recipe.calibration or PAPERS_DATA, **columns}
+    return {name: value for name, value in own.items() if value is not None} | given

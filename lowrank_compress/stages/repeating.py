@@ -17,12 +17,12 @@ from lowrank_compress.stages.table import STAGES
 RECIPE, AGAIN = "recipe.yaml", "AGAIN"
 # Settings of stages that commands say in another way, find in the recipe, or cannot be told.
 _ELSEWHERE = {*CalibrationSet.model_fields, "device", "shard_bytes", "block", "towards", "clip", "drawn", "lambdas"}
-_OF_RECIPE = {"refine": {"damping_fisher"}}
+_OF_RECIPE = {"refine": {"damping_fisher"}, "cache": {"damping_fisher", "damping_gram"}}
 # Names of options that are not those of settings.
 _FLAGS = {"inside": "residual-inside"}
 # Those of a stage that reads a text; by default they are the recipe's.
 OF_TEXT = {"refine": ("samples", "seq_len", "seed"), "recover": ("seq_len", "seed")}
-OF_TEXT["quantize"] = OF_TEXT["refine"]
+OF_TEXT["quantize"] = OF_TEXT["cache"] = OF_TEXT["refine"]
 
 
 def commands_of(run: Run, index: Index) -> list[str]:

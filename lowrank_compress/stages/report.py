@@ -17,7 +17,7 @@ from lowrank_compress.artifacts.manifest import Manifest
 from lowrank_compress.config import FactorizeConfig, Scheme
 from lowrank_compress.evaluation.size import measure_size, weight_bytes
 from lowrank_compress.methods.candidates import all_groups, candidates_of
-from lowrank_compress.methods.groups import TargetGroup, dense_elements, price_of, replaced
+from lowrank_compress.methods.groups import Price, TargetGroup, dense_elements, price_of, replaced
 from lowrank_compress.model.blueprint import Blueprint
 from lowrank_compress.stages.cache import cache_report, cached_at
 from lowrank_compress.stages.curves import predicted_losses
@@ -206,8 +206,14 @@ def recast(report: Mapping[str, Any], plan: Blueprint, dtype: str) -> dict[str, 
         return {**report, "dtype": dtype}
     itemsize = getattr(torch, dtype).itemsize
     groups = {group.name: group for group in all_groups(candidates_of(plan.resolved, Scheme(**report["scheme"])))}
+
+    def price(name: str, matrix: Mapping[str, Any]) -> Price:
+        if "indices" in matrix:  # written by another stage than what chose among groups
+            return Price(matrix["stored"], matrix["indices"])
+        return price_of(groups[name], choice_of(groups[name], matrix))
+
     matrices = {
-        name: {**matrix, "stored_bytes": price_of(groups[name], choice_of(groups[name], matrix)).bytes(itemsize)}
+        name: {**matrix, "stored_bytes": price(name, matrix).bytes(itemsize)}
         for name, matrix in report["matrices"].items()
     }
     kept = report["claimed_elements"] - sum(matrix["dense"] for matrix in matrices.values())

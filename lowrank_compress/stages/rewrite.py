@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,18 +81,66 @@ def rewrite(
         What a manifest is to report of it.
     """
     plan = blueprint(checkpoint)
+
+    def named(block: int) -> Iterator[tuple[str, Tensor]]:
+        for name in plan.outside() if block < 0 else plan.inside(block):
+            yield name, tensors(block, name)
+
+    return write_anew(
+        checkpoint,
+        out,
+        named,
+        checkpoint.quantization or {},
+        dtype=dtype,
+        shard_bytes=shard_bytes,
+        report=report,
+        advance=advance,
+    )
+
+
+def write_anew(
+    checkpoint: Checkpoint,
+    out: Path,
+    tensors: Callable[[int], Iterable[tuple[str, Tensor]]],
+    layout: Mapping[str, Any],
+    more: Callable[[int], Mapping[str, Tensor]] = lambda block: {},
+    *,
+    dtype: str,
+    shard_bytes: int,
+    report: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+    advance: Callable[[int, int], None],
+) -> dict[str, Any]:
+    """Write a checkpoint of the same model as another one, in a layout of its own.
+
+    Parameters
+    ----------
+    checkpoint, out, dtype, shard_bytes, report, advance
+        As for `rewrite`.
+    tensors
+        Gives names in the other one's model, and the tensors, of a block or of what is outside (-1).
+    layout
+        What `LowRankConfig` is to say.
+    more
+        Gives further tensors by their names on disk.
+
+    Returns
+    -------
+    dict
+        What a manifest is to report of it.
+    """
+    plan = blueprint(checkpoint)
     plan.check_ties()
     writer = ShardWriter(out, shard_bytes)
     pieces = Joining(plan.model, {name: plan.name_on_disk(name) for name in plan.pieces})
     count = len(plan.resolved.blocks)
     for block in range(-1, count):
-        for name in plan.outside() if block < 0 else plan.inside(block):
-            tensor = tensors(block, name)
+        for name, tensor in tensors(block):
             for found in pieces.add(name, tensor) if name in pieces else [(plan.name_on_disk(name), tensor)]:
                 writer.add(*found)
+        for found in more(block).items():
+            writer.add(*found)
         advance(block + 1, count)
     shards = writer.close()
-    layout = checkpoint.quantization or {}
     write_json(out / "config.json", config_json(checkpoint, dtype, layout, remote_code_entries(plan.model.config)))
     write_remote_code(out)
     write_companions(checkpoint, out)

@@ -7,7 +7,8 @@ from typing import get_args
 
 from lowrank_compress.config import CalibrateConfig, EvaluateConfig, FactorizeConfig, RefineConfig, ScoreConfig
 from lowrank_compress.registry import Registry
-from lowrank_compress.stages import calibrate, cast, evaluate, factorize, quantize, recover, refine, score
+from lowrank_compress.stages import calibrate, cast, evaluate, factorize, quantize, recover, refine, remember, score
+from lowrank_compress.stages.cacheconfig import CacheConfig
 from lowrank_compress.stages.edits import ranks_fit
 from lowrank_compress.stages.inputs import inputs_of_calibrate, inputs_of_factorize, inputs_of_score
 from lowrank_compress.stages.quantizeconfig import QuantizeConfig
@@ -79,6 +80,18 @@ _OWN = (
         command="recover",
         help="short training, the dense model as teacher",
         needs_dense=True,
+    ),
+    Stage(
+        name="cache",
+        version=remember.VERSION,
+        config=CacheConfig,
+        inputs=Given,
+        run=remember.run,
+        reads="checkpoint",
+        writes="checkpoint",
+        directory="cache",
+        command="cache",
+        help="the same matrices, and a latent of each token cached",
     ),
     Stage(
         name="cast",

@@ -27,8 +27,8 @@ def test_config_survives_its_dict() -> None:
     ("change", "message"),
     [
         (
-            {"version": 10},
-            "of low-rank format version 10, but this code reads versions 1 to 9: update lowrank_compress",
+            {"version": 11},
+            "of low-rank format version 11, but this code reads versions 1 to 10: update lowrank_compress",
         ),
         ({"version": 0}, "format version 0, but"),
         ({"version": True}, "format version True, but"),

@@ -425,7 +425,7 @@ def edited(directory: Path, target: Path, edit: Callable[[dict[str, Any]], None]
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda q: q.update(version=10), "of low-rank format version 10, but this code reads versions 1 to 9: update"),
+        (lambda q: q.update(version=11), "of low-rank format version 11, but this code reads versions 1 to 10: update"),
         (
             lambda q: q["modules"].update({"model.x": next(iter(q["modules"].values()))}),
             "names the module model.x, which",
@@ -616,7 +616,7 @@ def test_the_package_wins_over_the_code_in_a_checkpoint(checkpoint: Checkpoint, 
 def test_a_later_version_is_refused_by_name(checkpoint: Checkpoint, tmp_path: Path) -> None:
     later = edited(checkpoint()[0], tmp_path / "later", lambda settings: settings.update(version=VERSION + 1))
     for trust in (None, False):
-        with pytest.raises(ValueError, match=r"of low-rank format version 10, but this code reads versions 1 to 9"):
+        with pytest.raises(ValueError, match=r"of low-rank format version 11, but this code reads versions 1 to 10"):
             AutoModelForCausalLM.from_pretrained(later, trust_remote_code=trust)
 
 

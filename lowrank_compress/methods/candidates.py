@@ -82,8 +82,8 @@ def _without_rebuilt(part: Part, scheme: Scheme) -> Part:
         if isinstance(method, ModuleMethod) and any(target.heads is not None for target in part.targets):
             raise UnsupportedError(
                 f"{method.name} makes the heads of {part.group.title} narrower, and --kv-ratio rebuilds keys and "
-                "values of whole heads from a latent. Leave --kv-ratio out, and make the cache of the result smaller by "
-                "`lrc cache`; or give the attention a linear method, for instance --attention kfac."
+                "values of whole heads from a latent. Leave --kv-ratio out, and make the cache of the result smaller "
+                "by `lrc cache`; or give the attention a linear method, for instance --attention kfac."
             )
     if scheme.kv_window:
         return part

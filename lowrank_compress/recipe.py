@@ -175,7 +175,11 @@ class Recipe(Strict):
         many=True,
     )
     label_column: str | None = setting(
-        None, "Column with the label: of a text, of each of its words, or the answer to a question.", DATA, "calibrate"
+        None,
+        "Column with the label: of a text, of each of its words, or the answer to a question; a number, or labels that "
+        "apply (a list, or a;b). Several with commas between them: one for each label or score.",
+        DATA,
+        "calibrate",
     )
     samples: int = setting(128, "Windows of text, or labelled examples", DATA, "calibrate", ge=1, le=MANY)
     seq_len: int | None = setting(

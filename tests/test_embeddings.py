@@ -102,7 +102,7 @@ def test_gradients_of_layers_are_means_over_texts(tmp_path: Path) -> None:
     signs = [torch.randint(2, (32,), generator=torch.Generator().manual_seed(n)).double() * 2 - 1 for n in (0, 1)]
     (embedded * torch.stack(signs)).sum().backward()
     skeleton = Skeleton(Checkpoint(path), torch.device("cpu"), torch.float64)
-    batch = Batch(IDS, pooled=True)
+    batch = Batch(IDS, outputs=1)
     found = dict(layer_moments(skeleton, [batch], [[], [name]], gradients=True, skip=lambda block: block == 0))
     rows = seen[0].grad.flatten(0, 1)
     torch.testing.assert_close(found[1][name].fisher, rows.mT @ rows / 2)

@@ -80,19 +80,12 @@ def test_gradients_without_labels_are_refused_by_name(name: str, columns: str, t
     model, data = saved(name, tmp_path)
     for more in (data, []):
         said = refused("compress", model, "--method", "kfac", *more, "--out", tmp_path / "run")
-        what = "is one of preferences" if "Llama" in name else "needs labels"
+        what = "is of examples" if "Llama" in name else "needs labels"
         assert f"takes gradients of the loss of a {name}, which {what}: pass as --calibration" in said
         assert columns in said
         assert "--method svd-llm" in said
     assert not (tmp_path / "run").exists()
     assert columns in refused("eval", model, "--classification", data[1])
-
-
-def test_scores_of_no_known_loss_are_refused(tmp_path: Path) -> None:
-    kind = {"num_labels": 2, "problem_type": "multi_label_classification"}
-    model, data = saved("BertForSequenceClassification", tmp_path, **kind)
-    said = refused("compress", model, "--method", "fwsvd", *data, "--out", tmp_path / "run")
-    assert "of a BertForSequenceClassification with 2 scores none is known here" in said
 
 
 def test_what_there_is_none_of_is_refused(tmp_path: Path) -> None:
@@ -141,6 +134,27 @@ def test_gradients_of_its_own_loss(name: str, method: str, count: int, tmp_path:
     )
     assert found["n"] == count
     assert all(0 <= found[role] <= 1 for role in ("dense", "compressed"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "labels"),
+    [
+        ({"num_labels": 1}, [len(each[0]) / 4 for each in WORDS]),
+        ({"num_labels": 2, "problem_type": "regression"}, [[float(len(each[0])), 0.5] for each in WORDS]),
+        ({"num_labels": 2, "problem_type": "multi_label_classification"}, [f"{len(each[0]) % 2}" for each in WORDS]),
+    ],
+)
+def test_scores_and_labels_need_texts_alone(fields: dict[str, Any], labels: list[Any], tmp_path: Path) -> None:
+    """Gradients are of outputs: a table of texts without labels does."""
+    model, data = saved("BertForSequenceClassification", tmp_path, **fields)
+    said = refused("compress", model, "--method", "kfac", *data, "--out", tmp_path / "run")
+    assert "which is of examples: pass as --calibration a table with --text-column" in said
+    rows = [{"text": " ".join(each), "y": label} for each, label in zip(WORDS, labels, strict=True)]
+    table = tmp_path / "rows.jsonl"
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run, options = tmp_path / "run", ["--ratio", "0.3", "--calibration", table, "--text-column", "text"]
+    done("compress", model, "--method", "auto", *options, "--seq-len", "40", "--out", run)
+    assert type(api.load(run)).__name__ == "BertForSequenceClassification"
 
 
 def test_a_masked_language_model_needs_no_labels(tmp_path: Path) -> None:

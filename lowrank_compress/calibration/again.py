@@ -21,6 +21,7 @@ from lowrank_compress.calibration.statistics import STATISTICS, first_half, stat
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.model.walk.batch import IGNORED, Batch
 from lowrank_compress.model.walk.head import head_gradient, scored_chunks, tokens_at_once
+from lowrank_compress.model.walk.outputs import drawn_labels
 from lowrank_compress.model.walk.step import Step
 from lowrank_compress.model.walk.walk import Walk, gradient_of_loss
 
@@ -52,9 +53,12 @@ class Again:
 
     @torch.no_grad()
     def labelled(self, walk: Walk, number: int) -> Batch:
-        """Return a batch whose next tokens, or classes, are drawn from the dense model's predictions."""
+        """Return a batch whose next tokens, classes or labels are drawn from the dense model's predictions."""
         batch, hidden = walk.batches[number], walk.leaving(number)
-        if batch.pooled:  # of an embedding's loss there are no labels
+        task = walk.models[0].task
+        if task == "labels":
+            return replace(batch, labels=drawn_labels(walk.head(number, hidden), self.seed + batch.first))
+        if batch.outputs:  # of the loss of an embedding, or of scores, there are no labels
             return batch
         generator = torch.Generator().manual_seed((self.seed + batch.first) % 2**63)
 
@@ -63,7 +67,7 @@ class Again:
             return torch.multinomial(shares.flatten(0, -2), 1, generator=generator).reshape(shares.shape[:-1])
 
         ids, labels = batch.ids.clone(), None if batch.labels is None else batch.labels.clone()
-        for start, stop, right in scored_chunks(walk.models[0].task, batch, tokens_at_once(walk.models[0].vocabulary)):
+        for start, stop, right in scored_chunks(task, batch, tokens_at_once(walk.models[0].vocabulary)):
             found = drawn(walk.head(number, hidden, start, stop)).to(ids)
             if labels is None or right is None:
                 ids[:, start + 1 : None if stop is None else stop + 1] = found

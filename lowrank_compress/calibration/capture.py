@@ -257,4 +257,4 @@ def half_of(batch: Batch, half: int) -> Batch:
         None if part is None else part[(batch.first + half) % 2 :: 2] for part in (batch.ids, batch.mask, batch.labels)
     )
     assert ids is not None
-    return Batch(ids, mask, labels, pooled=batch.pooled, paired=batch.paired)
+    return Batch(ids, mask, labels, outputs=batch.outputs, paired=batch.paired)

@@ -107,7 +107,7 @@ class Cell:
         except Exception as problem:  # whatever a template may raise
             first = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
             raise self._problem(f"a conversation that the model's chat template refuses ({first})") from None
-        return Cell(text, self.place, self.column, self.source).text()
+        return self._with(text).text()
 
     def label(self) -> str:
         """Return the value, the name or the number of a class, as a text.
@@ -135,7 +135,7 @@ class Cell:
         found = self.value.split() if isinstance(self.value, str) else self.value
         if not isinstance(found, list) or not found:
             raise self._refused("a list of words, or a text with blanks between them")
-        return [Cell(word, self.place, self.column, self.source).text() for word in found]
+        return [self._with(word).text() for word in found]
 
     def labels(self) -> list[str]:
         """Return the value, a list of names or numbers of classes or a text of them, as texts.
@@ -148,7 +148,7 @@ class Cell:
         found = self.value.split() if isinstance(self.value, str) else self.value
         if not isinstance(found, list):
             raise self._refused("a list of labels, or a text with blanks between them")
-        return [Cell(label, self.place, self.column, self.source).label() for label in found]
+        return [self._with(label).label() for label in found]
 
     def answer(self, context: str) -> tuple[int, int] | None:
         """Return from which character of a text to which the value, an answer, stands; None for none.
@@ -191,6 +191,59 @@ class Cell:
         if not math.isfinite(found):
             raise self._refused("a number. Name another column with --label-column")
         return found
+
+    def numbers(self) -> list[float]:
+        """Return the value, a number or a list of numbers, as numbers.
+
+        Raises
+        ------
+        CalibrationError
+            It is anything else, or one is not finite.
+        """
+        found = self.value if isinstance(self.value, list) else [self.value]
+        return [self._with(number).number() for number in found]
+
+    def flag(self) -> bool:
+        """Return the value, which says whether something applies: true or false, 1 or 0, or the text of one.
+
+        Raises
+        ------
+        CalibrationError
+            It is anything else.
+        """
+        value = self.value.strip().casefold() if isinstance(self.value, str) else self.value
+        found = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}.get(
+            str(value).casefold()
+        )
+        if found is None or not isinstance(value, str | int | float):
+            raise self._refused("1 or 0, true or false")
+        return found
+
+    def marks(self) -> list[str] | list[bool]:
+        """Return which labels apply: names or numbers of them, or for each whether it does.
+
+        The value is a list, or a text with semicolons, of names or numbers; or a list of true and false, 1.0 and 0.0.
+
+        Raises
+        ------
+        CalibrationError
+            It is anything else, or a list of both.
+        """
+        found = self.value
+        if isinstance(found, str):
+            return [self._with(part.strip()).label() for part in found.split(";")] if found.strip() else []
+        if isinstance(found, int) and not isinstance(found, bool):
+            found = [found]
+        if not isinstance(found, list):
+            raise self._refused("a list of labels, or a text with semicolons between them")
+        if found and all(isinstance(each, bool | float) for each in found):
+            return [self._with(each).flag() for each in found]
+        if any(isinstance(each, bool | float) for each in found):
+            raise self._problem(f"a list of unlike values, {found!r}", " Expected names or numbers of labels.")
+        return [self._with(each).label() for each in found]
+
+    def _with(self, value: Any) -> Cell:
+        return Cell(value, self.place, self.column, self.source)
 
     def _refused(self, expected: str) -> CalibrationError:
         what = f"a {_kind(self.value)}" if self.value not in (None, "") else "nothing"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -36,6 +36,18 @@ def example_batches(
     """
     number_of = class_numbers(label_ids, examples.class_names)
     labels = None if examples.labels is None else [number_of(label) for label in examples.labels]
+    return text_batches(tokenizer, examples, labels, seq_len, size, vocabulary)
+
+
+def text_batches(
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Examples,
+    labels: Sequence[Any] | None,
+    seq_len: int,
+    size: int,
+    vocabulary: int | None = None,
+) -> list[Batch]:
+    """Make such batches with labels as models have them: the number of a class, or a list of numbers, for each text."""
     rows = []
     for number, text in enumerate(examples.texts):
         pair = {} if examples.seconds is None else {"text_pair": examples.seconds[number]}
@@ -55,7 +67,7 @@ class Row(NamedTuple):
 
     ids: list[int]
     kinds: list[int] | None
-    labels: int | list[int] | None
+    labels: int | list[int] | list[float] | None
 
 
 def equally_long(rows: Sequence[Row], size: int) -> list[Batch]:
@@ -70,6 +82,8 @@ def equally_long(rows: Sequence[Row], size: int) -> list[Batch]:
 def _batch(rows: Sequence[Row]) -> Batch:
     ids, kinds, labels = (None if part[0] is None else torch.tensor(part) for part in zip(*rows, strict=True))
     assert ids is not None
+    if labels is not None and labels.is_floating_point():
+        labels = torch.tensor([row.labels for row in rows], dtype=torch.float64)
     return Batch(ids, None, labels, kinds)
 
 

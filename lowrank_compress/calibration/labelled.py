@@ -82,7 +82,9 @@ def needs(task: Task) -> str:
     return {
         "tokens": "a table with the words in --text-column and a label for each in --label-column",
         "answers": "a table with --text-column question --text-column context, and the answer in --label-column",
-        "scores": f"a table with --text-column {CHOSEN} --text-column {REJECTED}",
+        "scores": f"a table with --text-column {CHOSEN} --text-column {REJECTED}, or one with a column of texts in "
+        "--text-column and of numbers in --label-column",
+        "labels": "a table with --text-column, and the labels that apply in --label-column",
     }.get(task, "a table with --text-column and --label-column")
 
 

@@ -6,7 +6,7 @@ errors that name row and column. Files are read a piece at a time, so that memor
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -43,7 +43,7 @@ class Source:
         `text`, `messages` or `conversations`. Two columns, with a comma between them, are a pair of sentences for a
         classifier.
     label_column
-        Column of the labels, for a classifier.
+        Column of the labels, for a classifier; several with commas between them, one for each label or score.
     """
 
     name: str
@@ -81,13 +81,13 @@ class Examples:
     texts, seconds
         The text of each example, or both of a pair.
     labels
-        Names or numbers of classes.
+        Names or numbers of classes; of regressions and of several labels, numbers for each (`calibration.several`).
     class_names
         Names of the classes that are numbered, where the data set says them: its numbers may not be the model's.
     """
 
     texts: list[str]
-    labels: list[str] | None
+    labels: list[Any] | None
     seconds: list[str] | None = None
     class_names: Sequence[str] | None = None
 
@@ -155,7 +155,8 @@ def open_table(source: Source) -> tuple[Iterator[Row], Any]:
     data = load_hub(source.name)
     known = data.features or {}
     named = [] if source.text_column is None else [source.text_column, *source.text_column.split(",")]
-    wanted = [*(named or USUAL), *([] if source.label_column is None else [source.label_column])]
+    labels = [] if source.label_column is None else [source.label_column, *source.label_column.split(",")]
+    wanted = [*(named or USUAL), *labels]
     chosen = {name if name in known else name.split(".")[0] for name in wanted} & set(known)
     # The others, perhaps pictures, are not even decoded.
     return hub_rows(data.select_columns(sorted(chosen)) if chosen else data, source.name), known
@@ -189,13 +190,19 @@ def rows_of(source: Source) -> Iterator[Row]:
     return open_table(source)[0]
 
 
-def read_examples(source: Source, limit: int | None = None) -> Examples:
+ReadLabel = Callable[[Row, Sequence[str] | None], Any]
+"""Reads the label of a row; told the names of the classes that are numbered, where the data set says them."""
+
+
+def read_examples(source: Source, limit: int | None = None, read: ReadLabel | None = None) -> Examples:
     """Read texts, or pairs of them, and labels if their column is named, from a table or data set.
 
     Parameters
     ----------
     limit
         Read so many rows at most.
+    read
+        Reads a label, where that is not the name or the number of a class.
 
     Raises
     ------
@@ -214,13 +221,17 @@ def read_examples(source: Source, limit: int | None = None) -> Examples:
         raise CalibrationError(f"{source.name} has no rows. Pass a file with examples in it.")
     columns = _example_columns(source, first[1])
     found: list[list[str]] = [[] for _ in columns]
-    labels: list[str] | None = None if source.label_column is None else []
+    labels: list[Any] | None = None if source.label_column is None else []
+    feature = known.get(source.label_column)
+    names = getattr(getattr(feature, "feature", feature), "names", None)
     for place, row in chain([first], rows):
         for column, texts in zip(columns, found, strict=True):
             texts.append(Cell.find(row, column, place, source.name).text())
         if labels is not None and source.label_column is not None:
-            labels.append(Cell.find(row, source.label_column, place, source.name).label())
-    names = getattr(known.get(source.label_column), "names", None)
+            found_label = read or (
+                lambda row, _: Cell.find(row[1], source.label_column or "", row[0], source.name).label()
+            )
+            labels.append(found_label((place, row), names))
     return Examples(found[0], labels, found[1] if len(columns) == 2 else None, names)
 
 

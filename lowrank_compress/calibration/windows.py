@@ -91,5 +91,6 @@ def batches_hash(batches: Sequence[Batch]) -> str:
         for part in (batch.ids, batch.mask, batch.labels, batch.kinds):
             if part is not None:
                 digest.update(f"{tuple(part.shape)}".encode())
-                digest.update(part.to(torch.int64).contiguous().numpy().tobytes())
+                exact = part if part.is_floating_point() else part.to(torch.int64)
+                digest.update(exact.contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -19,7 +19,7 @@ from lowrank_compress.model.checkpoint import Checkpoint
 PHASES: Mapping[Task, tuple[str, ...]] = {
     "lm": ("prefill", "decode"),
     "classification": ("forward",),
-    **dict.fromkeys(("embedding", "scores", "tokens", "answers", "masked"), ("forward",)),
+    **dict.fromkeys(("embedding", "scores", "labels", "tokens", "answers", "masked"), ("forward",)),
 }
 Clock = Callable[[], float]
 

@@ -11,6 +11,7 @@ from lowrank_compress.evaluation.embedded import distances_at_the_end
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.model.walk.batch import IGNORED, Batch
 from lowrank_compress.model.walk.head import scored_chunks, tokens_at_once
+from lowrank_compress.model.walk.outputs import meaning_of, summed_divergence
 from lowrank_compress.model.walk.walk import Walk
 
 
@@ -19,8 +20,9 @@ def divergences(models: Sequence[Skeleton], batches: Sequence[Batch]) -> list[fl
 
     The mean is over all positions whose next token is known, over examples for a classifier, or over all that has a
     label (masked tokens, words, first and last tokens of answers, pairs); it is summed in
-    float64, and infinite where it is not finite, so that a broken model never wins. Of models without a head it is half
-    the squared distance of their embeddings, of normalised ones 1 − cosine.
+    float64, and infinite where it is not finite, so that a broken model never wins. Of several labels it is the mean
+    over examples and labels, of scores half their squared change. Of models without a head it is half the squared
+    distance of their embeddings, of normalised ones 1 − cosine.
 
     Parameters
     ----------
@@ -47,6 +49,13 @@ def divergences_at_the_end(walk: Walk) -> list[float]:
     totals, terms = [0.0] * (len(walk.models) - 1), 0
     first = walk.models[0]
     for number, batch in enumerate(walk.batches):
+        if (meaning := meaning_of(first.task, batch)) != "class":
+            wanted = _outputs(walk, number, 0, 0, None)
+            terms += wanted.numel()
+            for model in range(1, len(walk.models)):
+                got = _outputs(walk, number, model, 0, None)
+                totals[model - 1] += float(summed_divergence(meaning, wanted.double(), got.double()))
+            continue
         for start, stop, labels in scored_chunks(first.task, batch, tokens_at_once(first.vocabulary)):
             scored = None if labels is None or batch.labels is None else labels != IGNORED
             expected = _log_probabilities(walk, number, 0, start, stop, scored)
@@ -62,10 +71,15 @@ def divergences_at_the_end(walk: Walk) -> list[float]:
 
 
 @torch.no_grad()
+def _outputs(walk: Walk, number: int, model: int, start: int, stop: int | None) -> Tensor:
+    return walk.head(number, walk.leaving(number, model), start, stop, model)
+
+
+@torch.no_grad()
 def _log_probabilities(
     walk: Walk, number: int, model: int, start: int, stop: int | None, scored: Tensor | None
 ) -> Tensor:
     """Log-probabilities in single precision at least: which model is nearer shows in fewer digits."""
-    logits = walk.head(number, walk.leaving(number, model), start, stop, model)
+    logits = _outputs(walk, number, model, start, stop)
     logits = logits if scored is None else logits[scored.to(logits.device)]
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)

@@ -36,19 +36,20 @@ from lowrank_compress.model.names import Piece, names_of
 from lowrank_compress.shipped.config import LowRankConfig
 from lowrank_compress.shipped.swap import swap_modules
 
-Task = Literal["lm", "classification", "embedding", "scores", "tokens", "answers", "masked"]
+Task = Literal["lm", "classification", "embedding", "scores", "labels", "tokens", "answers", "masked"]
 AUTO: Mapping[Task, Any] = {
     "lm": AutoModelForCausalLM,
     "classification": AutoModelForSequenceClassification,
     "embedding": AutoModel,
     "scores": AutoModelForSequenceClassification,
+    "labels": AutoModelForSequenceClassification,
     "tokens": AutoModelForTokenClassification,
     "answers": AutoModelForQuestionAnswering,
     "masked": AutoModelForMaskedLM,
 }
 """The class of transformers that loads a model for each."""
-NEED_LABELS: tuple[Task, ...] = ("classification", "tokens", "answers", "scores")
-"""Tasks whose loss is against labels; what has another head makes its loss of plain text."""
+NEED_EXAMPLES: tuple[Task, ...] = ("classification", "tokens", "answers", "scores", "labels")
+"""Tasks whose loss is of examples, most against labels; what has another head makes its loss of plain text."""
 _HEADS: Mapping[str, Task] = {
     "ForTokenClassification": "tokens",
     "ForQuestionAnswering": "answers",
@@ -57,11 +58,18 @@ _HEADS: Mapping[str, Task] = {
 }
 
 
+_KINDS: Mapping[str, Task] = {
+    "single_label_classification": "classification",
+    "multi_label_classification": "labels",
+    "regression": "scores",
+}
+
+
 def task_of(config: PretrainedConfig) -> Task:
     """Tell models by their heads, which `architectures` names.
 
-    What has no head is an embedding model: its hidden states are its result. A sequence classifier that is for anything
-    but one label of several, such as a reward model, gives scores.
+    What has no head is an embedding model: its hidden states are its result. A sequence classifier may be for one class
+    of several, for any number of labels, or give scores, as a regression and a reward model do.
 
     Raises
     ------
@@ -73,16 +81,15 @@ def task_of(config: PretrainedConfig) -> Task:
     if named.endswith(("ForCausalLM", "LMHeadModel")):
         return "lm"
     if named.endswith("ForSequenceClassification"):
-        labels = len(config.id2label or {})
         # As transformers decides: a single label is a regression.
-        kind = getattr(config, "problem_type", None) or "single_label_classification"
-        kind = "regression" if labels < 2 else kind
+        usual = "regression" if len(config.id2label or {}) < 2 else "single_label_classification"
+        kind = getattr(config, "problem_type", None) or usual
         if getattr(config, "pad_token_id", None) is None:
             raise CheckpointError(
                 "The classifier's config.json has no pad_token_id, without which batches of texts cannot be told from "
                 "padding. Set it to the tokenizer's padding token."
             )
-        return "classification" if kind == "single_label_classification" else "scores"
+        return _KINDS[kind]
     for ending, task in _HEADS.items():
         if named.endswith(ending):
             return task

@@ -23,7 +23,7 @@ from lowrank_compress.errors import ArtifactError, InputError
 from lowrank_compress.evaluation.harness import harness_version, run_tasks, task_files
 from lowrank_compress.evaluation.replayed import Accuracy, Perplexity, accuracy, perplexity
 from lowrank_compress.evaluation.size import measure_size
-from lowrank_compress.model.blueprint import NEED_LABELS, blueprint, task_of
+from lowrank_compress.model.blueprint import NEED_EXAMPLES, blueprint, task_of
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.resources.resources import Resources
@@ -186,7 +186,7 @@ def _measure(
             found = Perplexity(nats, int(scored))
             measured["perplexity"][name] = {"value": found.value, "tokens": found.tokens}
         if config.classification is not None:
-            if skeleton.task not in NEED_LABELS:
+            if skeleton.task not in NEED_EXAMPLES:
                 raise InputError("--classification needs a classifier; for a language model use --perplexity.")
             batches = labelled_examples(config, skeleton.task, tokenizer, checkpoint, seq_len)
             part = accuracy(skeleton, workers.share(batches), _labelled(reporter, f"{role} accuracy"))

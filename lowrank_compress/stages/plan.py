@@ -19,7 +19,7 @@ from lowrank_compress.methods.groups import needed, needs_data
 from lowrank_compress.methods.mixture import Mixture
 from lowrank_compress.methods.module import ModuleMethod
 from lowrank_compress.methods.scheme import label, method_of, methods_of, rival_of, scheme_of
-from lowrank_compress.model.blueprint import NEED_LABELS, blueprint
+from lowrank_compress.model.blueprint import NEED_EXAMPLES, blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.embedding import embedding_of
 from lowrank_compress.model.locate import directory_of, locate
@@ -177,7 +177,7 @@ def make_plan(recipe: Recipe, *, reads_text: bool = True) -> Plan:
     refines = held_out if recipe.refine is None else recipe.refine
     if design.task == "embedding" and (refines or needs_gradient(needed(groups))):
         embedding_of(checkpoint)  # whose change is the loss
-    gradients = design.task in NEED_LABELS and (refines or needs_gradient(needed(groups)))
+    gradients = design.task in NEED_EXAMPLES and (refines or needs_gradient(needed(groups)))
     if gradients and recipe.calibration is None:
         refuse_unlabelled(recipe.method, design, ())
     reads = needs_data(groups) or refines

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,16 +14,19 @@ from lowrank_compress.calibration.examples import example_batches
 from lowrank_compress.calibration.labelled import has_labels, labelled_batches, needs, read_labelled
 from lowrank_compress.calibration.masking import frame_of, masked_windows, read_in_parts
 from lowrank_compress.calibration.passages import passages
+from lowrank_compress.calibration.several import marked_batches, read_marked
 from lowrank_compress.calibration.sources import Examples, Source, pieces, read_examples, shuffled
 from lowrank_compress.calibration.tokens import bos_of, encode, renderer, vocabulary_of
 from lowrank_compress.calibration.windows import calibration_windows, evaluation_windows, window_batches
 from lowrank_compress.config import CalibrationSet, EvaluateConfig
 from lowrank_compress.errors import CalibrationError, InputError
-from lowrank_compress.model.blueprint import NEED_LABELS, Blueprint, Task
+from lowrank_compress.model.blueprint import NEED_EXAMPLES, Blueprint, Task
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.embedding import longest_of
 from lowrank_compress.model.walk.batch import Batch
 
+# Heads whose outputs are each a number or a label.
+SCORED: tuple[Task, ...] = ("scores", "labels")
 # Of a passage of plain text, for each token that is read of it at most.
 CHARACTERS = 6
 
@@ -57,8 +61,11 @@ def source_batches(
         order = torch.randperm(len(labelled.examples), generator=torch.Generator().manual_seed(config.seed)).tolist()
         chosen = order[skip : skip + config.samples]
         return labelled_batches(task, labelled, chosen, tokenizer, checkpoint, config.seq_len, config.micro_batch)
-    named = source.text_column is not None or source.label_column is not None
-    if task != "lm" and (named or (source.is_table and not source.is_hub)):
+    if task in SCORED and has_examples(source):
+        examples = shuffled(read_marked(task, source, checkpoint), skip + config.samples, config.seed)
+        chosen = examples.picked(range(len(examples.texts))[skip:])
+        return marked_batches(chosen, tokenizer, checkpoint, config.seq_len, config.micro_batch)
+    if task != "lm" and has_examples(source):
         examples = shuffled(read_examples(source), skip + config.samples, config.seed)
         return example_batches(
             tokenizer,
@@ -74,6 +81,12 @@ def source_batches(
     return window_batches(list(windows), config.micro_batch)
 
 
+def has_examples(source: Source) -> bool:
+    """Whether a source of a model that is none of language is read as examples, and not as a running text."""
+    named = source.text_column is not None or source.label_column is not None
+    return named or (source.is_table and not source.is_hub)
+
+
 def _embedded(
     config: CalibrationSet, source: Source, tokenizer: PreTrainedTokenizerBase, checkpoint: Checkpoint, skip: int
 ) -> list[Batch]:
@@ -87,7 +100,7 @@ def _embedded(
     examples = shuffled(found, skip + config.samples, config.seed).picked
     chosen = examples(range(min(skip + config.samples, len(found.texts)))[skip:])
     batches = example_batches(tokenizer, chosen, {}, seq_len, config.micro_batch, vocabulary_of(checkpoint))
-    return [replace(batch, pooled=True) for batch in batches]
+    return [replace(batch, outputs=1) for batch in batches]
 
 
 def _masked(
@@ -164,11 +177,11 @@ def labelled_examples(
             raise InputError("--classification needs the column of the labels: pass --label-column.")
         examples, size = read_examples(source, config.limit), config.batch_size
         return example_batches(tokenizer, examples, checkpoint.class_ids, seq_len, size, vocabulary_of(checkpoint))
-    if task == "scores" and (scores := checkpoint.config.num_labels) != 1:
-        raise InputError(
-            f"--classification is for classifiers and models with one score; this one gives {scores} scores of a text, "
-            "for which no measure is known here."
-        )
+    if task in SCORED and not has_labels(task, source):
+        if config.label_column is None:
+            raise InputError(f"--classification needs {needs(task)} for this model's head.")
+        examples = read_marked(task, source, checkpoint, config.limit)
+        return marked_batches(examples, tokenizer, checkpoint, seq_len, config.batch_size)
     if not has_labels(task, source):
         raise InputError(f"--classification needs {needs(task)} for this model's head.")
     labelled = read_labelled(task, source, tokenizer, config.limit)
@@ -177,16 +190,16 @@ def labelled_examples(
 
 
 def require_labels(batches: Sequence[Batch], task: Task) -> None:
-    """Refuse data without labels where the loss of a head is against some.
+    """Refuse data without labels where the loss of a head is against some, and running text where it is of examples.
 
     Raises
     ------
     InputError
         So it is.
     """
-    if task in NEED_LABELS and any(batch.labels is None for batch in batches):
+    if task in NEED_EXAMPLES and any(batch.labels is None and not batch.outputs for batch in batches):
         raise InputError(
-            f"Gradients are taken of the loss of the model's head, which needs labels. Pass {needs(task)}; or choose "
+            f"Gradients are taken of the loss of the model's head, which is of examples. Pass {needs(task)}; or choose "
             "a method without gradients, for instance --method svd-llm."
         )
 
@@ -202,22 +215,18 @@ def refuse_unlabelled(method: str, design: Blueprint, sources: Sequence[Source])
     Raises
     ------
     InputError
-        Labels are missing, or the loss of such a head is not known.
+        Labels, or examples, are missing.
     """
     task, name = design.task, type(design.model).__name__
     instead = "Or choose a method without gradients, for instance --method svd-llm or modegpt."
-    if task == "scores" and design.model.config.num_labels != 1:
-        raise InputError(
-            f"The method {method} takes gradients of a loss, and of a {name} with {design.model.config.num_labels} "
-            "scores none is known here. Choose a method without gradients, for instance --method svd-llm or modegpt."
-        )
     if task == "classification" and not sources:
         raise InputError(
             f"The method {method} needs labelled examples of a classifier: pass --calibration FILE.tsv with "
             "--text-column and --label-column."
         )
-    if task in ("tokens", "answers", "scores") and not (sources and all(has_labels(task, each) for each in sources)):
-        what = "is one of preferences" if task == "scores" else "needs labels"
+    enough = has_examples if task in SCORED else partial(has_labels, task)
+    if task in ("tokens", "answers", *SCORED) and not (sources and all(map(enough, sources))):
+        what = "is of examples" if task in SCORED else "needs labels"
         raise InputError(
             f"The method {method} takes gradients of the loss of a {name}, which {what}: pass as --calibration "
             f"{needs(task)}. {instead}"

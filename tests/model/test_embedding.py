@@ -81,7 +81,7 @@ def test_the_mean_of_many_draws_is_the_gauss_newton_matrix(tmp_path: Path) -> No
     checkpoint = saved(tmp_path / "model", {})
     ids = torch.tensor([[5, 9, 2, 30, 41], [11, 4, 8, 60, 23]])
     name = "encoder.layer.0.output.dense"
-    batches = [Batch(ids.repeat(250, 1), pooled=True) for _ in range(4)]
+    batches = [Batch(ids.repeat(250, 1), outputs=1) for _ in range(4)]
     wanted = {f"{name}": frozenset({"out_fisher"})}
     skeleton = Skeleton(checkpoint, torch.device("cpu"), torch.float64)
     (target,) = (target.name for target in skeleton.resolved.targets if target.module == name)

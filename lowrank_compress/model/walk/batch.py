@@ -24,11 +24,13 @@ class Batch:
     labels
         int64, what a head's loss is against; None for language models, whose labels are the ids themselves. Classes
         (sequences,); for each token its class, or the one that was masked, (sequences, length), `IGNORED` where none is
-        scored; of answers the positions of the first and the last token, (sequences, 2); of pairs zeros (pairs,).
+        scored; of answers the positions of the first and the last token, (sequences, 2); of pairs zeros (pairs,); of a
+        regression what its scores should be, of several labels 1 or 0 for each, (sequences, outputs) float64.
     kinds
         (sequences, length) int64, which sentence of a pair each token is of; None where there is but one.
-    pooled
-        Whether a sequence has one loss as a whole, that of its embedding.
+    outputs
+        How many losses a sequence has as a whole, of its embedding (one), of each score or of each label; 0 where
+        labels or tokens say.
     paired
         Whether every two sequences are one pair, of which the first is preferred to the other (`pair_rows`).
     first
@@ -40,7 +42,7 @@ class Batch:
     labels: Tensor | None = None
     kinds: Tensor | None = None
     first: int = 0
-    pooled: bool = False
+    outputs: int = 0
     paired: bool = False
 
     @property
@@ -54,9 +56,9 @@ class Batch:
 
     @property
     def terms(self) -> int:
-        """How many terms the summed loss has: scored tokens, examples, first and last tokens of answers, or pairs."""
-        if self.pooled:
-            return len(self.ids)
+        """How many terms the summed loss has: scored tokens, examples, ends of answers, pairs, scores, or labels."""
+        if self.outputs:
+            return len(self.ids) * self.outputs
         if self.labels is not None:
             return int((self.labels != IGNORED).sum())
         return self.ids.shape[0] * (self.ids.shape[1] - 1)

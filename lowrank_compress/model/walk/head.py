@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowrank_compress.errors import InputError, NumericsError
 from lowrank_compress.model.walk.batch import IGNORED, Batch
+from lowrank_compress.model.walk.outputs import (
+    Meaning,
+    drawn_labels,
+    meaning_of,
+    random_signs,
+    summed_loss,
+)
 from lowrank_compress.model.walk.replay import CHUNKED, Replay
 
 # Logits of this many tokens at a time stand in memory, and no more than so many logits where the vocabulary is large.
@@ -56,15 +63,14 @@ def scored_chunks(task: str, batch: Batch, tokens: int) -> Iterator[tuple[int, i
         yield 0, None, batch.labels
 
 
-def token_loss(logits: Tensor, targets: Tensor, what: str) -> Tensor:
-    """Summed cross-entropy in nats, in float32 or better, of all that are not `IGNORED`.
+def token_loss(logits: Tensor, targets: Tensor, what: str, meaning: Meaning = "class") -> Tensor:
+    """Summed loss, in float32 or better: the cross-entropy in nats of all that are not `IGNORED` (`summed_loss`).
 
     Raises
     ------
     NumericsError
         A logit is NaN or infinite: it would spoil, or if dropped embellish, the result.
     """
-    logits = logits.flatten(0, -2)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     # A sum is finite only if all terms are, and needs no second matrix; it may overflow where no term does.
     seen = logits.detach()
@@ -73,9 +79,7 @@ def token_loss(logits: Tensor, targets: Tensor, what: str) -> Tensor:
             f"The model gave NaN or infinite logits on {what}. Nothing is dropped from a loss here: check the "
             "checkpoint, or compute in float32 (--dtype concerns only what is written)."
         )
-    return nn.functional.cross_entropy(
-        logits, targets.flatten().to(logits.device), reduction="sum", ignore_index=IGNORED
-    )
+    return summed_loss(meaning, logits, targets)
 
 
 def head_loss(replay: Replay, batch: Batch, hidden: Tensor, tokens: int | None = None) -> float:
@@ -108,23 +112,28 @@ def embeddings(replay: Replay, batch: Batch, hidden: Tensor) -> Tensor:
     return found
 
 
-def embedding_gradient(replay: Replay, batch: Batch, hidden: Tensor) -> Tensor:
-    """Gradient Jᵀv in the hidden states that leave the last block, with J that of an embedding e and v random signs.
+def output_gradient(replay: Replay, batch: Batch, hidden: Tensor) -> Tensor:
+    """Gradient Jᵀv in the hidden states that leave the last block, with J that of outputs e and v random signs.
 
-    A small change of a model costs it ½‖Δe‖² of a text, of normalised embeddings 1 − cosine. The Hessian of that loss
-    at the dense model is JᵀJ, which is E[Jᵀv vᵀJ]: so the second moments of these gradients are its Fisher matrix, and
-    there are no labels in it (the generalised Gauss–Newton matrix; Schraudolph, Neural Computation 14, 2002).
+    Outputs are an embedding, or scores. A small change of a model costs it ½‖Δe‖² of a text, of normalised embeddings
+    1 − cosine; of scores, whose squared error is what such models are trained on, that is what it adds to half of it
+    where errors and changes have nothing in common. The Hessian of that loss at the dense model is JᵀJ, which is
+    E[Jᵀv vᵀJ]: so the second moments of these gradients are its Fisher matrix, and there are no labels in it (the
+    generalised Gauss–Newton matrix; Schraudolph, Neural Computation 14, 2002).
 
     The signs are those of a sequence's number in the calibration set.
+
+    Raises
+    ------
+    NumericsError
+        An output is not finite.
     """
     leaf = hidden.detach().requires_grad_()
     with torch.enable_grad():
-        found = embeddings(replay, batch, leaf)
-    signs = [
-        torch.randint(2, found.shape[1:], generator=torch.Generator().manual_seed(batch.first + number)) * 2 - 1
-        for number in range(len(found))
-    ]
-    return torch.autograd.grad(found, leaf, torch.stack(signs).to(found))[0]
+        found = embeddings(replay, batch, leaf) if replay.skeleton.task == "embedding" else replay.head(batch, leaf)
+    if not torch.isfinite(found.detach()).all():
+        raise NumericsError("The model gave NaN or infinite scores on the calibration set. Check the checkpoint.")
+    return torch.autograd.grad(found, leaf, random_signs(found.shape, batch.first).to(found))[0]
 
 
 def head_gradient(
@@ -136,10 +145,11 @@ def head_gradient(
 ) -> Tensor:
     """Gradient of the summed loss in the hidden states that leave the last block, (sequences, length, width).
 
-    Without a head it is that of the embedding (`embedding_gradient`). Answers have the sum of the losses of first and
-    last token; of a pair it is −log σ(s − s'), with s the score of the preferred one (Bradley and Terry, Biometrika 39,
-    1952), which is the cross-entropy of both scores. The logits of a language model are made for so many tokens at a
-    time, by default as memory allows; `told` gets the losses as they are.
+    Without a head it is that of the embedding, and of scores theirs (`output_gradient`). Where several labels may apply
+    and the batch does not say which do, they are drawn from the model's own predictions. Answers have the sum of the
+    losses of first and last token; of a pair it is −log σ(s − s'), with s the score of the preferred one (Bradley and
+    Terry, Biometrika 39, 1952), which is the cross-entropy of both scores. The logits of a language model are made for
+    so many tokens at a time, by default as memory allows; `told` gets the losses as they are.
 
     Raises
     ------
@@ -149,16 +159,19 @@ def head_gradient(
         The head needs labels, and the batch has none.
     """
     task = replay.skeleton.task
-    if task == "embedding":
-        return embedding_gradient(replay, batch, hidden)
+    meaning = meaning_of(task, batch)
+    if task == "embedding" or meaning == "scores":
+        return output_gradient(replay, batch, hidden)
     gradient = torch.zeros_like(hidden)
     for start, stop, labels in scored_chunks(task, batch, tokens or tokens_at_once(replay.skeleton.vocabulary)):
-        if labels is None:
+        if labels is None and meaning != "labels":
             raise InputError("The loss of this model's head needs labels, and the data have none.")
         leaf = hidden[:, start:stop].detach().requires_grad_()
         given = Batch(batch.ids[:, start:stop]) if task in CHUNKED else batch
         with torch.enable_grad():
-            loss = token_loss(replay.head(given, leaf), labels, "the calibration set")
+            outputs = replay.head(given, leaf)
+            right = drawn_labels(outputs, batch.first) if labels is None else labels
+            loss = token_loss(outputs, right, "the calibration set", meaning)
         told(loss.detach().double().item())
         gradient[:, start:stop] = torch.autograd.grad(loss, leaf)[0]
     return gradient

@@ -108,7 +108,7 @@ def _places(cells: Sequence[Cell], class_ids: Mapping[str, int], classes: int) -
     if sorted(place for place in places if place is not None) != list(range(classes)) or None in places:
         raise InputError(
             f"--label-column names the columns {', '.join(columns)}, and the model's labels are "
-            f"{', '.join(class_ids)}; expected one column for each label, of its name."
+            f"{', '.join(sorted(class_ids, key=class_ids.__getitem__))}; expected one column for each label, of its name."
         )
     return [place for place in places if place is not None]
 

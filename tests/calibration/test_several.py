@@ -199,7 +199,7 @@ def test_a_column_for_each_label_is_found_by_its_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "column", "message"),
     [
-        ("rage", "y", "The label 'rage' is none of the model's classes: joy"),
+        ("rage", "y", "The label 'rage' is none of the model's classes: anger"),
         ([7], "y", "The label '7' is none"),
         (None, "y", "has nothing in the column 'y'. Expected a list of labels"),
         (2.5, "y", "has a float in the column 'y'. Expected a list of labels"),

@@ -106,9 +106,10 @@ def _places(cells: Sequence[Cell], class_ids: Mapping[str, int], classes: int) -
         known = {column.casefold(): number for number, column in enumerate(columns)}
     places = [known.get(column.casefold()) for column in columns]
     if sorted(place for place in places if place is not None) != list(range(classes)) or None in places:
+        labels = ", ".join(sorted(class_ids, key=class_ids.__getitem__))
         raise InputError(
-            f"--label-column names the columns {', '.join(columns)}, and the model's labels are "
-            f"{', '.join(sorted(class_ids, key=class_ids.__getitem__))}; expected one column for each label, of its name."
+            f"--label-column names the columns {', '.join(columns)}, and the model's labels are {labels}; expected one "
+            "column for each label, of its name."
         )
     return [place for place in places if place is not None]
 

@@ -229,7 +229,7 @@ def evaluate(
     perplexity
         One or more texts to measure perplexity on.
     classification
-        A table of labelled examples to measure accuracy on.
+        A table of labelled examples to measure accuracy, F1, correlations or exact match on, as the head asks for.
     tasks
         Names of lm-eval tasks.
     sts
@@ -247,7 +247,7 @@ def evaluate(
     -------
     dict
         ``perplexity`` and ``classification``, by text, and ``tasks``, by name and metric: the values of "dense" and
-        "compressed"; ``size``: elements and bytes.
+        "compressed" (of examples with several measures, all in ``metrics``, the first of them beside); ``size``.
 
     Raises
     ------

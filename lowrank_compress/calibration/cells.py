@@ -176,6 +176,11 @@ class Cell:
             raise self._problem(f"the answer {value[:60]!r}, which does not stand in the text", "")
         return start, start + len(value)
 
+    def answers(self) -> tuple[str, ...]:
+        """Return the texts of the value, which `answer` reads: all that are right; none where there is no answer."""
+        texts = self.value["text"] if isinstance(self.value, Mapping) else [self.value]
+        return tuple(self._with(text).text() for text in texts if text)
+
     def number(self) -> float:
         """Return the value, a number or the text of one.
 

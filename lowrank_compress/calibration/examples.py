@@ -72,11 +72,15 @@ class Row(NamedTuple):
 
 def equally_long(rows: Sequence[Row], size: int) -> list[Batch]:
     """Make batches of `size` sequences of one length at most, in the order in which each length comes first."""
-    by_length: dict[int, list[Row]] = {}
-    for row in rows:
-        by_length.setdefault(len(row.ids), []).append(row)
-    parts = (group[start : start + size] for group in by_length.values() for start in range(0, len(group), size))
-    return [_batch(part) for part in parts]
+    return [_batch([rows[number] for number in part]) for part in grouped(rows, size)]
+
+
+def grouped(rows: Sequence[Row], size: int) -> list[list[int]]:
+    """Return the numbers of the sequences of each of these batches."""
+    by_length: dict[int, list[int]] = {}
+    for number, row in enumerate(rows):
+        by_length.setdefault(len(row.ids), []).append(number)
+    return [group[start : start + size] for group in by_length.values() for start in range(0, len(group), size)]
 
 
 def _batch(rows: Sequence[Row]) -> Batch:

@@ -35,11 +35,12 @@ class Words(NamedTuple):
 
 
 class Question(NamedTuple):
-    """A question, the text that answers it, and from which character to which; None where it does not."""
+    """A question, the text that answers it, and from which character to which (None where it does not); all answers."""
 
     question: str
     context: str
     answer: tuple[int, int] | None
+    answers: tuple[str, ...] = ()
 
 
 class Preference(NamedTuple):
@@ -132,7 +133,7 @@ def _words(cells: list[Cell], label: Cell | None) -> Words:
 def _question(cells: list[Cell], label: Cell | None) -> Question:
     assert label is not None
     context = cells[1].text()
-    return Question(cells[0].text(), context, label.answer(context))
+    return Question(cells[0].text(), context, label.answer(context), label.answers())
 
 
 def labelled_batches(
@@ -168,10 +169,7 @@ def labelled_batches(
         A question leaves no room for its text, or an example has no token.
     """
     if task != "scores" and not tokenizer.is_fast:
-        raise InputError(
-            "The tokenizer does not say where in a text its tokens are, as labels of words and answers need it; "
-            "expected a fast one (tokenizer.json)."
-        )
+        raise slow_tokenizer()
     if task == "scores" and checkpoint.config.num_labels != 1:
         raise InputError(
             f"Preferences are for models with one score, and this one has {checkpoint.config.num_labels}. Name another "
@@ -220,12 +218,9 @@ def _spanned(example: Question, tokenizer: PreTrainedTokenizerBase, seq_len: int
             verbose=False,
         )
     except Exception as problem:  # the tokenizer's own types
-        raise CalibrationError(
-            f"The question {example.question[:60]!r} leaves no room for its text in --seq-len {seq_len} ({problem}). "
-            "Use a larger one."
-        ) from None
+        raise no_room(example, seq_len) from problem
     ids, sides = found["input_ids"], found.sequence_ids()
-    first = ids.index(tokenizer.cls_token_id) if tokenizer.cls_token_id in ids else 0
+    first = first_place(ids, tokenizer)
     span = [first, first]
     if example.answer is not None:
         begin, end = example.answer
@@ -237,6 +232,26 @@ def _spanned(example: Question, tokenizer: PreTrainedTokenizerBase, seq_len: int
         if places and found["offset_mapping"][places[-1]][1] >= end:
             span = [places[0], places[-1]]
     return Row(ids, found.get("token_type_ids"), span)
+
+
+def slow_tokenizer() -> InputError:
+    """Make the error of a tokenizer that does not say where its tokens are."""
+    return InputError(
+        "The tokenizer does not say where in a text its tokens are, as labels of words and answers need it; expected a "
+        "fast one (tokenizer.json)."
+    )
+
+
+def first_place(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the place of the token that stands for no answer: the classifier's, or the first."""
+    return ids.index(tokenizer.cls_token_id) if tokenizer.cls_token_id in ids else 0  # pyright: ignore[reportArgumentType]
+
+
+def no_room(example: Question, seq_len: int) -> CalibrationError:
+    """Make the error of a question that leaves no room for its text."""
+    return CalibrationError(
+        f"The question {example.question[:60]!r} leaves no room for its text in --seq-len {seq_len}. Use a larger one."
+    )
 
 
 def _preferences(

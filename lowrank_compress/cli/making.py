@@ -229,7 +229,7 @@ def evaluate(
         str | None,
         typer.Option(
             "--classification",
-            help="Table of labelled examples to measure accuracy on: of texts, words, answers or preferences.",
+            help="Table of labelled examples to measure accuracy on, or F1, or correlations, as the head asks for.",
         ),
     ] = None,
     sts: o.Pairs = None,

@@ -179,7 +179,9 @@ def print_metrics(target: str, metrics: dict[str, Any]) -> None:
     for kind, title, unit in (("perplexity", "perplexity", "tokens"), ("classification", "accuracy", "n")):
         for name, values in metrics[kind].items():
             note = f"{values[unit]:,} {'tokens' if unit == 'tokens' else 'examples'}"
-            rows.append(_row(f"{title} · {Path(name).name}", values, number, note))
+            for metric, measured in values.get("metrics", {title: values}).items():
+                rows.append(_row(f"{metric} · {Path(name).name}", measured, number, note))
+                note = ""
     for name, values in metrics.get("sts", {}).items():
         near = "" if values["cosine"] is None else f", cosine to dense {values['cosine']:.4f}"
         rows.append(_row(f"Spearman's ρ · {Path(name).name}", values, number, f"{values['n']:,} pairs{near}"))

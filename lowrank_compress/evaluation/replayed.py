@@ -1,4 +1,4 @@
-"""Perplexity and accuracy with one block in memory at a time."""
+"""Perplexity, and walks to the end of a model, with one block in memory at a time."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from lowrank_compress.errors import NumericsError
 from lowrank_compress.model.skeleton import Skeleton
-from lowrank_compress.model.walk.batch import IGNORED, Batch
+from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.model.walk.head import HEAD_TOKENS, scored_chunks, token_loss
 from lowrank_compress.model.walk.walk import Walk
 
@@ -38,19 +37,6 @@ class Perplexity:
         """Perplexity, exp(nats / tokens); infinite where that overflows."""
         mean = self.nats / self.tokens
         return math.exp(mean) if mean < 700 else math.inf
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """How many examples of how many were classified as labelled."""
-
-    right: int
-    examples: int
-
-    @property
-    def value(self) -> float:
-        """Their share."""
-        return self.right / self.examples
 
 
 def perplexity(
@@ -90,34 +76,6 @@ def perplexity(
                 nats += token_loss(logits, labels, "the evaluation text").double().item()
             tokens += batch.terms
     return Perplexity(nats, tokens)
-
-
-def accuracy(
-    skeleton: Skeleton, batches: Sequence[Batch], advance: Callable[[int, int], None] = lambda done, total: None
-) -> Accuracy:
-    """Count what has its largest logit where its label says: examples, words, preferred ones of pairs, whole answers.
-
-    Raises
-    ------
-    NumericsError
-        A logit is NaN or infinite.
-    """
-    right, count = 0, 0
-    for walk in walked(skeleton, batches, advance):
-        for number, batch in enumerate(walk.batches):
-            with torch.no_grad():
-                logits = walk.head(number, walk.leaving(number))
-            if not torch.isfinite(logits).all():
-                raise NumericsError(
-                    "The model gave NaN or infinite logits on the labelled examples. Check the checkpoint."
-                )
-            assert batch.labels is not None
-            scored, same = batch.labels != IGNORED, logits.argmax(-1).cpu() == batch.labels
-            if skeleton.task == "answers":  # both ends of one
-                scored, same = scored.all(-1), same.all(-1)
-            right += int((same & scored).sum())
-            count += int(scored.sum())
-    return Accuracy(right, count)
 
 
 def walked(

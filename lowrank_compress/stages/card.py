@@ -208,7 +208,9 @@ def measurements(metrics: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         for kind, metric in (("perplexity", "perplexity"), ("classification", "accuracy")):
             for name, values in found[kind].items():
                 short = name.removeprefix("hf:") if name.startswith("hf:") else Path(name).name
-                rows[metric, short, _amount(values)] = {"kind": _slug(short), "name": short, "metric": metric, **values}
+                for each, measured in values.get("metrics", {metric: values}).items():
+                    row = {"kind": _slug(short), "name": short, "metric": each}
+                    rows[each, short, _amount(values)] = row | measured
         for name, values in found.get("sts", {}).items():
             row = {"kind": _slug(Path(name).name), "name": Path(name).name, "metric": "spearmanr"}
             rows[row["metric"], row["name"], _amount(values)] = row | values

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -20,22 +21,24 @@ from lowrank_compress.calibration.sources import Source
 from lowrank_compress.calibration.tokens import load_tokenizer, require_known, vocabulary_of
 from lowrank_compress.config import EvaluateConfig
 from lowrank_compress.errors import ArtifactError, InputError
+from lowrank_compress.evaluation.exam import examined
 from lowrank_compress.evaluation.harness import harness_version, run_tasks, task_files
-from lowrank_compress.evaluation.replayed import Accuracy, Perplexity, accuracy, perplexity
+from lowrank_compress.evaluation.replayed import Perplexity, perplexity
 from lowrank_compress.evaluation.size import measure_size
-from lowrank_compress.model.blueprint import NEED_EXAMPLES, blueprint, task_of
+from lowrank_compress.model.blueprint import blueprint, task_of
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.resources.resources import Resources
 from lowrank_compress.resources.workers import Workers
 from lowrank_compress.stages.environment import environment
+from lowrank_compress.stages.examining import exam_of
 from lowrank_compress.stages.identity import checkpoint_id, source_id
-from lowrank_compress.stages.reading import labelled_examples, masked_text_batches, text_batches
+from lowrank_compress.stages.reading import masked_text_batches, text_batches
 from lowrank_compress.stages.reporting import Reporter, Silent
 from lowrank_compress.stages.similarity import similarities
 from lowrank_compress.stages.stage import Given
 
-VERSION = 2
+VERSION = 3
 METRICS = "metrics.json"
 RATIOS = ("asked_ratio", "reached_ratio", "ratio_of")
 
@@ -119,8 +122,11 @@ def run(
         for kind in metrics:
             for name, values in measured[kind].items():
                 slot = metrics[kind].setdefault(name, {})
-                shared = {name: values.pop(name) for name in ("tokens", "n") if name in values}
-                slot |= {role: values["value"]} | shared
+                slot |= {name: values[name] for name in ("tokens", "n") if name in values}
+                if kind == "classification":
+                    _take_measures(slot, role, values["values"])
+                else:
+                    slot[role] = values["value"]
     if config.sts:
         metrics["sts"] = workers.once(lambda: similarities(config, models, reporter))
     metrics["size"] = size_report(inputs)
@@ -135,6 +141,16 @@ def run(
         return replace(made, report=metrics)
 
     return workers.once(keep)
+
+
+def _take_measures(slot: dict[str, Any], role: str, values: Mapping[str, float]) -> None:
+    """Put a model's measures of labelled examples where its others are; of several, the first is told of."""
+    first = next(iter(values))
+    slot[role] = values[first]
+    if len(values) > 1:
+        slot["metric"] = first
+        for name, value in values.items():
+            slot.setdefault("metrics", {}).setdefault(name, {})[role] = value
 
 
 def _measured(
@@ -164,7 +180,7 @@ def _models(inputs: Given) -> dict[str, Checkpoint]:
 def _measure(
     config: EvaluateConfig, checkpoint: Checkpoint, role: str, reporter: Reporter, workers: Workers
 ) -> dict[str, dict[str, Any]]:
-    """Measure one checkpoint: kind -> name -> {"value", "tokens" or "n"}."""
+    """Measure one checkpoint: kind -> name -> {"value", "tokens"}, or for examples {"values", "n"}."""
     measured: dict[str, dict[str, Any]] = {"perplexity": {}, "classification": {}, "tasks": {}}
     device = torch.device(config.device)
     replayed = bool(config.perplexity or config.classification)
@@ -186,12 +202,12 @@ def _measure(
             found = Perplexity(nats, int(scored))
             measured["perplexity"][name] = {"value": found.value, "tokens": found.tokens}
         if config.classification is not None:
-            if skeleton.task not in NEED_EXAMPLES:
-                raise InputError("--classification needs a classifier; for a language model use --perplexity.")
-            batches = labelled_examples(config, skeleton.task, tokenizer, checkpoint, seq_len)
-            part = accuracy(skeleton, workers.share(batches), _labelled(reporter, f"{role} accuracy"))
-            whole = Accuracy(*map(int, workers.total([part.right, part.examples])))
-            measured["classification"][config.classification] = {"value": whole.value, "n": whole.examples}
+            exam = exam_of(config, skeleton.task, tokenizer, checkpoint, seq_len)
+            advance = _labelled(reporter, f"{role} {next(iter(exam.measures))}")
+            own = examined(skeleton, exam, advance, slice(workers.rank, None, workers.count))
+            rows = exam.examples(np.asarray(workers.total(own.flatten().tolist())).reshape(own.shape))
+            values = {name: float(measure(rows)) for name, measure in exam.measures.items()}
+            measured["classification"][config.classification] = {"values": values, "n": exam.count(rows)}
     if config.tasks:
         measured["tasks"] = _run_tasks(config, checkpoint, role, reporter, workers)
     return measured

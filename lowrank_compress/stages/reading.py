@@ -160,35 +160,6 @@ def masked_text_batches(
     return read_in_parts(windows, frame, config.batch_size, config.seed)
 
 
-def labelled_examples(
-    config: EvaluateConfig, task: Task, tokenizer: Any, checkpoint: Checkpoint, seq_len: int
-) -> list[Batch]:
-    """Batches of the labelled examples of an evaluation.
-
-    Raises
-    ------
-    CalibrationError, InputError
-        The data cannot be used, or a column is not named.
-    """
-    assert config.classification is not None
-    source = Source(config.classification, config.text_column, config.label_column)
-    if task == "classification":
-        if config.label_column is None:
-            raise InputError("--classification needs the column of the labels: pass --label-column.")
-        examples, size = read_examples(source, config.limit), config.batch_size
-        return example_batches(tokenizer, examples, checkpoint.class_ids, seq_len, size, vocabulary_of(checkpoint))
-    if task in SCORED and not has_labels(task, source):
-        if config.label_column is None:
-            raise InputError(f"--classification needs {needs(task)} for this model's head.")
-        examples = read_marked(task, source, checkpoint, config.limit)
-        return marked_batches(examples, tokenizer, checkpoint, seq_len, config.batch_size)
-    if not has_labels(task, source):
-        raise InputError(f"--classification needs {needs(task)} for this model's head.")
-    labelled = read_labelled(task, source, tokenizer, config.limit)
-    numbers = range(len(labelled.examples))
-    return labelled_batches(task, labelled, numbers, tokenizer, checkpoint, seq_len, config.batch_size)
-
-
 def require_labels(batches: Sequence[Batch], task: Task) -> None:
     """Refuse data without labels where the loss of a head is against some, and running text where it is of examples.
 

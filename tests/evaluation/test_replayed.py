@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from lowrank_compress.calibration.windows import evaluation_windows, window_batches
 from lowrank_compress.errors import NumericsError
-from lowrank_compress.evaluation.replayed import Accuracy, Perplexity, accuracy, perplexity
+from lowrank_compress.evaluation.exam import examined, of_classes
+from lowrank_compress.evaluation.replayed import Perplexity, perplexity
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.model.walk.batch import Batch
@@ -100,9 +101,10 @@ def test_accuracy_equals_the_whole_model(case: str, saved: Saved) -> None:
     said: list[tuple[int, int]] = []
     # In float32: in float64 Gemma 2 makes NaN of padding that is longer than its window.
     skeleton = skeleton_of(saved, case, torch.float32)
-    found = accuracy(skeleton, batches, lambda done, total: said.append((done, total)))
-    assert found == Accuracy(13, 20)
-    assert found.value == 13 / 20
+    exam = of_classes(batches)
+    rows = examined(skeleton, exam, lambda done, total: said.append((done, total)))
+    assert exam.count(rows) == 20
+    assert exam.measures["accuracy"](rows) == 13 / 20
     assert said[-1] == (len(skeleton.blocks), len(skeleton.blocks))
 
 
@@ -117,7 +119,7 @@ def test_logits_that_are_not_finite_are_an_error(case: str, saved: Saved) -> Non
             perplexity(skeleton, [Batch(TEXT[None])])
     else:
         with pytest.raises(NumericsError, match="NaN or infinite logits on the labelled examples"):
-            accuracy(skeleton, [Batch(TEXT[None], None, torch.tensor([0]))])
+            examined(skeleton, of_classes([Batch(TEXT[None], None, torch.tensor([0]))]))
 
 
 def test_half_precision_overflow_is_an_error(saved: Saved, tmp_path: Any) -> None:

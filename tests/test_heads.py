@@ -92,7 +92,6 @@ def test_what_there_is_none_of_is_refused(tmp_path: Path) -> None:
     model, data = saved("BertForMaskedLM", tmp_path)
     run = tmp_path / "made"
     done("compress", model, "--method", "svd", "--ratio", "0.2", "--out", run)
-    assert "not for a BertForMaskedLM" in refused("recover", run, *data[:2], "--seq-len", "24", "--steps", "1")
     assert "--perplexity" in refused("eval", run, "--classification", data[1], "--label-column", "a")
 
 
@@ -172,3 +171,24 @@ def test_a_masked_language_model_without_a_mask_is_refused(tmp_path: Path) -> No
     model, data = saved("BertForMaskedLM", tmp_path)
     tiny_tokenizer(model)
     assert "has no mask token" in refused("compress", model, "--method", "svd-llm", *data, "--out", tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_training_makes_it_more_like_the_dense_one(name: str, tmp_path: Path) -> None:
+    model, data = saved(name, tmp_path)
+    run, steps = tmp_path / "run", ["--steps", "6", "--lr", "0.003", "--seq-len", "40"]
+    done("compress", model, "--method", "svd", "--ratio", "0.3", "--out", run)
+    columns: list[str] = []
+    if "Masked" not in name:
+        said = refused("recover", run, *data[:2], *steps)
+        assert f"A {name} is trained on examples, and not on running text" in said
+        kind = "LlamaForSequenceClassification" if name == "BertForSequenceClassification" else name
+        rows, columns = TABLES[kind]
+        table = tmp_path / "rows.jsonl"
+        table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        data = ["--calibration", str(table)]
+    found = done("recover", run, *data[:2], *columns, *steps, "--json").json["recover"]
+    assert found["loss_after"] < found["loss_before"]
+    if columns and "chosen" not in columns:
+        said = refused("recover", run, "--text", data[1], "--text-column", columns[1], *steps, "--out", tmp_path / "b")
+        assert f"--text trains a {name} on labels, and the data have none" in said or "Expected text" in said

@@ -12,17 +12,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowrank_compress.artifacts.tensors import BlockFiles
+from lowrank_compress.calibration.labelled import needs
 from lowrank_compress.calibration.shares import most
 from lowrank_compress.errors import InputError, UnsupportedError
-from lowrank_compress.model.blueprint import AUTO, Blueprint, Task, blueprint
+from lowrank_compress.model.blueprint import AUTO, NEED_EXAMPLES, Blueprint, blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.embedding import embedding_of
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.resources.resources import Resources
 from lowrank_compress.stages.blockwise import Blocks
+from lowrank_compress.stages.reading import has_examples
 from lowrank_compress.stages.recoverconfig import RecoverConfig
 from lowrank_compress.stages.reporting import Reporter
-from lowrank_compress.stages.samples import batches_by_text, has_own, parts_of
+from lowrank_compress.stages.samples import batches_by_text, has_own, parts_of, sources_of
 from lowrank_compress.stages.stage import Given
 from lowrank_compress.training.blockwise import LR
 from lowrank_compress.training.loss import Loss, from_embedding, from_teacher, from_text, mean_loss
@@ -31,8 +33,6 @@ from lowrank_compress.training.student import Student
 from lowrank_compress.training.trainer import Data, joined
 
 STEPS = 200
-# Tasks that models are trained for.
-TRAINED: tuple[Task, ...] = ("lm", "classification", "embedding")
 # Of the text: sequences that are never trained on, but for what they are one eighth at most.
 HELD_OUT = 16
 
@@ -117,11 +117,12 @@ class Training:
         model = _loaded(checkpoint, self.plan, self.device)
         if self._blocks is not None:
             model.load_state_dict(self._blocks.tensors(), strict=False)
-        loss: Loss = from_text(model)
+        task = self.plan.task
+        loss: Loss = from_text(model, task)
         if config.towards == "dense":
             teacher = _loaded(dense := teacher_of(self.inputs), blueprint(dense), self.device)
-            embeds = self.plan.task == "embedding"
-            loss = from_embedding(model, teacher, embedding_of(dense)) if embeds else from_teacher(model, teacher)
+            embeds = task == "embedding"
+            loss = from_embedding(model, teacher, embedding_of(dense)) if embeds else from_teacher(model, teacher, task)
         entries = (checkpoint.quantization or {})["modules"]
         student = Student(model, entries, self.plan.resolved.blocks, config.train, config.lora, config.seed)
         asked = Asked(config.steps or (None if config.seconds else STEPS), config.seconds, config.lr)
@@ -156,10 +157,20 @@ def _data(config: RecoverConfig, inputs: Given, plan: Blueprint) -> tuple[Data, 
             f"{inputs.checkpoint.path} has no head that could be trained on a text of one's own. Name the text with "
             "--calibration: then the dense model's embeddings are what it is trained towards."
         )
+    if plan.task in NEED_EXAMPLES and not all(map(has_examples, sources_of(config))):
+        raise InputError(
+            f"A {type(plan.model).__name__} is trained on examples, and not on running text. Name a table with the "
+            f"column of its texts, for instance --calibration TABLE.tsv --text-column text; no labels are needed."
+        )
     alone = config.model_copy(update={"micro_batch": 1})
     by_text = batches_by_text(alone, teacher_of(inputs) if has_own(config) else inputs.checkpoint, plan.task)
     counts = most([part.weight for part in parts_of(config)], [len(own) for own in by_text])
     items = [item for own, count in zip(by_text, counts, strict=True) for item in own[:count]]
+    if config.towards == "text" and plan.task in NEED_EXAMPLES and any(item.labels is None for item in items):
+        raise InputError(
+            f"--text trains a {type(plan.model).__name__} on labels, and the data have none. Pass {needs(plan.task)}; "
+            "or name them with --calibration, with which the dense model's outputs are what it is trained towards."
+        )
     if not isinstance(config.source, str):  # what is held out is of all texts
         order = torch.randperm(len(items), generator=torch.Generator().manual_seed(config.seed)).tolist()
         items = [items[number] for number in order]
@@ -185,11 +196,6 @@ def _padding(plan: Blueprint) -> int | None:
 
 def _loaded(checkpoint: Checkpoint, plan: Blueprint, device: torch.device) -> PreTrainedModel:
     """Load a whole model in float32, without dropout, and nothing of it to be trained."""
-    if plan.task not in TRAINED:
-        raise UnsupportedError(
-            f"{checkpoint.path} has no head whose predictions a compressed model is trained towards here. Recover is "
-            f"for language models and classifiers, not for a {type(plan.model).__name__}."
-        )
     model: Any = AUTO[plan.task].from_pretrained(
         checkpoint.path, dtype=torch.float32, trust_remote_code=checkpoint.trust_remote_code, use_cache=False
     )

@@ -78,11 +78,15 @@ class Data:
 
 
 def joined(items: Sequence[Batch], size: int) -> list[Batch]:
-    """Put sequences of one length together, `size` at most in a batch."""
+    """Put sequences of one length together, `size` at most in a batch; a pair stays by itself."""
     by_length: dict[int, list[Batch]] = {}
+    pairs = [item for item in items if item.paired]
     for item in items:
-        by_length.setdefault(item.ids.shape[1], []).append(item)
-    return [_one(group[start : start + size]) for group in by_length.values() for start in range(0, len(group), size)]
+        if not item.paired:
+            by_length.setdefault(item.ids.shape[1], []).append(item)
+    return pairs + [
+        _one(group[start : start + size]) for group in by_length.values() for start in range(0, len(group), size)
+    ]
 
 
 def padded(items: Sequence[Batch], tokens: int, padding: int) -> list[Batch]:
@@ -107,7 +111,7 @@ def _one(items: Sequence[Batch]) -> Batch:
     parts = zip(*((item.ids, item.mask, item.labels, item.kinds) for item in items), strict=True)
     ids, mask, labels, kinds = (None if part[0] is None else torch.cat(part) for part in parts)
     assert ids is not None
-    return Batch(ids, mask, labels, kinds)
+    return Batch(ids, mask, labels, kinds, outputs=items[0].outputs)
 
 
 class Trainer:

@@ -89,10 +89,10 @@ def test_a_classifiers_loss_is_over_its_classes():
         torch.randint(4, 96, (3, 9), generator=torch.Generator().manual_seed(0)), labels=torch.tensor([0, 2, 1])
     )
     p, q = (model(input_ids=batch.ids).logits.double().softmax(-1) for model in (teacher, student))
-    assert mean_loss(from_teacher(student, teacher), [batch]) == pytest.approx(
+    assert mean_loss(from_teacher(student, teacher, "classification"), [batch]) == pytest.approx(
         (p * (p / q).log()).sum(-1).mean().item(), rel=1e-5
     )
-    assert mean_loss(from_text(student), [batch]) == pytest.approx(
+    assert mean_loss(from_text(student, "classification"), [batch]) == pytest.approx(
         -q.log()[torch.arange(3), batch.labels].mean().item(), rel=1e-5
     )
 

@@ -31,6 +31,7 @@ class ShardWriter:
     def __init__(self, directory: Path, limit: int) -> None:
         self.directory, self.limit = directory, limit
         self._pending: dict[str, Tensor] = {}
+        self._names: set[str] = set()
         self._bytes = 0
         self._shards: list[list[str]] = []
         self._total = 0
@@ -43,6 +44,8 @@ class ShardWriter:
         NumericsError
             It has NaN or infinite elements.
         """
+        assert name not in self._names, f"{name} is written twice"
+        self._names.add(name)
         require_finite(tensor, name)
         size = tensor.numel() * tensor.element_size()
         if self._pending and self._bytes + size > self.limit:

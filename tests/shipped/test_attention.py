@@ -513,7 +513,7 @@ def places(**changes: str) -> dict[str, str]:
     ("change", "message"),
     [
         ({"traits": ["rotates"]}, "expected traits by name, got"),
-        ({"traits": {"sinks": "s"}}, "unknown traits sinks, expected some of query_norm, key_norm, "),
+        ({"traits": {"turns": "s"}}, "unknown traits turns, expected some of query_norm, key_norm, "),
         ({"traits": {"rotates": True}}, "its trait rotates cannot be True"),
         ({"traits": {"query_norm": "q_norm"}}, "its trait key_norm cannot be None"),
         ({"sparse": 1}, r"attention\['model.layers.0.self_attn'\]: expected the keys"),

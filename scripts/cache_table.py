@@ -1,15 +1,21 @@
 """Perplexity by what the key-value cache keeps: factored apart or jointly, with and without exact positions.
 
-    python scripts/cache_table.py MODEL CALIBRATION TEXT [--kept 0.5,0.3,0.2] [--windows 0,32] [--write README.md NAME]
+    python scripts/cache_table.py MODEL CALIBRATION TEXT [--kept 0.5,0.3,0.2] [--windows 0,32] [--bits 4]
+        [--only "ranks by loss"] [--write README.md NAME]
 
 Each row is another way to find the factors at the same number of cached elements a token, each column a share of the
 cache that is kept (exact positions not counted). The model itself stays dense. Factored apart, keys and values have a
 latent of their own each, in the Gram metric, as CSKV (2024) initialises them.
+
+With --bits there are rows whose latents are rounded besides, each number of them to the nearest of so many bits between
+the least and the largest of it in --group tokens, as KIVI (2024) rounds keys; beside them stands what is kept with the
+two times 16 bits of each group.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import tempfile
 from collections.abc import Callable, Mapping
@@ -110,8 +116,18 @@ WAYS: Mapping[str, Callable[[Moments, float], Found]] = {
 }
 
 
-def with_latents(plan: Plan, found: Found, window: int) -> Any:
-    """The dense model, whose attentions rebuild keys and values by these factors."""
+def rounded(latent: Tensor, bits: int, group: int) -> Tensor:
+    """Round latents (sequences, tokens, rank), each number by itself, in groups of tokens."""
+    parts = []
+    for part in latent.split(group, 1):
+        least, most = part.amin(1, keepdim=True), part.amax(1, keepdim=True)
+        step = ((most - least) / (2**bits - 1)).clamp(min=torch.finfo(part.dtype).tiny)
+        parts.append(((part - least) / step).round() * step + least)
+    return torch.cat(parts, 1)
+
+
+def with_latents(plan: Plan, found: Found, window: int, bits: int | None = None, group: int = 64) -> Any:
+    """The dense model, whose attentions rebuild keys and values by these factors, of latents that may be rounded."""
     model: Any = AutoModelForCausalLM.from_pretrained(plan.checkpoint.path, dtype=torch.float32).eval()
     resolved = plan.subject.resolved
     entries, heads, traits = {}, resolved.heads, resolved.architecture.traits
@@ -125,6 +141,8 @@ def with_latents(plan: Plan, found: Found, window: int) -> Any:
         attention = model.get_submodule(path)
         attention.lr_latent.weight = nn.Parameter(right.float())
         attention.lr_rebuild.weight = nn.Parameter(left.float())
+        if bits is not None:
+            attention.lr_latent.register_forward_hook(lambda _, __, latent: rounded(latent, bits, group))
     return model
 
 
@@ -148,6 +166,9 @@ def main() -> None:
         parser.add_argument(name)
     parser.add_argument("--kept", default="0.5,0.3,0.2", help="shares of the cache that are kept")
     parser.add_argument("--windows", default="0,32", help="exact positions")
+    parser.add_argument("--bits", type=int, help="add rows whose latents are rounded to so many bits")
+    parser.add_argument("--group", type=int, default=64, help="tokens that share a least and a largest value")
+    parser.add_argument("--only", default="", help="ways with this in their names")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--limit", type=int, default=64, help="windows of the text, of 512 tokens")
@@ -172,11 +193,19 @@ def main() -> None:
     dense = perplexity(AutoModelForCausalLM.from_pretrained(plan.checkpoint.path, dtype=torch.float32).eval(), batches)
     head = "".join(f" {share:.0%} kept |" for share in shares)
     lines = [f"| perplexity (dense: {dense:.3f}) | exact |{head}", f"|---|---:|{'---:|' * len(shares)}"]
+    rounding = [None] if options.bits is None else [None, options.bits]
     for name, way in WAYS.items():
+        if options.only not in name:
+            continue
         found = [way(moments, share) for share in shares]
-        for window in windows:
-            cells = [f"{perplexity(with_latents(plan, each, window), batches):.3f}" for each in found]
-            lines.append(f"| {name} | {window or '–'} | " + " | ".join(cells) + " |")
+        for window, bits in itertools.product(windows, rounding):
+            models = (with_latents(plan, each, window, bits, options.group) for each in found)
+            cells = [f"{perplexity(model, batches):.3f}" for model in models]
+            said = name
+            if bits is not None:
+                stored = (bits + 32 / options.group) / 16
+                said += f"; {bits} bits ({', '.join(f'{share * stored:.1%}' for share in shares)} kept)"
+            lines.append(f"| {said} | {window or '–'} | " + " | ".join(cells) + " |")
             print(lines[-1], flush=True)
     text = "\n".join(lines)
     print(text)

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
+from transformers.cache_utils import QuantizedLayer
+from transformers.utils import is_optimum_quanto_available
 
 from lowrank_compress.shipped.latent import LatentAttention
 from lowrank_compress.shipped.restore import restore_modules
@@ -138,6 +140,37 @@ def test_what_the_cache_keeps(window: int) -> None:
         assert other.get_seq_length() == 0
         found = step(model, IDS, other)
         torch.testing.assert_close(found, model(IDS).logits, rtol=0, atol=1e-9)
+
+
+class Unrounded(QuantizedLayer):
+    """A cache that quantizes, by a backend that loses nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(residual_length=3)
+
+    def _quantize(self, tensor: Tensor, axis: int) -> Tensor:
+        return tensor.clone()
+
+    def _dequantize(self, qtensor: Tensor) -> Tensor:
+        return qtensor
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", [0, 3])
+def test_quantized_caches_keep_latents(window: int) -> None:
+    """Once the residual is full, all is in what was quantized, and exact keys and values stay beside it."""
+    model: Any
+    model, _ = remembering(one("llama-lm"), 5, window)
+    cache: Any = Cache(layers=[Unrounded() for _ in range(model.config.num_hidden_layers)])
+    found = torch.cat([step(model, piece, cache) for piece in IDS.split([5, 1, 1, 4, 1], 1)], 1)
+    torch.testing.assert_close(found, model(IDS).logits, rtol=0, atol=1e-9)
+    for layer in cache.layers:
+        assert layer._quantized_keys.shape[-1] + layer._quantized_values.shape[-1] == 5
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 94, "eos_token_id": None}
+    if is_optimum_quanto_available():
+        return  # what it rounds to is its own
+    with pytest.raises(ImportError, match="optimum-quanto"):
+        model.generate(IDS, **options, cache_implementation="quantized")
 
 
 @torch.no_grad()

@@ -193,6 +193,20 @@ def test_recovery_trains_what_rebuilds(runs: dict[str, Path], tmp_path: Path, tr
     done("verify", run)
 
 
+@pytest.mark.parametrize("name", ["alone", "windowed"])
+def test_blocks_by_themselves_train_what_rebuilds(runs: dict[str, Path], tmp_path: Path, name: str) -> None:
+    options = ("--block", "--block-steps", 8, "--steps", 0, "--batch", 4, "--train", "low-rank")
+    for number in (1, 2):
+        shutil.copytree(runs[name], tmp_path / f"run{number}")
+        said = done("recover", tmp_path / f"run{number}", *options, "--json").json
+        assert said["recover"]["blocks"]["loss_after"] < said["recover"]["blocks"]["loss_before"]
+    tensors = [load_file(tmp_path / place / "model.safetensors") for place in ("run1/model", "run1/recover")]
+    changed = {leaf for leaf, tensor in tensors[0].items() if not tensor.equal(tensors[1][leaf])}
+    assert changed
+    assert all(leaf.endswith(("lr_latent.weight", "lr_rebuild.weight")) for leaf in changed)
+    assert results(tmp_path / "run1") == results(tmp_path / "run2")
+
+
 def test_all_that_is_computed_with_is_compared(runs: dict[str, Path]) -> None:
     """`lrc compress --check` compares products, whatever the factors."""
     found = {name: list(tensors) for name, tensors in reconstruction(Checkpoint(runs["windowed"] / "model"))}

@@ -82,10 +82,12 @@ class Routing:
         """Whether experts are run on tokens that the router does not send them."""
 
     def watch(self, experts: nn.Module) -> RemovableHandle:
-        """Note what the experts are called with."""
+        """Note what the experts are called with; where some stand for others, tokens are theirs that do."""
 
-        def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self._chosen, self._found = (args[1].detach(), args[2].detach()), {}
+        def before(module: Any, args: tuple[Tensor, ...]) -> None:
+            index = args[1].detach()
+            index = module.get_buffer("lr_leads").long()[index] if module.merged else index
+            self._chosen, self._found = (index, args[2].detach()), {}
 
         return experts.register_forward_pre_hook(before)
 

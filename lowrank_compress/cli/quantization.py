@@ -12,6 +12,7 @@ from rich import filesize
 from lowrank_compress.cli.commands import device_name, followed
 from lowrank_compress.cli.printing import quantized, unit_of
 from lowrank_compress.cli.terminal import TerminalReporter, console, number, print_json, table
+from lowrank_compress.model.kinds import few
 from lowrank_compress.recipe import load_recipe
 from lowrank_compress.stages.quantizeconfig import QuantizeConfig, options_of
 from lowrank_compress.stages.run import Run
@@ -69,3 +70,10 @@ def print_layers(target: str, said: Mapping[str, Any]) -> None:
     left = Counter(said["left"].values())
     stay = "".join(f" Not quantized: {n} ({why})." for why, n in sorted(left.items()))
     out.print(f"{quantized(said)}\nLayers: {spread}. Embeddings, norms and biases stay as they were.{stay}")
+    if (experts := said.get("experts")) is not None and experts["thin"]:
+        tokens = Counter(experts["thin"].values())
+        out.print(
+            f"Experts that saw fewer tokens than their matrices have columns: {len(experts['thin'])} of "
+            f"{experts['count']}, {tokens[0]} of them none ({few(list(experts['thin']))}); rounded almost to the "
+            "nearest point."
+        )

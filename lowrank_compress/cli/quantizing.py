@@ -138,7 +138,8 @@ def quantize(
     """Store the linear layers of a checkpoint in a few bits a weight: it comes last.
 
     Of a dense checkpoint the result is one in the format of compressed-tensors, which stock transformers loads. Of a
-    run or a compressed checkpoint the factors are quantized; it loads as before. Embeddings, norms and biases stay.
+    run or a compressed checkpoint the factors are quantized; it loads as before. Matrices of routed experts are rounded
+    by what each expert sees. Embeddings, norms and biases stay.
 
     [dim]lrc quantize ./my-model --bits 4 --calibration my-text.txt --out ./my-model-4bit[/]
 

@@ -32,7 +32,7 @@ from lowrank_compress.errors import CheckpointError, LrcError, UnsupportedError
 from lowrank_compress.model import contract, weights
 from lowrank_compress.model.casting import cast
 from lowrank_compress.model.checkpoint import Checkpoint, in_a_line
-from lowrank_compress.model.names import Piece, names_of
+from lowrank_compress.model.names import Piece, in_memory, names_of
 from lowrank_compress.shipped.config import LowRankConfig
 from lowrank_compress.shipped.swap import swap_modules
 
@@ -289,7 +289,7 @@ def _built(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Blueprint:
         separate_experts(model)
         resolved = resolve(model)
         if checkpoint.quantization is not None:
-            swap_modules(model, LowRankConfig(**checkpoint.quantization))
+            swap_modules(model, LowRankConfig(**in_memory(model, checkpoint.quantization)))
     except LrcError:
         raise
     except Exception as problem:  # whatever sizes that do not fit together run into

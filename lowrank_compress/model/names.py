@@ -14,6 +14,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,14 +113,18 @@ def names_of(path: Path, on_disk: Collection[str], model: PreTrainedModel) -> Na
     unknown: dict[str, str] = {}
     # In the order in which transformers goes through them: some rules take effect from the first match on.
     for stored in sorted(on_disk, key=dot_natural_key):
-        name, pattern = rename_source_key(stored, renamings, converters, model.base_model_prefix, known)
+        # Of packed experts' matrices: the rules are about their weights.
+        whole, leaf = _weight_of(stored) if experts else (stored, "")
+        name, pattern = rename_source_key(whole, renamings, converters, model.base_model_prefix, known)
+        if whole != stored and (name in state or name not in known or pattern is None):
+            name, pattern = rename_source_key(stored, renamings, converters, model.base_model_prefix, known)
         if name not in state and name in known:
             if pattern is None:
                 own = dict(_pieces(name, experts))
                 pieces |= own
                 found |= dict.fromkeys(own, stored)
                 continue
-            name, pattern = _of_expert(stored, name, pattern, converters), None
+            name, pattern = _of_expert(stored, name, pattern, converters).removesuffix("weight") + leaf, None
         if name not in state and stored in state:
             name, pattern = rename_source_key(stored, [], [], model.base_model_prefix, state)
         if name not in state:
@@ -147,6 +152,12 @@ def experts_of(model: torch.nn.Module) -> dict[str, SeparateExperts]:
     return {path: module for path, module in model.named_modules() if isinstance(module, SeparateExperts)}
 
 
+def _weight_of(stored: str) -> tuple[str, str]:
+    """Return the name of the weight that a stored tensor is, or is a part of, and the leaf of its own."""
+    path, _, leaf = stored.rpartition(".")
+    return (f"{path}.weight", leaf) if leaf.startswith("weight_") else (stored, leaf)
+
+
 def _of_expert(stored: str, fused: str, pattern: str, converters: Sequence[WeightConverter]) -> str:
     """Return the name of a stored expert's matrix in memory, where that of all experts would be joined to `fused`."""
     path, _, leaf = fused.rpartition(".")
@@ -164,6 +175,18 @@ def _pieces(name: str, experts: Mapping[str, SeparateExperts]) -> Iterator[tuple
         for leaf in fusion.leaves:
             if fusion.source(leaf) == whole:
                 yield f"{path}.{number}.{leaf}", Piece(number, leaf, fusion, stock.get_parameter(whole))
+
+
+def in_memory(model: PreTrainedModel, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings of `LowRankConfig` with the names that packed matrices of stock experts have in a model."""
+    packed = settings.get("factor_quantization")
+    if not packed or "linears" not in packed or not experts_of(model):
+        return dict(settings)
+    names = {
+        stored.removesuffix(".weight"): name.removesuffix(".weight") for name, stored in stock_names(model).items()
+    }
+    linears = {names.get(path, path): entry for path, entry in packed["linears"].items()}
+    return {**settings, "factor_quantization": {**packed, "linears": linears}}
 
 
 def stock_names(model: PreTrainedModel) -> Mapping[str, str]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lowrank_compress.config import ByteBudget
-from lowrank_compress.errors import InputError, UnsupportedError
+from lowrank_compress.errors import InputError
 from lowrank_compress.methods.groups import TargetGroup
 from lowrank_compress.methods.parts import own_methods
 from lowrank_compress.methods.rounding import ROUNDINGS
 from lowrank_compress.methods.scheme import DENSE
-from lowrank_compress.model.blueprint import Blueprint
 from lowrank_compress.recipe import RATIO, Recipe
 
 ROUNDING = "kfac"
@@ -72,21 +71,16 @@ def byte_budget(recipe: Recipe, dtype: str) -> ByteBudget | None:
     return ByteBudget(share=recipe.bytes, mix=recipe.mix or "auto", dtype=dtype)
 
 
-def require_nats(recipe: Recipe, allocate: str, groups: Sequence[TargetGroup], design: Blueprint) -> None:
+def require_nats(allocate: str, groups: Sequence[TargetGroup]) -> None:
     """Make sure that losses of bits and ranks compare.
 
     Raises
     ------
-    InputError, UnsupportedError
-        They do not; or the model is one that cannot be quantized.
+    InputError
+        They do not.
     """
     if allocate != "loss" or not all(group.nats for group in groups):
         raise InputError(
             "--bytes compares ranks and bits by predicted losses in nats a token: it goes with --method auto or kfac, "
             "and --allocate loss. Leave the others out, or compress by --ratio and then `lrc quantize`."
-        )
-    if any(target.expert is not None for target in design.resolved.targets):
-        raise UnsupportedError(
-            f"{recipe.model} has routed experts, whose weights cannot be stored in few bits yet: pass --ratio in place "
-            "of --bytes."
         )

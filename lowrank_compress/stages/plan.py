@@ -170,7 +170,7 @@ def make_plan(recipe: Recipe, *, reads_text: bool = True) -> Plan:
     if not subject.candidates:
         recipe = recipe.model_copy(update={"ratio": 0.0})
     if recipe.bytes is not None:
-        require_nats(recipe, recipe.allocate or method.allocate, groups, design)
+        require_nats(recipe.allocate or method.allocate, groups)
     check_options(recipe.allocate or method.allocate, recipe.storage or method.storage, subject.candidates)
     # Losses on other text than fits are made on, where the calibration set is small.
     held_out = isinstance(method, Mixture) and method.held_out

@@ -20,25 +20,28 @@ from lowrank_compress.artifacts.directories import files_in, recover, replacing
 from lowrank_compress.artifacts.documents import read_json, write_json
 from lowrank_compress.artifacts.files import write_text
 from lowrank_compress.artifacts.manifest import Key, Manifest, commit, committed, listed
-from lowrank_compress.errors import InputError, UnsupportedError
+from lowrank_compress.errors import InputError
 from lowrank_compress.evaluation.size import measure_size
 from lowrank_compress.methods.rounding import ROUNDINGS
 from lowrank_compress.model import packing
 from lowrank_compress.model.blueprint import AUTO, Blueprint
 from lowrank_compress.model.embedding import embedding_of
 from lowrank_compress.model.export import ShardWriter, config_json, write_companions
+from lowrank_compress.model.kinds import few
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.resources.resources import Resources
 from lowrank_compress.resources.workers import Workers
+from lowrank_compress.shipped.fusion import FUSED
 from lowrank_compress.shipped.packed import LAYOUT
 from lowrank_compress.shipped.saving import remote_code_entries, write_remote_code
 from lowrank_compress.stages.card import PEFT_TASKS, model_card
 from lowrank_compress.stages.environment import environment
 from lowrank_compress.stages.fitting import Way
+from lowrank_compress.stages.layers import Layer
 from lowrank_compress.stages.origin import CARD, copy_licences
 from lowrank_compress.stages.quantizeconfig import NO_TEXT, QuantizeConfig, looks
-from lowrank_compress.stages.quantized import is_stock, report_of
-from lowrank_compress.stages.quantizing import Layer, Quantizer
+from lowrank_compress.stages.quantized import is_stock, report_of, separated
+from lowrank_compress.stages.quantizing import Quantizer
 from lowrank_compress.stages.report import REPORT, facts
 from lowrank_compress.stages.reporting import Reporter, Silent
 from lowrank_compress.stages.rewrite import contents_of, refuse_packed
@@ -113,11 +116,6 @@ def _quantized(
     original = int((before or {}).get("claimed_bytes", own))
     computing = torch.promote_types(checkpoint.dtype, torch.float32)
     skeleton = Skeleton(checkpoint, torch.device(config.device), computing)
-    if any(target.expert is not None for target in skeleton.resolved.targets):
-        raise UnsupportedError(
-            f"{checkpoint.path} has routed experts, whose weights `lrc quantize` cannot store in few bits yet. Use the "
-            "checkpoint as it is, or the quantization of the program that serves it."
-        )
     if ROUNDINGS[config.rounding].needs == "gradients" and skeleton.task == "embedding":
         embedding_of(checkpoint)  # whose change is the loss
     longest = skeleton.blueprint.longest_input()
@@ -125,21 +123,28 @@ def _quantized(
         raise InputError(
             f"--seq-len {config.seq_len} is more than the {longest} positions of the model. Use at most that."
         )
-    stock = config.symmetric and checkpoint.quantization is None and config.whole is not None
+    routed = any(target.expert is not None for target in skeleton.resolved.targets)
+    stock = config.symmetric and checkpoint.quantization is None and config.whole is not None and not routed
     if config.residual_rank and not (config.aided or config.inside or stock):
         raise InputError(
-            "A residual becomes an adapter of a stock checkpoint: expected a dense one to quantize, --symmetric, and a "
-            "whole number of --bits; or --residual-inside or --smooth, with which it becomes part of the checkpoint."
+            "A residual becomes an adapter of a stock checkpoint: expected a dense one without routed experts to "
+            "quantize, --symmetric, and a whole number of --bits; or --residual-inside or --smooth, with which it "
+            "becomes part of the checkpoint."
         )
     quantizer = Quantizer(config, skeleton, original, work_of(out_dir), identity.id, reporter, resources)
     chosen = quantizer.make()
+    if thin := quantizer.thin():
+        reporter.warn(
+            f"Experts that saw fewer tokens than their matrices have columns: {len(thin)} ({few(list(thin))}). They "
+            "are rounded almost to the nearest point; pass more text, or a larger --samples."
+        )
     with replacing(out_dir, listed) as draft:
         shards = _write_tensors(quantizer, chosen, draft)
         report = report_of(quantizer, chosen, before, own)
         _write_rest(quantizer, chosen, report, draft)
         if config.residual_rank and not (config.aided or config.inside):
             _write_adapter(quantizer, chosen, draft / ADAPTER)
-        said = {name: value for name, value in report["quantize"].items() if name not in ("layers", "left")}
+        said = {name: value for name, value in report["quantize"].items() if name not in ("layers", "left", "experts")}
         found = facts(report) | {"shards": shards, "quantize": said}
         manifest = commit(draft, identity, files_in(draft), found, environment(config.device))
     quantizer.clear()
@@ -151,10 +156,17 @@ def _write_tensors(quantizer: Quantizer, chosen: Mapping[str, Way], out: Path) -
     plan = quantizer.plan
     writer = ShardWriter(out, quantizer.config.shard_bytes)
     layers = {f"{layer.path}.weight": layer for layer in quantizer.layers if layer.path in chosen}
+    apart = tuple(f"{path}." for path in separated(quantizer, chosen))
     for block in range(-1, len(quantizer.blocks)):
         kept = quantizer.rounded.read(block) if block >= 0 else {}
-        for name in plan.outside() if block < 0 else plan.inside(block):
-            on_disk = plan.name_on_disk(name)
+        names = plan.outside() if block < 0 else plan.inside(block)
+        for path in apart:  # what fails a load as stock experts
+            if any(name.startswith(path) for name in names):
+                for leaf in FUSED:
+                    if path + leaf not in names:
+                        writer.add(path + leaf, torch.empty(0, dtype=quantizer.dtype))
+        for name in names:
+            on_disk = name if name.startswith(apart) else plan.name_on_disk(name)
             if name not in layers:
                 writer.add(on_disk, plan.read(name))
                 continue
@@ -192,6 +204,8 @@ def _layout(quantizer: Quantizer, chosen: Mapping[str, Way]) -> dict[str, Any]:
         beside = quantizer.beside(layer, way).entry
         entry = [grid.bits, grid.group, grid.symmetric, *([beside] if beside else [])]
         linears[f"{layer.path}.lr_in" if layer.transposed else layer.path] = entry
+    if experts := separated(quantizer, chosen):
+        found["experts"] = experts
     return found | {"modules": modules, "factor_quantization": {"layout": LAYOUT, "linears": linears}}
 
 
@@ -216,8 +230,26 @@ def _stock_config(plan: Blueprint, layout: Mapping[str, Any]) -> dict[str, Any]:
     model = plan.model
     shapes = {path: each for path, each in model.named_modules() if isinstance(each, nn.Linear)}
     linears = layout["factor_quantization"]["linears"]
-    packed = {path: (tuple(entry), shapes[path].in_features) for path, entry in linears.items()}
-    return packing.config_of(packed, [path for path in shapes if path not in packed], model.base_model_prefix)
+    named = {path: plan.name_on_disk(f"{path}.weight").removesuffix(".weight") for path in _of_experts(plan)}
+    packed = {named.get(path, path): (tuple(entry), shapes[path].in_features) for path, entry in linears.items()}
+    others = [path for path in shapes if path not in linears]
+    return packing.config_of(packed, others + _routers(plan), model.base_model_prefix)
+
+
+def _of_experts(plan: Blueprint) -> list[str]:
+    return [target.module for target in plan.resolved.targets if target.expert is not None]
+
+
+def _routers(plan: Blueprint) -> list[str]:
+    """Paths of routers, in memory and on the disk: to some programs they are linear layers."""
+    if (router := plan.resolved.router) is None:
+        return []
+    found: list[str] = []
+    for block in plan.resolved.blocks:
+        name = f"{block}.{router.path}.weight"
+        if name in plan.stored:
+            found += dict.fromkeys(each.removesuffix(".weight") for each in (name, plan.stored[name]))
+    return found
 
 
 def _write_adapter(quantizer: Quantizer, chosen: Mapping[str, Way], out: Path) -> None:

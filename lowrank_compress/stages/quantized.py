@@ -9,20 +9,47 @@ import torch
 
 from lowrank_compress.model import packing
 from lowrank_compress.model.blueprint import Blueprint
+from lowrank_compress.model.names import experts_of
 from lowrank_compress.stages.fitting import Way
+from lowrank_compress.stages.layers import Layer
 from lowrank_compress.stages.origin import about
-from lowrank_compress.stages.quantizing import Layer, Quantizer, described
+from lowrank_compress.stages.quantizing import Quantizer
 from lowrank_compress.stages.report import beyond_claimed
 
 
 def is_stock(quantizer: Quantizer, chosen: Mapping[str, Way]) -> bool:
-    """Whether the quantized checkpoint is one of a stock model, in the format of compressed-tensors."""
+    """Whether the quantized checkpoint is one of a stock model, in the format of compressed-tensors.
+
+    transformers unpacks the experts of all blocks by one of the config's groups, and rounds their weights to the dtype
+    of scales.
+    """
     found = quantizer.plan.checkpoint.quantization or {}
     smaller = any(found.get(kind) for kind in ("modules", "dense_shapes", "attention", "experts", "routers"))
-    plain = not any(layer.transposed for layer in quantizer.layers)
+    plain = not any(layer.transposed for layer in quantizer.layers) and not quantizer.plan.pieces
+    routed = {_kind(quantizer, layer, chosen.get(layer.path)) for layer in quantizer.layers if layer.expert}
+    plain = plain and (not routed or (len(routed) == 1 and None not in routed and quantizer.scales == quantizer.dtype))
     config = quantizer.config
     beside = config.aided or (config.inside and any(way.rank for way in chosen.values()))
     return plain and config.symmetric and not beside and not smaller
+
+
+def _kind(quantizer: Quantizer, layer: Layer, way: Way | None) -> tuple[int, int] | None:
+    """Say what a layer is stored in: bits, and the columns of a group, 0 where all of a row are one; None for as is."""
+    if way is None:
+        return None
+    group = quantizer.packing.grid(layer.shape[1], way.bits).group
+    return way.bits, 0 if group == layer.shape[1] else group
+
+
+def separated(quantizer: Quantizer, chosen: Mapping[str, Way]) -> dict[str, int]:
+    """Return how many experts there are at each path at which they become modules of their own."""
+    if is_stock(quantizer, chosen):
+        return {}
+    before = (quantizer.plan.checkpoint.quantization or {}).get("experts", {})
+    packed = {(layer.expert or "").rpartition(".")[0] for layer in quantizer.layers if layer.path in chosen}
+    found = experts_of(quantizer.plan.model).items()
+    whole = bool(quantizer.plan.pieces)  # stored in one tensor: all are taken out of it
+    return {path: len(experts) for path, experts in found if whole or path in before or path in packed}
 
 
 def report_of(
@@ -50,12 +77,19 @@ def report_of(
         "unit": ("½‖Δe‖² a text" if quantizer.plan.task == "embedding" else "nats") if nats else "share",
         **({"beside": _beside(quantizer, chosen)} if config.aided or config.inside else {}),
         "format": packing.METHOD if is_stock(quantizer, chosen) else "lowrank",
+        **_experts(quantizer),
         "left": quantizer.left,
         "layers": layers,
     }
     if before is None:
         return {"schema": 1, "method": "dense", "about": about(quantizer.plan), "quantize": said}
     return {**before, **_bytes_now(before, quantizer.plan, stored), "quantize": said}
+
+
+def _experts(quantizer: Quantizer) -> dict[str, Any]:
+    """Say how many experts there are, and which saw few tokens."""
+    found = {layer.expert for layer in quantizer.layers} - {None}
+    return {"experts": {"count": len(found), "thin": quantizer.thin()}} if found else {}
 
 
 def _beside(quantizer: Quantizer, chosen: Mapping[str, Way]) -> dict[str, Any]:
@@ -85,3 +119,19 @@ def _bytes_now(before: Mapping[str, Any], plan: Blueprint, stored: int) -> dict[
     others, whole = beyond_claimed(before, plan)
     beside = others * getattr(torch, before["dtype"]).itemsize
     return {"stored_bytes": stored, "reached_ratio_bytes": 1 - (stored + beside) / whole}
+
+
+def described(quantizer: Quantizer, chosen: Mapping[str, Way]) -> dict[str, Any]:
+    """Say of each layer how it is stored, for lowrank.json."""
+    losses = quantizer.losses()
+    found = {}
+    for layer in quantizer.layers:
+        way = chosen.get(layer.path)
+        bits, size = None if way is None else way.bits, quantizer.bytes_of(layer, way)
+        entry: dict[str, Any] = {"shape": list(layer.shape), "bits": bits, "bytes": size}
+        if way is not None:
+            grid = quantizer.packing.grid(layer.shape[1], way.bits)
+            entry |= {"group": grid.group, "symmetric": grid.symmetric, "loss": losses[layer.path][way.key]}
+            entry |= quantizer.beside(layer, way).entry
+        found[layer.path] = entry
+    return found

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
 from lowrank_compress.allocation.choice import of_ranks
 from lowrank_compress.allocation.curve import Curve
@@ -25,61 +22,15 @@ from lowrank_compress.evaluation.size import measure_size
 from lowrank_compress.formats.packed import BITS, Packing, beside_bytes, packed_tensors, scale_dtype
 from lowrank_compress.linalg.quantize import Quantized, Scales
 from lowrank_compress.methods.rounding import ROUNDINGS, Problem
-from lowrank_compress.model.blueprint import Blueprint
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.resources.resources import Resources
 from lowrank_compress.shipped.beside import Beside
-from lowrank_compress.shipped.linear import CompressedLinear
 from lowrank_compress.stages.fitting import Way, beside_of, fit
+from lowrank_compress.stages.layers import Layer, layers_of
 from lowrank_compress.stages.quantizeconfig import QuantizeConfig
 from lowrank_compress.stages.reporting import Reporter
 from lowrank_compress.stages.samples import calibration_batches
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A module that multiplies by one matrix, which can be quantized.
-
-    Attributes
-    ----------
-    path
-        Of the module in the checkpoint's model; its weight is ``path.weight``.
-    block
-        Its block.
-    shape
-        (out, in).
-    transposed
-        Whether the weight lies as (in, out).
-    """
-
-    path: str
-    block: int
-    shape: tuple[int, int]
-    transposed: bool
-
-    @property
-    def weights(self) -> int:
-        """How many weights it has."""
-        return self.shape[0] * self.shape[1]
-
-
-def layers_of(plan: Blueprint) -> tuple[list[Layer], dict[str, str]]:
-    """Find the layers of a checkpoint's blocks that can be quantized, and why others of the claimed ones cannot."""
-    found: list[Layer] = []
-    left: dict[str, str] = {}
-    for path, targets in plan.resolved.modules().items():
-        module = plan.model.get_submodule(path)
-        inside = dict(module.named_children()) if isinstance(module, CompressedLinear) else {}
-        for name, each in {f"{path}.{leaf}": child for leaf, child in inside.items()}.items() or [(path, module)]:
-            if isinstance(each, nn.Linear) and each.weight.numel():
-                found.append(Layer(name, targets[0].block, (each.out_features, each.in_features), False))
-            elif isinstance(each, Conv1D):
-                found.append(Layer(name, targets[0].block, (each.weight.shape[1], each.weight.shape[0]), True))
-            elif not isinstance(each, nn.Linear):
-                left[name] = f"a {type(each).__name__} is no linear layer"
-    for target in plan.resolved.outside:
-        left[target.module] = "outside of the blocks"
-    return found, left
+from lowrank_compress.stages.thin import made_up, thin_experts
 
 
 class Quantizer:
@@ -172,6 +123,10 @@ class Quantizer:
         losses: dict[str, dict[str, float]] = {}
         outliers: dict[str, int] = {}
         device = torch.device(self.config.device)
+        thin = thin_experts(self.of_block(block), moments)
+        given = {layer.expert: moments[layer.path].given for layer in self.of_block(block) if layer.path in moments}
+        given = {expert: share for expert, share in given.items() if expert is not None}
+        moments = made_up(self.of_block(block), moments, self.config)
         for layer in self.of_block(block):
             known = moments.get(layer.path)
             weight = self.plan.read(f"{layer.path}.weight").to(device, torch.float64)
@@ -190,11 +145,27 @@ class Quantizer:
                 losses.setdefault(layer.path, {})[way.key] = fitted.lost
                 outliers[layer.path] = fitted.beside.outliers
                 tensors |= {f"{layer.path}/{way.key}/{name}": each for name, each in fitted.kept(self.scales).items()}
-        self.rounded.write(block, tensors, notes={"losses": losses, "outliers": outliers})
+        self.rounded.write(block, tensors, notes={"losses": losses, "outliers": outliers, "thin": thin, "given": given})
 
     def losses(self) -> dict[str, dict[str, float]]:
         """What each layer loses in each way, by its key (`Problem.lost`)."""
         return {path: each for block in self.blocks for path, each in self.rounded.notes(block)["losses"].items()}
+
+    def thin(self) -> dict[str, int]:
+        """The tokens of experts that saw few, by their paths (`thin_experts`)."""
+        return {
+            path: tokens for block in self.blocks for path, tokens in self.rounded.notes(block).get("thin", {}).items()
+        }
+
+    def _counts(self, layer: Layer) -> float:
+        """What a loss of a layer counts beside those of others.
+
+        Losses in nats compare. Shares of what a layer computes count as much as the router gives to its expert; where
+        nothing was looked at, all experts of a block have as much as one layer that sees all.
+        """
+        if layer.expert is None or self.rounding.needs == "gradients":
+            return 1.0
+        return float(self.rounded.notes(layer.block)["given"].get(layer.expert, 1 / layer.experts))
 
     def tensors(self, layer: Layer, way: Way, block: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a layer by their leaf names; `block` is what was kept of its block."""
@@ -250,7 +221,8 @@ class Quantizer:
         losses = self.losses()
         curves, kinds = [], []
         for layer in self.layers:
-            lost, whole = losses[layer.path], self.bytes_of(layer, None)
+            counts, whole = self._counts(layer), self.bytes_of(layer, None)
+            lost = {key: counts * loss for key, loss in losses[layer.path].items()}
             sizes = {way: size for way in self.ways(layer) if (size := self.bytes_of(layer, way)) < whole}
             # Of a narrow matrix several take the same words; and what a search misses, more of them may lose more.
             kind = list[Way]()
@@ -265,19 +237,3 @@ class Quantizer:
         points = allocate(curves, self._limit())
         found = {layer.path: kind[point] for layer, kind, point in zip(self.layers, kinds, points, strict=True)}
         return {path: way for path, way in found.items() if way is not None}
-
-
-def described(quantizer: Quantizer, chosen: Mapping[str, Way]) -> dict[str, Any]:
-    """Say of each layer how it is stored, for lowrank.json."""
-    losses = quantizer.losses()
-    found = {}
-    for layer in quantizer.layers:
-        way = chosen.get(layer.path)
-        bits, size = None if way is None else way.bits, quantizer.bytes_of(layer, way)
-        entry: dict[str, Any] = {"shape": list(layer.shape), "bits": bits, "bytes": size}
-        if way is not None:
-            grid = quantizer.packing.grid(layer.shape[1], way.bits)
-            entry |= {"group": grid.group, "symmetric": grid.symmetric, "loss": losses[layer.path][way.key]}
-            entry |= quantizer.beside(layer, way).entry
-        found[layer.path] = entry
-    return found

@@ -44,6 +44,13 @@ class Storing:
     work: Path
 
 
+class _Quiet(Silent):
+    """Says nothing: of what is taken it is said again."""
+
+    def warn(self, text: str) -> None:
+        """Do nothing."""
+
+
 def tried_stored(
     plans: Sequence[Plan],
     storing: Storing,
@@ -72,8 +79,9 @@ def tried_stored(
         What may be used; by this process alone.
     """
     made = []
+    quiet = _Quiet()
     for number, plan in enumerate(plans):
-        made.append(_stored(plan, storing, storing.work / f"plan-{number}", commit, resources))
+        made.append(_stored(plan, storing, storing.work / f"plan-{number}", commit, quiet, resources))
         reporter.advance("try plans", number + 1, len(plans))
     device = torch.device(storing.quantize.device)
     subject = plans[0].bases.chooser.subject
@@ -89,14 +97,19 @@ def tried_stored(
 
 
 def _stored(
-    plan: Plan, storing: Storing, place: Path, commit: Callable[[Plan, Path], object], resources: Resources
+    plan: Plan,
+    storing: Storing,
+    place: Path,
+    commit: Callable[[Plan, Path], object],
+    reporter: Reporter,
+    resources: Resources,
 ) -> Checkpoint:
     scores, factors, packed = (place / name for name in ("scores", "factors", "packed"))
     commit(plan, scores)
     inputs = factorize.Inputs(plan.bases.chooser.subject.model, scores, storing.datasets)
-    made = factorize.run(storing.factorize, inputs, factors, Silent(), resources=resources, overwrite=True)
+    made = factorize.run(storing.factorize, inputs, factors, reporter, resources=resources, overwrite=True)
     given = Given(Checkpoint(factors), made.report)
-    quantize.run(storing.quantize, given, packed, Silent(), resources=resources, overwrite=True)
+    quantize.run(storing.quantize, given, packed, reporter, resources=resources, overwrite=True)
     return Checkpoint(packed)
 
 

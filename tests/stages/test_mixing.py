@@ -118,5 +118,26 @@ def test_what_does_not_go_with_it(tiny: Tiny, tmp_path: Path) -> None:
     assert "predicted losses in nats" in message("--bytes", 0.2, "--method", "svd-llm")
     assert "leave --ratio-of out" in message("--bytes", 0.2, "--ratio-of", "model")
     assert "Unknown rounding" in message("--bytes", 0.2, "--rounding", "no")
-    text = ("--calibration", tiny.text, *FEW, "--out", tmp_path / "no")
-    assert "has routed experts" in refused("compress", save_moe("qwen2_moe", tmp_path / "moe"), "--bytes", 0.2, *text)
+    mixture = save_moe("qwen2_moe", tmp_path / "moe")
+    text = ("--calibration", tiny.text, *FEW, "--bytes", 0.2, "--experts", "reap", "--out", tmp_path / "no")
+    assert "predicted losses in nats" in refused("compress", mixture, *text)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_experts_are_part_of_the_budget(tiny: Tiny, tmp_path: Path, family: str) -> None:
+    run, share = tmp_path / "run", 0.13
+    options = ("--calibration", tiny.text, *FEW, "--rounding", "gptq", "--out", run, "--json")
+    said = done("compress", save_moe(family, tmp_path / family), "--bytes", share, *options).json
+    report = json.loads((run / "model/lowrank.json").read_text())
+    size = measure_size(Checkpoint(run / "model"))
+    assert size.block_bytes == report["stored_bytes"] == said["stored_bytes"]
+    assert 0.97 * share * report["claimed_bytes"] < size.block_bytes <= share * report["claimed_bytes"]
+    manifest = read_manifest(run / "scores")
+    assert manifest is not None
+    totals = {plan["plan"]: plan["divergence"] + FAR * plan["at_random"] for plan in manifest.report["plans"]}
+    assert {"low-rank", "quantized", "mixed"} <= totals.keys()
+    assert manifest.report["plan"] == min(totals, key=totals.__getitem__)
+    packed = {name: layer["bits"] for name, layer in report["quantize"]["layers"].items() if ".experts." in name}
+    assert packed
+    assert done("verify", run, "--json").json["ok"]
+    assert torch.isfinite(logits(run / "model")).all()

@@ -24,7 +24,6 @@ from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.shipped.packed import PackedLinear
 from lowrank_compress.stages.index import read_index
-from tests.moe import save_moe
 from tests.runs import FEW, Tiny, contents, done, forked, lrc, refused, results, times
 from tests.tiny import save_tiny
 
@@ -263,11 +262,3 @@ def test_what_cannot_be_done_is_said(tiny: Tiny, tmp_path: Path) -> None:
     smallest = share.split("The smallest budget is --bytes ")[1].split(";")[0]
     done("quantize", tiny.model, "--bytes", smallest, "--group", 16, *few[:-1], tmp_path / "other")
     assert lrc("compress", tmp_path / "no", "--method", "svd").code == 2
-
-
-def test_experts_are_refused_before_any_work(tiny: Tiny, tmp_path: Path) -> None:
-    save_moe("mixtral", tmp_path / "mixtral")
-    for rounding in ("rtn", "kfac"):
-        out = ("--rounding", rounding, "--calibration", tiny.text, *FEW, "--out", tmp_path / "out")
-        assert "has routed experts" in refused("quantize", tmp_path / "mixtral", *out)
-    assert not (tmp_path / "out").exists()

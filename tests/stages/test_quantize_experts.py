@@ -96,6 +96,18 @@ def test_symmetric_ones_are_stock_checkpoints(tmp_path: Path, family: str) -> No
         assert torch.equal(logits(stock), logits(expected))
 
 
+def test_gpt_oss_is_taken_out_of_its_tensors(tmp_path: Path) -> None:
+    """Its experts have biases, lie transposed and by turns, and are stored in one tensor."""
+    source, out = save_moe("gpt_oss", tmp_path / "source"), tmp_path / "out"
+    said = done("quantize", source, "--rounding", "rtn", "--group", 8, "--out", out, "--json").json["quantize"]
+    assert said["format"] == "lowrank"
+    assert measure_size(Checkpoint(out)).block_bytes == said["stored_bytes"]
+    done("export", out, "--dense", tmp_path / "dense")
+    dense, packed, other = (AutoModelForCausalLM.from_pretrained(each) for each in (tmp_path / "dense", out, source))
+    assert torch.allclose(logits(dense), logits(packed), atol=1e-5)
+    assert 1e-3 < (logits(packed) - logits(other)).norm() / logits(other).norm() < 0.5
+
+
 def test_what_stock_code_would_load_as_something_else_is_ours(tmp_path: Path) -> None:
     """Two kinds of groups, and numbers of more digits than scales have."""
     for dtype, group in ((torch.bfloat16, 16), (torch.float32, 8)):

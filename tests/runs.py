@@ -14,11 +14,25 @@ from typing import Any
 
 from typer.testing import CliRunner
 
+from lowrank_compress.artifacts import files
 from lowrank_compress.artifacts.files import sha256
 from lowrank_compress.artifacts.lock import HOLDER
 from lowrank_compress.cli.main import app
 
 FEW = ("--samples", "8", "--seq-len", "32")
+# A program: kills `lrc ARGUMENTS --out DIRECTORY/NUMBER` after each of some seconds, and prints how it ended.
+FORKER = """
+import os, signal, sys, time
+from tests.runs import lrc
+for number, moment in enumerate(sys.argv[2].split(",")):
+    arguments = [*sys.argv[3:], "--out", os.path.join(sys.argv[1], str(number))]
+    pid = os.fork()
+    if pid == 0:
+        os._exit(lrc(*arguments).code)
+    time.sleep(float(moment))
+    os.kill(pid, signal.SIGKILL)
+    print(os.waitpid(pid, 0)[1])
+"""
 
 
 @dataclass(frozen=True)
@@ -123,6 +137,32 @@ def forked(work: Callable[[], object], *, kill_after: float | None = None) -> in
         time.sleep(kill_after)
         os.kill(pid, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def killed_at_rename(number: int, *, after: bool, arguments: list[str]) -> bool:
+    """Run a command in a process that dies at its n-th rename; whether it came that far."""
+
+    def work() -> None:
+        count = 0
+
+        def dies(rename: Callable[..., None]) -> Callable[..., None]:
+            def dying(source: object, target: object) -> None:
+                nonlocal count
+                count += 1
+                if after:
+                    rename(source, target)
+                if count == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                if not after:
+                    rename(source, target)
+
+            return dying
+
+        # Of a file, and of a directory.
+        files.os.replace, files.os.rename = dies(os.replace), dies(os.rename)  # pyright: ignore
+        lrc(*arguments)
+
+    return forked(work) == -signal.SIGKILL
 
 
 def printed(place: Path, *commands: Sequence[object]) -> tuple[int, str, str]:

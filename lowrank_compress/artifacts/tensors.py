@@ -5,18 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lowrank_compress.artifacts.directories import keep_aside, refuse_link
 from lowrank_compress.artifacts.documents import canonical_hash, parse_json
 from lowrank_compress.artifacts.files import is_regular, sweep, write_atomically
+from lowrank_compress.artifacts.stream import DTYPES, Lazy, at_hand, write_tensors
 from lowrank_compress.errors import ArtifactError
+
+# What was read of an open file counts as memory of this process until the file is opened anew.
+_MAPPED = 64 << 20
 
 
 class BlockFiles:
@@ -52,14 +56,15 @@ class BlockFiles:
 
     def write(self, block: int, tensors: Mapping[str, Tensor], notes: Mapping[str, Any] | None = None) -> None:
         """Write a finished block, with JSON notes in its header; it appears whole or not at all."""
-        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
+        plain = {name: tensor.detach().cpu() for name, tensor in sorted(tensors.items())}
         refuse_link(self.directory)
         # One metadata key only: safetensors does not keep the order of several, and bytes must repeat.
         said = {"block": block, "id": self.id, "notes": dict(notes or {})}
         header = {"lrc": json.dumps(said | {"digest": _digest(plain.items(), said)}, sort_keys=True)}
         if self._header(block) is None:
             keep_aside(self.path(block))  # nothing of ours
-        write_atomically(self.path(block), lambda path: save_file(plain, path, metadata=header))
+        lazy = {name: at_hand(tensor) for name, tensor in plain.items()}
+        write_atomically(self.path(block), lambda path: write_tensors(path, lazy, header))
         self._verified[block] = self._stamp(block)
 
     def finished(self, block: int) -> bool:
@@ -125,6 +130,21 @@ class BlockFiles:
         """Read a block, or of its tensors those with `wanted` names; see `each`."""
         return dict(self.each(block, wanted))
 
+    def lazily(self, block: int) -> dict[str, Lazy]:
+        """Have the tensors of a block read one by one, each when it is needed; see `each`."""
+        self.each(block)
+
+        def read(name: str) -> Tensor:
+            with safe_open(self.path(block), framework="pt") as handle:
+                return handle.get_tensor(name)
+
+        with safe_open(self.path(block), framework="pt") as handle:
+            slices = {name: handle.get_slice(name) for name in sorted(handle.keys())}
+            return {
+                name: Lazy(tuple(found.get_shape()), DTYPES[found.get_dtype()], partial(read, name))
+                for name, found in slices.items()
+            }
+
     def each(self, block: int, wanted: Callable[[str], bool] = lambda name: True) -> Iterator[tuple[str, Tensor]]:
         """Read the tensors of a block one by one, in the order of their names.
 
@@ -149,9 +169,14 @@ class BlockFiles:
 
     def _tensors(self, block: int, wanted: Callable[[str], bool] = lambda name: True) -> Iterator[tuple[str, Tensor]]:
         with safe_open(self.path(block), framework="pt") as handle:
-            for name in sorted(handle.keys()):
-                if wanted(name):
-                    yield name, handle.get_tensor(name)
+            names = [name for name in sorted(handle.keys()) if wanted(name)]
+        while names:
+            read = 0
+            with safe_open(self.path(block), framework="pt") as handle:
+                while names and read < _MAPPED:
+                    tensor = handle.get_tensor(name := names.pop(0))
+                    read += tensor.nbytes
+                    yield name, tensor
 
 
 def _digest(tensors: Iterable[tuple[str, Tensor]], said: Mapping[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -114,6 +114,28 @@ class Merged:
 
     path: str
     leads: Tensor
+
+
+class Later(Mapping[str, Encoded]):
+    """Matrices in a format, each made when it is asked for, and every time anew.
+
+    Parameters
+    ----------
+    makers
+        Target name -> makes its matrix.
+    """
+
+    def __init__(self, makers: Mapping[str, Callable[[], Encoded]]) -> None:
+        self._makers = makers
+
+    def __getitem__(self, name: str) -> Encoded:
+        return self._makers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -14,7 +14,8 @@ from lowrank_compress.allocation.choice import Choice, Choices, of_ranks
 from lowrank_compress.arch.targets import Router, Target
 from lowrank_compress.calibration.statistics import statistic_key
 from lowrank_compress.formats.dense import dense
-from lowrank_compress.methods.edit import Edit, Replacement, Rerouted, Source
+from lowrank_compress.formats.spec import Encoded
+from lowrank_compress.methods.edit import Edit, Later, Replacement, Rerouted, Source
 from lowrank_compress.methods.experts import ExpertMethod
 from lowrank_compress.methods.groups import InPlace, Price, Weights, dense_elements
 from lowrank_compress.methods.linear import Damping
@@ -145,14 +146,24 @@ class ExpertGroup(InPlace):
 
     def encode(self, source: Source, choice: Choice, basis: Mapping[str, Tensor]) -> Edit:
         """Store what is kept, dense: experts with fewer hidden units, or none."""
-        parts, biases = {}, {}
-        for own, units in zip(self.experts, self._units(choice, basis), strict=True):
-            for target in own if len(units) < down_of(own).shape[1] else ():
-                weight = source.weight(target)[:, units] if target.role == "down" else source.weight(target)[units]
-                parts[target.name] = dense(cast(weight.cpu(), source.dtype, f"The smaller {target.name}"))
-                if target.bias is not None and target.role != "down":
-                    biases[target.name] = source.bias(target)[units].cpu().double()
-        return Edit(choice, parts, biases, router=self._rerouted(choice, basis))
+
+        def smaller(target: Target, units: Tensor) -> Encoded:
+            weight = source.weight(target)
+            weight = weight[:, units] if target.role == "down" else weight[units]
+            return dense(cast(weight.cpu(), source.dtype, f"The smaller {target.name}"))
+
+        parts = {
+            target.name: partial(smaller, target, units)
+            for own, units in zip(self.experts, self._units(choice, basis), strict=True)
+            for target in (own if len(units) < down_of(own).shape[1] else ())
+        }
+        biases = {
+            target.name: source.bias(target)[units].cpu().double()
+            for own, units in zip(self.experts, self._units(choice, basis), strict=True)
+            for target in (own if len(units) < down_of(own).shape[1] else ())
+            if target.bias is not None and target.role != "down"
+        }
+        return Edit(choice, Later(parts), biases, router=self._rerouted(choice, basis))
 
     def replace(self, source: Source, choice: Choice, basis: Mapping[str, Tensor]) -> Sequence[Replacement | Rerouted]:
         """Have the router leave experts out; or fill them up with zeros for the units that go."""

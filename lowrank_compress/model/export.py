@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
+from lowrank_compress.artifacts.stream import Lazy, at_hand, write_tensors
 from lowrank_compress.model.casting import require_finite
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.shards import INDEX, SINGLE
@@ -19,6 +20,8 @@ from lowrank_compress.shipped.config import LowRankConfig
 
 class ShardWriter:
     """Collects tensors and writes them as safetensors shards of at most `limit` bytes each.
+
+    One that is given lazily is in memory only while it is written.
 
     Parameters
     ----------
@@ -30,7 +33,7 @@ class ShardWriter:
 
     def __init__(self, directory: Path, limit: int) -> None:
         self.directory, self.limit = directory, limit
-        self._pending: dict[str, Tensor] = {}
+        self._pending: dict[str, Lazy] = {}
         self._names: set[str] = set()
         self._bytes = 0
         self._shards: list[list[str]] = []
@@ -44,19 +47,30 @@ class ShardWriter:
         NumericsError
             It has NaN or infinite elements.
         """
+        require_finite(tensor, name)
+        self._add(name, at_hand(tensor.detach().cpu().contiguous()))
+
+    def later(self, name: str, tensor: Lazy) -> None:
+        """Add a tensor that is read when its shard is written, and refused then; see `add`."""
+
+        def read() -> Tensor:
+            require_finite(found := tensor.read(), name)
+            return found
+
+        self._add(name, replace(tensor, read=read))
+
+    def _add(self, name: str, tensor: Lazy) -> None:
         assert name not in self._names, f"{name} is written twice"
         self._names.add(name)
-        require_finite(tensor, name)
-        size = tensor.numel() * tensor.element_size()
-        if self._pending and self._bytes + size > self.limit:
+        if self._pending and self._bytes + tensor.bytes > self.limit:
             self._flush()
-        self._pending[name] = tensor.detach().cpu().contiguous()
-        self._bytes += size
-        self._total += size
+        self._pending[name] = tensor
+        self._bytes += tensor.bytes
+        self._total += tensor.bytes
 
     def _flush(self) -> None:
         # The number of shards is known only at the end: names are given then.
-        save_file(self._pending, self.directory / _draft(len(self._shards)), metadata={"format": "pt"})
+        write_tensors(self.directory / _draft(len(self._shards)), self._pending, {"format": "pt"})
         self._shards.append(list(self._pending))
         self._pending, self._bytes = {}, 0
 

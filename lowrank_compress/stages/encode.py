@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,7 +84,14 @@ class Encoder:
         self.dtype: torch.dtype = getattr(torch, config.dtype)
         self.source = Source(plan.weight, plan.bias, torch.device(config.device), self.dtype, config.round_to)
 
-    def block(self, block: int, choices: Mapping[str, Choice], bases: Mapping[str, Tensor]) -> EncodedBlock:
+    def block(
+        self,
+        block: int,
+        choices: Mapping[str, Choice],
+        bases: Mapping[str, Tensor],
+        keep: Callable[[dict[str, Tensor]], None] | None = None,
+        room: int = 0,
+    ) -> EncodedBlock:
         """Encode all groups of a block and take its other tensors along.
 
         Parameters
@@ -91,94 +100,118 @@ class Encoder:
             Of each group (see `ranks.in_storage`).
         bases
             The block's basis file.
+        keep, room
+            Where finished tensors of more than `room` bytes have come together, `keep` is called with them, and they
+            are not among those that are returned. Without `keep`, all are.
 
         Raises
         ------
         InputError
             A choice needs more than what the score stage kept.
         """
-        made, edits = EncodedBlock(), list[Edit]()
-        for group in self.groups:
-            if group.block == block:
-                edit = (
-                    Edit(choice)
-                    if (choice := choices[group.name]).is_dense
-                    else group.encode(self.source, choice, bases)
-                )
-                edits.append(edit)
-                made.choices[group.name] = edit.choice
-        self._experts(block, edits, made)
-        replaced = self._modules(block, edits, made) | self._routers(edits, made)
+        made, edits, replaced, given = EncodedBlock(), list[Edit](), set[str](), set[str]()
+
+        def hand_over() -> None:
+            if keep is not None and sum(tensor.nbytes for tensor in made.tensors.values()) > room:
+                keep(made.tensors)
+                given.update(made.tensors)
+                made.tensors = {}
+
+        own = [group for group in self.groups if group.block == block]
+        modules = self.plan.resolved.modules_of(block)
+        home = {target.name: path for path, targets in modules.items() for target in targets}
+        waits = Counter(path for group in own for path in {home[target.name] for target in group.targets})
+        encoded: dict[str, Callable[[], Encoded]] = {}
+        biases: dict[str, Tensor] = {}
+        for group in own:
+            choice = choices[group.name]
+            edit = Edit(choice) if choice.is_dense else group.encode(self.source, choice, bases)
+            made.choices[group.name] = edit.choice
+            self._experts(block, edit, made)
+            replaced |= self._router(edit, made)
+            encoded |= {name: partial(edit.parts.__getitem__, name) for name in edit.parts}
+            biases |= edit.biases
+            edits.append(replace(edit, parts={}))
+            # A module is put together as soon as all is known of it, and its parts are let go.
+            for path in dict.fromkeys(home[target.name] for target in group.targets):
+                waits[path] -= 1
+                if not waits[path]:
+                    parts = {t.name: encoded.pop(t.name) for t in modules[path] if t.name in encoded}
+                    replaced |= self._module(path, modules[path], parts, biases, made)
+                    hand_over()
         self._attention(block, edits, made)
         for name in self.plan.inside(block):
-            if name not in replaced and (on_disk := self._on_disk(name, made)) not in made.tensors:
+            if name not in replaced and (on_disk := self._on_disk(name, made)) not in given | made.tensors.keys():
                 alone = on_disk == name or name not in self.plan.pieces
                 made.tensors[on_disk] = (self.plan.rounded if alone else self.plan.whole)(name, self.dtype)
+                hand_over()
         return made
 
-    def _experts(self, block: int, edits: Sequence[Edit], made: EncodedBlock) -> None:
+    def _experts(self, block: int, edit: Edit, made: EncodedBlock) -> None:
         """Have all experts of a block stored one by one if any is changed, beside what fails a load as stock ones."""
-        changed = {name for edit in edits for name in edit.parts}
         own = [target for target in self.plan.resolved.of_block(block) if target.expert is not None]
-        if any(target.name in changed for target in own):
+        if not made.experts and any(target.name in edit.parts for target in own):
             path = own[0].module.rsplit(".", 2)[0]
             made.experts[path] = len({target.expert for target in own})
             made.tensors |= {f"{path}.{leaf}": torch.empty(0, dtype=self.dtype) for leaf in FUSED}
-        for found in (edit.merged for edit in edits if edit.merged is not None):
+        if (found := edit.merged) is not None:
             leads = found.leads.tolist()
             made.merged[found.path] = len(set(leads))
             made.tensors[f"{found.path}.{LEADS}"] = found.leads.to(INDEX_DTYPE)
             made.leads |= {f"{found.path}.{n}": f"{found.path}.{lead}" for n, lead in enumerate(leads) if lead != n}
 
-    def _routers(self, edits: Sequence[Edit], made: EncodedBlock) -> set[str]:
-        """Take the rows of experts that are gone from routers; return the names of the tensors that become others."""
-        replaced: set[str] = set()
-        for router in (edit.router for edit in edits if edit.router is not None):
-            for leaf, _ in self.plan.model.get_submodule(router.path).named_parameters():
-                name = f"{router.path}.{leaf}"
-                rows, on_disk = self.plan.rounded(name, self.dtype), self.plan.name_on_disk(name)
-                made.routers[router.path] = {"experts": len(rows), "kept": len(router.kept)}
-                made.tensors[on_disk] = rows[router.kept]
-                made.tensors[f"{on_disk.removesuffix(leaf)}{KEPT}"] = router.kept.to(INDEX_DTYPE)
-                replaced.add(name)
+    def _router(self, edit: Edit, made: EncodedBlock) -> set[str]:
+        """Take the rows of experts that are gone from a router; return the names of the tensors that become others."""
+        if (router := edit.router) is None:
+            return set()
+        replaced = set[str]()
+        for leaf, _ in self.plan.model.get_submodule(router.path).named_parameters():
+            name = f"{router.path}.{leaf}"
+            rows, on_disk = self.plan.rounded(name, self.dtype), self.plan.name_on_disk(name)
+            made.routers[router.path] = {"experts": len(rows), "kept": len(router.kept)}
+            made.tensors[on_disk] = rows[router.kept]
+            made.tensors[f"{on_disk.removesuffix(leaf)}{KEPT}"] = router.kept.to(INDEX_DTYPE)
+            replaced.add(name)
         return replaced
 
     def _on_disk(self, name: str, made: EncodedBlock) -> str:
         """Where a tensor of the dense model goes: to its name there, but for experts that are stored one by one."""
         return name if name.startswith(tuple(f"{path}." for path in made.experts)) else self.plan.name_on_disk(name)
 
-    def _modules(self, block: int, edits: Sequence[Edit], made: EncodedBlock) -> set[str]:
-        """Put parts together to modules; return the names of the stock tensors that they replace."""
-        plan = self.plan
-        encoded = {name: part for edit in edits for name, part in edit.parts.items()}
-        changed = {name: bias for edit in edits for name, bias in edit.biases.items()}
-        replaced: set[str] = set()
-        for path, targets in plan.resolved.modules_of(block).items():
-            first = targets[0]
-            if not any(target.name in encoded for target in targets):
-                continue
-            parts = [encoded.get(target.name) or self._dense(target) for target in targets]
-            on_disk = self._on_disk(first.parameter, made)
-            stem = on_disk.removesuffix(first.parameter.removeprefix(f"{path}."))
-            if all(part.format == "dense" for part in parts):
-                weight = joined(targets, [part.inner for part in parts])
-                # A fused gate and up lose rows of both.
-                halves = [len(parts)] if first.role == "gate" and len(parts) > 1 else []
-                made.dense_shapes[path] = [*weight.shape, *halves]
-                made.tensors[on_disk] = weight.T if first.view.transposed else weight
-            else:
-                made.modules[path] = module_entry(targets, parts)
-                if parts[0].shape[1] != first.shape[1] or made.modules[path]["out_features"] != first.view.rows.total:
-                    made.dense_shapes[path] = [made.modules[path]["out_features"], parts[0].shape[1]]
-                named = module_tensors(targets, parts, self.dtype)
-                made.tensors |= {stem + leaf: tensor for leaf, tensor in named.items()}
-            replaced.add(first.parameter)
-            if first.bias is not None:
-                biases = [changed.get(target.name, plan.bias(target).double()) for target in targets]
-                made.tensors[self._on_disk(first.bias, made)] = cast(
-                    joined(targets, biases), self.dtype, f"The bias of {path}"
-                )
-                replaced.add(first.bias)
+    def _module(
+        self,
+        path: str,
+        targets: Sequence[Target],
+        parts: Mapping[str, Callable[[], Encoded]],
+        changed: Mapping[str, Tensor],
+        made: EncodedBlock,
+    ) -> set[str]:
+        """Put parts together to a module; return the names of the stock tensors that it replaces."""
+        if not parts:
+            return set()
+        plan, first = self.plan, targets[0]
+        made_of = [parts[target.name]() if target.name in parts else self._dense(target) for target in targets]
+        on_disk = self._on_disk(first.parameter, made)
+        stem = on_disk.removesuffix(first.parameter.removeprefix(f"{path}."))
+        if all(part.format == "dense" for part in made_of):
+            weight = joined(targets, [part.inner for part in made_of])
+            # A fused gate and up lose rows of both.
+            halves = [len(made_of)] if first.role == "gate" and len(made_of) > 1 else []
+            made.dense_shapes[path] = [*weight.shape, *halves]
+            made.tensors[on_disk] = weight.T if first.view.transposed else weight
+        else:
+            made.modules[path] = module_entry(targets, made_of)
+            if made_of[0].shape[1] != first.shape[1] or made.modules[path]["out_features"] != first.view.rows.total:
+                made.dense_shapes[path] = [made.modules[path]["out_features"], made_of[0].shape[1]]
+            named = module_tensors(targets, made_of, self.dtype)
+            made.tensors |= {stem + leaf: tensor for leaf, tensor in named.items()}
+        replaced = {first.parameter}
+        if first.bias is not None:
+            biases = [changed.get(target.name, plan.bias(target).double()) for target in targets]
+            made.tensors[self._on_disk(first.bias, made)] = cast(
+                joined(targets, biases), self.dtype, f"The bias of {path}"
+            )
+            replaced.add(first.bias)
         return replaced
 
     def _dense(self, target: Target) -> Encoded:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from lowrank_compress.stages.encode import Encoder
 from lowrank_compress.stages.environment import environment
 from lowrank_compress.stages.identity import checkpoint_id
 from lowrank_compress.stages.origin import CARD, about, copy_licences
+from lowrank_compress.stages.pieces import Pieces
 from lowrank_compress.stages.ranks import RANKS, in_storage, read_ranks, require_kept
 from lowrank_compress.stages.report import REPORT, Experts, block_losses, facts, summary
 from lowrank_compress.stages.reporting import Reporter, Silent
@@ -147,13 +149,13 @@ def run(
     if found is not None:
         require_alone(out_dir, found)
         return found
-    work = BlockFiles(out_dir.parent / "work", identity.id, "factors")
+    work = Pieces(out_dir.parent / "work", identity.id)
     encoder = Encoder(plan, groups, config)
     blocks = scopes_of(plan.resolved, groups)
     for number, block in enumerate(own := workers.share(blocks), 1):
         if not work.finished(block):
-            encoded = encoder.block(block, choices, bases.read(block))
-            work.write(block, encoded.tensors, notes=encoded.notes())
+            keep, room = partial(work.add, block), resources.for_experts
+            work.finish(block, encoder.block(block, choices, bases.read(block), keep, room))
         reporter.advance("factorize", number, len(own))
 
     def write() -> Manifest:
@@ -174,7 +176,7 @@ def _write(
     identity: Key,
     groups: Sequence[TargetGroup],
     bases: BlockFiles,
-    work: BlockFiles,
+    work: Pieces,
 ) -> Manifest:
     """Put the encoded blocks together to a checkpoint, and commit it."""
     plan, dtype = inputs.model, getattr(torch, config.dtype)
@@ -192,7 +194,7 @@ def _write(
     compared = yardsticks(every) if ALLOCATORS[scores.key.config["allocate"]].needs_loss else {}
     for block in blocks:
         for name, tensor in work.each(block):
-            writer.add(name, tensor)
+            writer.later(name, tensor)
         notes = work.notes(block)
         for kind, entries in layout.items():
             entries |= notes.get(kind, {})

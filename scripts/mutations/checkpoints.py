@@ -20,7 +20,7 @@ from mutations.truth import best_factors, every, loads_with, same_logits, same_p
 
 WEIGHTS = "model.safetensors"
 LINEAR = "model.layers.0.self_attn.q_proj.weight"
-BASES = ("model", "model", "model", "gpt2", "half", "tied", "sharded", "no-bos")
+BASES = ("model", "model", "model", "gpt2", "half", "tied", "sharded", "no-bos", "mixture")
 Tensors = dict[str, Tensor]
 
 
@@ -692,6 +692,13 @@ MUTATIONS: dict[str, Mutation] = {
     "tensors: missing": on_tensors(dropped),
     "tensors: extra": on_tensors(added, ("model", "gpt2", "tied", "half")),
     "tensors: values": on_tensors(values),
+    "experts: names": on_tensors(renamed, ("mixture",)),
+    "experts: missing": on_tensors(dropped, ("mixture",)),
+    "experts: shape": on_tensors(reshaped, ("mixture",)),
+    "experts: values": on_tensors(values, ("mixture",)),
+    "experts: config": fields(*({"num_local_experts": count} for count in (0, 1, 2, 4, 100, 10**9, -1, 3.0, "3", None)),
+    *({"num_experts_per_tok": count} for count in (0, 1, 3, 4, -1, 2.0, None)), {"model_type": "qwen2_moe"},
+    {"model_type": "llama"}, {"output_router_logits": True}, {"router_jitter_noise": 0.5}, base="mixture"),
     "tensors: zeros": on_tensors(zeros),
     "tensors: scale": on_tensors(scaled),
     "tensors: tied": on_tensors(untied, ("tied",)),

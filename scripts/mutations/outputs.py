@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ from mutations.checkpoints import Tensors, added, dropped, renamed, reshaped, re
 from mutations.place import HELDOUT, RUNS, Check, Mutation, Place, Said, Step, json_of
 from mutations.truth import far, load, loads_with, logits, same_logits, same_perplexity, unlike
 
+MIXTURES = sorted(name for name, made in RUNS.items() if made.model == "mixture")
 
-def taken(place: Place) -> tuple[str, Path]:
-    """Copy the checkpoint of a run, without the manifest."""
-    name = place.rng.choice(sorted(RUNS))
+
+def taken(place: Place, runs: Sequence[str] = sorted(RUNS)) -> tuple[str, Path]:
+    """Copy the checkpoint of one of some runs, without the manifest."""
+    name = place.rng.choice(runs)
     model = place.take(f"{name}/model", "compressed")
     (model / "manifest.json").unlink()
     place.take(HELDOUT)
@@ -77,11 +79,11 @@ def steps(place: Place, name: str, model: Path, *, layout: bool) -> list[Step]:
     )
 
 
-def layout(*within: str) -> Mutation:
+def layout(*within: str, runs: Sequence[str] = sorted(RUNS)) -> Mutation:
     """Edit the quantization_config at random."""
 
     def mutation(place: Place) -> list[Step]:
-        name, model = taken(place)
+        name, model = taken(place, runs)
         path = model / "config.json"
         config = json.loads(path.read_text())
         damage.edit(config, place.rng, ("quantization_config", *within))
@@ -184,11 +186,11 @@ def outside_layout(place: Place) -> list[Step]:
     return steps(place, name, model, layout=False)
 
 
-def on_tensors(change: Callable[..., object]) -> Mutation:
+def on_tensors(change: Callable[..., object], runs: Sequence[str] = sorted(RUNS)) -> Mutation:
     """Change the tensors."""
 
     def mutation(place: Place) -> list[Step]:
-        name, model = taken(place)
+        name, model = taken(place, runs)
         tensors: Tensors = load_file(model / "model.safetensors")
         change(tensors, place.rng)
         save_file(
@@ -243,4 +245,10 @@ MUTATIONS: dict[str, Mutation] = {
     "tensors: values": on_tensors(values),
     "tensors: indices": on_tensors(indices),
     **{f"file: {name}": on_file(way) for name, way in damage.FILE.items()},
+    "layout: experts": layout("experts", runs=MIXTURES),
+    "layout: routers": layout("routers", runs=["run-pruned"]),
+    "layout: merged": layout("merged", runs=["run-merged"]),
+    "experts: missing": on_tensors(dropped, MIXTURES),
+    "experts: shape": on_tensors(reshaped, MIXTURES),
+    "experts: indices": on_tensors(indices, ["run-pruned", "run-merged"]),
 }

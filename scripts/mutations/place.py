@@ -20,13 +20,28 @@ from lowrank_compress.cli.main import app
 SEQ_LEN = 16
 FEW = ("--samples", "4", "--seq-len", str(SEQ_LEN), "--device", "cpu")
 TEXT, HELDOUT, TABLE = "calibration.txt", "heldout.txt", "examples.csv"
-# Name of a run -> what `lrc compress` is told beside the text; each is of the checkpoint "model".
-RUNS: dict[str, tuple[str, ...]] = {
-    "run-svd": ("--method", "svd"),
-    "run-svd-llm": ("--method", "svd-llm"),
-    "run-auto": ("--method", "auto"),
-    "run-modegpt": ("--method", "modegpt"),
+
+
+@dataclass(frozen=True)
+class Made:
+    """How a run is made: by which method and other options of `lrc compress`, and of which checkpoint."""
+
+    method: str
+    more: tuple[str, ...] = ()
+    model: str = "model"
+
+
+RUNS: dict[str, Made] = {
+    "run-svd": Made("svd"),
+    "run-svd-llm": Made("svd-llm"),
+    "run-auto": Made("auto"),
+    "run-modegpt": Made("modegpt"),
+    "run-experts": Made("svd-llm", ("--experts", "auto"), "mixture"),
+    "run-pruned": Made("svd-llm", ("--experts", "reap"), "mixture"),
+    "run-merged": Made("svd-llm", ("--experts", "merge"), "mixture"),
 }
+NOT_DENSE = ("run-pruned",)
+"""Runs that have no dense export."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +112,7 @@ class Place:
         """Copy something pristine, with what it needs, here; return its path relative to here."""
         source, target = self.template / name, Path(to or name)
         if name.startswith("run-"):
-            for needed in ("model", TEXT):
+            for needed in (RUNS[name.partition("/")[0].partition(".")[0]].model, TEXT):
                 if not os.path.lexists(needed):
                     self.take(needed)
         if source.is_dir():
@@ -109,6 +124,11 @@ class Place:
     def compress(self, model: str, method: str, run: str = "run", *more: str) -> tuple[str, ...]:
         """Words of `lrc compress`."""
         return ("compress", model, "--method", method, "--calibration", TEXT, *FEW, "--out", run, *more)
+
+    def again(self, name: str, run: str = "run", *more: str) -> tuple[str, ...]:
+        """Words of the command that made a run."""
+        made = RUNS[name]
+        return self.compress(made.model, made.method, run, *made.more, *more)
 
     def eval(self, target: str, text: str = HELDOUT, *more: str) -> tuple[str, ...]:
         """Words of `lrc eval`."""

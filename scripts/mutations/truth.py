@@ -175,17 +175,28 @@ def best_factors(base: Path, run: Path, dense: Path, kind: str = "lm") -> Check:
         if any(type(module).__name__ == "Conv1D" for module in load(base, kind)[0].modules()):
             return None  # fused, and the other way round
         tolerance = 1e-4 if stored_dtype(dense) == "float32" else 3e-2
-        for name, found in load(dense, kind)[0].state_dict().items():
-            expected = original[name]
-            rank = ranks.get(name.removesuffix(".weight"), {}).get("rank")
-            if rank is not None:
-                u, s, v = torch.linalg.svd(expected.double(), full_matrices=False)
-                expected = (u[:, :rank] * s[:rank]) @ v[:rank]
-            if far(found.double(), expected.double(), tolerance):
-                return f"{name} is not what the checkpoint's own would give"
+        for key, found in load(dense, kind)[0].state_dict().items():
+            for name, got, expected in zip(*_matrices(key, found), _matrices(key, original[key])[1], strict=True):
+                rank = ranks.get(name.removesuffix(".weight"), {}).get("rank")
+                best = expected.double()
+                if rank is not None:
+                    u, s, v = torch.linalg.svd(best, full_matrices=False)
+                    best = (u[:, :rank] * s[:rank]) @ v[:rank]
+                if far(got.double(), best, tolerance):
+                    return f"{name} is not what the checkpoint's own would give"
         return None
 
     return check
+
+
+def _matrices(name: str, tensor: Tensor) -> tuple[list[str], list[Tensor]]:
+    """Take the matrices of experts, which transformers stacks, out of a tensor, with the names that runs have."""
+    path, _, leaf = name.rpartition(".")
+    leaves = {"gate_up_proj": ("lr_gating", "lr_up"), "down_proj": ("lr_down",)}.get(leaf)
+    if tensor.ndim != 3 or leaves is None:
+        return [name], [tensor]
+    names = [f"{path}.{number}.{own}" for number in range(len(tensor)) for own in leaves]
+    return names, [part for expert in tensor for part in expert.chunk(len(leaves))]
 
 
 def whole(path: Path | str, kind: str = "lm") -> Callable[[], object]:

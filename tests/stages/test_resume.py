@@ -13,28 +13,27 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_compress.artifacts import files
 from lowrank_compress.artifacts.lock import locked
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.stages.identity import checkpoint_id
-from tests.runs import Tiny, block_file, contents, done, forked, looks_finished, lrc, refused, results, times
+from tests.runs import (
+    FORKER,
+    Tiny,
+    block_file,
+    contents,
+    done,
+    forked,
+    killed_at_rename,
+    looks_finished,
+    lrc,
+    refused,
+    results,
+    times,
+)
 
 Finished = Callable[[str], Path]
 # Methods without gradients survive a fork of this process.
 METHOD = "svd-llm"
-
-FORKER = """
-import os, signal, sys, time
-from tests.runs import lrc
-for number, moment in enumerate(sys.argv[2].split(",")):
-    arguments = [*sys.argv[3:], "--out", os.path.join(sys.argv[1], str(number))]
-    pid = os.fork()
-    if pid == 0:
-        os._exit(lrc(*arguments).code)
-    time.sleep(float(moment))
-    os.kill(pid, signal.SIGKILL)
-    print(os.waitpid(pid, 0)[1])
-"""
 
 
 def test_killed_at_random_moments(tiny: Tiny, pristine: Finished, tmp_path: Path):
@@ -48,32 +47,6 @@ def test_killed_at_random_moments(tiny: Tiny, pristine: Finished, tmp_path: Path
     for number in range(3):
         done("compress", *tiny.options(tmp_path / str(number)))
         assert results(tmp_path / str(number)) == results(pristine("auto"))
-
-
-def killed_at_rename(number: int, *, after: bool, arguments: list[str]) -> bool:
-    """Run a command in a process that dies at its n-th rename; whether it came that far."""
-
-    def work() -> None:
-        count = 0
-
-        def dies(rename: Callable[..., None]) -> Callable[..., None]:
-            def dying(source: object, target: object) -> None:
-                nonlocal count
-                count += 1
-                if after:
-                    rename(source, target)
-                if count == number:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                if not after:
-                    rename(source, target)
-
-            return dying
-
-        # Of a file, and of a directory.
-        files.os.replace, files.os.rename = dies(os.replace), dies(os.rename)  # pyright: ignore
-        lrc(*arguments)
-
-    return forked(work) == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])

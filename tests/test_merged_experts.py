@@ -67,6 +67,7 @@ def test_it_is_the_stock_model_with_the_same_weights_for_several(merged: Path, p
     torch.testing.assert_close(logits_of(turned), expected, rtol=1e-5, atol=1e-6)
     said = refused("export", merged, "--native", tmp_path / "native")
     assert "has experts that stand for others" in said
+    assert "Compress with --experts reap --allocate uniform for fewer experts" in said
 
 
 def test_what_is_said_of_them(merged: Path) -> None:

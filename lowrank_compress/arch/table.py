@@ -123,7 +123,7 @@ ARCHITECTURES: Registry[Architecture] = Registry(
 )
 
 # The names under which the configurations of transformers keep the number of experts and the other modalities.
-_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _MODALITIES = ("vision_config", "audio_config")
 # Families whose layers are one block, run several times.
 _SHARED_BLOCKS = ("albert",)
@@ -143,7 +143,7 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
     declared: dict[str, Any] = config.to_dict()
     text: dict[str, Any] = declared | (declared.get("text_config") or {})
     name = config.model_type
-    experts = next((key for key in _EXPERT_COUNTS if isinstance(text.get(key), int) and text[key] > 1), None)
+    experts = next((key for key in EXPERT_COUNTS if isinstance(text.get(key), int) and text[key] > 1), None)
     known = _by_model_type()
     if experts and not (name in known and known[name].experts):
         raise UnsupportedError(

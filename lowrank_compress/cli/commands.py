@@ -36,8 +36,8 @@ from lowrank_compress.stages.refresh import checkpoint_of
 from lowrank_compress.stages.refresh import refresh as refresh_code
 from lowrank_compress.stages.report import REPORT
 from lowrank_compress.stages.run import Finished, Run, working
+from lowrank_compress.stages.sizing import beyond, roomy
 from lowrank_compress.stages.sizing import dry_run as plan_sizes
-from lowrank_compress.stages.sizing import roomy
 from lowrank_compress.stages.table import STAGES, directories
 from lowrank_compress.strict import COMMAND_LINE, Strict, stage_config
 
@@ -108,6 +108,8 @@ def calibrate(
     pipeline.refuse_foreign(run)
     _tell(plan, reporter)
     with _working(run, memory) as resources:
+        if said := beyond(plan, resources):
+            reporter.warn(said)
         if roomy(plan, resources):
             keep_freed()
         resources.workers.once(lambda: pipeline.claim(run, plan, overwrite=overwrite))

@@ -31,6 +31,7 @@ from lowrank_compress.stages.plan import Plan
 from lowrank_compress.stages.reporting import Reporter, Silent
 from lowrank_compress.stages.run import Run, recipe_state, recipe_text
 from lowrank_compress.stages.sinks import Keeping, Sink
+from lowrank_compress.stages.sizing import beyond
 from lowrank_compress.stages.stage import Given, Stage
 from lowrank_compress.stages.table import STAGES, directories
 
@@ -139,6 +140,8 @@ def compress(
             "same recipe takes and keeps them."
         )
     if found is None:
+        if said := beyond(plan, resources):
+            reporter.warn(said)
         keep_statistics = keep_statistics or workers.once(lambda: calibrate.kept(run.statistics, inputs.calibration))
         bases = Bases(plan.chooser, inputs.calibration.id, run.scores, resources=resources)
         step(

@@ -143,17 +143,39 @@ def _refining_bytes(target: Target) -> int:
     return torch.float64.itemsize * (5 * columns**2 + 6 * rows * columns)
 
 
-def _lent(plan: Plan, resources: Resources) -> list[int]:
-    """Of each block, the elements of experts that are not in memory while one of them is run (`Skeleton`).
+def beyond(plan: Plan, resources: Resources) -> str | None:
+    """Say that a run will take more memory than it is to, and what of it, before it begins; None where it will not."""
+    resident, _ = _resident(plan, plan.chooser.groups, resources)
+    need, budget = sum(resident.values()), resources.budget
+    if need <= budget:
+        return None
+    largest = max(resident, key=resident.__getitem__)
+    whose = "there is" if resources.memory is None else "--memory-budget allows"
+    text = (
+        f"The run will take about {need / 1e9:.2g} GB of memory beside the program itself, more than {whose} "
+        f"({budget / 1e9:.2g} GB); most of it for {largest} ({resident[largest] / 1e9:.2g} GB)."
+    )
+    if _whole_blocks(plan) and any(_lent(plan, resources, whole=False)):
+        text += (
+            " Where whole plans are tried, or matrices refined, all experts of a block are in memory; with a named "
+            "method, such as --method camera or --method kfac, and --no-refine, one at a time is."
+        )
+    return text
 
-    Whole plans are tried, and refined, with all of a block in memory.
-    """
+
+def _whole_blocks(plan: Plan) -> bool:
+    """Whether some step has all of a block in memory: whole plans are tried, and refined, in such a way."""
+    return plan.score.held_out or plan.refine is not None
+
+
+def _lent(plan: Plan, resources: Resources, whole: bool) -> list[int]:
+    """Of each block, the elements of experts that are not in memory while one of them is run (`Skeleton`)."""
     found = []
     for index in range(len(plan.subject.resolved.blocks)):
         own = [target for target in plan.subject.resolved.of_block(index) if target.expert is not None]
         elements = sum(target.elements for target in own)
-        whole = plan.score.held_out or plan.refine is not None or elements * SINGLE <= resources.for_experts
-        found.append(0 if whole else elements - elements // own[0].experts)
+        stays = whole or elements * SINGLE <= resources.for_experts
+        found.append(0 if stays else elements - elements // own[0].experts)
     return found
 
 
@@ -179,9 +201,10 @@ def _resident(plan: Plan, groups: Sequence[TargetGroup], resources: Resources) -
         max(max(target.shape) for group in first for target in group.targets)
     )
     halves = 2 if few else 1  # of the calibration set, each with sums of its own
+    lent = _lent(plan, resources, _whole_blocks(plan))
     resident = {
         "outside the blocks": outside * SINGLE,
-        "one block": max(size - lent for size, lent in zip(sizes, _lent(plan, resources), strict=True)) * SINGLE,
+        "one block": max(size - lent for size, lent in zip(sizes, lent, strict=True)) * SINGLE,
         "statistics": halves * resources.blocks_at_once(statistics_bytes(first)) * statistics_bytes(first),
         "decompositions": max(
             resources.items_at_once(beside) * max(beside, default=0),

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lowrank_compress.model.native import WIDTHS
+from tests.moe import save_moe
 from tests.runs import FEW, Tiny, contents, done, refused
 from tests.shipped.test_loading import python
 from tests.tiny import save_tiny
@@ -105,3 +106,65 @@ def test_alternatives_are_chosen_for_all_blocks_where_these_are_to_be_alike(
     for name, entry in ranks.items():
         kinds.setdefault(re.sub(r"\d+", "*", name), []).append(entry)
     assert all(len(entries) == 2 and entries[0] == entries[1] for entries in kinds.values())
+
+
+COUNTS = {
+    "mixtral": "num_local_experts",
+    "qwen2_moe": "num_experts",
+    "qwen3_moe": "num_experts",
+    "olmoe": "num_experts",
+}
+
+
+@pytest.mark.parametrize("kind", sorted(COUNTS))
+def test_a_stock_model_of_fewer_experts_computes_the_same(kind: str, tiny: Tiny, tmp_path: Path) -> None:
+    model, run, out = save_moe(kind, tmp_path / kind), tmp_path / "run", tmp_path / "native"
+    before = json.loads((model / "config.json").read_text())
+    before[COUNTS[kind]] = before.pop("num_local_experts", before.get(COUNTS[kind]))  # as on the hub
+    (model / "config.json").write_text(json.dumps(before))
+    done("compress", model, "--method", "reap", "--ratio", "0.15", "--calibration", tiny.text, *FEW, "--out", run)
+    done("export", run, "--native", out)
+    settings = json.loads((out / "config.json").read_text())
+    assert not {"quantization_config", "auto_map"} & set(settings)
+    assert before[COUNTS[kind]] > settings[COUNTS[kind]] >= settings["num_experts_per_tok"]
+    assert {key for key in before if settings[key] != before[key]} == {COUNTS[kind]}
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(run / "model").eval()(input_ids=IDS).logits
+        dense = AutoModelForCausalLM.from_pretrained(model).eval()(input_ids=IDS).logits
+    (tmp_path / "cache").mkdir()
+    python(STOCK, "AutoModelForCausalLM", out, tmp_path / "logits.pt", cache=tmp_path / "cache")
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(expected, dense, atol=1e-3)
+
+
+def test_experts_that_no_stock_config_describes_are_refused(tiny: Tiny, tmp_path: Path) -> None:
+    model, run, out = save_moe("mixtral", tmp_path / "mixtral"), tmp_path / "run", tmp_path / "native"
+    few = ("--calibration", tiny.text, *FEW, "--out", run)
+    done("compress", model, "--method", "reap", "--ratio", "0.15", *few)
+    ranks = run / "scores" / "ranks.json"
+    found = json.loads(ranks.read_text())
+    found["matrices"]["model.layers.0:experts"]["rank"] = 2
+    ranks.write_text(json.dumps(found))
+    done("factorize", run, "--overwrite")
+    message = refused("export", run, "--native", out)
+    assert "its blocks have not as many experts each (2 in model.layers.0.mlp.gate, 3 in model.layers.1" in message
+    assert "--experts reap --allocate uniform" in message
+    done("compress", model, *EQUAL[:-1], "0.2", "--round-to", "1", *few, "--overwrite")
+    message = refused("export", run, "--native", out)
+    assert re.search(r"its experts are \d+ wide, .* takes rows of a multiple of 16 bytes", message)
+    done(
+        "compress",
+        model,
+        *EQUAL[:-1],
+        "0.2",
+        "--round-to",
+        re.findall(r"--round-to (\d+)", message)[0],
+        *few,
+        "--overwrite",
+    )
+    done("export", run, "--native", out)
+    with torch.no_grad():
+        got, expected = (
+            AutoModelForCausalLM.from_pretrained(path).eval()(input_ids=IDS).logits for path in (out, run / "model")
+        )
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 
 from tests.moe import save_moe
 from tests.runs import (
-    FEW,
     FORKER,
     Tiny,
     block_file,
@@ -27,6 +26,7 @@ from tests.runs import (
     results,
 )
 
+FEW = ("--samples", "4", "--seq-len", "16")
 # Name -> options; those of "auto" have every stage: calibrate, score, factorize, refine.
 WAYS = {
     "auto": ["--method", "kfac", "--experts", "auto", "--allocate", "loss", "--refine"],
@@ -84,8 +84,9 @@ def test_killed_at_each_rename_in_turn(mixture: Mixture, tmp_path: Path, way: st
         now = contents(run) | {".lock": ""} if run.exists() else {}
         number += now in seen  # some small files are written by every process: let one more pass
         seen.append(now)
-        assert killed_at_rename(number, after=after, arguments=["compress", *mixture.options(run, way)])
-        deaths += 1
+        died = killed_at_rename(number, after=after, arguments=["compress", *mixture.options(run, way)])
+        assert died or way == "parts"  # which begins a block anew, and so has fewer left than it had before
+        deaths += died
     done("compress", *mixture.options(run, way))
     assert deaths >= 8
     assert results(run) == expected

@@ -1,0 +1,50 @@
+"""What a run will take of memory is said before it begins, and is what is measured."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.moe import save_moe
+from tests.runs import Tiny, done
+
+MB = 1_000_000
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_local_experts": 128, "num_hidden_layers": 1}
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A block of 202 MB in single precision, nearly all of it 128 experts."""
+    return save_moe("mixtral", tmp_path_factory.mktemp("wide") / "model", torch.bfloat16, **WIDE)
+
+
+@pytest.mark.parametrize(("method", "budget", "fits"), [("camera", 128, True), ("svd-llm", 128, False)])
+def test_the_estimate_is_what_is_measured(
+    wide: Path, tiny: Tiny, tmp_path: Path, method: str, budget: int, fits: bool
+) -> None:
+    """Experts in turn keep within a budget below a block's size; moments of all of them do not, and that is said."""
+    words = [wide, "--method", method, "--attention", "dense", "--calibration", tiny.text, "--samples", 4]
+    words += ["--seq-len", 16, "--memory-budget", f"{budget}MB", "--out", tmp_path / "run", "--json"]
+    estimate = sum(done("compress", *words, "--dry-run").json["memory"].values())
+    command = [sys.executable, "-m", "lowrank_compress", "compress", *map(str, words)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    cost = json.loads(ended.stdout)["cost"]
+    above = cost["peak_bytes"] - cost["start_bytes"]
+    assert ("The run will take about" in ended.stderr) == (not fits) == (estimate > budget * MB)
+    if fits:
+        assert above < budget * MB < 202 * MB
+    else:
+        assert "more than --memory-budget allows (0.13 GB); most of it for statistics" in " ".join(ended.stderr.split())
+        assert above > budget * MB
+        assert 0.5 < estimate / above < 2
+
+
+def test_auto_says_that_it_has_all_experts_in_memory(wide: Path, tiny: Tiny, tmp_path: Path) -> None:
+    words = [wide, "--method", "auto", "--experts", "auto", "--calibration", tiny.text, "--samples", 4]
+    found = done("compress", *words, "--memory-budget", "128MB", "--out", tmp_path / "run", "--dry-run", "--json").json
+    assert found["memory"]["one block"] > 200 * MB

@@ -180,9 +180,13 @@ def _lent(plan: Plan, resources: Resources, whole: bool) -> list[int]:
 
 
 def roomy(plan: Plan, resources: Resources) -> bool:
-    """Whether a run needs so much less memory than there is that what is freed may be kept."""
+    """Whether a run needs so much less memory than there is that what is freed may be kept.
+
+    Not where experts are in memory in turn, as what is freed of one would lie beside the next.
+    """
     resident, spilled = _resident(plan, plan.subject.groups, resources)
-    return not spilled and resources.may_keep_freed(sum(resident.values()))
+    in_turn = any(_lent(plan, resources, _whole_blocks(plan)))
+    return not spilled and not in_turn and resources.may_keep_freed(sum(resident.values()))
 
 
 def _resident(plan: Plan, groups: Sequence[TargetGroup], resources: Resources) -> tuple[dict[str, int], dict[str, int]]:

@@ -20,7 +20,7 @@ JSONS = ("scores/manifest.json", "stats/manifest.json", "model/manifest.json", "
 "model/lowrank.json", "model/config.json", "eval/metrics.json", "eval/*/manifest.json",
 "eval/*/metrics.json")  # fmt: skip
 # What is made anew from the rest, so that a damaged one may go.
-REPLACEABLE = ("stats/", "scores/", "eval/", "run.json", ".lock", "model/")
+REPLACEABLE = ("stats/", "scores/", "eval/", "run.json", "cost.json", ".lock", "model/")
 
 
 def taken(place: Place) -> tuple[str, Path]:

@@ -41,7 +41,7 @@ class Mixture:
     """A tiny mixture, its text, and finished runs of it, which are not to be written to."""
 
     def __init__(self, tiny: Tiny, place: Path) -> None:
-        self.text, self.place = tiny.text, place
+        self.text, self.heldout, self.place = tiny.text, tiny.heldout, place
         self.model = save_moe("mixtral", place / "mixtral", num_local_experts=3)
 
     def options(self, run: Path, way: str) -> list[str]:
@@ -107,11 +107,13 @@ def test_damage_to_experts_is_found_and_repaired(mixture: Mixture, tmp_path: Pat
     name = next(name for name in sorted(tensors) if leaf.split(".")[0] in name and tensors[name].numel())
     tensors[name].view(-1)[0] += 1
     save_file(tensors, weights, metadata={"format": "pt"})
-    said = lrc("verify", run)
+    said = lrc("verify", run, "--json")
     assert said.code == 2
-    assert f"scores/{basis.name}" in said.text
-    assert "model/model.safetensors" in said.text
-    assert "not as it was written" in refused("eval", run, "--perplexity", mixture.text)
+    assert {each["file"] for each in said.json["files"] if each["state"] == "missing or altered"} == {
+        f"scores/{basis.name}",
+        "model/model.safetensors",
+    }
+    assert "model.safetensors" in refused("eval", run, "--perplexity", mixture.heldout)
     done("compress", *mixture.options(run, way), "--overwrite")
     assert {name: digest for name, digest in results(run).items() if not name.endswith(".bak")} == expected
     done("verify", run)
@@ -131,4 +133,5 @@ def test_experts_that_are_not_there_are_refused(mixture: Mixture, tmp_path: Path
     name = next(name for name in sorted(tensors) if name.endswith(leaf))
     tensors[name] = torch.full_like(tensors[name], number)
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    assert name.rpartition(".")[0] in refused("eval", model, "--perplexity", mixture.text)
+    said = refused("eval", model, "--perplexity", mixture.heldout)
+    assert f"{leaf} does not name" in said

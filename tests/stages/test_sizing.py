@@ -10,6 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from lowrank_compress.recipe import Recipe
+from lowrank_compress.resources.resources import Resources
+from lowrank_compress.stages.plan import make_plan
+from lowrank_compress.stages.sizing import beyond
 from tests.moe import save_moe
 from tests.runs import Tiny, done
 
@@ -44,7 +48,14 @@ def test_the_estimate_is_what_is_measured(
         assert 0.5 < estimate / above < 2
 
 
-def test_auto_says_that_it_has_all_experts_in_memory(wide: Path, tiny: Tiny, tmp_path: Path) -> None:
-    words = [wide, "--method", "auto", "--experts", "auto", "--calibration", tiny.text, "--samples", 4]
-    found = done("compress", *words, "--memory-budget", "128MB", "--out", tmp_path / "run", "--dry-run", "--json").json
-    assert found["memory"]["one block"] > 200 * MB
+def test_auto_says_that_it_has_all_experts_in_memory(wide: Path, tiny: Tiny) -> None:
+    settings = {"model": str(wide), "calibration": (str(tiny.text),), "samples": 4, "seq_len": 16}
+    plan = make_plan(Recipe(method="auto", experts="auto", **settings))
+    said = beyond(plan, Resources(128 * MB))
+    assert said is not None
+    assert "(0.13 GB); most of it for " in said
+    assert "all experts of a block are in memory; with a named method, such as --method camera" in said
+    assert beyond(plan, Resources(1_000_000 * MB)) is None
+    named = beyond(make_plan(Recipe(method="svd-llm", attention="dense", **settings)), Resources(128 * MB))
+    assert named is not None
+    assert "--method camera" not in named

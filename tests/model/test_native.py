@@ -109,6 +109,7 @@ def test_alternatives_are_chosen_for_all_blocks_where_these_are_to_be_alike(
 
 
 COUNTS = {
+    "gpt_oss": "num_local_experts",
     "mixtral": "num_local_experts",
     "qwen2_moe": "num_experts",
     "qwen3_moe": "num_experts",

@@ -1,4 +1,4 @@
-"""What a run will take of memory is said before it begins, and is what is measured."""
+"""A run keeps within its memory, or says before it begins that it will not."""
 
 from __future__ import annotations
 
@@ -27,25 +27,15 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_moe("mixtral", tmp_path_factory.mktemp("wide") / "model", torch.bfloat16, **WIDE)
 
 
-@pytest.mark.parametrize(("method", "budget", "fits"), [("camera", 128, True), ("svd-llm", 128, False)])
-def test_the_estimate_is_what_is_measured(
-    wide: Path, tiny: Tiny, tmp_path: Path, method: str, budget: int, fits: bool
-) -> None:
-    """Experts in turn keep within a budget below a block's size; moments of all of them do not, and that is said."""
-    words = [wide, "--method", method, "--attention", "dense", "--calibration", tiny.text, "--samples", 4]
-    words += ["--seq-len", 16, "--memory-budget", f"{budget}MB", "--out", tmp_path / "run", "--json"]
-    estimate = sum(done("compress", *words, "--dry-run").json["memory"].values())
+def test_experts_in_turn_keep_within_a_budget_below_a_blocks_size(wide: Path, tiny: Tiny, tmp_path: Path) -> None:
+    words = [wide, "--method", "camera", "--calibration", tiny.text, "--samples", 4, "--seq-len", 16]
+    words += ["--memory-budget", "128MB", "--out", tmp_path / "run", "--json"]
+    assert sum(done("compress", *words, "--dry-run").json["memory"].values()) < 128 * MB
     command = [sys.executable, "-m", "lowrank_compress", "compress", *map(str, words)]
     ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "The run will take about" not in ended.stderr
     cost = json.loads(ended.stdout)["cost"]
-    above = cost["peak_bytes"] - cost["start_bytes"]
-    assert ("The run will take about" in ended.stderr) == (not fits) == (estimate > budget * MB)
-    if fits:
-        assert above < budget * MB < 202 * MB
-    else:
-        assert "more than --memory-budget allows (0.13 GB); most of it for statistics" in " ".join(ended.stderr.split())
-        assert above > budget * MB
-        assert 0.5 < estimate / above < 2
+    assert cost["peak_bytes"] - cost["start_bytes"] < 128 * MB
 
 
 def test_auto_says_that_it_has_all_experts_in_memory(wide: Path, tiny: Tiny) -> None:
@@ -58,4 +48,5 @@ def test_auto_says_that_it_has_all_experts_in_memory(wide: Path, tiny: Tiny) -> 
     assert beyond(plan, Resources(1_000_000 * MB)) is None
     named = beyond(make_plan(Recipe(method="svd-llm", attention="dense", **settings)), Resources(128 * MB))
     assert named is not None
+    assert "more than --memory-budget allows (0.13 GB); most of it for statistics (0.13 GB)" in named
     assert "--method camera" not in named

@@ -61,7 +61,10 @@ HEADS = {
     "my-tagger": "BertForTokenClassification",
     "my-reader": "BertForQuestionAnswering",
     "my-reward-model": "LlamaForSequenceClassification",
+    "my-regression": "BertForSequenceClassification",
+    "my-tags": "BertForSequenceClassification",
 }
+SETTINGS = {"my-tags": {"num_labels": 3, "problem_type": "multi_label_classification"}}
 SWEEP = """
 model: ./my-model
 methods: [svd]
@@ -172,7 +175,7 @@ def furnish(place: Path) -> None:
 def _heads(place: Path) -> None:
     """Make models with other heads, and the tables that these are trained on."""
     for name, head in HEADS.items():
-        saved_with_head(head, place / "heads")[0].rename(place / name)
+        saved_with_head(head, place / "heads", **SETTINGS.get(name, {}))[0].rename(place / name)
     texts = {name: tiny_text(1500, seed=seed).split() for seed, name in enumerate(("train", "dev"), start=7)}
     lines = {name: [words[start : start + 6] for start in range(0, 96, 6)] for name, words in texts.items()}
     tables = {
@@ -183,6 +186,9 @@ def _heads(place: Path) -> None:
         {"question": each[0], "context": " ".join(each[1:]), "answers": each[3]} for each in lines["dev"]
     ]
     tables["pairs"] = [{"chosen": " ".join(each), "rejected": " ".join(each[:4])} for each in lines["dev"]]
+    tables["more"] = [{"text": " ".join(each)} for each in lines["dev"]]
+    flags = [f"{' '.join(each).replace(',', '')},{n % 2},{n % 3 % 2},0" for n, each in enumerate(lines["train"])]
+    (place / "train.csv").write_text("\n".join(["comment,toxic,insult,threat", *flags, ""]))
     for name, rows in tables.items():
         (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 

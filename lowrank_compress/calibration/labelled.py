@@ -70,10 +70,11 @@ def has_labels(task: Task, source: Source) -> bool:
     """Whether a source is named with the columns that a head's own loss needs."""
     if task in ("tokens", "answers"):
         return source.label_column is not None
-    return task == "scores" and _prefers(source)
+    return task == "scores" and prefers(source)
 
 
-def _prefers(source: Source) -> bool:
+def prefers(source: Source) -> bool:
+    """Whether the columns that a source names are those of preferences."""
     columns = (source.text_column or "").split(",")
     return [column.rpartition(".")[2] for column in columns] == [CHOSEN, REJECTED]
 
@@ -170,11 +171,8 @@ def labelled_batches(
     """
     if task != "scores" and not tokenizer.is_fast:
         raise slow_tokenizer()
-    if task == "scores" and checkpoint.config.num_labels != 1:
-        raise InputError(
-            f"Preferences are for models with one score, and this one has {checkpoint.config.num_labels}. Name another "
-            "column of text."
-        )
+    if task == "scores":
+        require_one_score(checkpoint)
     examples = [labelled.examples[number] for number in numbers]
     vocabulary = vocabulary_of(checkpoint)
     if task == "scores":
@@ -232,6 +230,20 @@ def _spanned(example: Question, tokenizer: PreTrainedTokenizerBase, seq_len: int
         if places and found["offset_mapping"][places[-1]][1] >= end:
             span = [places[0], places[-1]]
     return Row(ids, found.get("token_type_ids"), span)
+
+
+def require_one_score(checkpoint: Checkpoint) -> None:
+    """Refuse preferences of models that do not give one score of a text.
+
+    Raises
+    ------
+    InputError
+        So it is.
+    """
+    if (scores := checkpoint.config.num_labels) != 1:
+        raise InputError(
+            f"Preferences are for models with one score, and this one has {scores}. Name another column of text."
+        )
 
 
 def slow_tokenizer() -> InputError:

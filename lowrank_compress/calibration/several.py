@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lowrank_compress.calibration.cells import Cell
 from lowrank_compress.calibration.examples import class_numbers, text_batches
+from lowrank_compress.calibration.labelled import prefers, require_one_score
 from lowrank_compress.calibration.sources import Examples, Source, read_examples
 from lowrank_compress.calibration.tables import Row
 from lowrank_compress.calibration.tokens import vocabulary_of
@@ -35,6 +36,8 @@ def read_marked(task: Task, source: Source, checkpoint: Checkpoint, limit: int |
     CalibrationError, InputError
         As `read_examples`; or a row has something else, too few or too many, or names a label that the model has not.
     """
+    if prefers(source):
+        require_one_score(checkpoint)
     read = partial(_numbers if task == "scores" else _marks, source, checkpoint)
     return read_examples(source, limit, read)
 

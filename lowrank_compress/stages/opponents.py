@@ -56,7 +56,7 @@ def require_use(plan: Blueprint, config: CompareConfig, prompts: Sequence[str]) 
     if plan.task != "classification" and config.classification is not None:
         raise InputError(
             f"--classification compares classifiers of one label of several, not a {type(plan.model).__name__} with "
-            "another head: `lrc eval` measures each model by itself. For language models use --perplexity."
+            "another head: `lrc eval` measures each model by itself; for language models use --perplexity."
         )
     if config.classification is not None and config.label_column is None:
         raise InputError("--classification needs the column of the labels: pass --label-column.")

@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 from lowrank_compress.artifacts.documents import read_json
 from lowrank_compress.artifacts.manifest import Manifest, read_manifest
 from lowrank_compress.config import EvaluateConfig, evaluate_config
-from lowrank_compress.model.blueprint import AUTO, task_of
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.locate import locate
+from lowrank_compress.model.tasks import AUTO, task_of
 from lowrank_compress.recipe import METHOD, RATIO, Recipe, make_recipe
 from lowrank_compress.resources.cost import Meter
 from lowrank_compress.resources.memory import bytes_of, keep_freed

@@ -19,8 +19,8 @@ from lowrank_compress.calibration.examples import Row, class_numbers, equally_lo
 from lowrank_compress.calibration.sources import Source, open_table
 from lowrank_compress.calibration.tokens import renderer, require_known, vocabulary_of
 from lowrank_compress.errors import CalibrationError, InputError
-from lowrank_compress.model.blueprint import Task
 from lowrank_compress.model.checkpoint import Checkpoint
+from lowrank_compress.model.tasks import Task
 from lowrank_compress.model.walk.batch import IGNORED, Batch, pair_rows
 
 # What the columns of a preference are called, the last part of a path with dots.

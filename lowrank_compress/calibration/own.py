@@ -31,8 +31,9 @@ from lowrank_compress.artifacts.hashes import cache_directory
 from lowrank_compress.artifacts.tensors import BlockFiles
 from lowrank_compress.calibration.tokens import bos_of, encode, require_known, vocabulary_of
 from lowrank_compress.errors import InputError, NumericsError
-from lowrank_compress.model.blueprint import AUTO, blueprint
+from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
+from lowrank_compress.model.tasks import AUTO
 from lowrank_compress.resources.memory import free_memory
 
 VERSION = 1

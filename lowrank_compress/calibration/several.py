@@ -19,8 +19,8 @@ from lowrank_compress.calibration.sources import Examples, Source, read_examples
 from lowrank_compress.calibration.tables import Row
 from lowrank_compress.calibration.tokens import vocabulary_of
 from lowrank_compress.errors import CalibrationError, InputError
-from lowrank_compress.model.blueprint import Task
 from lowrank_compress.model.checkpoint import Checkpoint
+from lowrank_compress.model.tasks import Task
 from lowrank_compress.model.walk.batch import Batch
 
 
@@ -53,7 +53,11 @@ def marked_batches(
         A token id is beyond the vocabulary, or a text has no tokens.
     """
     found = text_batches(tokenizer, examples, examples.labels, seq_len, size, vocabulary_of(checkpoint))
-    return [replace(batch, outputs=checkpoint.config.num_labels) for batch in found]
+    return [replace(batch, outputs=_outputs(checkpoint)) for batch in found]
+
+
+def _outputs(checkpoint: Checkpoint) -> int:
+    return len(checkpoint.config.id2label or {})
 
 
 def _cells(source: Source, row: Row) -> list[Cell]:
@@ -65,7 +69,7 @@ def _cells(source: Source, row: Row) -> list[Cell]:
 
 
 def _numbers(source: Source, checkpoint: Checkpoint, row: Row, names: Sequence[str] | None) -> list[float]:
-    cells, scores = _cells(source, row), checkpoint.config.num_labels
+    cells, scores = _cells(source, row), _outputs(checkpoint)
     found = cells[0].numbers() if len(cells) == 1 else [cell.number() for cell in cells]
     if len(found) != scores:
         raise CalibrationError(
@@ -76,7 +80,7 @@ def _numbers(source: Source, checkpoint: Checkpoint, row: Row, names: Sequence[s
 
 
 def _marks(source: Source, checkpoint: Checkpoint, row: Row, names: Sequence[str] | None) -> list[float]:
-    cells, classes = _cells(source, row), checkpoint.config.num_labels
+    cells, classes = _cells(source, row), _outputs(checkpoint)
     if len(cells) > 1:
         places = _places(cells, checkpoint.class_ids, classes)
         flags = {place: cell.flag() for place, cell in zip(places, cells, strict=True)}

@@ -13,9 +13,10 @@ from lowrank_compress.config import DTYPES
 from lowrank_compress.errors import InputError
 from lowrank_compress.evaluation.contestant import PHASES, Settings
 from lowrank_compress.evaluation.speed import benchmark
-from lowrank_compress.model.blueprint import blueprint, task_of
+from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.locate import locate
+from lowrank_compress.model.tasks import task_of
 from lowrank_compress.registry import unknown
 from lowrank_compress.stages.environment import compute_device, environment
 from lowrank_compress.stages.identity import display_name

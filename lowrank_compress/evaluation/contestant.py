@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, StaticCache
 
-from lowrank_compress.model.blueprint import AUTO, Task
 from lowrank_compress.model.checkpoint import Checkpoint
+from lowrank_compress.model.tasks import AUTO, Task
 
 # What is timed: a language model reads a prompt and then generates; a classifier only reads.
 PHASES: Mapping[Task, tuple[str, ...]] = {

@@ -16,8 +16,9 @@ from lowrank_compress.errors import InputError, first_line
 from lowrank_compress.evaluation.contestant import Clock, Contestant, Settings, random_prompts
 from lowrank_compress.evaluation.rounds import Rates, alternate, compare
 from lowrank_compress.evaluation.size import CONTEXT, kv_bytes
-from lowrank_compress.model.blueprint import Task, blueprint
+from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
+from lowrank_compress.model.tasks import Task
 
 
 def check(checkpoints: Mapping[str, Checkpoint], settings: Settings) -> tuple[Task, Settings]:

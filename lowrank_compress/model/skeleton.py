@@ -15,6 +15,7 @@ from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.embedding import Embedding, embedding_of
 from lowrank_compress.model.lending import Lender
 from lowrank_compress.model.names import experts_of
+from lowrank_compress.model.tasks import Task
 from lowrank_compress.shipped.linear import CompressedLinear
 from lowrank_compress.shipped.restore import restore_modules
 from lowrank_compress.shipped.swap import check_indices
@@ -65,7 +66,7 @@ class Skeleton:
         self._edit = edit
         self._beside = beside
         self._for_experts = for_experts
-        self.task = self.blueprint.task
+        self.task: Task = self.blueprint.task
         self.model = self.blueprint.model
         self.resolved = self.blueprint.resolved
         self._outside = False

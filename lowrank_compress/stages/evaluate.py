@@ -25,9 +25,10 @@ from lowrank_compress.evaluation.exam import examined
 from lowrank_compress.evaluation.harness import harness_version, run_tasks, task_files
 from lowrank_compress.evaluation.replayed import Perplexity, perplexity
 from lowrank_compress.evaluation.size import measure_size
-from lowrank_compress.model.blueprint import blueprint, task_of
+from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.skeleton import Skeleton
+from lowrank_compress.model.tasks import task_of
 from lowrank_compress.resources.resources import Resources
 from lowrank_compress.resources.workers import Workers
 from lowrank_compress.stages.environment import environment

@@ -24,8 +24,8 @@ from lowrank_compress.errors import InputError
 from lowrank_compress.evaluation.answering import Part, of_answers
 from lowrank_compress.evaluation.chunks import of_words
 from lowrank_compress.evaluation.exam import Exam, of_classes, of_numbers, of_several
-from lowrank_compress.model.blueprint import NEED_EXAMPLES, Task
 from lowrank_compress.model.checkpoint import Checkpoint
+from lowrank_compress.model.tasks import NEED_EXAMPLES, Task
 from lowrank_compress.stages.reading import SCORED
 
 
@@ -59,7 +59,9 @@ def exam_of(config: EvaluateConfig, task: Task, tokenizer: Any, checkpoint: Chec
     numbers = range(len(labelled.examples))
     batches = labelled_batches(task, labelled, numbers, tokenizer, checkpoint, seq_len, size)
     if task == "tokens":
-        return of_words(batches, {int(number): str(name) for number, name in checkpoint.config.id2label.items()})
+        return of_words(
+            batches, {int(number): str(name) for number, name in (checkpoint.config.id2label or {}).items()}
+        )
     return of_classes(batches)
 
 

@@ -15,8 +15,9 @@ import yaml
 
 from lowrank_compress.artifacts.files import read_small_text, sha256
 from lowrank_compress.errors import ArtifactError
-from lowrank_compress.model.blueprint import AUTO, Blueprint
+from lowrank_compress.model.blueprint import Blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
+from lowrank_compress.model.tasks import AUTO
 
 CARD = "README.md"
 # Where a model of the hub lies in its cache.

@@ -19,11 +19,12 @@ from lowrank_compress.methods.groups import needed, needs_data
 from lowrank_compress.methods.mixture import Mixture
 from lowrank_compress.methods.module import ModuleMethod
 from lowrank_compress.methods.scheme import label, method_of, methods_of, rival_of, scheme_of
-from lowrank_compress.model.blueprint import NEED_EXAMPLES, blueprint
+from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.embedding import embedding_of
 from lowrank_compress.model.locate import directory_of, locate
 from lowrank_compress.model.remembering import require_cacheable
+from lowrank_compress.model.tasks import NEED_EXAMPLES
 from lowrank_compress.recipe import Recipe
 from lowrank_compress.stages.budgets import byte_budget, require_nats, with_budgets
 from lowrank_compress.stages.choose import Chooser

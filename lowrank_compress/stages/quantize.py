@@ -24,11 +24,12 @@ from lowrank_compress.errors import InputError
 from lowrank_compress.evaluation.size import measure_size
 from lowrank_compress.methods.rounding import ROUNDINGS
 from lowrank_compress.model import packing
-from lowrank_compress.model.blueprint import AUTO, Blueprint
+from lowrank_compress.model.blueprint import Blueprint
 from lowrank_compress.model.embedding import embedding_of
 from lowrank_compress.model.export import ShardWriter, config_json, write_companions
 from lowrank_compress.model.kinds import few
 from lowrank_compress.model.skeleton import Skeleton
+from lowrank_compress.model.tasks import AUTO
 from lowrank_compress.resources.resources import Resources
 from lowrank_compress.resources.workers import Workers
 from lowrank_compress.shipped.fusion import FUSED
@@ -229,7 +230,7 @@ def _write_rest(quantizer: Quantizer, chosen: Mapping[str, Way], report: Mapping
 def _stock_config(plan: Blueprint, layout: Mapping[str, Any]) -> dict[str, Any]:
     model = plan.model
     shapes = {path: each for path, each in model.named_modules() if isinstance(each, nn.Linear)}
-    linears = layout["factor_quantization"]["linears"]
+    linears: dict[str, Any] = layout["factor_quantization"]["linears"]
     named = {path: plan.name_on_disk(f"{path}.weight").removesuffix(".weight") for path in _of_experts(plan)}
     packed = {named.get(path, path): (tuple(entry), shapes[path].in_features) for path, entry in linears.items()}
     others = [path for path in shapes if path not in linears]

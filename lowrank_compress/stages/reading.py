@@ -20,9 +20,10 @@ from lowrank_compress.calibration.tokens import bos_of, encode, renderer, vocabu
 from lowrank_compress.calibration.windows import calibration_windows, evaluation_windows, window_batches
 from lowrank_compress.config import CalibrationSet, EvaluateConfig
 from lowrank_compress.errors import CalibrationError, InputError
-from lowrank_compress.model.blueprint import NEED_EXAMPLES, Blueprint, Task
+from lowrank_compress.model.blueprint import Blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.embedding import longest_of
+from lowrank_compress.model.tasks import NEED_EXAMPLES, Task
 from lowrank_compress.model.walk.batch import Batch
 
 # Heads whose outputs are each a number or a label.

@@ -15,9 +15,10 @@ from lowrank_compress.artifacts.tensors import BlockFiles
 from lowrank_compress.calibration.labelled import needs
 from lowrank_compress.calibration.shares import most
 from lowrank_compress.errors import InputError, UnsupportedError
-from lowrank_compress.model.blueprint import AUTO, NEED_EXAMPLES, Blueprint, blueprint
+from lowrank_compress.model.blueprint import Blueprint, blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.embedding import embedding_of
+from lowrank_compress.model.tasks import AUTO, NEED_EXAMPLES
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.resources.resources import Resources
 from lowrank_compress.stages.blockwise import Blocks

@@ -123,8 +123,8 @@ def expert_sums(
                 inputs = _called(own.get_submodule(str(expert)).hidden, inputs)
                 targets = _called(theirs.get_submodule(str(member)), targets)
                 targets = targets + (owed[tokens] if isinstance(owed, Tensor) else owed)
-                bias = theirs.get_submodule(f"{expert}.{ROLES[-1]}").bias
-                targets = targets if bias is None else targets - bias
+                if theirs.fusion.biased:
+                    targets = targets - theirs.get_parameter(f"{expert}.{ROLES[-1]}.bias")
             parts = Batch(routed.real.long(), routed.real, first=batch.first)
             sums[expert].add(parts, routed.spread(inputs), routed.spread(targets))
     return {number: each.samples() for number, each in sums.items() if number in seen}

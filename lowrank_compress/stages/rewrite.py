@@ -135,10 +135,10 @@ def write_anew(
     count = len(plan.resolved.blocks)
     for block in range(-1, count):
         for name, tensor in tensors(block):
-            for found in pieces.add(name, tensor) if name in pieces else [(plan.name_on_disk(name), tensor)]:
-                writer.add(*found)
-        for found in more(block).items():
-            writer.add(*found)
+            for stored in pieces.add(name, tensor) if name in pieces else [(plan.name_on_disk(name), tensor)]:
+                writer.add(*stored)
+        for stored in more(block).items():
+            writer.add(*stored)
         advance(block + 1, count)
     shards = writer.close()
     write_json(out / "config.json", config_json(checkpoint, dtype, layout, remote_code_entries(plan.model.config)))

@@ -17,8 +17,8 @@ from lowrank_compress.calibration.windows import drawn_windows, window_batches
 from lowrank_compress.config import CalibrationSet
 from lowrank_compress.errors import InputError
 from lowrank_compress.methods.groups import TargetGroup
-from lowrank_compress.model.blueprint import Task
 from lowrank_compress.model.checkpoint import Checkpoint
+from lowrank_compress.model.tasks import Task
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.stages.identity import checkpoint_id, source_id
 from lowrank_compress.stages.reading import source_batches

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank_compress.model.blueprint import Task
 from lowrank_compress.model.embedding import Embedding
+from lowrank_compress.model.tasks import Task
 from lowrank_compress.model.walk.batch import IGNORED, Batch, pair_rows
 from lowrank_compress.model.walk.outputs import Meaning, meaning_of, summed_divergence, summed_loss
 from lowrank_compress.resources.workers import Workers

@@ -19,9 +19,9 @@ from lowrank_compress.calibration.sources import Source
 from lowrank_compress.calibration.windows import batches_hash
 from lowrank_compress.errors import CalibrationError, InputError, LrcError
 from lowrank_compress.evaluation.divergence import divergences
-from lowrank_compress.model.blueprint import Task, task_of
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.skeleton import Skeleton
+from lowrank_compress.model.tasks import Task, task_of
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.model.walk.outputs import drawn_labels, random_signs, summed_loss
 from lowrank_compress.model.walk.walk import Walk

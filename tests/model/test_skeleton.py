@@ -13,9 +13,10 @@ from transformers import AutoConfig
 
 from lowrank_compress.errors import CheckpointError, UnsupportedError
 from lowrank_compress.evaluation.replayed import walked
-from lowrank_compress.model.blueprint import blueprint, task_of
+from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.skeleton import Skeleton
+from lowrank_compress.model.tasks import task_of
 from lowrank_compress.model.walk.batch import Batch
 from tests.ordinary import Saved, load, task, tokens
 from tests.tiny import MODELS, tiny_model

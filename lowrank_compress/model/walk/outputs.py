@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lowrank_compress.model.blueprint import Task
+from lowrank_compress.model.tasks import Task
 from lowrank_compress.model.walk.batch import IGNORED, Batch
 
 Meaning = Literal["class", "labels", "scores"]

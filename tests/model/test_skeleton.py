@@ -254,7 +254,7 @@ def test_the_head_is_known_by_its_name(heads: list[str] | None, expected: str | 
     ("options", "expected"),
     [
         ({"num_labels": 1}, "scores"),
-        ({"problem_type": "multi_label_classification"}, "scores"),
+        ({"problem_type": "multi_label_classification"}, "labels"),
         ({"problem_type": "single_label_classification"}, "classification"),
     ],
 )

@@ -84,14 +84,14 @@ def plugged(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_entries_agree_with_each_other():
     assert [stage.name for stage in in_order()] == [
         *("calibrate", "score", "factorize", "refine"),
-        *("recover", "cast", "quantize", "evaluate"),
+        *("recover", "cache", "cast", "quantize", "evaluate"),
     ]
     assert all(name == stage.name for name, stage in STAGES.items())
     assert len({stage.directory for stage in in_order()}) == len(STAGES)
     for stage in in_order():
         assert not stage.changes_weights or stage.directory == stage.name
     places = [path.name for path in directories(Run(Path("run")))]
-    made = ("stats", "scores", "model", "refine", "recover", "cast", "quantize", "eval")
+    made = ("stats", "scores", "model", "refine", "recover", "cache", "cast", "quantize", "eval")
     assert places == [*made, "unrefined", "unquantized", "work"]
 
 

@@ -47,6 +47,12 @@ def device_name(device: str | None) -> str:
     return str(compute_device(device or "auto"))
 
 
+def recipe_beside(target: str) -> Recipe | None:
+    """The recipe of a run; None for a checkpoint that is none's."""
+    run = Run(Path(target))
+    return load_recipe(run.recipe, {}) if run.exists() else None
+
+
 def recipe_of(config: Path | None, given: dict[str, Any], subfolder: str | None) -> Recipe:
     """Read a recipe as `load_recipe` does, of a checkpoint that may lie in a folder of its model."""
     recipe = load_recipe(config, given)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import typer
 from pydantic.fields import FieldInfo
 
-from lowrank_compress.recipe import WHERE, Recipe
+from lowrank_compress.recipe import DATA, WHERE, Recipe
 
 CHECK = "Making a run again and comparing"
 
@@ -44,6 +44,14 @@ Out = Annotated[
         **PATH,
     ),
 ]
+Samples = Annotated[
+    int | None, typer.Option("--samples", min=1, help="Windows (default: the recipe's, or 128)", rich_help_panel=DATA)
+]
+CalibrationLength = Annotated[
+    int | None,
+    typer.Option("--seq-len", min=8, help="Tokens a window (default: the recipe's, or 512)", rich_help_panel=DATA),
+]
+ShuffleSeed = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of the shuffle", rich_help_panel=DATA)]
 Config = Annotated[
     Path | None,
     typer.Option(

@@ -9,13 +9,11 @@ from typing import Any
 
 from rich import filesize
 
-from lowrank_compress.cli.commands import device_name, followed
+from lowrank_compress.cli.commands import device_name, followed, recipe_beside
 from lowrank_compress.cli.printing import quantized, unit_of
 from lowrank_compress.cli.terminal import TerminalReporter, console, number, print_json, table
 from lowrank_compress.model.kinds import few
-from lowrank_compress.recipe import load_recipe
 from lowrank_compress.stages.quantizeconfig import QuantizeConfig, options_of
-from lowrank_compress.stages.run import Run
 from lowrank_compress.strict import COMMAND_LINE, stage_config
 
 
@@ -29,8 +27,7 @@ def quantize(
     reporter: TerminalReporter,
 ) -> dict[str, Any]:
     """Quantize a checkpoint; what is not said of the data is as the run's recipe has it."""
-    run = Run(Path(target))
-    recipe = load_recipe(run.recipe, {}) if run.exists() else None
+    recipe = recipe_beside(target)
     options = options_of(data, recipe, how, device_name(device)) | how
     config = stage_config(QuantizeConfig, COMMAND_LINE, options)
     return followed("quantize", target, config, out, overwrite, reporter)

@@ -10,7 +10,7 @@ import typer
 from lowrank_compress.cli import options as o
 from lowrank_compress.cli.app import app
 from lowrank_compress.cli.terminal import friendly, prepare_libraries, reported
-from lowrank_compress.recipe import DATA, WHAT
+from lowrank_compress.recipe import WHAT
 
 
 @app.command()
@@ -120,15 +120,9 @@ def quantize(
     calibration: Annotated[list[str] | None, o.of_recipe("calibration")] = None,
     text_column: Annotated[list[str] | None, o.of_recipe("text_column")] = None,
     label_column: Annotated[str | None, o.of_recipe("label_column")] = None,
-    samples: Annotated[
-        int | None,
-        typer.Option("--samples", min=1, help="Windows (default: the recipe's, or 128)", rich_help_panel=DATA),
-    ] = None,
-    seq_len: Annotated[
-        int | None,
-        typer.Option("--seq-len", min=8, help="Tokens a window (default: the recipe's, or 512)", rich_help_panel=DATA),
-    ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed of the shuffle", rich_help_panel=DATA)] = None,
+    samples: o.Samples = None,
+    seq_len: o.CalibrationLength = None,
+    seed: o.ShuffleSeed = None,
     device: Annotated[str | None, o.of_recipe("device")] = None,
     out: Annotated[Path | None, o.new_checkpoint("quantize")] = None,
     overwrite: o.Overwrite = False,

@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lowrank_compress.cli.commands import device_name, followed
+from lowrank_compress.cli.commands import device_name, followed, recipe_beside
 from lowrank_compress.cli.terminal import TerminalReporter
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.locate import locate
-from lowrank_compress.recipe import load_recipe
 from lowrank_compress.stages.recoverconfig import RecoverConfig, options_of
-from lowrank_compress.stages.run import Run
 from lowrank_compress.strict import COMMAND_LINE, stage_config
 
 
@@ -26,8 +24,7 @@ def recover(
     reporter: TerminalReporter,
 ) -> dict[str, Any]:
     """Train a compressed checkpoint; what is not said of the data is as the run's recipe has it."""
-    run = Run(Path(target))
-    recipe = load_recipe(run.recipe, {}) if run.exists() else None
+    recipe = recipe_beside(target)
     options = options_of(data, recipe, device_name(device)) | how
     config = stage_config(RecoverConfig, COMMAND_LINE, options)
     original = None if dense is None else Checkpoint(locate(dense))

@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lowrank_compress.cli.commands import device_name, followed
+from lowrank_compress.cli.commands import device_name, followed, recipe_beside
 from lowrank_compress.cli.terminal import TerminalReporter
-from lowrank_compress.recipe import load_recipe
 from lowrank_compress.stages.cacheconfig import CacheConfig, options_of
-from lowrank_compress.stages.run import Run
 from lowrank_compress.strict import COMMAND_LINE, stage_config
 
 
@@ -23,8 +21,7 @@ def cache(
     reporter: TerminalReporter,
 ) -> dict[str, Any]:
     """Let a checkpoint cache latents; what is not said of the data is as the run's recipe has it."""
-    run = Run(Path(target))
-    recipe = load_recipe(run.recipe, {}) if run.exists() else None
+    recipe = recipe_beside(target)
     options = options_of(data, recipe, device_name(device)) | how
     config = stage_config(CacheConfig, COMMAND_LINE, options)
     return followed("cache", target, config, out, overwrite, reporter)

@@ -93,10 +93,7 @@ def recover(
     ] = None,
     text_column: Annotated[list[str] | None, o.of_recipe("text_column")] = None,
     label_column: Annotated[str | None, o.of_recipe("label_column")] = None,
-    seq_len: Annotated[
-        int | None,
-        typer.Option("--seq-len", min=8, help="Tokens a window (default: the recipe's, or 512)", rich_help_panel=DATA),
-    ] = None,
+    seq_len: o.CalibrationLength = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed of all orders", rich_help_panel=DATA)] = None,
     dense: Annotated[
         str | None,

@@ -46,6 +46,10 @@ class Resources:
         """Return the same for a stage that computes on a device."""
         return replace(self, device=device)
 
+    def alone(self, device: str) -> Resources:
+        """Return the same for a process that works by itself while the others wait."""
+        return replace(self, workers=Workers(), device=device)
+
     @property
     def _on_cpu(self) -> bool:
         return torch.device(self.device).type == "cpu"

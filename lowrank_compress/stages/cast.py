@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import torch
 
-from lowrank_compress.artifacts.directories import files_in, recover, replacing
-from lowrank_compress.artifacts.manifest import Key, Manifest, commit, committed, listed
+from lowrank_compress.artifacts.directories import files_in, replacing
+from lowrank_compress.artifacts.manifest import Key, Manifest, commit, listed
 from lowrank_compress.errors import CheckpointError
 from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
@@ -17,7 +17,7 @@ from lowrank_compress.stages.environment import environment
 from lowrank_compress.stages.report import recast
 from lowrank_compress.stages.reporting import Reporter, Silent
 from lowrank_compress.stages.rewrite import contents_of, refuse_packed, rewrite
-from lowrank_compress.stages.run import require_alone
+from lowrank_compress.stages.run import made_once
 from lowrank_compress.stages.stage import Given
 from lowrank_compress.strict import Strict
 
@@ -74,16 +74,12 @@ def run(
     refuse_packed(inputs.checkpoint, "cast")
     identity = key(config, inputs)
 
-    def made() -> Manifest:
-        recover(out_dir, listed)
-        if (found := committed(out_dir, identity, overwrite=overwrite)) is not None:
-            require_alone(out_dir, found)
-            return found
+    def make() -> Manifest:
         with replacing(out_dir, listed) as draft:
             report = _write(config, inputs.checkpoint, draft, reporter or Silent())
             return commit(draft, identity, files_in(draft), report, environment("cpu"))
 
-    return resources.workers.once(made)
+    return made_once(out_dir, identity, make, resources.workers, overwrite=overwrite)
 
 
 def _write(config: CastConfig, checkpoint: Checkpoint, out: Path, reporter: Reporter) -> dict[str, Any]:

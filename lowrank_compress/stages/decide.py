@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 from lowrank_compress.config import CalibrateConfig, ScoreConfig
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.resources.resources import Resources
-from lowrank_compress.resources.workers import Workers
 from lowrank_compress.stages.choice import Plan, best, plans_of, scaled_plan, second_plan, tried
 from lowrank_compress.stages.decompose import Bases
 from lowrank_compress.stages.measured import measured_plan
@@ -68,6 +66,6 @@ def _second(config: ScoreConfig, again: CalibrateConfig, first: Plan, reporter: 
     """Plan with the gradients at a first plan."""
     if config.second_by == "full":
         return second_plan(second_bases(first, again, reporter, resources=resources))
-    alone = replace(resources, workers=Workers()).on(config.device)
+    alone = resources.alone(config.device)
     told = resources.workers.once(lambda: scales(first, again, reporter, resources=alone))
     return scaled_plan(first.bases, told)

@@ -8,7 +8,6 @@ with zero points, which transformers (5.24) builds in another shape than compres
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lowrank_compress.artifacts.directories import files_in, recover, replacing
+from lowrank_compress.artifacts.directories import files_in, replacing
 from lowrank_compress.artifacts.documents import read_json, write_json
 from lowrank_compress.artifacts.files import write_text
-from lowrank_compress.artifacts.manifest import Key, Manifest, commit, committed, listed
+from lowrank_compress.artifacts.manifest import Key, Manifest, commit, listed
 from lowrank_compress.errors import InputError
 from lowrank_compress.evaluation.size import measure_size
 from lowrank_compress.methods.rounding import ROUNDINGS
@@ -31,7 +30,6 @@ from lowrank_compress.model.kinds import few
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.model.tasks import AUTO
 from lowrank_compress.resources.resources import Resources
-from lowrank_compress.resources.workers import Workers
 from lowrank_compress.shipped.fusion import FUSED
 from lowrank_compress.shipped.packed import LAYOUT
 from lowrank_compress.shipped.saving import remote_code_entries, write_remote_code
@@ -46,7 +44,7 @@ from lowrank_compress.stages.quantizing import Quantizer
 from lowrank_compress.stages.report import REPORT, facts
 from lowrank_compress.stages.reporting import Reporter, Silent
 from lowrank_compress.stages.rewrite import contents_of, refuse_packed
-from lowrank_compress.stages.run import require_alone, work_of
+from lowrank_compress.stages.run import made_once, work_of
 from lowrank_compress.stages.samples import settings_of, text_id
 from lowrank_compress.stages.stage import Given
 
@@ -97,15 +95,11 @@ def run(
         raise InputError(NO_TEXT)
     identity = key(config, inputs)
 
-    def made() -> Manifest:
-        recover(out_dir, listed)
-        if (found := committed(out_dir, identity, overwrite=overwrite)) is not None:
-            require_alone(out_dir, found)
-            return found
-        alone = replace(resources, workers=Workers()).on(config.device)
+    def make() -> Manifest:
+        alone = resources.alone(config.device)
         return _quantized(config, inputs, out_dir, identity, reporter or Silent(), alone)
 
-    return resources.workers.once(made)
+    return made_once(out_dir, identity, make, resources.workers, overwrite=overwrite)
 
 
 def _quantized(

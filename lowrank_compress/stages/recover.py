@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lowrank_compress.artifacts.directories import files_in, recover, replacing
-from lowrank_compress.artifacts.manifest import Key, Manifest, commit, committed, listed
+from lowrank_compress.artifacts.directories import files_in, replacing
+from lowrank_compress.artifacts.manifest import Key, Manifest, commit, listed
 from lowrank_compress.errors import CheckpointError
 from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.resources.resources import Resources
@@ -15,7 +15,7 @@ from lowrank_compress.stages.recoverconfig import RecoverConfig
 from lowrank_compress.stages.recovering import Training, teacher_of
 from lowrank_compress.stages.reporting import Reporter, Silent
 from lowrank_compress.stages.rewrite import contents_of, refuse_packed, rewrite
-from lowrank_compress.stages.run import require_alone, work_of
+from lowrank_compress.stages.run import made_already, work_of
 from lowrank_compress.stages.samples import has_own, settings_of, text_id
 from lowrank_compress.stages.stage import Given
 
@@ -68,9 +68,7 @@ def run(
         )
     refuse_packed(inputs.checkpoint, "recover")
     identity = key(config, inputs)
-    workers.once(lambda: recover(out_dir, listed))
-    if (found := workers.once(lambda: committed(out_dir, identity, overwrite=overwrite))) is not None:
-        require_alone(out_dir, found)
+    if (found := workers.once(lambda: made_already(out_dir, identity, overwrite=overwrite))) is not None:
         return found
     plan = blueprint(inputs.checkpoint)
     plan.check_ties()

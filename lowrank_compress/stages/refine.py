@@ -8,15 +8,14 @@ be nearer to the dense model than what it was made from; else that is what is wr
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lowrank_compress.artifacts.directories import files_in, recover, replacing
-from lowrank_compress.artifacts.manifest import Key, Manifest, commit, committed, listed
+from lowrank_compress.artifacts.directories import files_in, replacing
+from lowrank_compress.artifacts.manifest import Key, Manifest, commit, listed
 from lowrank_compress.artifacts.tensors import BlockFiles
 from lowrank_compress.calibration.capture import capture, numbered
 from lowrank_compress.config import RefineConfig
@@ -29,14 +28,13 @@ from lowrank_compress.model.walk.segments import boundary_bytes
 from lowrank_compress.model.walk.states import StateStore
 from lowrank_compress.model.walk.walk import Walk
 from lowrank_compress.resources.resources import Resources
-from lowrank_compress.resources.workers import Workers
 from lowrank_compress.stages.environment import environment
 from lowrank_compress.stages.identity import checkpoint_id
 from lowrank_compress.stages.reading import require_labels
 from lowrank_compress.stages.refining import BlockRefiner, computing_dtype, kept_bytes
 from lowrank_compress.stages.reporting import Reporter, Silent
 from lowrank_compress.stages.rewrite import contents_of, refuse_packed, rewrite
-from lowrank_compress.stages.run import require_alone, work_of
+from lowrank_compress.stages.run import made_once, work_of
 from lowrank_compress.stages.samples import calibration_batches, held_out_batches, settings_of, text_id, with_drawn
 from lowrank_compress.stages.stage import Given
 
@@ -96,15 +94,11 @@ def run(
     refuse_packed(inputs.checkpoint, "refine")
     identity = key(config, inputs)
 
-    def made() -> Manifest:
-        recover(out_dir, listed)
-        if (found := committed(out_dir, identity, overwrite=overwrite)) is not None:
-            require_alone(out_dir, found)
-            return found
-        alone = replace(resources, workers=Workers()).on(config.device)
+    def make() -> Manifest:
+        alone = resources.alone(config.device)
         return _Refinement(config, inputs, out_dir, identity, reporter or Silent(), alone, gradients).make()
 
-    return resources.workers.once(made)
+    return made_once(out_dir, identity, make, resources.workers, overwrite=overwrite)
 
 
 class _Refinement:

@@ -7,25 +7,23 @@ the text's loss that errors of them are weighed by.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from lowrank_compress.artifacts.directories import files_in, recover, replacing
-from lowrank_compress.artifacts.manifest import Key, Manifest, commit, committed, listed
+from lowrank_compress.artifacts.directories import files_in, replacing
+from lowrank_compress.artifacts.manifest import Key, Manifest, commit, listed
 from lowrank_compress.errors import CheckpointError, InputError
 from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.resources.resources import Resources
-from lowrank_compress.resources.workers import Workers
 from lowrank_compress.stages.cacheconfig import CacheConfig
 from lowrank_compress.stages.environment import environment
 from lowrank_compress.stages.latents import Latents
 from lowrank_compress.stages.remembered import changed, described
 from lowrank_compress.stages.reporting import Reporter, Silent
 from lowrank_compress.stages.rewrite import contents_of, refuse_packed, write_anew
-from lowrank_compress.stages.run import require_alone, work_of
+from lowrank_compress.stages.run import made_once, work_of
 from lowrank_compress.stages.samples import has_own, settings_of, text_id
 from lowrank_compress.stages.stage import Given
 
@@ -78,15 +76,11 @@ def run(
         raise InputError("--calibration self is for dense models, which write a text well. Name a text.")
     identity = key(config, inputs)
 
-    def made() -> Manifest:
-        recover(out_dir, listed)
-        if (found := committed(out_dir, identity, overwrite=overwrite)) is not None:
-            require_alone(out_dir, found)
-            return found
-        alone = replace(resources, workers=Workers()).on(config.device)
+    def make() -> Manifest:
+        alone = resources.alone(config.device)
         return _make(config, inputs, out_dir, identity, reporter or Silent(), alone)
 
-    return resources.workers.once(made)
+    return made_once(out_dir, identity, make, resources.workers, overwrite=overwrite)
 
 
 def _make(

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Container, Iterator
+from collections.abc import Callable, Collection, Container, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from lowrank_compress.artifacts.directories import recover
 from lowrank_compress.artifacts.files import is_temporary, read_small_text
 from lowrank_compress.artifacts.lock import HOLDER, LOCK, locked
-from lowrank_compress.artifacts.manifest import MANIFEST, Manifest, read_manifest, require_intact
+from lowrank_compress.artifacts.manifest import (
+    MANIFEST,
+    Key,
+    Manifest,
+    committed,
+    listed,
+    read_manifest,
+    require_intact,
+)
 from lowrank_compress.errors import ArtifactError
 from lowrank_compress.recipe import Recipe
 from lowrank_compress.recipefile import RECIPE_BYTES
 from lowrank_compress.resources.resources import Resources
-from lowrank_compress.resources.workers import workers_of
+from lowrank_compress.resources.workers import Workers, workers_of
 from lowrank_compress.stages.index import Index, Link, read_index
 
 
@@ -193,6 +202,27 @@ def require_alone(directory: Path, manifest: Manifest) -> None:
             f"{directory / found[0]} is not of the checkpoint that was written there, but would be loaded with it. "
             "Move it elsewhere."
         )
+
+
+def made_already(out_dir: Path, identity: Key, *, overwrite: bool) -> Manifest | None:
+    """Find the checkpoint that a stage is to write, finished and alone in its directory; None if it is not there.
+
+    Raises
+    ------
+    ArtifactError
+        Another result is there, and is not to be replaced; or files are that would be loaded with it.
+    """
+    recover(out_dir, listed)
+    if (found := committed(out_dir, identity, overwrite=overwrite)) is not None:
+        require_alone(out_dir, found)
+    return found
+
+
+def made_once(
+    out_dir: Path, identity: Key, make: Callable[[], Manifest], workers: Workers, *, overwrite: bool
+) -> Manifest:
+    """Have the first process make a checkpoint, unless it is there (`made_already`); all get its manifest."""
+    return workers.once(lambda: made_already(out_dir, identity, overwrite=overwrite) or make())
 
 
 # The first lines of a run's recipe: the second says by a hash whether what follows is as it was written.

@@ -6,7 +6,7 @@ Writes a basis file a block (kept up to the largest rank that can pay) and ranks
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,6 @@ from lowrank_compress.methods.groups import dense_elements, needs_data, price_of
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.registry import unknown
 from lowrank_compress.resources.resources import Resources
-from lowrank_compress.resources.workers import Workers
 from lowrank_compress.stages.cache import cache_report
 from lowrank_compress.stages.choice import Plan, best
 from lowrank_compress.stages.choose import Chooser
@@ -176,7 +175,7 @@ def run(
                 bases,
                 lambda plan, place: _commit(config, inputs, bases, plan, [], identity, place),
                 reporter,
-                replace(resources, workers=Workers()).on(config.device),
+                resources.alone(config.device),
             )
         )
     # Ranks that were edited stay where nothing but bases of a second allocation was missing.

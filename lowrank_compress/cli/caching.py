@@ -40,7 +40,7 @@ def cache(
     round_to: Annotated[
         int, typer.Option("--round-to", min=1, help="Make latents multiples of this.", rich_help_panel=WHAT)
     ] = 1,
-    calibration: Annotated[list[str] | None, o.of_recipe("calibration")] = None,
+    calibration: Annotated[list[str] | None, o.of_recipe("calibration", "the run's own text")] = None,
     text_column: Annotated[list[str] | None, o.of_recipe("text_column")] = None,
     samples: o.Samples = None,
     seq_len: o.CalibrationLength = None,

@@ -178,15 +178,15 @@ def takes_recipe(command: str) -> Callable[[Callable[..., None]], Callable[..., 
     return decorate
 
 
-def of_recipe(name: str) -> Any:
-    """Make the option, or argument, that a field of the recipe is."""
+def of_recipe(name: str, default: str | None = None) -> Any:
+    """Make the option, or argument, that a field of the recipe is; with another default, in words, where it has one."""
     field = Recipe.model_fields[name]
     if field.is_required():
         return typer.Argument(help=field.description, show_default=False)
     words = _extra(field)["flag"] or name.replace("_", "-")
     flags = [f"--{words}", *([f"no-{words}"] if _type_of(field) is bool else [])]
     return typer.Option(
-        "/--".join(flags), help=_help(field), rich_help_panel=_extra(field)["panel"], show_default=False
+        "/--".join(flags), help=_help(field, default), rich_help_panel=_extra(field)["panel"], show_default=False
     )
 
 
@@ -239,7 +239,9 @@ def _type_of(field: FieldInfo) -> Any:
     return str if get_origin(kind) is Literal else kind
 
 
-def _help(field: FieldInfo) -> str:
+def _help(field: FieldInfo, default: str | None) -> str:
+    if default is not None:
+        return f"{field.description} (default: {default})"
     hint = _extra(field)["hint"] or (
         "{}" if isinstance(field.default, str | int | float) and field.default is not False else ""
     )

@@ -117,7 +117,7 @@ def quantize(
         float,
         typer.Option("--damping-fisher", help="The same for the metric of the outputs, of kfac", rich_help_panel=WHAT),
     ] = 0.1,
-    calibration: Annotated[list[str] | None, o.of_recipe("calibration")] = None,
+    calibration: Annotated[list[str] | None, o.of_recipe("calibration", "the run's own text")] = None,
     text_column: Annotated[list[str] | None, o.of_recipe("text_column")] = None,
     label_column: Annotated[str | None, o.of_recipe("label_column")] = None,
     samples: o.Samples = None,

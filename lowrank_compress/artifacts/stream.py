@@ -65,8 +65,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Lazy], metadata: Mapping[str
 
     Raises
     ------
-    KeyError
-        A dtype that the format does not know.
+    ValueError
+        A dtype is none that the format knows; or what is read is not what was announced.
     """
     order = sorted(tensors, key=lambda name: (-_ORDER.index(tensors[name].dtype), name))
     entries: dict[str, object] = {"__metadata__": dict(metadata)}

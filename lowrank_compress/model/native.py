@@ -156,8 +156,8 @@ def native_form(checkpoint: Checkpoint) -> tuple[dict[str, Any], nn.Module]:
             )
     model = blueprint(checkpoint).model
     numbers = _numbers(checkpoint, model)
-    renamed = {name: _renumbered(name, numbers) for name in _shapes(model)}
-    shapes = {name: _shapes(model)[old] for old, name in renamed.items() if name is not None}
+    renamed = ((_renumbered(name, numbers), shape) for name, shape in _shapes(model).items())
+    shapes = {name: shape for name, shape in renamed if name is not None}
     settings = {
         name: value for name, value in checkpoint.raw_config.items() if name not in ("quantization_config", "auto_map")
     }

@@ -107,10 +107,16 @@ class Gating:
 
     def __init__(self, stock: Any, fusion: Fusion) -> None:
         self.stock, self.interleaved = stock, fusion.interleaved
+        # Modules without one of their own have transformers', a plain product, which needs no copy of both.
+        self.plain = hasattr(stock, "act_fn") and _name(stock) in ("", "_default_apply_gate")
 
     def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
         """Map both, (tokens, width), to (tokens, width)."""
-        apply = getattr(self.stock, "_apply_gate", None)
-        if apply is None:
+        if self.plain:
             return self.stock.act_fn(gate) * up
-        return apply(torch.stack([gate, up], -1).flatten(-2) if self.interleaved else torch.cat([gate, up], -1))
+        both = torch.stack([gate, up], -1).flatten(-2) if self.interleaved else torch.cat([gate, up], -1)
+        return self.stock._apply_gate(both)
+
+
+def _name(stock: Any) -> str:
+    return getattr(getattr(type(stock), "_apply_gate", None), "__name__", "")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
-from tests.ordinary import summed_loss
+from tests.ordinary import summed_loss, tokens
 from tests.tiny import _COMMON, _LLAMA, random_model, tiny_tokenizer
 
 _LATENT: dict[str, Any] = {
@@ -189,3 +191,30 @@ def expert_statistics(
             "hidden_peak": (w[:, None] * x).square().amax(0) / tokens,
         }
     return found
+
+
+def loads_by_its_own_code(model: Path, expected: Tensor, place: Path) -> None:
+    """Make sure that a process without this package gets these logits by the checkpoint's own code, or no model.
+
+    Parameters
+    ----------
+    expected
+        Of two sequences of nine `tokens`.
+    place
+        An empty directory.
+    """
+    torch.save(expected, place / "expected.pt")
+    torch.save(torch.stack(tokens(9, 9)), place / "ids.pt")
+    code = (
+        "import sys, torch\n"
+        "sys.modules['lowrank_compress'] = None\n"
+        "from transformers import AutoModelForCausalLM as Auto\n"
+        f"path, place = {str(model)!r}, {str(place)!r}\n"
+        "try:\n    Auto.from_pretrained(path)\nexcept RuntimeError as problem:\n    assert 'mismatch' in str(problem)\n"
+        "else:\n    raise SystemExit('loaded as something else')\n"
+        "model = Auto.from_pretrained(path, trust_remote_code=True).eval()\n"
+        "with torch.no_grad():\n    found = model(torch.load(place + '/ids.pt')).logits\n"
+        "assert torch.equal(found, torch.load(place + '/expected.pt'))\n"
+    )
+    said = subprocess.run([sys.executable, "-c", code], cwd=place, capture_output=True, text=True, check=False)
+    assert said.returncode == 0, said.stderr[-2000:]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from lowrank_compress.shipped.experts import SeparateExperts
 from lowrank_compress.shipped.fusion import FUSED
 from lowrank_compress.shipped.linear import CompressedLinear
 from lowrank_compress.stages.plan import make_plan
-from tests.moe import MOE, save_moe
+from tests.moe import MOE, loads_by_its_own_code, save_moe
 from tests.ordinary import tokens
 from tests.runs import done, refused
 from tests.tiny import tiny_text
@@ -168,21 +166,7 @@ def test_it_computes_the_same_however_it_is_loaded(run: Path, tmp_path: Path) ->
 
 
 def test_without_the_package_it_loads_by_its_own_code_or_not_at_all(run: Path, tmp_path: Path) -> None:
-    torch.save(logits_of(load(run / "model")), tmp_path / "expected.pt")
-    torch.save(torch.stack(tokens(9, 9)), tmp_path / "ids.pt")
-    code = (
-        "import sys, torch\n"
-        "sys.modules['lowrank_compress'] = None\n"
-        "from transformers import AutoModelForCausalLM as Auto\n"
-        f"path, place = {str(run / 'model')!r}, {str(tmp_path)!r}\n"
-        "try:\n    Auto.from_pretrained(path)\nexcept RuntimeError as problem:\n    assert 'mismatch' in str(problem)\n"
-        "else:\n    raise SystemExit('loaded as something else')\n"
-        "model = Auto.from_pretrained(path, trust_remote_code=True).eval()\n"
-        "with torch.no_grad():\n    found = model(torch.load(place + '/ids.pt')).logits\n"
-        "assert torch.equal(found, torch.load(place + '/expected.pt'))\n"
-    )
-    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr[-2000:]
+    loads_by_its_own_code(run / "model", logits_of(load(run / "model")), tmp_path)
 
 
 def test_what_is_said_of_experts(run: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ import lowrank_compress
 from lowrank_compress.arch.resolve import separate_experts
 from lowrank_compress.shipped.experts import SeparateExperts, join_experts
 from lowrank_compress.shipped.fusion import fusion_of
-from tests.moe import MOE, moe_model, plain_expert, plain_hidden
+from tests.moe import MOE, loads_by_its_own_code, moe_model, plain_expert, plain_hidden
 from tests.ordinary import tokens
 from tests.runs import done
 from tests.test_expert_methods import check_counts, settings_of
@@ -118,21 +116,7 @@ def test_it_is_loaded_saved_and_generates(run: Path, tmp_path: Path) -> None:
         for options in ({"use_cache": False}, {"use_cache": True}, {"cache_implementation": "static"})
     ]
     assert all(torch.equal(made[0], other) for other in made[1:])
-    torch.save(expected, tmp_path / "expected.pt")
-    torch.save(torch.stack(tokens(9, 9)), tmp_path / "ids.pt")
-    code = (
-        "import sys, torch\n"
-        "sys.modules['lowrank_compress'] = None\n"
-        "from transformers import AutoModelForCausalLM as Auto\n"
-        f"path, place = {str(run / 'model')!r}, {str(tmp_path)!r}\n"
-        "try:\n    Auto.from_pretrained(path)\nexcept RuntimeError as problem:\n    assert 'mismatch' in str(problem)\n"
-        "else:\n    raise SystemExit('loaded as something else')\n"
-        "model = Auto.from_pretrained(path, trust_remote_code=True).eval()\n"
-        "with torch.no_grad():\n    found = model(torch.load(place + '/ids.pt')).logits\n"
-        "assert torch.equal(found, torch.load(place + '/expected.pt'))\n"
-    )
-    said = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert said.returncode == 0, said.stderr[-2000:]
+    loads_by_its_own_code(run / "model", expected, tmp_path)
 
 
 def test_it_is_shown_measured_refined_and_exported(run: Path, place: Path, tmp_path: Path) -> None:

@@ -1,121 +1,122 @@
-"""The second budget: numbers that the cache keeps of a token, and how they are shared by the blocks."""
+"""Make the key-value cache of a compressed checkpoint smaller: of each token it keeps a latent from then on.
+
+Nothing else of the checkpoint is changed. What keys and values are computed by is the compressed model's own, and so is
+the text's loss that errors of them are weighed by.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from fractions import Fraction
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from lowrank_compress.allocation.choice import Choice
-from lowrank_compress.allocation.curve import Curve
-from lowrank_compress.allocation.loss import allocate
-from lowrank_compress.config import ScoreConfig
-from lowrank_compress.errors import InputError
-from lowrank_compress.methods.candidates import Candidates, first_groups
-from lowrank_compress.methods.groups import TargetGroup, dense_elements, price_of
+from torch import Tensor
+
+from lowrank_compress.artifacts.directories import files_in, replacing
+from lowrank_compress.artifacts.manifest import Key, Manifest, commit, listed
+from lowrank_compress.errors import CheckpointError, InputError
+from lowrank_compress.model.blueprint import blueprint
+from lowrank_compress.resources.resources import Resources
+from lowrank_compress.stages.cacheconfig import CacheConfig
+from lowrank_compress.stages.cached import changed, described
+from lowrank_compress.stages.environment import environment
+from lowrank_compress.stages.latents import Latents
+from lowrank_compress.stages.reporting import Reporter, Silent
+from lowrank_compress.stages.rewrite import contents_of, refuse_packed, write_anew
+from lowrank_compress.stages.run import made_once, work_of
+from lowrank_compress.stages.samples import has_own, settings_of, text_id
+from lowrank_compress.stages.stage import Given
+
+VERSION = 1
 
 
-def limit_of(config: ScoreConfig, subject_cache: Sequence[Candidates]) -> int:
-    """How many numbers of a token all blocks together may cache, so that at least the share asked for disappears."""
-    assert config.kv_ratio is not None
-    return most_kept(config.kv_ratio, stock(first_groups(subject_cache)))
+def key(config: CacheConfig, inputs: Given) -> Key:
+    """Everything that the new checkpoint and its report depend on; a text counts by its content."""
+    return Key("cache", VERSION, settings_of(config), contents_of(inputs.checkpoint) | {"text": text_id(config)})
 
 
-def most_kept(ratio: float, whole: int) -> int:
-    """How many of so many numbers stay at most, so that at least this share disappears."""
-    return whole - math.ceil(Fraction(str(ratio)) * whole)
+def run(
+    config: CacheConfig,
+    inputs: Given,
+    out_dir: Path,
+    reporter: Reporter | None = None,
+    *,
+    resources: Resources = Resources(),
+    overwrite: bool = False,
+) -> Manifest:
+    """Let the cache keep latents.
 
-
-def cached_at(group: TargetGroup, choice: Choice) -> int:
-    """Numbers that the cache keeps of a token at a choice; 0 of a group that is none of the cache."""
-    return group.cached if choice.is_dense or not group.cached else choice.parameters[0]
-
-
-def stock(groups: Iterable[TargetGroup]) -> int:
-    """Numbers that a stock cache keeps of a token."""
-    return sum(group.cached for group in groups)
-
-
-def kept(groups: Iterable[TargetGroup], choices: Mapping[str, Choice]) -> int:
-    """Numbers of a token that are cached at these choices."""
-    return sum(cached_at(group, choices[group.name]) for group in groups)
-
-
-def require_cache_reachable(config: ScoreConfig, cache: Sequence[Candidates]) -> None:
-    """Make sure that the cache can be made so small.
-
-    Raises
-    ------
-    InputError
-        It cannot; the message names the largest ratio that can be reached.
-    """
-    if config.kv_ratio is not None:
-        groups = first_groups(cache)
-        require_reachable(config.kv_ratio, config.round_to, groups, stock(groups))
-
-
-def require_reachable(ratio: float, round_to: int, groups: Sequence[TargetGroup], whole: int) -> None:
-    """Make sure of the same for groups of a model whose stock cache keeps so many numbers of a token.
+    Parameters
+    ----------
+    config, inputs
+        How, and of what.
+    out_dir
+        The directory of the new checkpoint, which appears whole or not at all; see `work_of` for the state meanwhile.
+    reporter
+        Told about progress and warnings.
+    resources
+        What the first process may use; all are called with the same.
+    overwrite
+        Replace another checkpoint in `out_dir`.
 
     Raises
     ------
-    InputError
-        As `require_cache_reachable`.
+    LrcError
+        The checkpoint is dense, quantized, of a family whose attention cannot do it, or caches latents already; the
+        text cannot be used, the ratio is out of reach, or another result is in `out_dir`.
     """
-    least = sum(int(group.choices(group.formats[0], round_to).stored[:1].sum()) or group.cached for group in groups)
-    if least > most_kept(ratio, whole):
-        largest = math.floor(Fraction(whole - least, whole) * 10**4) / 10**4
-        raise InputError(
-            f"A --kv-ratio of {ratio} is out of reach: of {whole} numbers that the cache keeps of a token, {least} "
-            "stay at the smallest latents. "
-            + (f"The largest reachable one is {largest}. " if largest > 0 else "None can go. ")
-            + ("Ask for no more." if round_to == 1 else "Ask for no more, or pass a smaller --round-to.")
+    checkpoint = inputs.checkpoint
+    if checkpoint.quantization is None:
+        raise CheckpointError(
+            f"{checkpoint.path} is not compressed by this program. Of a dense model `lrc compress --method dense "
+            f"--kv-ratio {config.kv_ratio:g}` makes the cache smaller."
         )
+    refuse_packed(checkpoint, "cache")
+    if has_own(config):
+        raise InputError("--calibration self is for dense models, which write a text well. Name a text.")
+    identity = key(config, inputs)
+
+    def make() -> Manifest:
+        alone = resources.alone(config.device)
+        return _make(config, inputs, out_dir, identity, reporter or Silent(), alone)
+
+    return made_once(out_dir, identity, make, resources.workers, overwrite=overwrite)
 
 
-def most_stored(config: ScoreConfig, cache: Sequence[Candidates]) -> int:
-    """The most elements that are stored more than by the dense matrices, or fewer if negative, whatever the ranks.
+def _make(
+    config: CacheConfig, inputs: Given, out_dir: Path, identity: Key, reporter: Reporter, resources: Resources
+) -> Manifest:
+    checkpoint = inputs.checkpoint
+    plan = blueprint(checkpoint)
+    latents = Latents(config, plan, work_of(out_dir), identity.id, reporter, resources)
+    choices, losses = latents.choose()
+    blocks = [changed(latents, group, choices[group.name]) for group in latents.groups]
+    layout: dict[str, Any] = dict(checkpoint.quantization or {})
+    for name in ("modules", "attention"):
+        layout[name] = {
+            **layout.get(name, {}),
+            **{path: e for each in blocks for path, e in getattr(each, name).items()},
+        }
 
-    All factors of a model have as many elements for each number that is cached, so that only their sum counts.
-    """
-    if config.kv_ratio is None:
-        return 0
-    groups, limit = first_groups(cache), limit_of(config, cache)
-    each = [(group, group.choices(group.formats[0], config.round_to)) for group in groups]
-    price = max(
-        price_of(group, choices[0]).elements / int(choices.stored[0]) for group, choices in each if len(choices)
-    )
-    dense = sum(dense_elements(group) for group in groups)
-    return math.ceil(limit * price) - dense
+    def tensors(block: int) -> Iterator[tuple[str, Tensor]]:
+        gone = blocks[block].gone if block >= 0 else set()
+        for name in plan.outside() if block < 0 else plan.inside(block):
+            if name not in gone:
+                yield name, plan.read(name)
 
-
-def choose_cache(
-    config: ScoreConfig, cache: Sequence[Candidates], curves: Mapping[str, Curve]
-) -> tuple[dict[str, Choice], float]:
-    """Choose what each block caches, by the least predicted loss; and say what that is, in nats."""
-    groups = first_groups(cache)
-    if not groups:
-        return {}, 0.0
-    own = [curves[group.name] for group in groups]
-    chosen = allocate(own, limit_of(config, cache))
-    pairs = list(zip(own, chosen, strict=True))
-    return {curve.name: curve.choice(point) for curve, point in pairs}, float(sum(c.loss[p] for c, p in pairs))
-
-
-def cache_report(
-    groups: Sequence[TargetGroup], choices: Mapping[str, Choice], asked: float | None, window: int | None
-) -> dict[str, Any]:
-    """Say what the cache keeps; nothing of a stock one.
-
-    Returns
-    -------
-    dict
-        Nothing, or ``{"cache": {"asked", "reached", "dense", "kept", "window"}}``: shares that are removed, and
-        numbers of a token, without the window.
-    """
-    own = [group for group in groups if group.cached]
-    if window is None or not own:
-        return {}
-    dense, now = stock(own), kept(own, choices)
-    return {"cache": {"asked": asked, "reached": 1 - now / dense, "dense": dense, "kept": now, "window": window}}
+    with replacing(out_dir, listed) as draft:
+        report = write_anew(
+            checkpoint,
+            draft,
+            tensors,
+            layout,
+            lambda block: blocks[block].tensors if block >= 0 else {},
+            dtype=str(checkpoint.dtype).removeprefix("torch."),
+            shard_bytes=config.shard_bytes,
+            report=lambda before: described(latents, before, choices, losses, blocks),
+            advance=lambda done, total: reporter.advance("write", done, total),
+        )
+        report |= {"predicted_loss": sum(losses.values())}
+        manifest = commit(draft, identity, files_in(draft), report, environment(config.device))
+    latents.clear()
+    return manifest

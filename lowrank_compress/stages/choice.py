@@ -32,7 +32,7 @@ from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.model.walk.walk import Walk
 from lowrank_compress.shipped.router import prune_router, restore_router
-from lowrank_compress.stages.cache import choose_cache
+from lowrank_compress.stages.cachebudget import choose_cache
 from lowrank_compress.stages.choose import MUCH
 from lowrank_compress.stages.decompose import Bases
 

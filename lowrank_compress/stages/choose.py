@@ -17,7 +17,7 @@ from lowrank_compress.errors import InputError
 from lowrank_compress.methods.candidates import Candidates, all_groups, first_groups, yardsticks
 from lowrank_compress.methods.groups import TargetGroup, largest_kept, ranking
 from lowrank_compress.options import only
-from lowrank_compress.stages.cache import require_cache_reachable
+from lowrank_compress.stages.cachebudget import require_cache_reachable
 from lowrank_compress.stages.curves import lossless_curve
 from lowrank_compress.stages.reach import budget_of, require_reachable
 from lowrank_compress.stages.subject import Subject

@@ -36,7 +36,7 @@ from lowrank_compress.resources.resources import Resources
 from lowrank_compress.shipped.attention import CompressedAttention
 from lowrank_compress.shipped.latent import LatentAttention
 from lowrank_compress.shipped.linear import CompressedLinear
-from lowrank_compress.stages.cache import most_kept, require_reachable
+from lowrank_compress.stages.cachebudget import most_kept, require_reachable
 from lowrank_compress.stages.cacheconfig import CacheConfig
 from lowrank_compress.stages.curves import predicted_losses
 from lowrank_compress.stages.reporting import Reporter

@@ -18,7 +18,7 @@ from lowrank_compress.methods.parts import flag_of
 from lowrank_compress.methods.scheme import DENSE as LEFT_DENSE
 from lowrank_compress.options import only
 from lowrank_compress.stages.bytebudget import require_bytes_reachable
-from lowrank_compress.stages.cache import most_stored, require_cache_reachable
+from lowrank_compress.stages.cachebudget import most_stored, require_cache_reachable
 from lowrank_compress.stages.curves import lossless_curve
 from lowrank_compress.stages.subject import Subject
 

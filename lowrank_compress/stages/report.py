@@ -19,7 +19,7 @@ from lowrank_compress.evaluation.size import measure_size, weight_bytes
 from lowrank_compress.methods.candidates import all_groups, candidates_of
 from lowrank_compress.methods.groups import Price, TargetGroup, dense_elements, price_of, replaced
 from lowrank_compress.model.blueprint import Blueprint
-from lowrank_compress.stages.cache import cache_report, cached_at
+from lowrank_compress.stages.cachebudget import cache_report, cached_at
 from lowrank_compress.stages.curves import predicted_losses
 from lowrank_compress.stages.ranks import choice_of, entry_of
 from lowrank_compress.stages.subject import claimed_of

@@ -26,7 +26,7 @@ from lowrank_compress.methods.groups import dense_elements, needs_data, price_of
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.registry import unknown
 from lowrank_compress.resources.resources import Resources
-from lowrank_compress.stages.cache import cache_report
+from lowrank_compress.stages.cachebudget import cache_report
 from lowrank_compress.stages.choice import Plan, best
 from lowrank_compress.stages.choose import Chooser
 from lowrank_compress.stages.decide import decide

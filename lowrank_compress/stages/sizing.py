@@ -17,7 +17,7 @@ from lowrank_compress.evaluation.size import weight_bytes
 from lowrank_compress.methods.groups import TargetGroup, needed, needs_data, price_of, statistics_bytes
 from lowrank_compress.resources.resources import Resources
 from lowrank_compress.stages.bytebudget import most_bytes, original_bytes
-from lowrank_compress.stages.cache import limit_of, most_stored, stock
+from lowrank_compress.stages.cachebudget import limit_of, most_stored, stock
 from lowrank_compress.stages.measured import TOKENS, cost, most_trials
 from lowrank_compress.stages.plan import Plan
 from lowrank_compress.stages.reach import uniform_choices

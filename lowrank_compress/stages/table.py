@@ -7,7 +7,7 @@ from typing import get_args
 
 from lowrank_compress.config import CalibrateConfig, EvaluateConfig, FactorizeConfig, RefineConfig, ScoreConfig
 from lowrank_compress.registry import Registry
-from lowrank_compress.stages import calibrate, cast, evaluate, factorize, quantize, recover, refine, remember, score
+from lowrank_compress.stages import cache, calibrate, cast, evaluate, factorize, quantize, recover, refine, score
 from lowrank_compress.stages.cacheconfig import CacheConfig
 from lowrank_compress.stages.edits import ranks_fit
 from lowrank_compress.stages.inputs import inputs_of_calibrate, inputs_of_factorize, inputs_of_score
@@ -83,10 +83,10 @@ _OWN = (
     ),
     Stage(
         name="cache",
-        version=remember.VERSION,
+        version=cache.VERSION,
         config=CacheConfig,
         inputs=Given,
-        run=remember.run,
+        run=cache.run,
         reads="checkpoint",
         writes="checkpoint",
         directory="cache",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,15 +136,17 @@ def reference(
     return found
 
 
-@pytest.mark.parametrize("name", HEADS)
-def test_gradients_are_those_of_transformers_own_loss(name: str, tmp_path: Path) -> None:
-    path, model = written(name, tmp_path)
-    skeleton = Skeleton(Checkpoint(path), CPU, torch.float64)
-    batches = batches_for(name, skeleton, tmp_path)
+def check_statistics(
+    skeleton: Skeleton,
+    model: PreTrainedModel,
+    batches: Sequence[Batch],
+    loss_of: Callable[[PreTrainedModel, Batch], tuple[Tensor, int]],
+) -> None:
+    """Hold what is captured against gradients of the whole model; `loss_of` sums losses, and says how many they are."""
     paths = [target.name for target in skeleton.resolved.targets]
 
     def summed() -> tuple[Tensor, int]:
-        parts = [own_loss(model, batch) for batch in batches]
+        parts = [loss_of(model, batch) for batch in batches]
         return sum((loss for loss, _ in parts), torch.zeros(())), sum(terms for _, terms in parts)
 
     expected = reference(model, paths, summed)
@@ -155,6 +157,14 @@ def test_gradients_are_those_of_transformers_own_loss(name: str, tmp_path: Path)
                 error = (found.means[key] - value).abs().max()
                 assert error <= 1e-9 * value.abs().max(), (key, float(error))
                 assert value.abs().max() > 1e-9
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_gradients_are_those_of_transformers_own_loss(name: str, tmp_path: Path) -> None:
+    path, model = written(name, tmp_path)
+    skeleton = Skeleton(Checkpoint(path), CPU, torch.float64)
+    batches = batches_for(name, skeleton, tmp_path)
+    check_statistics(skeleton, model, batches, own_loss)
 
 
 @pytest.mark.parametrize("name", HEADS)

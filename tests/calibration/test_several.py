@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from lowrank_compress.calibration.again import Again
-from lowrank_compress.calibration.capture import capture, numbered
+from lowrank_compress.calibration.capture import numbered
 from lowrank_compress.calibration.several import marked_batches, read_marked
 from lowrank_compress.calibration.sources import Source
 from lowrank_compress.calibration.windows import batches_hash
@@ -25,7 +25,7 @@ from lowrank_compress.model.tasks import Task, task_of
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.model.walk.outputs import drawn_labels, random_signs, summed_loss
 from lowrank_compress.model.walk.walk import Walk
-from tests.calibration.test_head_losses import NAMES, reference
+from tests.calibration.test_head_losses import check_statistics
 from tests.tiny import random_model, tiny_config, tiny_text, tiny_tokenizer
 
 CPU = torch.device("cpu")
@@ -94,20 +94,7 @@ def test_gradients_are_those_of_the_whole_model(head: str, labelled: bool, tmp_p
     said = [[float(row % (place + 2) == 0) for place in range(count)] for row in range(len(TEXTS))]
     batches = batches_for(path, table(tmp_path, said if labelled else None))
     assert sum(batch.terms for batch in batches) == len(TEXTS) * count
-    paths = [target.name for target in skeleton.resolved.targets]
-
-    def summed() -> tuple[Tensor, int]:
-        parts = [own_loss(model, batch) for batch in batches]
-        return sum((loss for loss, _ in parts), torch.zeros(())), sum(terms for _, terms in parts)
-
-    expected = reference(model, paths, summed)
-    for found in capture(skeleton, batches, dict.fromkeys(paths, NAMES), skip=lambda block: False):
-        for target in skeleton.resolved.of_block(found.block):
-            for statistic, value in expected[target.name].items():
-                key = f"{target.reads if statistic == 'in_gram' else target.name}/{statistic}"
-                error = (found.means[key] - value).abs().max()
-                assert error <= 1e-9 * value.abs().max(), (key, float(error))
-                assert value.abs().max() > 1e-9
+    check_statistics(skeleton, model, batches, own_loss)
 
 
 def test_signs_make_the_gauss_newton_matrix_on_average() -> None:

@@ -18,7 +18,7 @@ from lowrank_compress.methods.groups import dense_elements
 from lowrank_compress.methods.joint import joint
 from lowrank_compress.methods.latent import LatentGroup
 from lowrank_compress.methods.linear import Damping
-from lowrank_compress.stages.cache import cached_at
+from lowrank_compress.stages.cachebudget import cached_at
 from tests.reference import damp, weighted_svd
 
 DAMPING = Damping(fisher=1e-3, gram=1e-2)

@@ -1,4 +1,4 @@
-"""Runs whose checkpoints cache latents: two budgets, and every command that follows."""
+"""`lrc cache`: a smaller key-value cache for what is compressed already."""
 
 from __future__ import annotations
 
@@ -10,324 +10,272 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from lowrank_compress.config import CalibrationSet
 from lowrank_compress.evaluation.size import measure_size
+from lowrank_compress.linalg.weighted import factors
+from lowrank_compress.methods.joint import joint
+from lowrank_compress.methods.latent import LatentGroup
+from lowrank_compress.methods.linear import Damping
 from lowrank_compress.model.checkpoint import Checkpoint
-from lowrank_compress.model.reconstruction import reconstruction
-from lowrank_compress.shipped.latent import LatentAttention
-from tests.moe import save_moe
-from tests.runs import FEW, Tiny, block_file, done, refused, results, times
-from tests.shipped.test_loading import python
+from lowrank_compress.stages.samples import calibration_batches
+from tests.runs import FEW, Tiny, done, lrc, refused, results, times
 from tests.tiny import save_tiny
 
 IDS = torch.arange(4, 44).view(2, 20)
-# Numbers of a token in the tiny llama's cache, and of a hidden state: 2 blocks, 2 key-value heads of 8.
-CACHED, HIDDEN = 64, 32
+CACHED = 64  # numbers of a token in the tiny llama's cache: 2 blocks, 2 key-value heads of 8
+KINDS = {
+    "pair": ("--method", "svd-llm", "--ratio", 0.6),
+    "pivot": ("--method", "kfac", "--storage", "pivot", "--ratio", 0.4),
+    "narrow": ("--method", "modegpt", "--ratio", 0.2),
+    "mlp": ("--method", "svd-llm", "--attention", "dense", "--ratio", 0.2),
+}
 
 
 @pytest.fixture(scope="module")
 def runs(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    place = tmp_path_factory.mktemp("caches")
-    options = {
-        "alone": ("--method", "dense", "--kv-ratio", 0.4),
-        "windowed": ("--method", "dense", "--kv-ratio", 0.75, "--kv-window", 5),
-        "both": ("--ratio", 0.3, "--kv-ratio", 0.5),
-    }
-    for name, more in options.items():
-        run = place / name
-        done("compress", tiny.model, *more, "--calibration", tiny.text, *FEW, "--out", run)
-    return {name: place / name for name in options}
-
-
-def report(run: Path) -> dict[str, Any]:
-    return json.loads((run / "model/lowrank.json").read_text())
-
-
-def ranks(run: Path) -> dict[str, int]:
-    """Numbers that each block caches."""
-    matrices = json.loads((run / "scores/ranks.json").read_text())["matrices"]
-    return {name: entry["rank"] or CACHED // 2 for name, entry in matrices.items() if name.endswith(":key-value")}
+    place = tmp_path_factory.mktemp("runs")
+    for name, more in KINDS.items():
+        done("compress", tiny.model, *more, "--calibration", tiny.text, *FEW, "--out", place / name)
+    return {name: place / name for name in KINDS}
 
 
 def loaded(path: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(path)
 
 
-def logits(path: Path) -> torch.Tensor:
+@torch.no_grad()
+def logits(path: Path) -> Tensor:
+    return loaded(path)(IDS).logits
+
+
+def report(path: Path) -> dict[str, Any]:
+    return json.loads((path / "lowrank.json").read_text())
+
+
+def cached_before(run: Path) -> int:
+    return measure_size(Checkpoint(run / "model")).kv_bytes_per_token // 4
+
+
+@pytest.mark.parametrize("window", [0, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_it_makes(runs: dict[str, Path], tiny: Tiny, tmp_path: Path, kind: str, window: int) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs[kind], run)
+    before = report(run / "model")
+    # Half of what the cache keeps now, which narrower heads have made smaller.
+    most = cached_before(run) // 2
+    said = done("cache", run, "--kv-ratio", 1 - most / CACHED, "--kv-window", window, "--json").json
+    found, path = report(run / "cache"), run / "cache"
+    assert said["cache"] == found["cache"]
+    assert found["cache"]["window"] == window
+    assert found["cache"]["dense"] == CACHED
+    assert 0 < found["cache"]["kept"] <= most
+    size = measure_size(Checkpoint(path))
+    assert size.kv_bytes_per_token == 4 * found["cache"]["kept"]
+    # All that is stored is counted, and the sum over the entries is the same.
+    assert (found["stored_elements"], found["stored_bytes"]) == (size.blocks, size.block_bytes)
+    assert found["claimed_elements"] == before["claimed_elements"]
+    gone = sum(entry["dense"] - entry["stored"] for entry in found["matrices"].values())
+    assert found["stored_elements"] == found["claimed_elements"] - gone
+    assert found["reached_ratio"] == pytest.approx(1 - found["stored_elements"] / found["claimed_elements"])
+    kept = {name for name in before["matrices"] if window or not name.endswith(("k_proj", "v_proj"))}
+    assert {name for name in found["matrices"] if not name.endswith(":key-value")} == kept
+    # With a cache and without one it generates the same.
+    model, options = loaded(path), {"max_new_tokens": 8, "do_sample": False}
+    expected = model.generate(IDS, **options, use_cache=False)
+    for more in ({}, {"cache_implementation": "static"}, {"num_beams": 1}):
+        assert model.generate(IDS, **options, **more).equal(expected)
+    done("verify", run)
+    assert "numbers a token became" in done("show", run).out
+    done("cast", run, "--dtype", "bfloat16")
+    halved = report(run / "cast")
+    assert halved["stored_bytes"] == measure_size(Checkpoint(run / "cast")).block_bytes
+    if window == 0:
+        done("report", run, "--out", tmp_path / "page.html")
+        done("eval", run, "--perplexity", tiny.heldout, "--seq-len", 64)
+        done("export", path, "--dense", tmp_path / "dense")
+        torch.testing.assert_close(logits(path), logits(tmp_path / "dense"), rtol=0, atol=3e-5)
+
+
+def test_keys_and_values_are_the_products(runs: dict[str, Path], tmp_path: Path) -> None:
+    """Narrower heads keep some rows of keys, in an order of their own, and the first rows of values."""
+    run = tmp_path / "run"
+    shutil.copytree(runs["narrow"], run)
+    done("export", run, "--dense", tmp_path / "before")
+    done("cache", run, "--kv-ratio", 1 - (cached_before(run) // 2) / CACHED)
+    tensors, model = load_file(run / "cache/model.safetensors"), loaded(tmp_path / "before")
+    layout = json.loads((run / "cache/config.json").read_text())["quantization_config"]
+    assert layout["version"] == 10
+    for path, entry in layout["attention"].items():
+        product = tensors[f"{path}.lr_rebuild.weight"].double() @ tensors[f"{path}.lr_latent.weight"].double()
+        keys, values = product.split([2 * entry["query_key"], 2 * entry["value"]])
+        attention = model.get_submodule(path)
+        attention.k_proj.weight.data.zero_()
+        attention.v_proj.weight.data.zero_()
+        places = tensors.get(f"{path}.lr_rotary", torch.arange(entry["query_key"]).repeat(2, 1))
+        for head in range(2):
+            for number, place in enumerate(places[head].tolist()):
+                attention.k_proj.weight.data[8 * head + place] = keys[head * entry["query_key"] + number]
+            for number in range(entry["value"]):
+                attention.v_proj.weight.data[8 * head + number] = values[head * entry["value"] + number]
     with torch.no_grad():
-        return loaded(path)(IDS).logits
+        torch.testing.assert_close(logits(run / "cache"), model(IDS).logits, rtol=0, atol=3e-5)
 
 
-def test_two_budgets(runs: dict[str, Path]) -> None:
-    for name, most in (("alone", 38), ("windowed", 16), ("both", 32)):
-        found, said = report(runs[name]), ranks(runs[name])
-        assert len(said) == 2
-        kept = sum(said.values())
-        assert most - 2 < kept <= most
-        assert found["cache"]["dense"] == CACHED
-        assert found["cache"]["kept"] == kept
-        assert found["cache"]["reached"] == pytest.approx(1 - kept / CACHED)
-    assert [report(runs[name])["cache"]["window"] for name in runs] == [0, 5, 0]
-    # The factors are counted: in the place of keys and values, or beside them.
-    alone, windowed, both = (report(runs[name]) for name in runs)
-    whole = alone["claimed_elements"]
-    assert alone["stored_elements"] == whole + sum(ranks(runs["alone"]).values()) * 64 - CACHED * HIDDEN
-    assert windowed["stored_elements"] == whole + sum(ranks(runs["windowed"]).values()) * 64
-    assert alone["asked_ratio"] == windowed["asked_ratio"] == 0
-    assert both["reached_ratio"] >= 0.3
-    for name in runs:
-        size = sum(
-            t.numel()
-            for n, t in load_file(runs[name] / "model/model.safetensors").items()
-            if "layers" in n and "norm" not in n
-        )
-        assert size == report(runs[name])["stored_elements"]
+def test_factored_keys_and_values_have_their_latent_already(runs: dict[str, Path], tmp_path: Path) -> None:
+    ranks = [
+        entry["rank"]
+        for name, entry in report(runs["pair"] / "model")["matrices"].items()
+        if name.endswith(("k_proj", "v_proj"))
+    ]
+    assert None not in ranks
+    most = sum(ranks)
+    assert most < CACHED
+    done("cache", runs["pair"] / "model", "--kv-ratio", 1 - most / CACHED, *data(runs), "--out", tmp_path / "new")
+    found = report(tmp_path / "new")
+    assert found["cache"]["kept"] == most
+    assert sum(entry["predicted_loss"] for name, entry in found["matrices"].items() if ":key" in name) < 1e-9
+    torch.testing.assert_close(logits(tmp_path / "new"), logits(runs["pair"] / "model"), rtol=0, atol=3e-5)
 
 
-def test_a_dense_export_computes_the_same(runs: dict[str, Path], tiny: Tiny, tmp_path: Path) -> None:
-    for name in ("alone", "both"):
-        assert "smaller cache" not in done("export", runs[name], "--dense", tmp_path / name).text
-        torch.testing.assert_close(logits(runs[name] / "model"), logits(tmp_path / name), rtol=0, atol=3e-5)
-    # With a window, all keys and values are exact there.
-    assert "without a smaller cache" in done("export", runs["windowed"], "--dense", tmp_path / "windowed").text
-    assert logits(tmp_path / "windowed").equal(logits(tiny.model))
-    assert (logits(runs["windowed"] / "model") - logits(tiny.model)).abs().max() > 1e-4
+def data(runs: dict[str, Path]) -> tuple[object, ...]:
+    recipe = (runs["pair"] / "recipe.yaml").read_text()
+    text = next(line.split(": ", 1)[1] for line in recipe.splitlines() if line.startswith("calibration:"))
+    return ("--calibration", text.strip("'\""), *FEW)
 
 
-def test_what_follows(runs: dict[str, Path], tiny: Tiny, tmp_path: Path) -> None:
-    for name in runs:
-        run = tmp_path / name
-        shutil.copytree(runs[name], run)
-        done("verify", run)
-        assert "numbers a token became" in done("show", run).out
-        done("refresh", run)
-        said = done("eval", run, "--perplexity", tiny.heldout, "--seq-len", 64, "--json").json
-        assert said["size"]["kv_bytes_per_token"]["dense"] == 4 * CACHED
-        kept = report(run)["cache"]["kept"]
-        assert said["size"]["kv_bytes_per_token"]["compressed"] == 4 * kept
-        window = 4 * (4 * CACHED if name == "windowed" else 0)
-        assert said["size"]["kv_bytes_4096"]["compressed"] == 4 * 4096 * kept + window
-        done("cast", run, "--dtype", "bfloat16")
-        model = loaded(run / "cast")
-        assert model.dtype == torch.bfloat16
-        assert isinstance(model.get_submodule("model.layers.0.self_attn"), LatentAttention)
-        assert model.generate(IDS, max_new_tokens=8, do_sample=False).shape == (2, 28)
+def test_the_metric_is_that_of_the_compressed_model(runs: dict[str, Path], tiny: Tiny, tmp_path: Path) -> None:
+    """Moments that autograd finds in the whole model, and the same factors from them."""
+    text = ("--calibration", tiny.text, "--samples", 32, "--seq-len", 32)
+    done("cache", runs["mlp"] / "model", "--kv-ratio", 0.5, *text, "--out", tmp_path / "new")
+    model, place = loaded(runs["mlp"] / "model").double(), runs["mlp"] / "model"
+    config = CalibrationSet(source=str(tiny.text), samples=32, seq_len=32, micro_batch=4)
+    batches = calibration_batches(config, Checkpoint(place), "lm")
+    sums: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Any:
+        def after(_: Any, args: Any, out: Tensor) -> None:
+            x = args[0].detach().flatten(0, 1)
+            sums[f"{name}/x"] = sums.get(f"{name}/x", 0) + x.T @ x
+
+            def gradient(g: Tensor) -> None:
+                g = g.flatten(0, 1)
+                sums[f"{name}/g"] = sums.get(f"{name}/g", 0) + g.T @ g
+
+            out.register_hook(gradient)
+
+        return after
+
+    for layer in range(2):
+        for role in "kv":
+            name = f"model.layers.{layer}.self_attn.{role}_proj"
+            model.get_submodule(name).register_forward_hook(watch(name))
+    tokens = 0
+    for batch in batches:
+        tokens += batch.tokens
+        out = model(batch.ids).logits[:, :-1]
+        torch.nn.functional.cross_entropy(out.flatten(0, 1), batch.ids[:, 1:].flatten(), reduction="sum").backward()
+    tensors = load_file(tmp_path / "new/model.safetensors")
+    assert tokens == 1024
+    for layer in range(2):
+        path = f"model.layers.{layer}.self_attn"
+        weight = torch.cat([model.get_submodule(f"{path}.{role}_proj").weight.data for role in "kv"])
+        fisher = torch.block_diag(*(sums[f"{path}.{role}_proj/g"] / tokens for role in "kv"))
+        projector = joint(weight, sums[f"{path}.k_proj/x"] / tokens, fisher, Damping())
+        inner = tensors[f"{path}.lr_latent.weight"]
+        left, right = factors(weight, projector, len(inner))
+        product = tensors[f"{path}.lr_rebuild.weight"].double() @ inner.double()
+        torch.testing.assert_close(product, left @ right, rtol=0, atol=2e-4 * float(weight.abs().max()))
 
 
-def test_saved_and_loaded_without_the_package(runs: dict[str, Path], tmp_path: Path) -> None:
-    expected = {}
-    for name in ("alone", "windowed"):
-        model = loaded(runs[name] / "model")
-        model.save_pretrained(tmp_path / name)
-        assert logits(tmp_path / name).equal(logits(runs[name] / "model"))
-        torch.save(model.generate(IDS, max_new_tokens=8, do_sample=False), tmp_path / f"{name}.pt")
-        expected[name] = str(tmp_path / name)
-    code = f"""
-import sys
-sys.modules["lowrank_compress"] = None
-import torch
-from transformers import AutoModelForCausalLM
-for path in {list(expected.values())}:
-    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
-    found = model.generate(torch.arange(4, 44).view(2, 20), max_new_tokens=8, do_sample=False)
-    assert found.equal(torch.load(path + ".pt"))
-"""
-    python(code, cache=tmp_path)
+@pytest.mark.parametrize("method", ["modegpt", "kfac"])
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt_neox", "phi3", "qwen2_moe"])
+def test_other_families(tiny: Tiny, tmp_path: Path, model_type: str, method: str) -> None:
+    if model_type == "qwen2_moe":
+        from tests.moe import save_moe
 
-
-def test_the_same_bytes_after_a_crash(runs: dict[str, Path], tiny: Tiny, tmp_path: Path) -> None:
-    run = tmp_path / "again"
-    shutil.copytree(runs["windowed"], run)
-    expected = results(run)
-    # As a process leaves it that is killed while it scores: a basis, and no ranks.
-    block_file(run / "scores", "basis", 1).unlink()
-    shutil.rmtree(run / "model")
-    for name in ("scores/manifest.json", "scores/ranks.json", "run.json"):
-        (run / name).unlink()
-    done("compress", "--config", run / "recipe.yaml", "--out", run)
-    assert results(run) == expected
-    before = times(run / "model")
-    done("compress", "--config", run / "recipe.yaml", "--out", run)
-    assert times(run / "model") == before
-
-
-def test_edited_ranks_are_followed(runs: dict[str, Path], tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(runs["alone"], run)
-    path = run / "scores/ranks.json"
-    edited = json.loads(path.read_text())
-    first, second = [name for name in edited["matrices"] if name.endswith(":key-value")]
-    edited["matrices"][first] |= {"rank": 7}
-    edited["matrices"][second] |= {"format": "dense", "rank": None}
-    path.write_text(json.dumps(edited))
-    said = done("factorize", run, "--overwrite", "--json").json
-    assert said["cache"]["kept"] == 7 + CACHED // 2
-    layout = json.loads((run / "model/config.json").read_text())["quantization_config"]
-    assert [entry["latent"]["rank"] for entry in layout["attention"].values()] == [7]
-    edited["matrices"][first] |= {"rank": 32}
-    path.write_text(json.dumps(edited))
-    assert "has format 'latent' and rank 32; expected a rank from 1 to 31" in refused("factorize", run, "--overwrite")
-
-
-def test_another_ratio_from_kept_bases(runs: dict[str, Path], tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(runs["alone"], run)
-    done("score", run, "--kv-ratio", 0.8, "--overwrite")
-    done("factorize", run, "--overwrite")
-    assert sum(ranks(run).values()) == 12
-    assert report(run)["cache"]["asked"] == 0.8
-
-
-@pytest.mark.parametrize("train", ["all", "low-rank"])
-def test_recovery_trains_what_rebuilds(runs: dict[str, Path], tmp_path: Path, train: str) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(runs["both" if train == "all" else "windowed"], run)
-    said = done("recover", run, "--json", "--steps", 20, "--batch", 4, "--train", train).json
-    assert said["recover"]["loss_after"] < said["recover"]["loss_before"]
-    before, after = (load_file(run / name / "model.safetensors") for name in ("model", "recover"))
-    assert before.keys() == after.keys()
-    for factor in ("lr_latent", "lr_rebuild"):
-        name = f"model.layers.0.self_attn.{factor}.weight"
-        assert not before[name].equal(after[name])
+        save_moe(model_type, model := tmp_path / "dense")
+    else:
+        model = save_tiny(model_type, tmp_path / "dense")
+    run, text = tmp_path / "run", ("--calibration", tiny.text, *FEW)
+    done("compress", model, "--method", method, "--ratio", 0.2, *text, "--out", run)
+    whole = measure_size(Checkpoint(model)).kv_bytes_per_token
+    before = measure_size(Checkpoint(run / "model")).kv_bytes_per_token
+    done("cache", run, "--kv-ratio", 1 - before / whole / 2)
+    found = report(run / "cache")
+    assert found["stored_elements"] == measure_size(Checkpoint(run / "cache")).blocks
+    made, options = loaded(run / "cache"), {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    assert made.generate(IDS, **options).equal(made.generate(IDS, **options, use_cache=False))
+    done("export", run, "--dense", tmp_path / "stock")
+    torch.testing.assert_close(logits(run / "cache"), logits(tmp_path / "stock"), rtol=0, atol=3e-5)
     done("verify", run)
 
 
-@pytest.mark.parametrize("name", ["alone", "windowed"])
-def test_blocks_by_themselves_train_what_rebuilds(runs: dict[str, Path], tmp_path: Path, name: str) -> None:
-    options = ("--block", "--block-steps", 8, "--steps", 0, "--batch", 4, "--train", "low-rank")
-    for number in (1, 2):
-        shutil.copytree(runs[name], tmp_path / f"run{number}")
-        said = done("recover", tmp_path / f"run{number}", *options, "--json").json
-        assert said["recover"]["blocks"]["loss_after"] < said["recover"]["blocks"]["loss_before"]
-    tensors = [load_file(tmp_path / place / "model.safetensors") for place in ("run1/model", "run1/recover")]
-    changed = {leaf for leaf, tensor in tensors[0].items() if not tensor.equal(tensors[1][leaf])}
-    assert changed
-    assert all(leaf.endswith(("lr_latent.weight", "lr_rebuild.weight")) for leaf in changed)
-    assert results(tmp_path / "run1") == results(tmp_path / "run2")
+def test_the_same_bytes_after_a_crash(runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, again = tmp_path / "first", tmp_path / "again"
+    for run in (first, again):
+        shutil.copytree(runs["pivot"], run)
+    done("cache", first, "--kv-ratio", 0.5)
+    made, decompose = list[str](), LatentGroup.decompose
+
+    def counted(group: LatentGroup, *arguments: Any) -> Any:
+        made.append(group.name)
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return decompose(group, *arguments)
+
+    monkeypatch.setattr(LatentGroup, "decompose", counted)
+    lrc("cache", again, "--kv-ratio", 0.5)
+    assert not (again / "cache").exists()
+    done("cache", again, "--kv-ratio", 0.5)
+    assert len(made) == 3 == len(set(made)) + 1
+    assert results(first) == results(again)
+    before = times(first / "cache")
+    done("cache", first, "--kv-ratio", 0.5)
+    assert times(first / "cache") == before
+    assert "--overwrite" in refused("cache", first, "--kv-ratio", 0.6)
+    done("cache", first, "--kv-ratio", 0.6, "--overwrite")
+    assert report(first / "cache")["cache"]["kept"] <= 25
 
 
-def test_all_that_is_computed_with_is_compared(runs: dict[str, Path]) -> None:
-    """`lrc compress --check` compares products, whatever the factors."""
-    found = {name: list(tensors) for name, tensors in reconstruction(Checkpoint(runs["windowed"] / "model"))}
-    products = found["model.layers.0.self_attn:key-value"]
-    tensors = load_file(runs["windowed"] / "model/model.safetensors")
-    path = "model.layers.0.self_attn"
-    product = tensors[f"{path}.lr_rebuild.weight"] @ tensors[f"{path}.lr_latent.weight"]
-    torch.testing.assert_close(torch.cat(products).float(), product)
-    alone = {name: list(tensors) for name, tensors in reconstruction(Checkpoint(runs["alone"] / "model"))}
-    assert not any(name.endswith(":key-value") for name in alone)
-    assert (
-        torch.linalg.matrix_rank(alone[f"{path}.k_proj"][0].double())
-        <= (ranks(runs["alone"])["model.layers.0:key-value"])
-    )
-
-
-def test_what_it_prints_beforehand(tiny: Tiny, tmp_path: Path) -> None:
-    options = ("--calibration", tiny.text, *FEW, "--out", tmp_path / "run", "--dry-run")
-    said = done("compress", tiny.model, "--method", "dense", "--kv-ratio", 0.5, "--kv-window", 3, *options)
-    assert "of 64 numbers a token it may keep 32, and exact keys and values of the last 3 tokens" in said.out
-    found = done("compress", tiny.model, "--kv-ratio", 0.5, *options, "--json").json
-    assert found["cache"] == {"ratio": 0.5, "dense": 64, "largest_kept": 32, "window": 0}
+def test_what_follows(runs: dict[str, Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs["narrow"], run)
+    done("cache", run, "--kv-ratio", 0.7)
+    said = done("recover", run, "--steps", 20, "--batch", 4, "--json").json
+    assert said["recover"]["loss_after"] < said["recover"]["loss_before"]
+    done("quantize", run, "--bits", 8, "--rounding", "rtn")
+    assert report(run / "quantize")["stored_bytes"] == measure_size(Checkpoint(run / "quantize")).block_bytes
+    done("verify", run)
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--kv-window", 4), "--kv-window keeps exact positions beside a cache of latents: pass --kv-ratio, too"),
-        (("--kv-ratio", 0.5, "--qk", "cr"), "cr makes the heads of queries and keys narrower, and --kv-ratio rebuilds"),
-        (("--kv-ratio", 0.5, "--method", "modegpt"), "cr makes the heads of queries and keys narrower"),
-        (("--kv-ratio", 0.5, "--vo", "vo-svd"), "vo-svd makes the heads of values and output narrower"),
-        (("--kv-ratio", 0.5, "--ratio", 0, "--mlp", "svd"), "--ratio 0 compresses nothing but the cache"),
         (
             ("--kv-ratio", 0.99),
             "A --kv-ratio of 0.99 is out of reach: of 64 numbers that the cache keeps of a token, 2",
         ),
-        (("--kv-ratio", 0.8, "--round-to", 8), "The largest reachable one is 0.75. Ask for no more, or pass a smaller"),
         (("--kv-ratio", 1.5), "kv_ratio"),
-        (("--ratio", 0), "--ratio 0.0 is not between 0 and 1"),
+        (("--kv-ratio", 0.5, "--calibration", "self"), "--calibration self is for dense models"),
     ],
 )
-def test_what_cannot_be(tiny: Tiny, tmp_path: Path, more: tuple[object, ...], message: str) -> None:
-    said = refused("compress", tiny.model, *more, "--calibration", tiny.text, *FEW, "--out", tmp_path / "run")
-    assert message in " ".join(said.split())
+def test_what_cannot_be(runs: dict[str, Path], more: tuple[object, ...], message: str) -> None:
+    assert message in " ".join(refused("cache", runs["pair"], *more).split())
 
 
-@pytest.mark.parametrize(
-    ("model_type", "task", "more", "message"),
-    [
-        ("mistral", "lm", {}, "cannot cache a latent: it sees a sliding window of tokens"),
-        ("gemma3_text", "lm", {}, "cannot cache a latent: it sees a sliding window of tokens"),
-        ("bert", "classification", {}, "generates nothing and has none"),
-        (
-            "llama",
-            "lm",
-            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 5000.0, "factor": 2.0}},
-            r"its rotary embeddings (dynamic) depend on how long the text is",
-        ),
-    ],
-)
-def test_models_whose_cache_stays(
-    tiny: Tiny, tmp_path: Path, model_type: str, task: Any, more: dict[str, Any], message: str
-) -> None:
-    model = save_tiny(model_type, tmp_path / "model", task, **more)
-    options = ("--kv-ratio", 0.5, "--method", "dense", "--calibration", tiny.text, *FEW, "--out", tmp_path / "run")
-    assert message in refused("compress", model, *options)
-
-
-@pytest.mark.parametrize("model_type", ["gpt2", "gpt_neox", "qwen3"])
-def test_other_families(tiny: Tiny, tmp_path: Path, model_type: str) -> None:
-    model, run = save_tiny(model_type, tmp_path / "model"), tmp_path / "run"
-    window = () if model_type == "gpt2" else ("--kv-window", 3)
-    done(
-        *("compress", model, "--method", "svd-llm", "--ratio", 0.1, "--kv-ratio", 0.75, *window),
-        *("--calibration", tiny.text, *FEW, "--out", run),
+def test_what_is_refused(runs: dict[str, Path], tiny: Tiny, tmp_path: Path) -> None:
+    out, text = ("--out", tmp_path / "out"), ("--calibration", tiny.text, *FEW)
+    assert "lrc compress --method dense --kv-ratio 0.5" in refused("cache", tiny.model, "--kv-ratio", 0.5, *text, *out)
+    assert "name one with --calibration" in refused("cache", runs["pair"] / "model", "--kv-ratio", 0.5, *out)
+    assert "no more than --kv-ratio 0.01 allows" in refused("cache", runs["narrow"], "--kv-ratio", 0.01)
+    done("cache", runs["pair"], "--kv-ratio", 0.5, "--out", tmp_path / "latent")
+    said = refused("cache", tmp_path / "latent", "--kv-ratio", 0.7, *text, *out)
+    assert "keeps latents already" in said
+    done("quantize", runs["pair"], "--bits", 8, "--rounding", "rtn", "--out", tmp_path / "few")
+    assert "Name the checkpoint that it was quantized from" in refused(
+        "cache", tmp_path / "few", "--kv-ratio", 0.7, *text, *out
     )
-    found = loaded(run / "model")
-    assert report(run)["cache"]["reached"] >= 0.75
-    assert report(run)["reached_ratio"] >= 0.1
-    with torch.no_grad():
-        whole = found(IDS).logits
-    assert torch.isfinite(whole).all()
-    done("eval", run, "--perplexity", tiny.heldout, "--seq-len", 64)
-
-
-@pytest.mark.parametrize("name", ["alone", "windowed", "both"])
-def test_a_cache_run_is_quantized(runs: dict[str, Path], name: str, tmp_path: Path) -> None:
-    said = done("quantize", runs[name], "--bits", 8, "--rounding", "rtn", "--out", tmp_path / "q", "--json").json
-    before, after = (
-        json.loads((place / "lowrank.json").read_text()) for place in (runs[name] / "model", tmp_path / "q")
-    )
-    assert (
-        after["stored_bytes"]
-        == said["quantize"]["stored_bytes"]
-        == measure_size(Checkpoint(tmp_path / "q")).block_bytes
-    )
-    assert after["reached_ratio_bytes"] == pytest.approx(1 - after["stored_bytes"] / before["claimed_bytes"])
-    if name != "windowed":  # a dense export's keys and values are exact within a window
-        done("export", tmp_path / "q", "--dense", tmp_path / "dense")
-        torch.testing.assert_close(logits(tmp_path / "q"), logits(tmp_path / "dense"), rtol=1e-4, atol=1e-4)
-
-
-def test_a_page_tells_what_the_cache_keeps_beside_matrices_that_stay(runs: dict[str, Path], tmp_path: Path) -> None:
-    done("report", runs["windowed"], "--out", tmp_path / "page.html")
-    page = (tmp_path / "page.html").read_text()
-    for rank in ranks(runs["windowed"]).values():
-        assert f"{100 * rank / (CACHED // 2):.0f} %<br><small>{rank}</small>" in page
-
-
-def test_a_mixture_of_experts_caches_latents_too(tiny: Tiny, tmp_path: Path) -> None:
-    save_moe("qwen2_moe", tmp_path / "dense")
-    run = tmp_path / "run"
-    options = ("--method", "kfac", "--kv-ratio", 0.5, "--kv-window", 4, "--calibration", tiny.text, *FEW)
-    done("compress", tmp_path / "dense", "--ratio", 0.15, *options, "--out", run)
-    assert report(run)["cache"]["kept"] == CACHED // 2
-    assert all(isinstance(layer.self_attn, LatentAttention) for layer in loaded(run / "model").model.layers)
-    done("eval", run, "--perplexity", tiny.heldout)
-
-
-def test_layers_of_a_mixture_that_see_a_window_are_refused(tiny: Tiny, tmp_path: Path) -> None:
-    windows = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
-    save_moe("qwen2_moe", tmp_path / "dense", **windows)
-    options = ("--method", "dense", "--kv-ratio", 0.5, "--calibration", tiny.text, *FEW, "--out", tmp_path / "run")
-    assert "it sees a sliding window of tokens" in refused("compress", tmp_path / "dense", *options)

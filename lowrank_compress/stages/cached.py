@@ -23,7 +23,7 @@ from lowrank_compress.methods.latent import LatentGroup, rebuilt
 from lowrank_compress.model.blueprint import Blueprint
 from lowrank_compress.model.surgery import LATENT, REBUILD, attention_entry
 from lowrank_compress.shipped.linear import CompressedLinear
-from lowrank_compress.stages.cache import cache_report, cached_at
+from lowrank_compress.stages.cachebudget import cache_report, cached_at
 from lowrank_compress.stages.latents import Block, Latents
 from lowrank_compress.stages.ranks import choice_of, entry_of
 from lowrank_compress.stages.report import beyond_claimed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -120,21 +121,28 @@ def _uniform_bytes(plan: Plan, choices: Mapping[str, Choice]) -> int:
 def estimate(plan: Plan, resources: Resources) -> Need:
     """Estimate memory and disk from shapes."""
     chooser, subject = plan.chooser, plan.subject
-    made = [chooser, *([] if chooser.rival is None else [chooser.rival])]
-    basis = sum(group.basis_elements(found.keep[group.name]) for found in made for group in found.groups)
     resident, spilled = _resident(plan, chooser.groups, resources)
     stays = sum(p.numel() for p in subject.model.model.parameters()) - sum(part.dense for part in subject.candidates)
     stays += most_stored(plan.score, subject.cache)
     kept = chooser.budget.limit if plan.score.bytes is None else sum(part.dense for part in subject.candidates)
     written = (stays + kept) * getattr(torch, plan.factorize.dtype).itemsize
     # Finished blocks, and then the checkpoint that is put together from them.
-    disk = {"bases": basis * SINGLE, "compressed checkpoint": 2 * written}
+    disk = {"bases": _bases(plan).total() * SINGLE, "compressed checkpoint": 2 * written}
     if plan.score.bytes is not None:  # those that compete lie there at a time, before and after rounding
         disk["candidates"] = math.ceil(COMPETING * written * (1 + plan.score.bytes.share))
     if plan.refine is not None:  # once more as it was, and what errors cost
         costs = sum(subject.model.model.config.hidden_size**2 for _ in subject.resolved.targets)
         disk |= {"unrefined checkpoint": written, "gradients": costs * SINGLE}
     return Need(resident, disk | spilled)
+
+
+def _bases(plan: Plan) -> Counter[int]:
+    """How many elements of decompositions are kept of each block."""
+    found, chooser = Counter[int](), plan.chooser
+    for made in [chooser, *([] if chooser.rival is None else [chooser.rival])]:
+        for group in made.groups:
+            found[group.block] += group.basis_elements(made.keep[group.name])
+    return found
 
 
 def _refining_bytes(target: Target) -> int:
@@ -206,10 +214,12 @@ def _resident(plan: Plan, groups: Sequence[TargetGroup], resources: Resources) -
     )
     halves = 2 if few else 1  # of the calibration set, each with sums of its own
     lent = _lent(plan, resources, _whole_blocks(plan))
+    at_once = resources.blocks_at_once(statistics_bytes(first))
     resident = {
         "outside the blocks": outside * SINGLE,
         "one block": max(size - lent for size, lent in zip(sizes, lent, strict=True)) * SINGLE,
-        "statistics": halves * resources.blocks_at_once(statistics_bytes(first)) * statistics_bytes(first),
+        "statistics": halves * at_once * statistics_bytes(first),
+        "bases": at_once * max(_bases(plan).values(), default=0) * SINGLE,
         "decompositions": max(
             resources.items_at_once(beside) * max(beside, default=0),
             *(group.working_bytes() for group in first),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lowrank_compress.recipe import Recipe
 from lowrank_compress.resources.resources import Resources
@@ -50,3 +51,13 @@ def test_auto_says_that_it_has_all_experts_in_memory(wide: Path, tiny: Tiny) -> 
     assert named is not None
     assert "more than --memory-budget allows (0.13 GB); most of it for statistics (0.13 GB)" in named
     assert "--method camera" not in named
+
+
+@pytest.mark.parametrize("method", ["svd", "svd-llm", "kfac"])
+def test_bases_are_counted_as_they_are_kept(method: str, tiny: Tiny, tmp_path: Path) -> None:
+    words = [tiny.model, "--method", method, "--calibration", tiny.text, "--samples", 4, "--seq-len", 16, "--out"]
+    said = done("compress", *words, tmp_path / "run", "--dry-run", "--memory-budget", "1MB", "--json").json["memory"]
+    done("compress", *words, tmp_path / "run")
+    kept = [load_file(path) for path in (tmp_path / "run" / "scores").glob("basis-*.safetensors")]
+    # Curves and the like, of one dimension, lie beside them.
+    assert said["bases"] == max(sum(t.nbytes for t in tensors.values() if t.ndim > 1) for tensors in kept)

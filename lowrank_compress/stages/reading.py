@@ -171,9 +171,13 @@ def require_labels(batches: Sequence[Batch], task: Task) -> None:
     """
     if task in NEED_EXAMPLES and any(batch.labels is None and not batch.outputs for batch in batches):
         raise InputError(
-            f"Gradients are taken of the loss of the model's head, which is of examples. Pass {needs(task)}; or choose "
-            "a method without gradients, for instance --method svd-llm."
+            f"Gradients are taken of the loss of the model's head, which {_loss_of(task)}. Pass {needs(task)}; or "
+            "choose a method without gradients, for instance --method svd-llm."
         )
+
+
+def _loss_of(task: Task) -> str:
+    return "is of examples" if task in SCORED else "needs labels"
 
 
 def refuse_unlabelled(method: str, design: Blueprint, sources: Sequence[Source]) -> None:
@@ -198,8 +202,7 @@ def refuse_unlabelled(method: str, design: Blueprint, sources: Sequence[Source])
         )
     enough = has_examples if task in SCORED else partial(has_labels, task)
     if task in ("tokens", "answers", *SCORED) and not (sources and all(map(enough, sources))):
-        what = "is of examples" if task in SCORED else "needs labels"
         raise InputError(
-            f"The method {method} takes gradients of the loss of a {name}, which {what}: pass as --calibration "
-            f"{needs(task)}. {instead}"
+            f"The method {method} takes gradients of the loss of a {name}, which {_loss_of(task)}: pass as "
+            f"--calibration {needs(task)}. {instead}"
         )

@@ -254,7 +254,7 @@ class TestClassifier:
             (["0", "positive"], COLUMNS, "'positive' is none of the model's classes: LABEL_0 (0)"),
             (["0", "3"], COLUMNS, "'3' is none of the model's classes"),
             (["0", "1"], ("--text-column", "sentence", "--label-column", "gold"), "has no column 'gold'"),
-            (["0", "1"], ("--text-column", "sentence"), "Pass a table with --text-column and --label-column"),
+            (["0", "1"], ("--text-column", "sentence"), "needs labels"),
             ([], COLUMNS, "has no rows"),
         ],
     )

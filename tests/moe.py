@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
@@ -79,6 +80,17 @@ def save_moe(model_type: str, directory: Path, dtype: torch.dtype = torch.float3
     """Write a complete checkpoint, model and tokenizer, and return its directory."""
     moe_model(model_type, dtype, **overrides).save_pretrained(directory)
     tiny_tokenizer(directory)
+    return directory
+
+
+def save_choosy(directory: Path) -> Path:
+    """Write one whose router sends all tokens to two of eight experts, 1 and 2."""
+    save_moe("deepseek_v3", directory)
+    tensors = load_file(directory / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith("e_score_correction_bias"):
+            tensor[[1, 2]] += 100.0
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
 
 

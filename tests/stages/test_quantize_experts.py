@@ -25,7 +25,7 @@ from lowrank_compress.shipped.packed import PackedLinear
 from lowrank_compress.stages.layers import Layer, layers_of
 from lowrank_compress.stages.quantizeconfig import QuantizeConfig
 from lowrank_compress.stages.thin import made_up, thin_experts
-from tests.moe import MOE, Watched, expert_statistics, save_moe
+from tests.moe import MOE, Watched, expert_statistics, save_choosy, save_moe
 from tests.ordinary import padded, tokens
 from tests.runs import FEW, Tiny, contents, done, forked, lrc, refused
 from tests.stages.test_quantize import REMOTE, logits, quantize
@@ -231,14 +231,7 @@ def test_killed_and_repeated_it_ends_in_the_same_bytes(tiny: Tiny, tmp_path: Pat
 
 @pytest.fixture
 def choosy(tmp_path: Path) -> Path:
-    """A mixture whose router sends all tokens to two of eight experts."""
-    path = save_moe("deepseek_v3", tmp_path / "choosy")
-    tensors = load_file(path / "model.safetensors")
-    for name, tensor in tensors.items():
-        if name.endswith("e_score_correction_bias"):
-            tensor[[1, 2]] += 100.0
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    return path
+    return save_choosy(tmp_path / "choosy")
 
 
 def experts_in(out: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from lowrank_compress.calibration.examples import Row
-from lowrank_compress.calibration.labelled import Question, first_place, no_room
+from lowrank_compress.calibration.labelled import Question, first_place, no_room, places_of, span_of
 
 # Tokens that two parts of a text have in common at most.
 OVERLAP = 128
@@ -19,7 +19,8 @@ class Window(NamedTuple):
     Attributes
     ----------
     row
-        The sequence; without labels.
+        The sequence. Its labels are where the answer begins and ends; the token that stands for none, where it is not
+        all in there, as models are trained.
     places
         For each token from which character of the text to which it is; None where it is not of it.
     first
@@ -55,12 +56,13 @@ def windows_of(example: Question, tokenizer: PreTrainedTokenizerBase, seq_len: i
     )
     windows = []
     for number, ids in enumerate(found["input_ids"]):
-        sides = found.sequence_ids(number)
-        offsets = found["offset_mapping"][number]
-        places = [tuple(place) if side == 1 else None for place, side in zip(offsets, sides, strict=True)]
+        places = places_of(found["offset_mapping"][number], found.sequence_ids(number))
         kinds = found["token_type_ids"][number] if "token_type_ids" in found else None
-        if any(places):
-            windows.append(Window(Row(ids, kinds, None), places, first_place(ids, tokenizer)))
+        if there := [place for place in places if place]:
+            first = first_place(ids, tokenizer)
+            begun = bool(windows) and example.answer is not None and example.answer[0] < there[0][0]
+            span = [first, first] if begun else span_of(example, places, first)
+            windows.append(Window(Row(ids, kinds, span), places, first))
     if not windows:
         raise no_room(example, seq_len)
     return windows

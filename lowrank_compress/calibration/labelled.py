@@ -217,19 +217,23 @@ def _spanned(example: Question, tokenizer: PreTrainedTokenizerBase, seq_len: int
         )
     except Exception as problem:  # the tokenizer's own types
         raise no_room(example, seq_len) from problem
-    ids, sides = found["input_ids"], found.sequence_ids()
-    first = first_place(ids, tokenizer)
-    span = [first, first]
-    if example.answer is not None:
-        begin, end = example.answer
-        places = [
-            place
-            for place, (start, stop) in enumerate(found["offset_mapping"])
-            if sides[place] == 1 and start < end and stop > begin
-        ]
-        if places and found["offset_mapping"][places[-1]][1] >= end:
-            span = [places[0], places[-1]]
-    return Row(ids, found.get("token_type_ids"), span)
+    ids = found["input_ids"]
+    places = places_of(found["offset_mapping"], found.sequence_ids())
+    return Row(ids, found.get("token_type_ids"), span_of(example, places, first_place(ids, tokenizer)))
+
+
+def places_of(offsets: Sequence[tuple[int, int]], sides: Sequence[int | None]) -> list[tuple[int, int] | None]:
+    """Return for each token of a question and its text from which character of the text to which it is, or None."""
+    return [tuple(place) if side == 1 else None for place, side in zip(offsets, sides, strict=True)]
+
+
+def span_of(example: Question, places: Sequence[tuple[int, int] | None], first: int) -> list[int]:
+    """Return the places of the first and the last token of the answer; `first` twice if its end is not in there."""
+    if example.answer is None:
+        return [first, first]
+    begin, end = example.answer
+    found = [(number, place[1]) for number, place in enumerate(places) if place and place[0] < end and place[1] > begin]
+    return [found[0][0], found[-1][0]] if found and found[-1][1] >= end else [first, first]
 
 
 def require_one_score(checkpoint: Checkpoint) -> None:

@@ -93,6 +93,19 @@ def read_in_parts(windows: Iterable[Tensor], frame: Frame, size: int, seed: int)
     return _batches(rows, size)
 
 
+def readings_of(batches: Iterable[Batch], frame: Frame) -> list[int]:
+    """Return of which window each sequence of `read_in_parts` is a reading."""
+    found: list[int] = []
+    number, left = -1, 0
+    for batch in batches:
+        for _ in batch.ids:
+            if not left:
+                number, left = number + 1, min(READINGS, batch.ids.shape[1] - frame.length)
+            found.append(number)
+            left -= 1
+    return found
+
+
 def _orders(windows: Iterable[Tensor], seed: int) -> Iterable[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     for window in windows:

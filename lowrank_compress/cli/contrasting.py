@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ def show(found: dict[str, Any], as_json: bool) -> None:
         return
     out = console()
     out.print(f"A: {printable(found['a'])}\nB: {printable(found['b'])}", soft_wrap=True)
-    for kind in ("texts", "classification"):
-        for name, values in found[kind].items():
-            _predictions(Path(name).name, values)
+    for name, values in found["texts"].items():
+        _text(Path(name).name, values)
+    for name, values in found["classification"].items():
+        _examples(Path(name).name, values)
     for name, values in found["sts"].items():
         _similarities(Path(name).name, values)
     if found["tasks"]:
@@ -34,32 +36,51 @@ def show(found: dict[str, Any], as_json: bool) -> None:
         _generation(made)
 
 
-def _predictions(name: str, values: Mapping[str, Any]) -> None:
-    """Print what both make of a text or of labelled examples."""
-    out = console()
-    difference, ratio = values["difference"], values["ratio"]
-    sure = f"{values['confidence'] * 100:.4g} %"
-    if "perplexity" in values:
-        measure, count = values["perplexity"], f"{values['tokens']:,} tokens in {values['windows']:,} windows"
-        rows = [["perplexity", number(measure["a"]), number(measure["b"]), f"B is {_range(ratio, sure)} times A's"]]
-        unit = "nats a token"
-    else:
-        measure, count, unit = values["accuracy"], f"{values['n']:,} examples", "nats an example"
-        rows = [["accuracy", number(measure["a"]), number(measure["b"]), _words(values["test"])]]
-    rows.append(["loss of B over A's", "", number(difference["value"]), f"{unit}; {_bounds(difference, sure)}"])
-    rows.append(["divergence of B from A", "", number(values["divergence"]), unit])
-    rows.append(["same prediction", "", f"{values['agreement']:.2%}", ""])
-    out.print(table(f"{name} ({count})", ["", "A", "B", ""], rows))
+def _text(name: str, values: Mapping[str, Any]) -> None:
+    """Print what both make of a text."""
+    measure, sure = values["perplexity"], _sure(values)
+    said = f"B is {_range(values['ratio'], sure, 'window')} times A's"
+    rows = [["perplexity", number(measure["a"]), number(measure["b"]), said]]
+    bounds = _bounds(values["difference"], sure, "window")
+    rows.append(["loss of B over A's", "", number(values["difference"]["value"]), f"nats a token; {bounds}"])
+    _predictions(f"{name} ({values['tokens']:,} tokens in {values['windows']:,} windows)", rows, values, "nats a token")
+
+
+def _examples(name: str, values: Mapping[str, Any]) -> None:
+    """Print what both make of labelled examples."""
+    sure, unit, loss = _sure(values), values["loss_unit"], values["loss"]
+    rows = []
+    for measure, found in values["metrics"].items():
+        said = f"B has {_range(found['difference'], sure, 'example')} more"
+        rows.append([measure.replace("_", " "), number(found["a"]), number(found["b"]), said])
+    for measure, found in values["metrics"].items():
+        if test := found.get("test"):
+            alone = [f"{test['only_a']:,}", f"{test['only_b']:,}"]
+            rows.append([f"right by one alone ({measure.replace('_', ' ')})", *alone, _p_value(test)])
+    bounds = _bounds(values["difference"], sure, "example")
+    rows.append(["loss", number(loss["a"]), number(loss["b"]), unit])
+    rows.append(["loss of B over A's", "", number(values["difference"]["value"]), bounds])
+    count = f"{values['n']:,} {values['unit']}"
+    count += f" in {values['examples']:,} examples" if values["unit"] != "examples" else ""
+    _predictions(f"{name} ({count})", rows, values, unit)
+
+
+def _predictions(title: str, rows: list[list[str]], values: Mapping[str, Any], unit: str) -> None:
+    """Print a table of measures with how far predictions are apart, and the hidden states."""
+    more = [["divergence of B from A", "", number(values["divergence"]), unit]]
+    if values["agreement"] is not None:
+        more.append(["same prediction", "", f"{values['agreement']:.2%}", ""])
+    console().print(table(title, ["", "A", "B", ""], rows + more))
     _states(values)
 
 
 def _similarities(name: str, values: Mapping[str, Any]) -> None:
     """Print what both embedding models make of pairs of texts."""
     measure, difference, near = values["correlation"], values["difference"], values["cosine"]
-    sure = f"{values['confidence'] * 100:.4g} %"
+    sure = _sure(values)
     rows = [
-        ["Spearman's ρ", number(measure["a"]), number(measure["b"]), f"B has {_range(difference, sure)} more"],
-        ["cosine of B's embedding to A's", "", f"{near['value']:.4f}", f"{_bounds(near, sure)}"],
+        ["Spearman's ρ", number(measure["a"]), number(measure["b"]), f"B has {_range(difference, sure, 'pair')} more"],
+        ["cosine of B's embedding to A's", "", f"{near['value']:.4f}", f"{_bounds(near, sure, 'text')}"],
         ["the lowest", "", f"{values['lowest_cosine']:.4f}", ""],
     ]
     console().print(table(f"{name} ({values['n']:,} pairs, {values['texts']:,} texts)", ["", "A", "B", ""], rows))
@@ -78,18 +99,23 @@ def _states(values: Mapping[str, Any]) -> None:
     console().print(table("Hidden states that leave each block", columns, rows))
 
 
-def _range(found: Mapping[str, Any], sure: str) -> str:
-    return f"{number(found['value'])} ({_bounds(found, sure)})"
+def _sure(values: Mapping[str, Any]) -> str:
+    return f"{values['confidence'] * 100:.4g} %"
 
 
-def _bounds(found: Mapping[str, Any], sure: str) -> str:
+def _range(found: Mapping[str, Any], sure: str, drawn: str) -> str:
+    return f"{number(found['value'])} ({_bounds(found, sure, drawn)})"
+
+
+def _bounds(found: Mapping[str, Any], sure: str, drawn: str) -> str:
+    """Print an interval; what is drawn is the reason where there is none."""
     if found["low"] is None:
-        return "one window: no interval"
+        return f"one {drawn}: no interval" if math.isfinite(found["value"]) else "no interval"
     return f"{sure} interval: {number(found['low'])} to {number(found['high'])}"
 
 
-def _words(test: Mapping[str, Any]) -> str:
-    return f"only A right: {test['only_a']}, only B: {test['only_b']}; McNemar's p {test['p_value']:.3g}"
+def _p_value(test: Mapping[str, Any]) -> str:
+    return f"McNemar's p {test['p_value']:.3g}"
 
 
 def _test(values: Mapping[str, Any]) -> list[str]:

@@ -19,10 +19,16 @@ def compare(
     ],
     b: Annotated[str, typer.Argument(metavar="B", help="The other one, of the same family and tokenizer.")],
     perplexity: Annotated[
-        list[str] | None, typer.Option("--perplexity", help="Text to compare them on; may be repeated.")
+        list[str] | None,
+        typer.Option("--perplexity", help="Text to compare them on, masked language models too; may be repeated."),
     ] = None,
     classification: Annotated[
-        str | None, typer.Option("--classification", help="Table of labelled examples to compare classifiers on.")
+        str | None,
+        typer.Option(
+            "--classification",
+            help="Table of labelled examples to compare them on, as their heads read it: labels, words with tags, "
+            "answers, preferences, numbers.",
+        ),
     ] = None,
     sts: o.Pairs = None,
     text_column: Annotated[list[str] | None, o.of_recipe("text_column")] = None,
@@ -55,9 +61,11 @@ def compare(
 
     On a text: the perplexity of both and the confidence interval of their ratio (windows drawn with replacement, the
     same for both), the divergence of B's predictions from A's, how often both expect the same token, and the error of
-    B's hidden states block by block, one block of each in memory. On pairs of texts, for embedding models: how well
-    the cosines of both rank the pairs, and how near B's embeddings are to A's. On tasks: McNemar's test of the
-    questions that only one of them has right. On prompts: what each writes, greedily.
+    B's hidden states block by block, one block of each in memory. On labelled examples: each measure of `lrc eval
+    --classification` for both, the interval of its difference (examples drawn likewise), the same of the loss, and
+    McNemar's test of what only one has right. On pairs of texts, for embedding models: how well the cosines of both
+    rank the pairs, and how near B's embeddings are to A's. On tasks: McNemar's test of the questions that only one of
+    them has right. On prompts: what each writes, greedily.
     """
     with friendly(debug):
         prepare_libraries()

@@ -75,7 +75,7 @@ def of_answers(batches: Sequence[Batch], parts: Sequence[Sequence[Part]]) -> Exa
             found.append([*(best[5:7] if lacks else best[3:5]), 1.0])
         return np.array(found)
 
-    return Exam(batches, judge, 7, ANSWERS, examples)
+    return Exam(batches, judge, 7, ANSWERS, examples, parts=[part.example for group in parts for part in group])
 
 
 def _judged(part: Part, logits: Tensor) -> list[float]:

@@ -5,18 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
 
 import torch
 from torch import Tensor, nn
 
 from lowrank_compress.errors import NumericsError
+from lowrank_compress.evaluation.measures import Rows
 from lowrank_compress.evaluation.replayed import CARRIED_BYTES, Perplexity, grouped
 from lowrank_compress.model.skeleton import Skeleton
-from lowrank_compress.model.walk.batch import Batch
-from lowrank_compress.model.walk.head import embeddings, lm_chunks
+from lowrank_compress.model.walk.batch import IGNORED, Batch
+from lowrank_compress.model.walk.head import embeddings, scored_chunks
+from lowrank_compress.model.walk.outputs import meaning_of, summed_divergence, summed_loss
 from lowrank_compress.model.walk.step import Step
 from lowrank_compress.model.walk.walk import Walk
 
+Judge = Callable[[int, Tensor], Rows]
+"""The number of a batch and the outputs of it -> what these are worth; `exam.Exam.judge` is one."""
 # Logits of so many tokens of each model stand in memory, in float64.
 HEAD_TOKENS = 128
 
@@ -87,15 +93,16 @@ class Contrast:
     blocks
         What leaves each block.
     divergence
-        Sum over positions of KL(p ‖ p') in nats, the first model's predictions against the second's.
-    agreeing, positions
-        Positions at which both have the same most probable token (or class), and all.
-    nats
-        For each model, the negative log-likelihood of each window in nats (of each example, for a classifier).
-    tokens
-        Of each window: how many are scored.
-    right
-        For each classifier, whether it is right about each example; empty for language models.
+        How far the second model's outputs are from the first one's, summed (`outputs.summed_divergence`): of classes
+        and labels KL(p ‖ p') in nats.
+    agreeing, choices
+        Choices of a token, a class, or whether a label applies, in which both agree, and all; scores choose nothing.
+    losses
+        For each model, the loss of the head on each sequence, or pair, summed over its terms.
+    terms
+        How many terms that is: scored tokens, words, ends of an answer, labels, scores; 1 for an example or a pair.
+    rows
+        For each model, what its outputs are worth, by batches; empty where there is nobody to judge them.
     embedded
         For each embedding model, the number of a text -> its embedding, (width,) float64; empty for other models.
     """
@@ -104,15 +111,19 @@ class Contrast:
     blocks: list[BlockGap] = field(default_factory=list)
     divergence: float = 0.0
     agreeing: int = 0
-    positions: int = 0
-    nats: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))
-    tokens: list[int] = field(default_factory=list)
-    right: tuple[list[bool], list[bool]] = field(default_factory=lambda: ([], []))
+    choices: int = 0
+    losses: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))
+    terms: list[int] = field(default_factory=list)
+    rows: tuple[list[Rows], list[Rows]] = field(default_factory=lambda: ([], []))
     embedded: tuple[dict[int, Tensor], dict[int, Tensor]] = field(default_factory=lambda: ({}, {}))
+
+    def loss(self, model: int) -> float:
+        """Mean loss of one of the two."""
+        return sum(self.losses[model]) / sum(self.terms)
 
     def perplexity(self, model: int) -> float:
         """Perplexity of one of the two."""
-        return Perplexity(sum(self.nats[model]), sum(self.tokens)).value
+        return Perplexity(sum(self.losses[model]), sum(self.terms)).value
 
 
 def contrast(
@@ -121,6 +132,7 @@ def contrast(
     batches: Sequence[Batch],
     advance: Callable[[int, int], None] = lambda done, total: None,
     *,
+    judge: Judge | None = None,
     carried: int = CARRIED_BYTES,
     head_tokens: int = HEAD_TOKENS,
 ) -> Contrast:
@@ -129,11 +141,13 @@ def contrast(
     Parameters
     ----------
     first, second
-        Of one family, with equally many blocks of one width, and one vocabulary.
+        Of one family, with equally many blocks of one width, one vocabulary and one head.
     batches
-        Windows of text, or labelled examples for classifiers; for embedding models texts, labelled by their numbers.
+        Windows of text, or labelled examples; for embedding models texts, labelled by their numbers.
     advance
         Called with (blocks done, blocks in all).
+    judge
+        Tells what the outputs of a batch are worth, by its number among all.
     carried, head_tokens
         Bytes of hidden states, and tokens with logits, to have in memory at once.
 
@@ -143,7 +157,7 @@ def contrast(
         A logit is NaN or infinite.
     """
     found = Contrast(blocks=[BlockGap() for _ in first.resolved.blocks])
-    groups = grouped(first, batches, carried // 2)
+    groups, places = grouped(first, batches, carried // 2), count()
     for part, group in enumerate(groups):
         # The second model twice: once as it goes its own way, once fed by the first, block by block.
         walk = Walk([first, second, second], group, feeds=(0, 1, 0))
@@ -153,12 +167,11 @@ def contrast(
             step.leave()
             advance(part * walk.blocks + step.index + 1, walk.blocks * len(groups))
         for number, batch in enumerate(walk.batches):
+            place = next(places)
             if first.task == "embedding":
                 _embed(found, walk, number, batch)
-            elif batch.labels is None:
-                _predict(found, walk, number, batch, head_tokens)
             else:
-                _classify(found, walk, number, batch, batch.labels)
+                _judge(found, walk, number, batch, head_tokens, None if judge is None else partial(judge, place))
         for model in {first, second}:
             model.drop_outside()
     return found
@@ -176,29 +189,52 @@ def _look(found: Contrast, step: Step, number: int, batch: Batch) -> None:
     found.blocks[step.index].own.add(leaving, step.call(number, entering, 2), real)
 
 
-def _predict(found: Contrast, walk: Walk, number: int, batch: Batch, head_tokens: int) -> None:
-    """Add up what two language models say of the tokens of a batch."""
-    sequences = len(batch.ids)
-    nats = torch.zeros(2, sequences, dtype=torch.float64)
-    for start, stop in lm_chunks(batch, head_tokens):
-        one, other = _both(walk, number, start, stop, "the text")
-        targets = batch.ids[:, start + 1 : stop + 1, None]
-        _add(found, one, other)
-        for model, said in enumerate((one, other)):
-            nats[model] -= said.gather(2, targets.to(said.device)).sum((1, 2)).cpu()
+def _judge(
+    found: Contrast,
+    walk: Walk,
+    number: int,
+    batch: Batch,
+    head_tokens: int,
+    judge: Callable[[Tensor], Rows] | None,
+) -> None:
+    """Add up what two heads say of a batch."""
+    task, sequences = walk.models[0].task, len(batch.ids) >> batch.paired
+    meaning = meaning_of(task, batch)
+    losses, terms = torch.zeros(2, sequences, dtype=torch.float64), torch.zeros(sequences, dtype=torch.int64)
+    for start, stop, labels in scored_chunks(task, batch, head_tokens):
+        assert labels is not None
+        said = _both(walk, number, start, stop, "the text" if judge is None else "the labelled examples")
+        if judge is not None:
+            for rows, outputs in zip(found.rows, said, strict=True):
+                rows.append(judge(outputs.cpu()))
+        if meaning == "class":
+            terms += _choose(found, losses, said, labels)
+            continue
+        found.divergence += float(summed_divergence(meaning, *said))
+        terms += labels[0].numel()
+        for model, outputs in enumerate(said):
+            losses[model] += torch.stack(
+                [summed_loss(meaning, one[None], wanted[None]) for one, wanted in zip(outputs, labels, strict=True)]
+            ).cpu()
+        if meaning == "labels":
+            found.agreeing += int(((said[0] > 0) == (said[1] > 0)).sum())
+            found.choices += labels.numel()
     for model in (0, 1):
-        found.nats[model].extend(nats[model].tolist())
-    found.tokens.extend([batch.ids.shape[1] - 1] * sequences)
+        found.losses[model].extend(losses[model].tolist())
+    found.terms.extend(terms.tolist())
 
 
-def _classify(found: Contrast, walk: Walk, number: int, batch: Batch, labels: Tensor) -> None:
-    """Add up what two classifiers say of the examples of a batch."""
-    one, other = _both(walk, number, 0, None, "the labelled examples")
-    _add(found, one, other)
-    for model, said in enumerate((one.cpu(), other.cpu())):
-        found.nats[model].extend((-said.gather(1, labels[:, None])[:, 0]).tolist())
-        found.right[model].extend((said.argmax(-1) == labels).tolist())
-    found.tokens.extend([1] * len(labels))
+def _choose(found: Contrast, losses: Tensor, said: Sequence[Tensor], labels: Tensor) -> Tensor:
+    """Add up what two heads make of classes (sequences, …, classes); return how many of each sequence are scored."""
+    scored, labels = (each.to(said[0].device) for each in (labels != IGNORED, labels))
+    one, other = (each.log_softmax(-1) for each in said)
+    for model, logs in enumerate((one, other)):
+        right = logs.gather(-1, labels.clamp_min(0)[..., None])[..., 0] * scored
+        losses[model] -= right.reshape(len(labels), -1).sum(1).cpu()
+    found.divergence += float((one.exp() * (one - other)).sum(-1)[scored].sum())
+    found.agreeing += int((one.argmax(-1) == other.argmax(-1))[scored].sum())
+    found.choices += int(scored.sum())
+    return scored.reshape(len(labels), -1).sum(1).cpu()
 
 
 @torch.no_grad()
@@ -212,20 +248,13 @@ def _embed(found: Contrast, walk: Walk, number: int, batch: Batch) -> None:
 
 @torch.no_grad()
 def _both(walk: Walk, number: int, start: int, stop: int | None, what: str) -> list[Tensor]:
-    """Log-probabilities of both models, in float64."""
+    """Outputs of both heads, in float64."""
     found = []
     for model in (0, 1):
-        logits = walk.head(number, walk.leaving(number, model), start, stop, model).double()
-        if not torch.isfinite(logits).all():
+        outputs = walk.head(number, walk.leaving(number, model), start, stop, model).double()
+        if not torch.isfinite(outputs).all():
             raise NumericsError(
                 f"The {('first', 'second')[model]} model gave NaN or infinite logits on {what}. Check the checkpoint."
             )
-        found.append(logits.log_softmax(-1))
+        found.append(outputs)
     return found
-
-
-def _add(found: Contrast, one: Tensor, other: Tensor) -> None:
-    """Add up how far two sets of log-probabilities (…, vocabulary) are from each other."""
-    found.divergence += float((one.exp() * (one - other)).sum())
-    found.agreeing += int((one.argmax(-1) == other.argmax(-1)).sum())
-    found.positions += one[..., 0].numel()

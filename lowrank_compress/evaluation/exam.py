@@ -34,6 +34,8 @@ class Exam:
         Makes rows of examples of those of all sequences, where an example may be several.
     unit
         What is counted: "examples", "words".
+    parts
+        Of which example each sequence is; None where each is one of its own.
     """
 
     batches: Sequence[Batch]
@@ -42,6 +44,7 @@ class Exam:
     measures: Measures
     examples: Callable[[Rows], Rows] = lambda rows: rows
     unit: str = "examples"
+    parts: Sequence[int] | None = None
 
     def count(self, rows: Rows) -> int:
         """How many examples, or words, are measured."""

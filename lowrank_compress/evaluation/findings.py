@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from lowrank_compress.evaluation.contrast import Contrast, Gap
 from lowrank_compress.evaluation.embedded import cosines, rank_correlation
+from lowrank_compress.evaluation.exam import Exam
 from lowrank_compress.evaluation.harness import Answers
-from lowrank_compress.evaluation.paired import McNemar, bootstrap, mcnemar, ranked
+from lowrank_compress.evaluation.measures import RIGHT, of_scores
+from lowrank_compress.evaluation.paired import McNemar, bootstrap, mcnemar, resampled
 
 SIDES = ("a", "b")
 
@@ -26,25 +29,44 @@ class Draws:
     confidence: float = 0.95
 
 
-def of_text(made: Contrast, draws: Draws) -> dict[str, Any]:
-    """Say what two language models make of a text."""
+def of_text(made: Contrast, draws: Draws, windows: Sequence[int] | None = None) -> dict[str, Any]:
+    """Say what two language models make of a text.
+
+    Parameters
+    ----------
+    windows
+        Of which window each sequence is; None where each is one of its own.
+    """
+    difference = _difference(made, draws, windows)
     return {
-        "tokens": sum(made.tokens),
-        "windows": len(made.tokens),
+        "tokens": sum(made.terms),
+        "windows": len(made.terms) if windows is None else len(set(windows)),
         "perplexity": {side: made.perplexity(model) for model, side in enumerate(SIDES)},
-        **_difference(made, draws),
+        "difference": difference,
+        "ratio": {name: None if nats is None else _exp(nats) for name, nats in difference.items()},
+        "confidence": draws.confidence,
         **_predictions(made),
     }
 
 
-def of_examples(made: Contrast, draws: Draws) -> dict[str, Any]:
-    """Say what two classifiers make of examples."""
-    count = len(made.tokens)
+def of_examples(made: Contrast, exam: Exam, draws: Draws) -> dict[str, Any]:
+    """Say what two models make of labelled examples."""
+    one, other = (exam.examples(np.concatenate(rows)) for rows in made.rows)
+    gaps = resampled(one, other, exam.measures, **asdict(draws))
+    metrics: dict[str, Any] = {}
+    for name, measure in exam.measures.items():
+        metrics[name] = {"a": float(measure(one)), "b": float(measure(other)), "difference": vars(gaps[name])}
+        if name in RIGHT and exam.unit == "examples":
+            alone = ([bool(right) for right in measure(rows[:, None])] for rows in (one, other))
+            metrics[name]["test"] = _tested(mcnemar(*alone))
     return {
-        "n": count,
-        "accuracy": {side: sum(made.right[model]) / count for model, side in enumerate(SIDES)},
-        "test": _tested(mcnemar(*made.right)),
-        **_difference(made, draws),
+        "n": exam.count(one),
+        "examples": len(one),
+        "unit": exam.unit,
+        "metrics": metrics,
+        "loss": {side: made.loss(model) for model, side in enumerate(SIDES)},
+        "difference": _difference(made, draws, exam.parts),
+        "confidence": draws.confidence,
         **_predictions(made),
     }
 
@@ -55,27 +77,27 @@ def of_pairs(
     """Say what two embedding models make of pairs of texts, given by the texts' numbers, with scores."""
     sides = [torch.stack([embedded[text] for text in range(len(embedded))]) for embedded in made.embedded]
     alike = [cosines(side[list(firsts)], side[list(seconds)]).tolist() for side in sides]
-    how = {"seed": draws.seed, "resamples": draws.resamples, "confidence": draws.confidence}
+    ranks = {"spearman": of_scores(1)["spearman"]}
     near = cosines(*sides)
+    gaps = resampled(*(np.stack([each, scores], 1) for each in alike), ranks, **asdict(draws))
     return {
         "n": len(scores),
         "texts": len(near),
         "correlation": {side: rank_correlation(each, scores) for side, each in zip(SIDES, alike, strict=True)},
-        "difference": vars(ranked(alike[0], alike[1], scores, **how)),
-        "cosine": vars(bootstrap(near.tolist(), [1.0] * len(near), **how)),
+        "difference": vars(gaps["spearman"]),
+        "cosine": vars(bootstrap(near.tolist(), [1.0] * len(near), **asdict(draws))),
         "lowest_cosine": float(near.min()),
         "confidence": draws.confidence,
         **_states(made),
     }
 
 
-def _difference(made: Contrast, draws: Draws) -> dict[str, Any]:
-    """Nats a token that B loses more than A, with the interval, and the same as a ratio of perplexities."""
-    first, second = made.nats
-    gaps = [other - one for one, other in zip(first, second, strict=True)]
-    drawn = bootstrap(gaps, made.tokens, seed=draws.seed, resamples=draws.resamples, confidence=draws.confidence)
-    ratio = {name: None if nats is None else _exp(nats) for name, nats in vars(drawn).items()}
-    return {"difference": vars(drawn), "ratio": ratio, "confidence": draws.confidence}
+def _difference(made: Contrast, draws: Draws, parts: Sequence[int] | None) -> dict[str, Any]:
+    """How much more B loses than A, of each term of the loss, with the interval; of `parts` all are drawn together."""
+    numbers = list(range(len(made.terms))) if parts is None else parts
+    first, second = (np.bincount(numbers, losses) for losses in made.losses)
+    terms = np.bincount(numbers, made.terms)
+    return vars(bootstrap((second - first).tolist(), terms.tolist(), **asdict(draws)))
 
 
 def _exp(nats: float) -> float:
@@ -84,8 +106,8 @@ def _exp(nats: float) -> float:
 
 def _predictions(made: Contrast) -> dict[str, Any]:
     return {
-        "divergence": made.divergence / made.positions,
-        "agreement": made.agreeing / made.positions,
+        "divergence": made.divergence / sum(made.terms),
+        "agreement": made.agreeing / made.choices if made.choices else None,
         **_states(made),
     }
 

@@ -36,6 +36,9 @@ CHUNKS: Measures = {
 ANSWERS: Measures = {"f1": share(1, 2), "exact_match": share(0, 2)}
 """Of rows (exact match, F1, 1)."""
 
+RIGHT = ("accuracy", "exact_match")
+"""Measures that are a share of what is right."""
+
 
 def of_scores(scores: int) -> Measures:
     """Make the measures of rows (scores …, numbers that are said …): means over the scores."""

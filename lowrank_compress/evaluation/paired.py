@@ -1,4 +1,4 @@
-"""Whether two models that were measured on the same windows or questions differ, or only seem to."""
+"""Whether two models that were measured on the same windows or examples differ, or only seem to."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy.stats import binomtest, rankdata
+from scipy.stats import binomtest
+
+from lowrank_compress.evaluation.measures import Measures, Rows
 
 # Draws of windows in memory at once.
 _DRAWN = 1 << 22
@@ -72,75 +73,65 @@ def bootstrap(
         Without bounds where there is a single window.
     """
     gaps, sizes = np.asarray(differences, dtype=np.float64), np.asarray(weights, dtype=np.float64)
-    value = float(gaps.sum() / sizes.sum())
-    if len(gaps) < 2:
-        return Interval(value, None, None)
     generator = np.random.default_rng(seed)
     means = []
     rows = max(1, _DRAWN // len(gaps))
-    for start in range(0, resamples, rows):
+    for start in range(0, resamples if len(gaps) > 1 else 0, rows):
         drawn = generator.integers(len(gaps), size=(min(rows, resamples - start), len(gaps)))
         means.append(gaps[drawn].sum(1) / sizes[drawn].sum(1))
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
-    return Interval(value, float(low), float(high))
+    return _interval(float(gaps.sum() / sizes.sum()), means, confidence)
 
 
-def ranked(
-    first: Sequence[float],
-    second: Sequence[float],
-    scores: Sequence[float],
+def resampled(
+    first: Rows,
+    second: Rows,
+    measures: Measures,
     *,
     seed: int = 0,
     resamples: int = 10_000,
     confidence: float = 0.95,
-) -> Interval:
-    """Estimate how much more Spearman's ρ with scores a second list has than a first one, and its interval.
+) -> dict[str, Interval]:
+    """Estimate how much more of each measure a second model has than a first one, and its confidence interval.
 
-    Pairs of texts are drawn as windows are in `bootstrap`, for both models the same. Draws in which nothing can be
-    ranked, as all of one list is equal, are left out.
+    Examples are drawn as windows are in `bootstrap`, for both models the same. Draws in which a measure is no number,
+    as nothing can be ranked where all of one list is equal, are left out.
 
     Parameters
     ----------
     first, second
-        Of each pair: how similar its texts are, by each of the two models.
-    scores
-        How similar they are said to be.
+        What the measures are of, (examples, columns) of each of the two models.
+    measures
+        By name.
     seed, resamples, confidence
         As of `bootstrap`.
 
     Returns
     -------
-    Interval
-        Without bounds where nothing can be ranked in any draw.
+    dict
+        By name; without bounds where there is a single example, or a measure is no number in any draw.
     """
-    lists = np.asarray([first, second, scores], dtype=np.float64)
-    count = lists.shape[1]
-    one, other = _correlations(lists[:, None])
+    count = len(first)
+    found: dict[str, list[Rows]] = {name: [] for name in measures}
     generator = np.random.default_rng(seed)
-    found = []
-    rows = max(1, _DRAWN // (4 * count))
-    for start in range(0, resamples, rows):
+    rows = max(1, _DRAWN // (2 * first.size))
+    for start in range(0, resamples if count > 1 else 0, rows):
         drawn = generator.integers(count, size=(min(rows, resamples - start), count))
-        left, right = _correlations(lists[:, drawn])
-        found.append(right - left)
-    gaps = np.concatenate(found)
-    gaps = gaps[np.isfinite(gaps)]
-    value = float(other[0] - one[0])
-    if not len(gaps):
+        one, other = first[drawn], second[drawn]
+        for name, measure in measures.items():
+            found[name].append(measure(other) - measure(one))
+    values = {name: float(measure(second) - measure(first)) for name, measure in measures.items()}
+    return {name: _interval(value, found[name], confidence) for name, value in values.items()}
+
+
+def _interval(value: float, drawn: Sequence[Rows], confidence: float) -> Interval:
+    """Take the bounds of what was found in draws, numbers alone."""
+    every = np.concatenate(drawn) if drawn else np.empty(0)
+    every = every[np.isfinite(every)]
+    if not len(every):
         return Interval(value, None, None)
     tail = (1 - confidence) / 2
-    low, high = np.quantile(gaps, [tail, 1 - tail])
+    low, high = np.quantile(every, [tail, 1 - tail])
     return Interval(value, float(low), float(high))
-
-
-def _correlations(lists: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Spearman's ρ of the first two of three lists (3, draws, pairs) with the last, (2, draws); nan where constant."""
-    ranks = rankdata(lists, axis=-1)
-    ranks -= ranks.mean(-1, keepdims=True)
-    norms = np.sqrt((ranks**2).sum(-1))
-    with np.errstate(invalid="ignore"):
-        return (ranks[:2] * ranks[2]).sum(-1) / (norms[:2] * norms[2])
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> McNemar:

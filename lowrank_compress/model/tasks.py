@@ -31,6 +31,16 @@ AUTO: Mapping[Task, Any] = {
 """The class of transformers that loads a model for each."""
 NEED_EXAMPLES: tuple[Task, ...] = ("classification", "tokens", "answers", "scores", "labels")
 """Tasks whose loss is of examples, most against labels; what has another head makes its loss of plain text."""
+_UNITS: Mapping[Task, str] = {
+    "lm": "nats a token",
+    "masked": "nats a token",
+    "classification": "nats an example",
+    "tokens": "nats a word",
+    "answers": "nats an answer",
+    "labels": "nats a label",
+    "scores": "½(Δs)² a score",
+    "embedding": "½‖Δe‖² a text",
+}
 _HEADS: Mapping[str, Task] = {
     "ForTokenClassification": "tokens",
     "ForQuestionAnswering": "answers",
@@ -42,6 +52,17 @@ _KINDS: Mapping[str, Task] = {
     "multi_label_classification": "labels",
     "regression": "scores",
 }
+
+
+def unit_of_loss(task: Task, paired: bool = False) -> str:
+    """Name what losses and divergences of a head are measured in, and of what.
+
+    Parameters
+    ----------
+    paired
+        Whether scores are of pairs of texts, of which one is preferred.
+    """
+    return "nats a pair" if paired and task == "scores" else _UNITS[task]
 
 
 def task_of(config: PretrainedConfig) -> Task:

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lowrank_compress.calibration.examples import example_batches
-from lowrank_compress.calibration.sources import Source, read_examples
+from lowrank_compress.calibration.masking import frame_of, readings_of
+from lowrank_compress.calibration.sources import Source
 from lowrank_compress.calibration.tokens import load_tokenizer, vocabulary_of
 from lowrank_compress.config import CompareConfig
 from lowrank_compress.errors import InputError
-from lowrank_compress.evaluation.contrast import Contrast, contrast
+from lowrank_compress.evaluation.contrast import Contrast, Judge, contrast
+from lowrank_compress.evaluation.exam import Exam
 from lowrank_compress.evaluation.findings import SIDES, Draws, of_examples, of_pairs, of_tasks, of_text
 from lowrank_compress.evaluation.generation import continued
 from lowrank_compress.evaluation.harness import Answers, run_tasks
@@ -23,10 +24,12 @@ from lowrank_compress.model.blueprint import Blueprint, blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.embedding import longest_of
 from lowrank_compress.model.skeleton import Skeleton
+from lowrank_compress.model.tasks import unit_of_loss
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.resources.workers import started
 from lowrank_compress.stages.contamination import refuse_calibration_text
 from lowrank_compress.stages.environment import compute_device
+from lowrank_compress.stages.examining import exam_of
 from lowrank_compress.stages.opponents import (
     checkpoint_at,
     require_one_kind,
@@ -34,7 +37,7 @@ from lowrank_compress.stages.opponents import (
     require_same_windows,
     require_use,
 )
-from lowrank_compress.stages.reading import text_batches
+from lowrank_compress.stages.reading import masked_text_batches, text_batches
 from lowrank_compress.stages.reporting import Reporter, Silent
 from lowrank_compress.stages.similarity import Pairs, read_pairs
 from lowrank_compress.strict import stage_config
@@ -64,7 +67,7 @@ def compare(
     perplexity
         One or more texts.
     classification
-        A table of labelled examples, for classifiers.
+        A table of labelled examples, as the head of the models reads it.
     sts
         Tables of pairs of texts and how similar they are, for embedding models.
     tasks
@@ -124,8 +127,8 @@ def run(
     reporter = reporter or Silent()
     if not (config.perplexity or config.classification or config.sts or config.tasks or prompts):
         raise InputError(
-            "There is nothing to compare on. Pass --perplexity TEXT (for classifiers --classification TABLE, for "
-            "embedding models --sts PAIRS), --tasks NAMES or --prompt TEXT."
+            "There is nothing to compare on. Pass --perplexity TEXT (heads with labels: --classification TABLE; "
+            "embedding models: --sts PAIRS), --tasks NAMES or --prompt TEXT."
         )
     if started() > 1:
         raise InputError("lrc compare works in one process; start it without torchrun.")
@@ -150,13 +153,18 @@ def run(
     }
     draws = Draws(config.seed, config.resamples, config.confidence)
 
-    def contrasted(name: str, batches: Sequence[Batch]) -> Contrast:
+    def contrasted(name: str, batches: Sequence[Batch], judge: Judge | None = None) -> Contrast:
         one, other = (Skeleton(each, torch.device(config.device), torch.float32) for each in checkpoints)
-        return contrast(one, other, batches, partial(reporter.advance, Path(name).name))
+        return contrast(one, other, batches, partial(reporter.advance, Path(name).name), judge=judge)
 
-    for name, batches, kind in _data(targets, config, checkpoints, tokenizers):
-        made = contrasted(name, batches)
-        found[kind][name] = of_text(made, draws) if kind == "texts" else of_examples(made, draws)
+    task = plans[0].task
+    for name, batches, windows in _texts(targets, config, plans, tokenizers):
+        found["texts"][name] = of_text(contrasted(name, batches), draws, windows)
+    if config.classification is not None:
+        exam, paired = _exam(targets, config, plans, tokenizers)
+        made = contrasted(config.classification, exam.batches, exam.judge)
+        said = {"loss_unit": unit_of_loss(task, paired), **of_examples(made, exam, draws)}
+        found["classification"][config.classification] = said
     for name, pairs, batches in _pairs(targets, config, plans, tokenizers):
         made = contrasted(name, batches)
         found["sts"][name] = of_pairs(made, pairs.firsts, pairs.seconds, pairs.scores, draws)
@@ -165,26 +173,33 @@ def run(
     return found
 
 
-def _data(
-    targets: Sequence[str], config: CompareConfig, checkpoints: Sequence[Checkpoint], tokenizers: Sequence[Any]
-) -> Iterator[tuple[str, list[Batch], str]]:
-    """Yield the name, the batches and the kind of each text or table."""
-    vocabulary = vocabulary_of(checkpoints[0])
-    seq_len = config.seq_len or min(2048, blueprint(checkpoints[0]).longest_input())
+def _texts(
+    targets: Sequence[str], config: CompareConfig, plans: Sequence[Blueprint], tokenizers: Sequence[Any]
+) -> Iterator[tuple[str, list[Batch], list[int] | None]]:
+    """Yield the name and the batches of each text, and of a masked language model which window each sequence is of."""
+    vocabulary, masked = vocabulary_of(plans[0].checkpoint), plans[0].task == "masked"
+    read = masked_text_batches if masked else text_batches
     for name in config.perplexity:
         source = Source(name, config.text_column)
-        made = [text_batches(config, tokenizer, source, seq_len, vocabulary) for tokenizer in tokenizers]
+        made = [read(config, tokenizer, source, _length(config, plans[0]), vocabulary) for tokenizer in tokenizers]
         require_same_windows(targets, tokenizers, made)
-        yield name, made[0], "texts"
-    if config.classification is not None:
-        source = Source(config.classification, config.text_column, config.label_column)
-        examples, classes = read_examples(source, config.limit), checkpoints[0].class_ids
-        made = [
-            example_batches(tokenizer, examples, classes, seq_len, config.batch_size, vocabulary)
-            for tokenizer in tokenizers
-        ]
-        require_same_windows(targets, tokenizers, made)
-        yield config.classification, made[0], "classification"
+        yield name, made[0], readings_of(made[0], frame_of(tokenizers[0])) if masked else None
+
+
+def _exam(
+    targets: Sequence[str], config: CompareConfig, plans: Sequence[Blueprint], tokenizers: Sequence[Any]
+) -> tuple[Exam, bool]:
+    """Read the labelled examples; say whether they are preferences, too."""
+    made = [
+        exam_of(config, plan.task, tokenizer, plan.checkpoint, _length(config, plan))
+        for plan, tokenizer in zip(plans, tokenizers, strict=True)
+    ]
+    require_same_windows(targets, tokenizers, [list(exam.batches) for exam in made])
+    return made[0], any(batch.paired for batch in made[0].batches)
+
+
+def _length(config: CompareConfig, plan: Blueprint) -> int:
+    return config.seq_len or min(2048, plan.longest_input())
 
 
 def _pairs(

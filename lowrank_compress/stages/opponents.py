@@ -13,6 +13,7 @@ from lowrank_compress.errors import InputError
 from lowrank_compress.model.blueprint import Blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.locate import locate
+from lowrank_compress.model.tasks import NEED_EXAMPLES
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.stages.run import Run
 
@@ -31,7 +32,7 @@ def require_one_kind(targets: Sequence[str], plans: Sequence[Blueprint]) -> None
         "have different numbers of blocks": [len(plan.resolved.blocks) for plan in plans],
         "have hidden states of different widths": [plan.model.config.hidden_size for plan in plans],
         "have vocabularies of different sizes": [plan.model.config.vocab_size for plan in plans],
-        "have different classes": [plan.checkpoint.class_ids if plan.task == "classification" else 0 for plan in plans],
+        "have different classes": [plan.checkpoint.class_ids if plan.task in NEED_EXAMPLES else 0 for plan in plans],
     }
     for what, (one, other) in facts.items():
         if one != other:
@@ -43,23 +44,20 @@ def require_one_kind(targets: Sequence[str], plans: Sequence[Blueprint]) -> None
 
 def require_use(plan: Blueprint, config: CompareConfig, prompts: Sequence[str]) -> None:
     """Refuse data that the heads of the models are not for."""
-    if plan.task != "lm" and (config.perplexity or config.tasks or prompts):
+    name = type(plan.model).__name__
+    told = ("lm", "masked") if config.perplexity and not (config.tasks or prompts) else ("lm",)
+    if plan.task not in told and (config.perplexity or config.tasks or prompts):
+        instead = {"masked": "--perplexity alone", "embedding": "--sts"}.get(plan.task, "--classification")
         raise InputError(
-            "--perplexity, --tasks and --prompt need causal language models; for classifiers use --classification, for "
-            "embedding models --sts."
+            "--tasks and --prompt need causal language models, and --perplexity needs these or masked ones; of a "
+            f"{name} use {instead}."
         )
     if plan.task != "embedding" and config.sts:
-        raise InputError(
-            f"--sts compares embeddings, and a {type(plan.model).__name__} has a head; use --perplexity or "
-            "--classification."
-        )
-    if plan.task != "classification" and config.classification is not None:
-        raise InputError(
-            f"--classification compares classifiers of one label of several, not a {type(plan.model).__name__} with "
-            "another head: `lrc eval` measures each model by itself; for language models use --perplexity."
-        )
-    if config.classification is not None and config.label_column is None:
-        raise InputError("--classification needs the column of the labels: pass --label-column.")
+        instead = "--classification" if plan.task in NEED_EXAMPLES else "--perplexity"
+        raise InputError(f"--sts compares embeddings, and a {name} has a head; use {instead}.")
+    if plan.task not in NEED_EXAMPLES and config.classification is not None:
+        instead = "--sts" if plan.task == "embedding" else "--perplexity"
+        raise InputError(f"--classification needs a head that labels are for, and a {name} has none; use {instead}.")
     longest = plan.longest_input()
     if (config.seq_len or 0) > longest:
         raise InputError(f"--seq-len {config.seq_len} is more than the models' {longest} positions.")

@@ -6,17 +6,20 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertForMaskedLM
 
 import lowrank_compress
 from tests.cli.test_evaluate import TASK
 from tests.cli.test_texts import table
+from tests.evaluation.test_exam import HEADS, TEXTS, write_head, write_table
 from tests.runs import Tiny, contents, done, refused
-from tests.tiny import save_tiny, tiny_tokenizer
+from tests.tiny import save_tiny, tiny_config, tiny_text, tiny_tokenizer
 
 Finished = Callable[[str], Path]
 
@@ -111,13 +114,143 @@ def test_classifiers(tmp_path: Path) -> None:
     values = done(*asked, "--json").json["classification"][str(data)]
     for side, path in (("a", one), ("b", other)):
         alone = done("eval", path, *asked[3:], "--json").json["classification"][str(data)]
-        assert values["accuracy"][side] == alone["dense"]
-    assert values["n"] == 12
-    gap = round(12 * (values["accuracy"]["a"] - values["accuracy"]["b"]))
-    assert values["test"]["only_a"] - values["test"]["only_b"] == gap
+        assert values["metrics"]["accuracy"][side] == alone["dense"]
+    assert values["n"] == values["examples"] == 12
+    accuracy = values["metrics"]["accuracy"]
+    gap = round(12 * (accuracy["a"] - accuracy["b"]))
+    assert accuracy["test"]["only_a"] - accuracy["test"]["only_b"] == gap
+    assert accuracy["difference"]["value"] == pytest.approx(-gap / 12)
     assert "McNemar's p" in done(*asked).out
-    message = refused("compare", one, other, "--perplexity", data)
-    assert "need causal language models; for classifiers use --classification" in message
+    for given in (["--perplexity", data], ["--tasks", "piqa"], ["--prompt", "the"]):
+        message = refused("compare", one, other, *given)
+        assert "need causal language models, and --perplexity needs these or masked ones; of a Bert" in message
+        assert "use --classification" in message
+    assert "a BertForSequenceClassification has a head; use --classification" in refused(
+        "compare", one, other, "--sts", data
+    )
+
+
+def drawn_pearson(scores: list[list[float]], right: list[float], resamples: int) -> list[float]:
+    """Bounds of how much higher the second list's correlation is, one draw after the other."""
+    generator, gaps = np.random.default_rng(0), []
+    for _ in range(resamples):
+        drawn = generator.integers(len(right), size=len(right))
+        one, other = (np.corrcoef(np.array(side)[drawn], np.array(right)[drawn])[0, 1] for side in scores)
+        gaps.append(other - one)
+    return np.nanquantile(gaps, [0.025, 0.975]).tolist()
+
+
+UNITS = {"regression": "½(Δs)² a score", "labels": "nats a label", "chunks": "nats a word", "answers": "nats an answer"}
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_other_heads(head: str, tmp_path: Path) -> None:
+    """Each measure is that of `lrc eval`; the interval is that of single draws, computed from whole models."""
+    models = [write_head(head, tmp_path / side, seed) for seed, side in enumerate("ab")]
+    table = write_table(head, tmp_path / "rows.jsonl")
+    asked = ("compare", tmp_path / "a", tmp_path / "b", *table, "--batch-size", 3, "--resamples", 200)
+    (values,) = done(*asked, "--json").json["classification"].values()
+    assert list(values["metrics"]) == [*HEADS[head][3][:1], *list(values["metrics"])[1:]]
+    for side in "ab":
+        (alone,) = done("eval", tmp_path / side, *table, "--json").json["classification"].values()
+        assert {name: found[side] for name, found in values["metrics"].items()} == {
+            name: pytest.approx(found["dense"]) for name, found in alone["metrics"].items()
+        }
+        assert values["n"] == alone["n"]
+    for found in values["metrics"].values():
+        assert found["difference"]["value"] == pytest.approx(found["b"] - found["a"])
+        assert found["difference"]["low"] <= found["difference"]["high"]
+    assert (values["examples"], values["loss_unit"]) == (8, UNITS[head])
+    assert values["loss"]["b"] - values["loss"]["a"] == pytest.approx(values["difference"]["value"])
+    tested = {name for name, found in values["metrics"].items() if "test" in found}
+    assert tested == {"labels": {"exact_match"}, "answers": {"exact_match"}}.get(head, set())
+    said = done(*asked).out
+    assert UNITS[head] in said
+    assert ("48 words in 8 examples" if head == "chunks" else "8 examples") in said
+    assert ("same prediction" in said) == (head != "regression")
+    if head == "regression":
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "a")
+        # In the order in which texts of one length come first, as examples are drawn.
+        lengths = [len(tokenizer(text)["input_ids"]) for text in TEXTS]
+        order = sorted(range(8), key=lambda row: (lengths.index(lengths[row]), row))
+        right = [HEADS[head][2][row] for row in order]
+        with torch.no_grad():
+            scores = [
+                [float(model.eval()(**tokenizer(TEXTS[row], return_tensors="pt")).logits) for row in order]
+                for model in models
+            ]
+        found = values["metrics"]["pearson"]["difference"]
+        assert [found["low"], found["high"]] == pytest.approx(drawn_pearson(scores, right, 200), abs=1e-3)
+        halved = [sum((one - other) ** 2 for one, other in zip(side, right, strict=True)) / 16 for side in scores]
+        assert values["loss"] == {"a": pytest.approx(halved[0], rel=1e-4), "b": pytest.approx(halved[1], rel=1e-4)}
+
+
+def test_preferences(tmp_path: Path) -> None:
+    """Their loss is in nats, unlike that of other scores; pairs are drawn, and only one may be right about one."""
+    models = [write_head("regression", tmp_path / side, seed) for seed, side in enumerate("ab")]
+    rows = [{"chosen": one, "rejected": other[:9]} for one, other in pairwise(TEXTS)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = ("--text-column", "chosen", "--text-column", "rejected")
+    asked = ("--classification", tmp_path / "pairs.jsonl", *columns)
+    (values,) = done("compare", tmp_path / "a", tmp_path / "b", *asked, "--json").json["classification"].values()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "a")
+    gaps = []
+    for model in models:
+        with torch.no_grad():
+            scores = [
+                [float(model.eval()(**tokenizer(row[side], return_tensors="pt")).logits) for row in rows]
+                for side in ("chosen", "rejected")
+            ]
+        gaps.append([one - other for one, other in zip(*scores, strict=True)])
+    assert (values["n"], values["loss_unit"]) == (7, "nats a pair")
+    for side, own in zip("ab", gaps, strict=True):
+        assert values["metrics"]["accuracy"][side] == sum(gap > 0 for gap in own) / 7
+        assert values["loss"][side] == pytest.approx(sum(math.log1p(math.exp(-gap)) for gap in own) / 7, rel=1e-5)
+    both = list(zip(*gaps, strict=True))
+    assert values["metrics"]["accuracy"]["test"]["only_a"] == sum(one > 0 >= other for one, other in both)
+
+
+def test_masked_language_models(tmp_path: Path) -> None:
+    """All readings of a window are drawn together."""
+    for seed, side in enumerate("ab"):
+        torch.manual_seed(seed)
+        BertForMaskedLM(tiny_config("bert", "classification")).save_pretrained(tmp_path / side)
+        tokenizer = tiny_tokenizer(tmp_path / side)
+        tokenizer.mask_token = "<unk>"
+        tokenizer.save_pretrained(tmp_path / side)
+    (tmp_path / "text.txt").write_text(tiny_text(400))
+    asked = ("--perplexity", tmp_path / "text.txt", "--seq-len", 30, "--batch-size", 4)
+    (values,) = done("compare", tmp_path / "a", tmp_path / "b", *asked, "--json").json["texts"].values()
+    for side in "ab":
+        (alone,) = done("eval", tmp_path / side, *asked, "--json").json["perplexity"].values()
+        assert values["perplexity"][side] == pytest.approx(alone["dense"])
+        assert values["tokens"] == alone["tokens"]
+    ids = AutoTokenizer.from_pretrained(tmp_path / "a")(tiny_text(400), add_special_tokens=False)["input_ids"]
+    assert values["tokens"] == len(ids)
+    assert values["windows"] == math.ceil(len(ids) / (30 - 1))
+    assert "use --perplexity alone" in refused(
+        "compare", tmp_path / "a", tmp_path / "b", *asked, "--prompt", "the quick"
+    )
+    message = refused("compare", tmp_path / "a", tmp_path / "b", "--classification", tmp_path / "text.txt")
+    assert "--classification needs a head that labels are for, and a BertForMaskedLM has none; use --perplexity" in (
+        message
+    )
+
+
+def test_data_that_do_not_fit_the_head(tmp_path: Path) -> None:
+    one, other = tmp_path / "a", tmp_path / "b"
+    for place in (one, other):
+        write_head("chunks", place)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"words": ["ab", "cd"], "tags": ["O", "B-A"], "few": ["O"]}) + "\n")
+    asked = ("compare", one, other, "--classification", rows)
+    assert "a table with the words in --text-column and a label for each in --label-column" in refused(*asked)
+    assert "has 2 words and 1 labels; expected one for each word" in refused(
+        *asked, "--text-column", "words", "--label-column", "few"
+    )
+    write_head("answers", other)
+    assert "have different heads: tokens and answers" in refused(*asked)
 
 
 def test_what_cannot_be_compared(tiny: Tiny, pristine: Finished, tmp_path: Path) -> None:
@@ -144,7 +277,7 @@ def test_what_cannot_be_compared(tiny: Tiny, pristine: Finished, tmp_path: Path)
     assert "--seq-len 161 is more than the models' 160 positions" in refused(
         "compare", tiny.model, run, *text, "--seq-len", 161
     )
-    assert "for language models use --perplexity" in refused(
+    assert "and a LlamaForCausalLM has none; use --perplexity" in refused(
         "compare", tiny.model, run, "--classification", tiny.heldout
     )
     long = refused("compare", tiny.model, run, "--prompt", "the dog " * 80)

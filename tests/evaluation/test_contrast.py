@@ -1,22 +1,25 @@
-"""Two models side by side, one block of each in memory, against both whole in memory with hooks."""
+"""Two models side by side, one block of each in memory, against both whole in memory with hooks, of every head."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from lowrank_compress.calibration.windows import evaluation_windows, window_batches
 from lowrank_compress.errors import NumericsError
 from lowrank_compress.evaluation.contrast import contrast
+from lowrank_compress.evaluation.divergence import divergences
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.skeleton import Skeleton
-from lowrank_compress.model.walk.batch import Batch
+from lowrank_compress.model.walk.batch import IGNORED, Batch, pair_rows
 from tests.ordinary import load, padded, tokens
-from tests.tiny import MODELS, tiny_model
+from tests.tiny import MODELS, tiny_config, tiny_model
 
 CPU = torch.device("cpu")
 TEXT = tokens(70, seed=7)[0]
@@ -104,10 +107,10 @@ def test_equals_whole_models(case: str, tmp_path: Path) -> None:
         count += len(p)
         for model, logs in enumerate((p, q)):
             nats = -float(logs.gather(1, window[1:, None]).sum())
-            assert found.nats[model][number] == pytest.approx(nats, rel=1e-10)
+            assert found.losses[model][number] == pytest.approx(nats, rel=1e-10)
     assert found.divergence == pytest.approx(divergence, rel=1e-9)
-    assert (found.agreeing, found.positions) == (agreeing, count)
-    assert found.tokens == [len(window) - 1 for window in windows]
+    assert (found.agreeing, found.choices) == (agreeing, count)
+    assert found.terms == [len(window) - 1 for window in windows]
     blocks = len(blocks_of(models[0]))
     assert said == [(done, blocks) for done in range(1, blocks + 1)]
 
@@ -123,7 +126,7 @@ def test_several_passes_do_not_matter(tmp_path: Path) -> None:
     whole = contrast(one, other, batches)
     found = contrast(one, other, batches, carried=2 * 20 * 32 * 8)
     assert found.blocks[1].error.relative == pytest.approx(whole.blocks[1].error.relative, rel=1e-12)
-    assert found.nats == (pytest.approx(whole.nats[0]), pytest.approx(whole.nats[1]))
+    assert found.losses == (pytest.approx(whole.losses[0]), pytest.approx(whole.losses[1]))
 
 
 def test_a_model_with_itself(tmp_path: Path) -> None:
@@ -131,7 +134,7 @@ def test_a_model_with_itself(tmp_path: Path) -> None:
     one, other = (Skeleton(Checkpoint(path), CPU, torch.float32) for _ in range(2))
     found = contrast(one, other, [Batch(TEXT[None])])
     assert [block.error.relative for block in found.blocks] == [0.0, 0.0]
-    assert (found.divergence, found.agreeing) == (0.0, found.positions)
+    assert (found.divergence, found.agreeing) == (0.0, found.choices)
     assert found.blocks[0].error.cosine == pytest.approx(1)
 
 
@@ -149,14 +152,86 @@ def test_padding_of_classifiers_counts_for_nothing(tmp_path: Path) -> None:
             relative([(a.out[number], b.out[number]) for a, b in seen]), rel=1e-6
         )
     logs = [[each.logits[0].log_softmax(-1) for each in both] for both in seen]
-    assert found.tokens == [1] * 4
+    assert found.terms == [1] * 4
     for model in (0, 1):
-        assert found.right[model] == [
-            bool(both[model].argmax() == label) for both, label in zip(logs, labels, strict=True)
-        ]
         expected = [-float(both[model][label]) for both, label in zip(logs, labels, strict=True)]
-        assert found.nats[model] == pytest.approx(expected, rel=1e-6)
+        assert found.losses[model] == pytest.approx(expected, rel=1e-6)
     assert found.divergence == pytest.approx(sum(float((p.exp() * (p - q)).sum()) for p, q in logs), rel=1e-5)
+
+
+# What tokens, or texts, should be said to be.
+TEXTS = torch.stack(tokens(8, 8, 8, 8, seed=4))
+WORDS = torch.full((4, 8), IGNORED).index_put((torch.tensor([0, 0, 1, 3]), torch.tensor([1, 5, 2, 7])), torch.tensor(1))
+HEADS: dict[str, tuple[dict[str, Any], Batch]] = {
+    "MaskedLM": ({}, Batch(TEXTS, labels=WORDS)),
+    "TokenClassification": ({"num_labels": 3}, Batch(TEXTS, labels=WORDS)),
+    "QuestionAnswering": ({"num_labels": 2}, Batch(TEXTS, labels=torch.tensor([[1, 3], [0, 0], [7, 7], [2, 6]]))),
+    "regression": (
+        {"num_labels": 2, "problem_type": "regression"},
+        Batch(TEXTS, labels=torch.tensor([[0.5, 1], [2, -1], [0, 0], [3, 1]], dtype=torch.float64), outputs=2),
+    ),
+    "labels": (
+        {"num_labels": 3, "problem_type": "multi_label_classification"},
+        Batch(TEXTS, labels=torch.tensor([[1, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0]]).double(), outputs=3),
+    ),
+    "pairs": ({"num_labels": 1}, Batch(TEXTS, labels=torch.zeros(2, dtype=torch.int64), paired=True)),
+}
+
+
+def own_loss(head: str, model: Any, batch: Batch, number: int) -> float:
+    """Sum of the terms of transformers' own loss of a sequence, or of a pair."""
+    rows = pair_rows(2)[number] if head == "pairs" else torch.tensor([number])
+    assert batch.labels is not None
+    labels = batch.labels[number : number + 1]
+    with torch.no_grad():
+        if head == "pairs":
+            chosen, rejected = model(input_ids=batch.ids[rows]).logits[:, 0]
+            return -float(torch.nn.functional.logsigmoid(chosen - rejected))
+        if head == "QuestionAnswering":
+            ends = {"start_positions": labels[:, 0], "end_positions": labels[:, 1]}
+            return 2 * float(model(input_ids=batch.ids[rows], **ends).loss)
+        terms = int((labels != IGNORED).sum())
+        if not terms:
+            return 0.0
+        mean = float(model(input_ids=batch.ids[rows], labels=labels).loss)
+        return mean * terms / (2 if head == "regression" else 1)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_losses_of_other_heads(head: str, tmp_path: Path) -> None:
+    fields, batch = HEADS[head]
+    name = f"BertFor{head}" if head[0].isupper() else "BertForSequenceClassification"
+    torch.manual_seed(0)
+    made: Any = getattr(transformers, name)(tiny_config("bert", "classification", **fields)).double()
+    for place in ("a", "b"):
+        made.save_pretrained(tmp_path / place)
+        with torch.no_grad():
+            for parameter in made.parameters():
+                parameter.add_(0.2 * torch.randn(parameter.shape, dtype=torch.float64))
+    one, other = (Skeleton(Checkpoint(tmp_path / place), CPU, torch.float64) for place in "ab")
+    seen: list[tuple[int, Tensor]] = []
+
+    def judge(number: int, outputs: Tensor) -> Any:
+        seen.append((number, outputs))
+        return np.full((2, 1), float(len(seen)))
+
+    found = contrast(one, other, [batch, batch], judge=judge, carried=1, head_tokens=8)
+    sequences = 2 if head == "pairs" else 4
+    for side, place in enumerate("ab"):
+        model = type(made).from_pretrained(tmp_path / place).eval()
+        expected = [own_loss(head, model, batch, number) for number in range(sequences)]
+        assert found.losses[side] == pytest.approx(2 * expected, rel=1e-9)
+    per = {"regression": 2, "labels": 3, "QuestionAnswering": 2, "pairs": 1}.get(head)
+    assert found.terms == 2 * ([2, 1, 0, 1] if per is None else [per] * sequences)
+    assert found.loss(0) == pytest.approx(sum(found.losses[0]) / sum(found.terms))
+    (apart,) = divergences([one, other], [batch])
+    assert found.divergence / sum(found.terms) == pytest.approx(apart, rel=1e-9)
+    assert found.choices == (0 if head == "regression" else sum(found.terms))
+    if head != "MaskedLM":  # of text, with the logits of few tokens at once
+        assert [number for number, _ in seen] == [0, 0, 1, 1]
+        assert [[float(rows[0, 0]) for rows in side] for side in found.rows] == [[1.0, 3.0], [2.0, 4.0]]
+    if head == "labels":
+        assert found.agreeing == 2 * int(((seen[0][1] > 0) == (seen[1][1] > 0)).sum())
 
 
 def test_logits_that_are_not_finite_are_an_error(tmp_path: Path) -> None:

@@ -97,8 +97,28 @@ def test_long_texts_are_read_in_parts(tmp_path: Path) -> None:
     whole = tokenizer(context, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     assert seen == set(map(tuple, whole))
     assert all(len(window.row.ids) <= 40 for window in found)
+    assert all(window.row.labels == [window.first] * 2 for window in found)
     with pytest.raises(CalibrationError, match="leaves no room for its text in --seq-len 8"):
         windows_of(Question(context, context, None), tokenizer, 8)
+
+
+def test_where_an_answer_is_in_each_part_of_a_long_text(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer(tmp_path)
+    context = tiny_text(400, seed=2)
+    begin = context.index(" ", 60) + 1
+    end = context.index(" ", begin + 12)
+    holds = []
+    for window in windows_of(Question("ab", context, (begin, end)), tokenizer, 40):
+        assert isinstance(window.row.labels, list)
+        first, last = map(int, window.row.labels)
+        holds.append((first, last) != (window.first, window.first))
+        if holds[-1]:
+            assert tokenizer.decode(window.row.ids[first : last + 1]).strip() == context[begin:end]
+        else:
+            inside = [place for place in window.places if place]
+            assert inside[0][0] > begin or inside[-1][1] < end
+    assert True in holds
+    assert False in holds
 
 
 @pytest.mark.parametrize(
@@ -184,20 +204,31 @@ HEADS: dict[str, tuple[str, dict[str, Any], list[Any], list[str]]] = {
 }
 
 
+def write_head(head: str, place: Path, seed: int = 0) -> Any:
+    """Write a model with a head and its tokenizer."""
+    name, fields, _, _ = HEADS[head]
+    torch.manual_seed(seed)
+    model = getattr(transformers, f"BertFor{name}")(tiny_config("bert", "classification", **fields))
+    model.save_pretrained(place)
+    tiny_tokenizer(place)
+    return model
+
+
+def write_table(head: str, place: Path) -> tuple[str, ...]:
+    """Write a table for a head; return the options that name it."""
+    rows: list[dict[str, Any]] = [{"text": text, "y": label} for text, label in zip(TEXTS, HEADS[head][2], strict=True)]
+    columns = ("--text-column", "text", "--label-column", "y")
+    if head == "answers":
+        rows, columns = [{"q": "ab"} | row for row in rows], ("--text-column", "q", *columns)
+    place.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ("--classification", str(place), *columns)
+
+
 @pytest.mark.parametrize("head", HEADS)
 def test_eval_says_all_measures(head: str, tmp_path: Path) -> None:
-    name, fields, labels, measures = HEADS[head]
-    torch.manual_seed(0)
-    model = getattr(transformers, f"BertFor{name}")(tiny_config("bert", "classification", **fields))
-    model.save_pretrained(tmp_path / "model")
-    tiny_tokenizer(tmp_path / "model")
-    rows = [{"text": text, "y": label} for text, label in zip(TEXTS, labels, strict=True)]
-    columns = ["--text-column", "text", "--label-column", "y"]
-    if head == "answers":
-        rows, columns = [{"q": "ab"} | row for row in rows], ["--text-column", "q", *columns]
-    table = tmp_path / "rows.jsonl"
-    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    asked = ("eval", tmp_path / "model", "--classification", table, *columns)
+    labels, measures = HEADS[head][2:]
+    model = write_head(head, tmp_path / "model")
+    asked = ("eval", tmp_path / "model", *write_table(head, tmp_path / "rows.jsonl"))
     (found,) = done(*asked, "--json").json["classification"].values()
     assert found["metric"] == measures[0]
     assert set(found["metrics"]) >= set(measures)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy.stats import binom, spearmanr
 
-from lowrank_compress.evaluation.paired import Interval, McNemar, bootstrap, mcnemar, ranked
+from lowrank_compress.evaluation.measures import ACCURACY, CHUNKS, of_scores
+from lowrank_compress.evaluation.paired import Interval, McNemar, bootstrap, mcnemar, resampled
 
 SIZES = [7.0, 12.0, 12.0, 3.0, 12.0, 9.0]
 GAPS = [0.4, -0.2, 1.1, 0.0, 0.7, 0.3]
@@ -54,11 +55,15 @@ def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
     assert abs(held / 200 - 0.9) < 0.06
 
 
+SPEARMAN = {"spearman": of_scores(1)["spearman"]}
+
+
 def test_rank_correlations_are_those_of_single_draws() -> None:
     generator = np.random.default_rng(5)
     scores = generator.integers(0, 4, 12).astype(float)  # with ties
     first, second = (scores + generator.normal(size=12) for _ in range(2))
-    found = ranked(list(first), list(second), list(scores), seed=2, resamples=300, confidence=0.8)
+    one, other = (np.stack([each, scores], 1) for each in (first, second))
+    found = resampled(one, other, SPEARMAN, seed=2, resamples=300, confidence=0.8)["spearman"]
     drawing, gaps = np.random.default_rng(2), []
     for _ in range(300):
         drawn = drawing.integers(12, size=12)
@@ -71,12 +76,45 @@ def test_rank_correlations_are_those_of_single_draws() -> None:
 
 
 def test_draws_that_cannot_be_ranked_are_left_out() -> None:
-    found = ranked([0.1, 0.9], [0.9, 0.1], [1.0, 2.0], resamples=200)
-    assert found == Interval(pytest.approx(-2.0), pytest.approx(-2.0), pytest.approx(-2.0))
+    one, other = (np.array([[low, 1.0], [high, 2.0]]) for low, high in ((0.1, 0.9), (0.9, 0.1)))
+    assert resampled(one, other, SPEARMAN, resamples=200)["spearman"] == Interval(*[pytest.approx(-2.0)] * 3)
+    flat = np.array([[0.5, 1.0], [0.5, 2.0]])
+    (found,) = resampled(one, flat, SPEARMAN, resamples=200).values()
+    assert math.isnan(found.value)
+    assert (found.low, found.high) == (None, None)
+
+
+def slow_f1(draws: list[int], found: list[set[str]], there: list[set[str]]) -> float:
+    """F1 of all chunks of the sentences that are drawn."""
+    right = sum(len(found[i] & there[i]) for i in draws)
+    both = sum(len(found[i]) + len(there[i]) for i in draws)
+    return 2 * right / both if both else 0.0
+
+
+def test_f1_of_chunks_is_that_of_single_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = [{"a", "b"}, {"c"}, set(), {"d", "e", "f"}, {"g"}, set()]
+    first = [{"a"}, {"c"}, {"x"}, {"d", "e"}, set(), set()]
+    second = [{"a", "b"}, {"x"}, set(), {"d"}, {"g", "y"}, {"z"}]
+    one, other = (
+        np.array([[0, 0, len(a & b), len(a), len(b)] for a, b in zip(said, there, strict=True)], dtype=np.float64)
+        for said in (first, second)
+    )
+    found = resampled(one, other, {"f1": CHUNKS["f1"]}, seed=4, resamples=200, confidence=0.8)["f1"]
+    drawing, gaps = np.random.default_rng(4), []
+    for _ in range(200):
+        drawn = drawing.integers(6, size=6).tolist()
+        gaps.append(slow_f1(drawn, second, there) - slow_f1(drawn, first, there))
+    low, high = np.quantile(gaps, [0.1, 0.9])
+    # 4 of 5 + 7 chunks twice, 4 of 7 + 7 twice.
+    assert found == Interval(pytest.approx(8 / 14 - 8 / 12), pytest.approx(low), pytest.approx(high))
+    monkeypatch.setattr("lowrank_compress.evaluation.paired._DRAWN", 150)
+    assert resampled(one, other, {"f1": CHUNKS["f1"]}, seed=4, resamples=200, confidence=0.8)["f1"] == found
 
 
 def test_one_window_has_no_interval() -> None:
     assert bootstrap([0.5], [10.0]) == Interval(0.05, None, None)
+    one, other = np.array([[1.0, 1.0]]), np.array([[0.0, 1.0]])
+    assert resampled(one, other, ACCURACY) == {"accuracy": Interval(-1.0, None, None)}
 
 
 def test_mcnemar_is_the_tail_of_a_fair_coin() -> None:

@@ -23,6 +23,7 @@ from lowrank_compress.errors import NumericsError
 from lowrank_compress.model.names import experts_of
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.model.walk.batch import Batch
+from lowrank_compress.model.walk.head import head_loss
 from lowrank_compress.model.walk.segments import boundary_bytes, most_kept, segment_length
 from lowrank_compress.model.walk.states import StateStore
 from lowrank_compress.model.walk.walk import Walk
@@ -81,6 +82,7 @@ def layer_moments(
     *,
     gradients: bool,
     single: bool = False,
+    head: str | None = None,
     skip: Callable[[int], bool] = lambda block: False,
     clip: float | None = None,
     advance: Callable[[str, int, int], None] = lambda step, done, total: None,
@@ -101,6 +103,9 @@ def layer_moments(
         Whether those are asked for.
     single
         Whether single inputs are (`Seen`).
+    head
+        Path of a language model's head, of which the Gram matrix alone is taken, over the positions whose next token is
+        scored. Its block is the one behind the last; None for none.
     skip, clip, advance, spill_to, resources
         As `capture.capture` has them; the processes do not share the work.
 
@@ -110,6 +115,7 @@ def layer_moments(
         Activations or gradients are NaN or infinite.
     """
     count, boundary = len(skeleton.resolved.blocks), boundary_bytes(skeleton, batches)
+    last = None if head is None or skip(count) else _Entering(skeleton.model.get_submodule(head))
     memory = resources.for_states
     spill = boundary * (most_kept(count, 1) if gradients else 1) > memory
     walk = Walk([skeleton], batches, store=StateStore(spill, spill_to))
@@ -121,9 +127,12 @@ def layer_moments(
         length = segment_length(count, (disk if spill else memory) // boundary)
         steps = walk.backwards(segment=length, until=min(wanted, default=count), advance=advance)
     else:
-        steps = walk.forwards(until=max(wanted, default=-1) + 1)
+        steps = walk.forwards(until=count if last else max(wanted, default=-1) + 1)
     for step in steps:
         sums = None
+        if gradients and last is not None and head is not None:  # the loss has been taken
+            yield count, {head: last.moments()}
+            last = None
         if step.index in wanted:
             modules = {path: skeleton.model.get_submodule(path) for path in layers[step.index]}
             routes = _routes(skeleton.model, modules)
@@ -136,6 +145,33 @@ def layer_moments(
         advance("backward" if gradients else "forward", done, count)
         if sums is not None:
             yield step.index, {path: sums.moments(path, tokens, losses) for path in layers[step.index]}
+    if last is not None and head is not None:
+        if not gradients:
+            for number, batch in enumerate(walk.batches):
+                head_loss(walk.replay(), batch, walk.leaving(number))
+            skeleton.drop_outside()
+        yield count, {head: last.moments()}
+
+
+class _Entering:
+    """Sums what enters a head from now on."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.gram: Tensor | None = None
+        self.tokens = 0
+        self._handle = module.register_forward_hook(self._add)
+
+    def _add(self, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        values = args[0].detach().flatten(0, -2)
+        moment = (values.mT @ values).double()
+        self.gram = moment if self.gram is None else self.gram.add_(moment)
+        self.tokens += len(values)
+
+    def moments(self) -> LayerMoments:
+        """Return what has been seen, and look no more."""
+        self._handle.remove()
+        assert self.gram is not None
+        return LayerMoments(self.gram.cpu() / self.tokens, None, self.tokens)
 
 
 def _routes(model: nn.Module, layers: Iterable[str]) -> dict[str, tuple[nn.Module, int]]:

@@ -12,7 +12,7 @@ from rich.progress import filesize
 from lowrank_compress.artifacts.documents import read_json
 from lowrank_compress.cli.saying import hint
 from lowrank_compress.cli.terminal import became, console, duration, number, print_json, share_of, table
-from lowrank_compress.stages.card import beside_in_words
+from lowrank_compress.stages.card import beside_in_words, counted_in_words
 from lowrank_compress.stages.naming import loss_unit
 
 
@@ -125,7 +125,7 @@ def quantized(said: Mapping[str, Any]) -> str:
     loads = "compressed-tensors" if said["format"] == "compressed-tensors" else "lowrank_compress, or remote code"
     return (
         f"Quantized ({said['rounding']}): {said['weights']:,} weights in {said['bits_per_weight']:.3f} bits each, "
-        f"scales included. All weights inside the blocks take {said['stored_bytes']:,} bytes, of the original's "
+        f"scales included. {counted_in_words(said)} take {said['stored_bytes']:,} bytes, of the original's "
         f"{said['original_bytes']:,} ({said['stored_bytes'] / said['original_bytes']:.1%}). Loads with {loads}."
         + beside_in_words(said)
         + (f" The adapter of rank {said['residual_rank']} beside takes {beside:,} bytes." if beside else "")

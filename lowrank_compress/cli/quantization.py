@@ -56,7 +56,7 @@ def print_layers(target: str, said: Mapping[str, Any]) -> None:
                 "–" if layer["bits"] is None else str(layer["bits"]),
                 grid,
                 filesize.decimal(layer["bytes"]),
-                number(layer.get("loss", 0.0)),
+                f"{number(layer['share'])} of it" if "share" in layer else number(layer.get("loss", 0.0)),
             ]
         )
     loss = "loss, share" if said["unit"] == "share" else f"loss, {unit_of(said)}"

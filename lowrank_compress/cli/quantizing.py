@@ -101,6 +101,16 @@ def quantize(
             show_default=False,
         ),
     ] = None,
+    head: Annotated[
+        int | None,
+        typer.Option(
+            "--head",
+            help="Bits of the output head, which else stays as it is: 2, 3, 4, 5, 6 or 8. Then --bytes counts it, too; "
+            "--bits counts the blocks alone. A head that is the table of tokens cannot be packed.",
+            rich_help_panel=WHAT,
+            show_default=False,
+        ),
+    ] = None,
     rounding: Annotated[
         str,
         typer.Option(
@@ -133,7 +143,7 @@ def quantize(
 
     Of a dense checkpoint the result is one in the format of compressed-tensors, which stock transformers loads. Of a
     run or a compressed checkpoint the factors are quantized; it loads as before. Matrices of routed experts are rounded
-    by what each expert sees. Embeddings, norms and biases stay.
+    by what each expert sees. Embeddings, norms and biases stay, and the head does without --head.
 
     [dim]lrc quantize ./my-model --bits 4 --calibration my-text.txt --out ./my-model-4bit[/]
 
@@ -161,6 +171,7 @@ def quantize(
             "smooth": smooth,
             "outliers": outliers,
             "activation_bits": activation_bits,
+            "head": head,
             "rounding": rounding,
             "damping": damping,
             "damping_fisher": damping_fisher,

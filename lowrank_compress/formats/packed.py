@@ -13,6 +13,7 @@ from lowrank_compress.shipped.beside import Beside
 from lowrank_compress.shipped.packed import pack, words_for
 
 _WORD_BYTES, _SHAPE_BYTES = 4, 16
+_ROWS = 4096  # that are packed at once
 BITS = (2, 3, 4, 5, 6, 8)
 """What a budget chooses from, matrix by matrix."""
 
@@ -60,7 +61,7 @@ def packed_tensors(found: Quantized, dtype: torch.dtype) -> dict[str, Tensor]:
     """
     grid = found.scales.grid
     tensors = {
-        "weight_packed": pack(found.codes, grid.bits),
+        "weight_packed": torch.cat([pack(rows, grid.bits) for rows in found.codes.split(_ROWS)]),
         "weight_scale": found.scales.scale.to(dtype),
         "weight_shape": torch.tensor(found.codes.shape),
     }

@@ -123,9 +123,9 @@ def _write(checkpoint: Checkpoint, out: Path, advance: Callable[[int, int], None
             writer.add(plan.name_on_disk(name), plan.read(name))
     for name, tensor in restored.items():
         path, _, leaf = name.rpartition(".")
-        # Under the name that the dense checkpoint has: that of the factors, but for their leaves.
-        inner = f"{path}.lr_in.weight"
-        writer.add(f"{plan.name_on_disk(inner).removesuffix('lr_in.weight')}{leaf}", tensor)
+        # Under the name that the dense checkpoint has: that of the factors or codes, but for their leaves.
+        inner = next((leaf for leaf in ("lr_in.weight", "weight_packed") if f"{path}.{leaf}" in plan.stored), "weight")
+        writer.add(f"{plan.name_on_disk(f'{path}.{inner}').removesuffix(inner)}{leaf}", tensor)
     for step in Walk([skeleton]).forwards():
         (block,), prefix = step.blocks, plan.resolved.blocks[step.index]
         made = {f"{prefix}.{path}" for path in restore_modules(block)}

@@ -17,6 +17,7 @@ from lowrank_compress.model.lending import Lender
 from lowrank_compress.model.names import experts_of
 from lowrank_compress.model.tasks import Task
 from lowrank_compress.shipped.linear import CompressedLinear
+from lowrank_compress.shipped.packed import PackedLinear
 from lowrank_compress.shipped.restore import restore_modules
 from lowrank_compress.shipped.swap import check_indices
 
@@ -127,16 +128,20 @@ class Skeleton:
         self.load_outside()
         inside, found = tuple(f"{name}." for name in self.resolved.blocks), {}
         for path, module in self.model.named_modules():
-            if isinstance(module, CompressedLinear) and not path.startswith(inside):
+            if isinstance(module, CompressedLinear | PackedLinear) and not path.startswith(inside):
                 alone = nn.ModuleDict({"module": module})
                 restore_modules(alone)
                 found |= {f"{path}.{leaf}": tensor for leaf, tensor in alone["module"].state_dict().items()}
         return found
 
     def drop_outside(self) -> None:
-        """Free the parameters outside the blocks, until they are loaded again."""
+        """Free the parameters outside the blocks, and packed weights, until they are loaded again."""
+        inside = tuple(f"{path}." for path in self.resolved.blocks)
+        for path, module in self.model.named_modules():
+            if isinstance(module, PackedLinear) and not path.startswith(inside):
+                module._buffers.update({name: each.to("meta") for name, each in module.named_buffers()})
         for name, parameter in list(self.model.named_parameters()):
-            if not name.startswith(tuple(f"{path}." for path in self.resolved.blocks)):
+            if not name.startswith(inside):
                 owner, _, leaf = name.rpartition(".")
                 empty = nn.Parameter(parameter.to("meta"), requires_grad=False)
                 setattr(self.model.get_submodule(owner), leaf, empty)

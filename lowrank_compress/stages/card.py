@@ -78,6 +78,14 @@ def beside_in_words(said: Mapping[str, Any]) -> str:
     return held + (f" What enters a layer is rounded to {bits} bits, token by token." if bits else "")
 
 
+def counted_in_words(said: Mapping[str, Any]) -> str:
+    """Say what a quantization counts, from its report."""
+    head = said.get("head")
+    return "All weights inside the blocks" + (
+        "" if head is None else f" and those of the head, in {head['bits']} bits,"
+    )
+
+
 def _quantized(report: Mapping[str, Any]) -> str:
     """Say how many bits the weights have, where they are quantized."""
     if (said := report.get("quantize")) is None:
@@ -85,7 +93,7 @@ def _quantized(report: Mapping[str, Any]) -> str:
     return f"""## Quantized
 
 The {said["weights"]:,} weights of its linear layers take {said["bits_per_weight"]:.2f} bits each, scales included
-(`lrc quantize`, rounding `{said["rounding"]}`); all weights inside the blocks take {said["stored_bytes"]:,} bytes, of
+(`lrc quantize`, rounding `{said["rounding"]}`). {counted_in_words(said)} take {said["stored_bytes"]:,} bytes, of
 the original's {said["original_bytes"]:,}.{beside_in_words(said)}
 """
 

@@ -36,6 +36,7 @@ from lowrank_compress.shipped.saving import remote_code_entries, write_remote_co
 from lowrank_compress.stages.card import PEFT_TASKS, model_card
 from lowrank_compress.stages.environment import environment
 from lowrank_compress.stages.fitting import Way
+from lowrank_compress.stages.headbits import original_head_bytes
 from lowrank_compress.stages.layers import Layer
 from lowrank_compress.stages.origin import CARD, copy_licences
 from lowrank_compress.stages.quantizeconfig import NO_TEXT, QuantizeConfig, looks
@@ -57,7 +58,8 @@ def key(config: QuantizeConfig, inputs: Given) -> Key:
     found = contents_of(inputs.checkpoint)
     if config.source is not None:
         found["text"] = text_id(config)
-    return Key("quantize", VERSION, settings_of(config), found)
+    unsaid = ["head"] if config.head is None else []  # as before there was one
+    return Key("quantize", VERSION, settings_of(config, *unsaid), found)
 
 
 def run(
@@ -109,6 +111,8 @@ def _quantized(
     before = read_json(checkpoint.path / REPORT) if (checkpoint.path / REPORT).exists() else None
     own = measure_size(checkpoint).block_bytes
     original = int((before or {}).get("claimed_bytes", own))
+    if config.head is not None:
+        original += original_head_bytes(checkpoint, before)
     computing = torch.promote_types(checkpoint.dtype, torch.float32)
     skeleton = Skeleton(checkpoint, torch.device(config.device), computing)
     if ROUNDINGS[config.rounding].needs == "gradients" and skeleton.task == "embedding":
@@ -150,10 +154,10 @@ def _write_tensors(quantizer: Quantizer, chosen: Mapping[str, Way], out: Path) -
     """Write all tensors; return how many shards they take."""
     plan = quantizer.plan
     writer = ShardWriter(out, quantizer.config.shard_bytes)
-    layers = {f"{layer.path}.weight": layer for layer in quantizer.layers if layer.path in chosen}
+    layers = {f"{layer.path}.weight": layer for layer in quantizer.all if layer.path in chosen}
     apart = tuple(f"{path}." for path in separated(quantizer, chosen))
     for block in range(-1, len(quantizer.blocks)):
-        kept = quantizer.rounded.read(block) if block >= 0 else {}
+        kept = quantizer.kept(block)
         names = plan.outside() if block < 0 else plan.inside(block)
         for path in apart:  # what fails a load as stock experts
             if any(name.startswith(path) for name in names):
@@ -185,7 +189,7 @@ def _layout(quantizer: Quantizer, chosen: Mapping[str, Way]) -> dict[str, Any]:
     """What `LowRankConfig` is to say."""
     found: dict[str, Any] = dict(quantizer.plan.checkpoint.quantization or {})
     modules, linears = dict(found.get("modules", {})), {}
-    for layer in quantizer.layers:
+    for layer in quantizer.all:
         if layer.path not in chosen:
             continue
         way = chosen[layer.path]

@@ -51,6 +51,8 @@ class QuantizeConfig(CalibrationSet):
         Columns that inputs beyond this magnitude meet are left as they are, in two bytes (LLM.int8()). None: no column.
     activation_bits
         To which what enters a layer is rounded as it computes. None: not.
+    head
+        Bits of the output head, which `bytes` counts then and `bits` does not. None: it stays as it is.
     damping, damping_fisher
         Shares of their mean diagonals that are added to the diagonals of Gram and Fisher matrices.
     clip
@@ -70,6 +72,7 @@ class QuantizeConfig(CalibrationSet):
     smooth: bool = False
     outliers: float | None = Field(default=None, gt=0)
     activation_bits: int | None = Field(default=None, ge=2, le=MOST_ACTIVATION_BITS)
+    head: int | None = None
     damping: float = Field(default=0.01, gt=0, le=1)
     damping_fisher: float = Field(default=0.1, gt=0, le=100)
     clip: float | None = Field(default=None, gt=0)
@@ -84,6 +87,8 @@ class QuantizeConfig(CalibrationSet):
             raise ValueError(f"bits is {self.bits:g}; expected up to 9 bits for a weight, scales included")
         if self.whole is not None and self.whole not in BITS:
             raise ValueError(f"bits is {self.whole}; expected one of {', '.join(map(str, BITS))}, or a fraction")
+        if self.head is not None and self.head not in BITS:
+            raise ValueError(f"head is {self.head}; expected one of {', '.join(map(str, BITS))}, the bits of the head")
         if 0 < self.group < 8:
             raise ValueError(f"group is {self.group}; expected 8 columns or more, or 0 for all of a row")
         if self.inside and not self.residual_rank:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from lowrank_compress.model import packing
-from lowrank_compress.model.blueprint import Blueprint
 from lowrank_compress.model.names import experts_of
 from lowrank_compress.stages.fitting import Way
 from lowrank_compress.stages.layers import Layer
@@ -59,7 +58,7 @@ def report_of(
     config, layers = quantizer.config, described(quantizer, chosen)
     weights = sum(layer.weights for layer in quantizer.layers)
     taken = sum(entry["bytes"] for entry in layers.values())
-    stored = own + taken - sum(quantizer.bytes_of(layer, None) for layer in quantizer.layers)
+    stored = own + taken - sum(quantizer.bytes_of(layer, None) for layer in quantizer.layers) + quantizer.head_bytes
     nats = quantizer.rounding.needs == "gradients"
     apart = 0 if config.aided or config.inside else config.residual_rank
     said = {
@@ -78,18 +77,36 @@ def report_of(
         **({"beside": _beside(quantizer, chosen)} if config.aided or config.inside else {}),
         "format": packing.METHOD if is_stock(quantizer, chosen) else "lowrank",
         **_experts(quantizer),
+        **_head(quantizer),
         "left": quantizer.left,
-        "layers": layers,
+        "layers": layers | _head_layer(quantizer),
     }
     if before is None:
         return {"schema": 1, "method": "dense", "about": about(quantizer.plan), "quantize": said}
-    return {**before, **_bytes_now(before, quantizer.plan, stored), "quantize": said}
+    return {**before, **_bytes_now(before, quantizer, stored), "quantize": said}
 
 
 def _experts(quantizer: Quantizer) -> dict[str, Any]:
     """Say how many experts there are, and which saw few tokens."""
     found = {layer.expert for layer in quantizer.layers} - {None}
     return {"experts": {"count": len(found), "thin": quantizer.thin()}} if found else {}
+
+
+def _head(quantizer: Quantizer) -> dict[str, Any]:
+    """Say what the head takes, if it is rounded."""
+    if quantizer.head is None:
+        return {}
+    return {"head": {"bits": quantizer.way_of_head.bits, "bytes": quantizer.head_bytes}}
+
+
+def _head_layer(quantizer: Quantizer) -> dict[str, Any]:
+    """Say of the head what `described` does of others; its loss is a share always."""
+    if (layer := quantizer.head) is None:
+        return {}
+    grid = quantizer.packing.grid(layer.shape[1], quantizer.way_of_head.bits)
+    share = quantizer.rounded.notes(layer.block)["share"]
+    said = {"shape": list(layer.shape), "bits": grid.bits, "bytes": quantizer.head_bytes, "group": grid.group}
+    return {layer.path: said | {"symmetric": grid.symmetric, "share": share}}
 
 
 def _beside(quantizer: Quantizer, chosen: Mapping[str, Way]) -> dict[str, Any]:
@@ -112,13 +129,15 @@ def _residual_bytes(layer: Layer, rank: int) -> int:
     return 2 * min(rank, *layer.shape) * sum(layer.shape)
 
 
-def _bytes_now(before: Mapping[str, Any], plan: Blueprint, stored: int) -> dict[str, Any]:
-    """What a report of the checkpoint before says of bytes, as it is now."""
+def _bytes_now(before: Mapping[str, Any], quantizer: Quantizer, stored: int) -> dict[str, Any]:
+    """What a report of the checkpoint before says of bytes, as it is now; the head is none of its claimed weights."""
     if "reached_ratio_bytes" not in before:  # an older version counted elements alone
         return {}
-    others, whole = beyond_claimed(before, plan)
-    beside = others * getattr(torch, before["dtype"]).itemsize
-    return {"stored_bytes": stored, "reached_ratio_bytes": 1 - (stored + beside) / whole}
+    others, whole = beyond_claimed(before, quantizer.plan)
+    beside, claimed = others * getattr(torch, before["dtype"]).itemsize, stored - quantizer.head_bytes
+    if others and quantizer.head is not None:
+        beside -= quantizer.bytes_of(quantizer.head, None) - quantizer.head_bytes
+    return {"stored_bytes": claimed, "reached_ratio_bytes": 1 - (claimed + beside) / whole}
 
 
 def described(quantizer: Quantizer, chosen: Mapping[str, Way]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.resources.resources import Resources
 from lowrank_compress.shipped.beside import Beside
 from lowrank_compress.stages.fitting import Way, beside_of, fit
+from lowrank_compress.stages.headbits import head_of, rounded_head
 from lowrank_compress.stages.layers import Layer, layers_of
 from lowrank_compress.stages.quantizeconfig import QuantizeConfig
 from lowrank_compress.stages.reporting import Reporter
@@ -73,6 +74,9 @@ class Quantizer:
         self.work = work
         self.rounded = BlockFiles(work, id, "rounded")
         self.blocks = range(len(self.plan.resolved.blocks))
+        self.head = None if config.head is None else head_of(self.plan)
+        if self.head is not None:
+            self.left.pop(self.head.path)
         if config.whole is None:
             self._require_reachable()
 
@@ -88,22 +92,53 @@ class Quantizer:
 
     def make(self) -> dict[str, Way]:
         """Round what is not rounded yet; return how each layer is by its path, none for one that stays."""
-        missing = [block for block in self.blocks if not self.rounded.finished(block)]
+        missing = [block for block in self.scopes if not self.rounded.finished(block)]
         if missing:
             self.work.mkdir(parents=True, exist_ok=True)
             for block, moments in self._moments(missing):
-                self._round(block, moments)
-        return self._chosen()
+                if block in self.blocks:
+                    self._round(block, moments)
+                else:
+                    self._round_head(moments)
+        head = {} if self.head is None else {self.head.path: self.way_of_head}
+        return self._chosen() | head
+
+    @property
+    def scopes(self) -> range:
+        """Numbers of the blocks, and of what is behind them if the head is rounded."""
+        return range(len(self.blocks) + (self.head is not None))
+
+    @property
+    def all(self) -> list[Layer]:
+        """The layers of the blocks, and the head if it is rounded."""
+        return [*self.layers, *([] if self.head is None else [self.head])]
+
+    def kept(self, block: int) -> dict[str, Tensor]:
+        """Read what was rounded of a block; of −1, of what lies outside of all."""
+        if block >= 0:
+            return self.rounded.read(block)
+        return {} if self.head is None else self.rounded.read(self.head.block)
+
+    @property
+    def way_of_head(self) -> Way:
+        """How the head is rounded, if it is."""
+        assert self.config.head is not None
+        return Way(self.config.head)
+
+    @property
+    def head_bytes(self) -> int:
+        """What the head takes in few bits; 0 where it stays as it is."""
+        return 0 if self.head is None else self.bytes_of(self.head, self.way_of_head)
 
     def clear(self) -> None:
         """Remove what lies on the disk."""
-        self.rounded.remove(self.blocks)
+        self.rounded.remove(self.scopes)
 
     def _moments(self, missing: Sequence[int]) -> Iterator[tuple[int, Mapping[str, LayerMoments]]]:
         if self.config.source is None:
             for block in missing:
                 yield block, {}
-                self.reporter.advance("quantize", block + 1, len(self.blocks))
+                self.reporter.advance("quantize", block + 1, len(self.scopes))
             return
         yield from layer_moments(
             self.skeleton,
@@ -111,6 +146,7 @@ class Quantizer:
             [[layer.path for layer in self.of_block(block)] for block in self.blocks],
             gradients=self.rounding.needs == "gradients",
             single=self.config.aided,
+            head=None if self.head is None else self.head.path,
             skip=lambda block: block not in missing,
             clip=self.config.clip,
             advance=self.reporter.advance,
@@ -147,6 +183,15 @@ class Quantizer:
                 tensors |= {f"{layer.path}/{way.key}/{name}": each for name, each in fitted.kept(self.scales).items()}
         self.rounded.write(block, tensors, notes={"losses": losses, "outliers": outliers, "thin": thin, "given": given})
 
+    def _round_head(self, moments: Mapping[str, LayerMoments]) -> None:
+        layer, way = self.head, self.way_of_head
+        assert layer is not None
+        grid = self.packing.grid(layer.shape[1], way.bits)
+        weight, known = self.plan.read(f"{layer.path}.weight"), moments.get(layer.path)
+        kept, share = rounded_head(self.config, layer, grid, weight, known, self.scales)
+        named = {f"{layer.path}/{way.key}/{name}": tensor for name, tensor in kept.items()}
+        self.rounded.write(layer.block, named, notes={"share": share})
+
     def losses(self) -> dict[str, dict[str, float]]:
         """What each layer loses in each way, by its key (`Problem.lost`)."""
         return {path: each for block in self.blocks for path, each in self.rounded.notes(block)["losses"].items()}
@@ -172,10 +217,12 @@ class Quantizer:
         codes, scale, zero = (block[f"{layer.path}/{way.key}/{name}"] for name in ("codes", "scale", "zero"))
         scales = Scales(self.packing.grid(layer.shape[1], way.bits), scale.double(), zero.double())
         more = {name: block[f"{layer.path}/{way.key}/{name}"] for name in self._named(layer, way)}
-        return packed_tensors(Quantized(scales, codes.double()), self.scales) | more
+        return packed_tensors(Quantized(scales, codes), self.scales) | more
 
     def beside(self, layer: Layer, way: Way) -> Beside:
-        """What a layer that is rounded has beside its codes."""
+        """What a layer that is rounded has beside its codes; the head nothing."""
+        if layer is self.head:
+            return Beside()
         outliers = self.rounded.notes(layer.block)["outliers"][layer.path] if self.config.outliers else 0
         return beside_of(self.config, way.rank, outliers)
 
@@ -196,7 +243,7 @@ class Quantizer:
         if config.bytes is None:
             return math.floor(Fraction(str(config.bits)) * sum(layer.weights for layer in self.layers) / 8)
         own = sum(self.bytes_of(layer, None) for layer in self.layers)
-        others = measure_size(self.plan.checkpoint).block_bytes - own
+        others = measure_size(self.plan.checkpoint).block_bytes - own + self.head_bytes
         return math.floor(Fraction(str(config.bytes)) * self.original_bytes) - others
 
     def _require_reachable(self) -> None:

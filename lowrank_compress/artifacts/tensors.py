@@ -54,16 +54,22 @@ class BlockFiles:
         """Path of a block's file."""
         return self.directory / self.name(block)
 
-    def write(self, block: int, tensors: Mapping[str, Tensor], notes: Mapping[str, Any] | None = None) -> None:
-        """Write a finished block, with JSON notes in its header; it appears whole or not at all."""
-        plain = {name: tensor.detach().cpu() for name, tensor in sorted(tensors.items())}
+    def write(self, block: int, tensors: Mapping[str, Tensor | Lazy], notes: Mapping[str, Any] | None = None) -> None:
+        """Write a finished block, with JSON notes in its header; it appears whole or not at all.
+
+        Tensors that are given lazily are read one by one, twice each.
+        """
+        lazy = {
+            name: tensor if isinstance(tensor, Lazy) else at_hand(tensor.detach().cpu())
+            for name, tensor in sorted(tensors.items())
+        }
         refuse_link(self.directory)
         # One metadata key only: safetensors does not keep the order of several, and bytes must repeat.
         said = {"block": block, "id": self.id, "notes": dict(notes or {})}
-        header = {"lrc": json.dumps(said | {"digest": _digest(plain.items(), said)}, sort_keys=True)}
+        digest = _digest(((name, each.read()) for name, each in lazy.items()), said)
+        header = {"lrc": json.dumps(said | {"digest": digest}, sort_keys=True)}
         if self._header(block) is None:
             keep_aside(self.path(block))  # nothing of ours
-        lazy = {name: at_hand(tensor) for name, tensor in plain.items()}
         write_atomically(self.path(block), lambda path: write_tensors(path, lazy, header))
         self._verified[block] = self._stamp(block)
 

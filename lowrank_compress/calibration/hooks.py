@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def hooked(
         routing = None
         for path, targets in skeleton.resolved.modules_of(index).items():
             module = skeleton.model.get_submodule(path)
-            own = None if weighed_by is None else weighed_by.model.get_submodule(path)
+            own = None if weighed_by is None else partial(weighed_by.parameter, f"{path}.weight")
             if targets[0].expert is not None and routing is None:
                 routing = Routing(batch)
                 experts = skeleton.model.get_submodule(path.rsplit(".", 2)[0])
@@ -70,7 +71,7 @@ def _hook(
     moments: Moments,
     batch: Batch,
     clip: float | None,
-    weighed_by: nn.Module | None = None,
+    weighed_by: Callable[[], Tensor] | None = None,
     routing: Routing | None = None,
 ):
     """Hook a module: measure what it sees now, and the gradient of its output when that is known.
@@ -86,7 +87,7 @@ def _hook(
     shape = batch.ids.shape
     mask = None if batch.mask is None else batch.mask.bool()[..., None]
     alone = len(targets) == 1 and moments.wants(targets[0], "in_fisher") and weighed_by is None
-    weight = (weighed_by or module).get_parameter("weight")
+    weight = weighed_by or partial(module.get_parameter, "weight")
     expert = targets[0].expert
 
     def measured(values: Tensor, device: torch.device) -> Tensor:
@@ -117,7 +118,7 @@ def _hook(
                 g = None if gradient is None else gradient if index is None else gradient[..., index]
                 inner = delta
                 if g is not None and inner is None and moments.wants(target, "in_fisher"):
-                    inner = g @ weights.read(weight.detach(), target)
+                    inner = g @ weights.read(weight().detach(), target)
                 own = None if routing is None or expert is None else routing.of(expert)
                 moments.add(
                     target,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -165,18 +165,17 @@ class ExpertGroup(InPlace):
         }
         return Edit(choice, Later(parts), biases, router=self._rerouted(choice, basis))
 
-    def replace(self, source: Source, choice: Choice, basis: Mapping[str, Tensor]) -> Sequence[Replacement | Rerouted]:
+    def replace(self, source: Source, choice: Choice, basis: Mapping[str, Tensor]) -> Iterator[Replacement | Rerouted]:
         """Have the router leave experts out; or fill them up with zeros for the units that go."""
         rerouted = self._rerouted(choice, basis)
         if rerouted is not None:
-            return [rerouted]
-        found = list[Replacement | Rerouted]()
+            yield rerouted
+            return
         for own, units in zip(self.experts, self._units(choice, basis), strict=True):
             for target in own if len(units) < down_of(own).shape[1] else ():
                 weight, zeros = source.weight(target), torch.zeros_like(source.weight(target))
                 side = 1 if target.role == "down" else 0
-                found.append(Replacement(target, zeros.index_copy(side, units, weight.index_select(side, units))))
-        return found
+                yield Replacement(target, zeros.index_copy(side, units, weight.index_select(side, units)))
 
     def _best(self, choice: Choice, basis: Mapping[str, Tensor]) -> Tensor:
         """Which of all are kept, (rank,) int64, ascending."""

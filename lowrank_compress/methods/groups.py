@@ -173,7 +173,7 @@ class TargetGroup(Protocol):
         """
         ...
 
-    def replace(self, source: Source, choice: Choice, basis: Mapping[str, Tensor]) -> Sequence[Replacement | Rerouted]:
+    def replace(self, source: Source, choice: Choice, basis: Mapping[str, Tensor]) -> Iterable[Replacement | Rerouted]:
         """Return what a choice makes of its matrices, not rounded, in the dense model's own shapes."""
         ...
 

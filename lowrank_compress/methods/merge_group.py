@@ -98,14 +98,12 @@ class MergeGroup(ExpertGroup):
                     biases[target.name] = torch.empty(0, dtype=torch.float64)
         return Edit(choice, parts, biases, merged=Merged(self.path, leads))
 
-    def replace(self, source: Source, choice: Choice, basis: Mapping[str, Tensor]) -> list[Replacement]:
+    def replace(self, source: Source, choice: Choice, basis: Mapping[str, Tensor]) -> Iterator[Replacement]:
         """Give every expert the matrices of its cluster."""
-        return [
-            Replacement(target, weight, bias)
-            for members, made in self._made(source, self._leads(choice, basis), basis)
-            for member in members
-            for target, (weight, bias) in zip(self.experts[member], made, strict=True)
-        ]
+        for members, made in self._made(source, self._leads(choice, basis), basis):
+            for member in members:
+                for target, (weight, bias) in zip(self.experts[member], made, strict=True):
+                    yield Replacement(target, weight, bias)
 
     def _leads(self, choice: Choice, basis: Mapping[str, Tensor]) -> Tensor:
         return basis[f"{self.name}/leads"].cpu()[choice.parameters[0] - 1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,10 @@ from lowrank_compress.errors import CheckpointError
 from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.embedding import Embedding, embedding_of
-from lowrank_compress.model.lending import Lender
+from lowrank_compress.model.lending import Lender, Read
 from lowrank_compress.model.names import experts_of
 from lowrank_compress.model.tasks import Task
+from lowrank_compress.resources.memory import trim
 from lowrank_compress.shipped.linear import CompressedLinear
 from lowrank_compress.shipped.packed import PackedLinear
 from lowrank_compress.shipped.restore import restore_modules
@@ -42,8 +43,8 @@ class Skeleton:
     beside
         A model that is in memory at the same time: what lies outside the blocks of both and is the same is so once.
     for_experts
-        Bytes that the weights of a block's routed experts may take together, in a dense model; where they are more, one
-        expert at a time is in memory, while it is run. None for no bound. No result depends on it.
+        Bytes that the weights of a block's routed experts may take together in the dense model; where they are more,
+        one expert at a time is in memory, while it is run. None for no bound. No result depends on it.
 
     Raises
     ------
@@ -66,7 +67,8 @@ class Skeleton:
         self.dtype = dtype
         self._edit = edit
         self._beside = beside
-        self._for_experts = for_experts
+        self.for_experts = for_experts
+        self._lender: Lender | None = None
         self.task: Task = self.blueprint.task
         self.model = self.blueprint.model
         self.resolved = self.blueprint.resolved
@@ -159,7 +161,10 @@ class Skeleton:
         return tensor
 
     def _read(self, name: str) -> Tensor:
-        tensor = self.blueprint.read(name)
+        return self._read_by(partial(self.blueprint.read, name))
+
+    def _read_by(self, read: Read) -> Tensor:
+        tensor = read()
         return tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
 
     def _restore_buffers(self, module: nn.Module) -> None:
@@ -191,12 +196,13 @@ class Skeleton:
         """
         prefix = self.resolved.blocks[index]
         block = self.model.get_submodule(prefix)
-        lender = self._lender(index)
-        names = [name for name in self.blueprint.inside(index) if not lender.has(name)]
+        self._lender = lender = self._lending(index)
+        names = [name for name in self.blueprint.inside(index) if lender.of(name) is None]
         state = {name.removeprefix(f"{prefix}."): self._read(name) for name in names}
         block.load_state_dict(state, assign=True, strict=len(names) == len(self.blueprint.inside(index)))
-        for module in block.modules():
-            self._restore_buffers(module)
+        for name, module in block.named_modules(prefix=prefix):
+            if lender.of(f"{name}.") is None:
+                self._restore_buffers(module)
         self._check(block, prefix)
         block.requires_grad_(False)
         if self._edit is not None:
@@ -208,14 +214,46 @@ class Skeleton:
             yield block
         finally:
             lender.close()
+            self._lender = None
             block.to("meta")
+            trim()
 
-    def _lender(self, index: int) -> Lender:
+    def _lending(self, index: int) -> Lender:
         """Take the experts of a block whose weights would be too many."""
-        lender, prefix = Lender(self._read), f"{self.resolved.blocks[index]}."
+        lender, prefix = Lender(self._read, self._check), f"{self.resolved.blocks[index]}."
         elements = sum(target.elements for target in self.resolved.of_block(index) if target.expert is not None)
-        if self._for_experts is not None and elements * self.dtype.itemsize > self._for_experts:
+        if self.for_experts is not None and elements * self.dtype.itemsize > self.for_experts:
             for path, experts in experts_of(self.model).items():
                 for number, expert in enumerate(experts) if path.startswith(prefix) else ():
                     lender.take(f"{path}.{number}", expert)
         return lender
+
+    def lends(self, name: str) -> bool:
+        """Whether a tensor of the block in memory, by its name in the model, is there only while it is used."""
+        return self._lender is not None and self._lender.of(name) is not None
+
+    def parameter(self, name: str) -> Tensor:
+        """Return a parameter of the block in memory, as it is run with it; one that is lent is not to be changed."""
+        if self._lender is not None and self.lends(name):
+            return self._lender.tensor(name)
+        return self.model.get_parameter(name).detach()
+
+    def lend(self, name: str, read: Read | None) -> Read | None:
+        """Have a lent tensor read from elsewhere as long as the block is in memory, or from the checkpoint again.
+
+        Returns
+        -------
+        callable or None
+            From where it was read before, in the same sense.
+        """
+        assert self._lender is not None
+        return self._lender.put(name, None if read is None else partial(self._read_by, read))
+
+    @contextmanager
+    def having(self, path: str) -> Iterator[None]:
+        """Have the weights of a module in memory while inside, if they are lent."""
+        if self._lender is not None and (expert := self._lender.of(f"{path}.")) is not None:
+            with self._lender.having(expert):
+                yield
+        else:
+            yield

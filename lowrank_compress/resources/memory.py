@@ -18,6 +18,8 @@ from lowrank_compress.errors import InputError
 
 # Parameters of glibc's mallopt.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
+# Holds something while freed memory is kept.
+_kept: list[bool] = []
 
 
 def free_memory() -> int:
@@ -47,6 +49,7 @@ def bytes_of(size: int | str | None) -> int | None:
 
 def keep_freed() -> None:
     """Keep freed memory for the next tensors, in this process from now on; for programs, not for libraries."""
+    _kept.append(True)
     _set(_TRIM_THRESHOLD, (1 << 31) - 1)
     _set(_MMAP_THRESHOLD, 1 << 30)
     _set(_ARENA_MAX, 1)  # what one thread has freed, others can use
@@ -57,7 +60,15 @@ def give_back_freed() -> None:
 
     By itself glibc learns to keep pieces of up to 32 MB.
     """
+    _kept.clear()
     _set(_MMAP_THRESHOLD, 1 << 20)
+
+
+def trim() -> None:
+    """Give back what was freed in smaller pieces, too, such as the weights of small experts, unless it is kept."""
+    if not _kept:
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _set(parameter: int, value: int) -> None:

@@ -17,6 +17,8 @@ Found = TypeVar("Found")
 
 # What is decomposed together is lost together in a crash.
 MOST_BLOCKS = 8
+# More would save no time.
+MOST_SUMS = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,11 @@ class Resources:
     def for_experts(self) -> int:
         """Bytes that the weights of a block's experts may take together; where they are more, one is read at a time."""
         return self.budget // 4
+
+    @property
+    def for_sums(self) -> int:
+        """Bytes that the sums may take of those experts that are fitted anew in one go."""
+        return min(MOST_SUMS, self.for_decompositions // 2)
 
     def blocks_at_once(self, statistics: int) -> int:
         """How many blocks to decompose together, where the statistics of one have so many bytes.

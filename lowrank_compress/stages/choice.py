@@ -13,6 +13,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from lowrank_compress.methods.groups import TargetGroup
 from lowrank_compress.model.narrowing import check_narrowing
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.model.walk.batch import Batch
+from lowrank_compress.model.walk.states import StateStore
 from lowrank_compress.model.walk.walk import Walk
 from lowrank_compress.shipped.router import prune_router, restore_router
 from lowrank_compress.stages.cachebudget import choose_cache
@@ -140,7 +142,7 @@ def planned(
 
 def tried(bases: Bases, batches: Sequence[Batch], plans: Sequence[Plan]) -> list[dict[str, Any]]:
     """Try plans, and return what each came to, for the report; not those whose narrower modules cannot be run."""
-    skeleton = Skeleton(bases.chooser.subject.checkpoint, bases.device, torch.float32)
+    skeleton = bases.dense()
     if any(plan.bases is bases.rival for plan in plans):
         try:
             check_narrowing(skeleton, batches[0])
@@ -173,9 +175,16 @@ def edited(plan: Plan, beside: Skeleton | None = None) -> Skeleton:
     bases = plan.bases
 
     def edit(index: int, block: nn.Module) -> None:
-        _put(made, replacements(plan, index, bases.device))
+        _put(made, replacements(plan, index, bases.device), bases.files.directory)
 
-    made = Skeleton(bases.chooser.subject.checkpoint, bases.device, torch.float32, edit, beside)
+    made = Skeleton(
+        bases.chooser.subject.checkpoint,
+        bases.device,
+        torch.float32,
+        edit,
+        beside,
+        None if beside is None else beside.for_experts,
+    )
     return made
 
 
@@ -206,55 +215,66 @@ def divergences(skeleton: Skeleton, batches: Sequence[Batch], plans: Sequence[Pl
     walk = Walk([skeleton] * (1 + len(plans)), batches)  # the dense model, and what each plan makes of it
     for step in walk.forwards():
         for model, plan in enumerate(plans, start=1):
-            with in_place_of(skeleton, replacements(plan, step.index, skeleton.device)):
+            with in_place_of(skeleton, replacements(plan, step.index, skeleton.device), plan.bases.files.directory):
                 step.advance(model)
     return divergences_at_the_end(walk)
 
 
 @contextlib.contextmanager
-def in_place_of(skeleton: Skeleton, replacements: Sequence[Replacement | Rerouted]) -> Iterator[None]:
-    """Put matrices and biases into the block in memory, for a while."""
-    routers = [skeleton.model.get_submodule(each.path) for each in replacements if isinstance(each, Rerouted)]
-    parameters = [dict(router.named_parameters()) for router in routers]
-    kept = _put(skeleton, replacements)
-    try:
+def in_place_of(
+    skeleton: Skeleton, replacements: Iterable[Replacement | Rerouted], directory: Path | None = None
+) -> Iterator[None]:
+    """Put matrices and biases into the block in memory, for a while.
+
+    Parameters
+    ----------
+    directory
+        Where those of lent experts lie meanwhile; None for the system's temporary one.
+    """
+    with _put(skeleton, replacements, directory):
         yield
-    finally:
-        for router, whole in zip(routers, parameters, strict=True):
-            restore_router(router, whole)
-        for name, data in kept.items():
-            skeleton.model.get_parameter(name).data = data
 
 
-def _put(skeleton: Skeleton, replacements: Iterable[Replacement | Rerouted]) -> dict[str, Tensor]:
-    """Put matrices and biases into the block in memory; return what was there, by parameter."""
-    kept: dict[str, Tensor] = {}
+def _put(
+    skeleton: Skeleton, replacements: Iterable[Replacement | Rerouted], directory: Path | None
+) -> contextlib.ExitStack:
+    """Put matrices and biases into the block in memory; what is returned puts back what was there."""
+    undo, changed = contextlib.ExitStack(), set[str]()
+    store = StateStore(True, directory)
 
     def put(name: str, values: Tensor, target: Target) -> None:
-        parameter = skeleton.model.get_parameter(name)
-        if name not in kept:
-            kept[name] = parameter.data
-            parameter.data = parameter.data.clone()
-        stored = parameter.data.T if target.view.transposed and parameter.ndim == 2 else parameter.data
+        lent = skeleton.lends(name)
+        tensor = skeleton.parameter(name)
+        if lent or name not in changed:
+            tensor = tensor.clone()
+        stored = tensor.T if target.view.transposed and tensor.ndim == 2 else tensor
         stored[target.view.rows.index().to(stored.device)] = values.to(stored)
+        if lent:
+            before = skeleton.lend(name, store.keep(tensor).load)
+            undo.callback(skeleton.lend, name, before)
+        elif name not in changed:
+            parameter = skeleton.model.get_parameter(name)
+            undo.callback(setattr, parameter, "data", parameter.data)
+            parameter.data = tensor
+        changed.add(name)
 
     for found in replacements:
         if isinstance(found, Rerouted):
-            prune_router(skeleton.model.get_submodule(found.path), found.kept)
+            router = skeleton.model.get_submodule(found.path)
+            undo.callback(restore_router, router, dict(router.named_parameters()))
+            prune_router(router, found.kept)
             continue
         put(found.target.parameter, found.weight, found.target)
         if found.bias is not None and found.target.bias is not None:
             put(found.target.bias, found.bias, found.target)
-    return kept
+    return undo
 
 
-def replacements(plan: Plan, block: int, device: torch.device) -> list[Replacement | Rerouted]:
-    """What a plan makes of a block, in the dense model's shapes."""
+def replacements(plan: Plan, block: int, device: torch.device) -> Iterator[Replacement | Rerouted]:
+    """What a plan makes of a block, in the dense model's shapes, one after the other."""
     tensors, read = plan.bases.files.read(block), plan.bases.chooser.subject.model
     source = Source(read.weight, read.bias, device, torch.float32)
-    found = list[Replacement | Rerouted]()
     for group in plan.groups:
         choice = plan.choices[group.name]
         if group.block == block and not choice.is_dense:
-            found += group.replace(source, choice, tensors)
-    return found
+            yield from group.replace(source, choice, tensors)

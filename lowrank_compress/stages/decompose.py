@@ -23,6 +23,7 @@ from lowrank_compress.methods.declared import options_of
 from lowrank_compress.methods.groups import TargetGroup, statistics_bytes, uses
 from lowrank_compress.methods.linear import Damping
 from lowrank_compress.methods.scale import scales_of
+from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.options import ALPHA, only
 from lowrank_compress.resources.behind import Behind
 from lowrank_compress.resources.resources import Resources
@@ -142,6 +143,11 @@ class Bases:
             self._behind.do(partial(self.files.write, block, here))
         if not self._resources.may_wait(sum(tensor.nbytes for found in tensors.values() for tensor in found.values())):
             self.flush()
+
+    def dense(self) -> Skeleton:
+        """Return the dense model as it is run, one expert at a time in memory where a block has too many."""
+        checkpoint, room = self.chooser.subject.checkpoint, self._resources.for_experts
+        return Skeleton(checkpoint, self.device, torch.float32, for_experts=room)
 
     def flush(self) -> None:
         """Return when all blocks that were taken are on disk.

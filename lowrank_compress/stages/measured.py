@@ -26,7 +26,6 @@ from lowrank_compress.calibration.windows import batches_hash
 from lowrank_compress.config import CalibrateConfig
 from lowrank_compress.evaluation.divergence import divergences_at_the_end
 from lowrank_compress.methods.groups import TargetGroup
-from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.model.walk.segments import boundary_bytes
 from lowrank_compress.model.walk.states import StateStore
@@ -142,19 +141,18 @@ def trials_of(plan: Plan, curves: Mapping[str, Curve], block: int) -> list[Trial
 
 def _measured(plan: Plan, trials: Sequence[Trial], batches: Sequence[Batch], resources: Resources) -> dict[str, Tensor]:
     """Divergence of each trial of one block, unit -> (shares + 1,) float64."""
-    checkpoint, device = plan.bases.chooser.subject.checkpoint, plan.bases.device
-    skeleton = Skeleton(checkpoint, device, torch.float32)
+    skeleton, device, directory = plan.bases.dense(), plan.bases.device, plan.bases.files.directory
     block = next(group.block for group in plan.groups if _unit(plan.bases.chooser, group) == trials[0].unit)
     # The dense model, and the trials, of which all are the plan before the block.
     spill = boundary_bytes(skeleton, batches) * (1 + len(trials)) > resources.on(str(device)).for_states
-    walk = Walk([skeleton] * (1 + len(trials)), batches, store=StateStore(spill, plan.bases.files.directory))
+    walk = Walk([skeleton] * (1 + len(trials)), batches, store=StateStore(spill, directory))
     for step in walk.forwards():
         if step.index == block:
             for model, trial in enumerate(trials, start=1):
-                with in_place_of(skeleton, replacements(trial.plan, block, device)):
+                with in_place_of(skeleton, replacements(trial.plan, block, device), directory):
                     step.advance(model)
             continue
-        with in_place_of(skeleton, replacements(plan, step.index, device)):
+        with in_place_of(skeleton, replacements(plan, step.index, device), directory):
             for number in range(len(batches)):
                 if step.index < block:
                     _, leaving = step.run(number, 1)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lowrank_compress.artifacts.directories import files_in, replacing
 from lowrank_compress.artifacts.manifest import Key, Manifest, commit, listed
+from lowrank_compress.artifacts.stream import Lazy
 from lowrank_compress.artifacts.tensors import BlockFiles
 from lowrank_compress.calibration.capture import capture, numbered
 from lowrank_compress.config import RefineConfig
@@ -118,8 +119,9 @@ class _Refinement:
         self.config, self.checkpoint, self.out_dir = config, inputs.checkpoint, out_dir
         self.identity, self.reporter, self.resources = identity, reporter, resources
         device, dtype = torch.device(config.device), computing_dtype(inputs.checkpoint.dtype)
-        self.dense = Skeleton(inputs.dense, device, dtype)
-        self.compressed = Skeleton(inputs.checkpoint, device, dtype, beside=self.dense)
+        room = resources.for_experts
+        self.dense = Skeleton(inputs.dense, device, dtype, for_experts=room)
+        self.compressed = Skeleton(inputs.checkpoint, device, dtype, beside=self.dense, for_experts=room)
         if _shape(self.dense) != _shape(self.compressed):
             raise CheckpointError(
                 f"{inputs.checkpoint.path} was not made from {inputs.dense.path}: they have other blocks. Name its "
@@ -149,6 +151,8 @@ class _Refinement:
             self.config.lambdas,
             self.config.damping_fisher,
             keeps=beside <= self.resources.for_states,
+            room=self.resources.for_sums,
+            directory=self.work,
         )
         self._take_gradients(refiner)
         self._refine(refiner)
@@ -209,6 +213,7 @@ class _Refinement:
                 tensors, chosen = refiner.block(step, fisher)
                 lambdas = {name: KEEP if value is None else value for name, value in chosen.items()}
                 step.leave()
+                del fisher
                 self.refined.write(step.index, tensors, notes={"lambdas": lambdas})
             self.reporter.advance("refine", step.index + 1, len(self.blocks))
             if all(self.refined.finished(block) for block in range(step.index, len(self.blocks))):
@@ -222,6 +227,7 @@ class _Refinement:
             self.dense.dtype,
             edit=lambda index, block: self._load(refined, index),
             beside=self.dense,
+            for_experts=self.resources.for_experts,
         )
         self.reporter.advance("compare", 0, 1)
         before, after = divergences([self.dense, self.compressed, refined], self.held_out)
@@ -231,8 +237,11 @@ class _Refinement:
     def _load(self, skeleton: Skeleton, index: int) -> None:
         """Put a refined block's tensors into the block in memory."""
         by_module: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in self.refined.read(index).items():
-            path, leaf = self._split(skeleton.model, name)
+        for name, lazy in self.refined.lazily(index).items():
+            if skeleton.lends(name):
+                skeleton.lend(name, lazy.read)
+                continue
+            tensor, (path, leaf) = lazy.read(), self._split(skeleton.model, name)
             by_module.setdefault(path, {})[leaf] = tensor.to(
                 skeleton.device, skeleton.dtype if tensor.is_floating_point() else None
             )
@@ -246,15 +255,15 @@ class _Refinement:
 
     def _write(self, draft: Path, taken: bool, said: Mapping[str, Any]) -> Manifest:
         plan = self.compressed.blueprint
-        cache: dict[int, Mapping[str, Tensor]] = {}
+        fitted: dict[int, Mapping[str, Lazy]] = {}
 
         def tensor(block: int, name: str) -> Tensor:
             if taken and block >= 0:
-                if block not in cache:
-                    cache.clear()
-                    cache[block] = self.refined.read(block)
-                if name in cache[block]:
-                    return cache[block][name]
+                if block not in fitted:
+                    fitted.clear()
+                    fitted[block] = self.refined.lazily(block)
+                if name in fitted[block]:
+                    return fitted[block][name].read()
             return plan.read(name)
 
         report = rewrite(

@@ -9,12 +9,16 @@ for all that went wrong before.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowrank_compress.arch.targets import Target
+from lowrank_compress.artifacts.stream import Lazy
 from lowrank_compress.calibration.looking import look, place_of
 from lowrank_compress.calibration.pairs import PairSums
 from lowrank_compress.calibration.shortcuts import Shortcuts
@@ -29,7 +33,9 @@ from lowrank_compress.linalg.weighted import Projector, smaller_side
 from lowrank_compress.model import weights
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.model.walk.batch import Batch
+from lowrank_compress.model.walk.states import StateStore
 from lowrank_compress.model.walk.step import Step
+from lowrank_compress.resources.resources import MOST_SUMS
 from lowrank_compress.stages.maps import BEHIND, WRITERS, Map, maps_of
 from lowrank_compress.stages.refiningexperts import fit_experts
 
@@ -52,6 +58,10 @@ class BlockRefiner:
     keeps
         There is memory to keep what attention and MLP come to while a block is fitted (`kept_bytes`); no result
         depends on it.
+    room
+        Bytes that the sums of experts may take together; no result depends on it.
+    directory
+        Where what has become of lent experts lies meanwhile.
     """
 
     def __init__(
@@ -63,8 +73,10 @@ class BlockRefiner:
         damping: float,
         *,
         keeps: bool = False,
+        room: int = MOST_SUMS,
+        directory: Path | None = None,
     ) -> None:
-        self._keeps = keeps
+        self._keeps, self._room, self._directory = keeps, room, directory
         self.dense, self.compressed, self.batches = dense, compressed, batches
         self.lambdas, self.damping = lambdas, damping
         self.maps = maps_of(dense, compressed)
@@ -80,7 +92,9 @@ class BlockRefiner:
         own = [each for each in self.maps.values() if each.target.block == block]
         return {statistic_key(each.target, name) for each in own for name in each.statistics}
 
-    def block(self, step: Step, fisher: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, float | None]]:
+    def block(
+        self, step: Step, fisher: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor | Lazy], dict[str, float | None]]:
         """Fit a block in place.
 
         Parameters
@@ -99,14 +113,22 @@ class BlockRefiner:
         own = [each for each in self.maps.values() if each.target.block == step.index]
         routed = [each for each in own if each.target.expert is not None]
         groups = list(dict.fromkeys(each.target.reads for each in own if each not in routed))
-        changed: dict[str, Tensor] = {}
+        changed: dict[str, Tensor | Lazy] = {}
+        store = StateStore(True, self._directory)
         chosen: dict[str, float | None] = {each.target.name: None for each in own}
         shortcuts = Shortcuts() if self._keeps else None
 
         def fit(members: Sequence[Map], halves: tuple[Sample, Sample]) -> None:
-            for each, (strength, state) in zip(members, self._fit(members, halves, fisher), strict=True):
+            with ExitStack() as stack:
+                for model, path in product((self.dense, self.compressed), {each.target.module for each in members}):
+                    stack.enter_context(model.having(path))
+                found = self._fit(members, halves, fisher)
+            for each, (strength, state) in zip(members, found, strict=True):
                 chosen[each.target.name] = strength
-                changed.update({f"{each.target.module}.{leaf}": tensor for leaf, tensor in state.items()})
+                for leaf, tensor in state.items():
+                    name = f"{each.target.module}.{leaf}"
+                    tensor = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+                    changed[name] = self._lent(name, tensor, store) if self.compressed.lends(name) else tensor
 
         first = next((number for number, reads in enumerate(groups) if reads in BEHIND), len(groups))
         for reads in groups[:first]:
@@ -116,7 +138,7 @@ class BlockRefiner:
             block = f"{self.dense.resolved.blocks[step.index]}."
             out = next(each for each in self.dense.resolved.of_block(step.index) if each.role == "o")
             place = self._place(step, out.module.removeprefix(block))
-            fit_experts(step, self.batches, block, place, routed, fit)
+            fit_experts(step, self.batches, block, place, routed, fit, self._room)
         for reads in groups[first:]:
             members = [each for each in own if each.target.reads == reads]
             fit(members, self._sums(step, members, shortcuts, last=reads == groups[-1]))
@@ -124,8 +146,13 @@ class BlockRefiner:
             for number in range(len(self.batches)):
                 with shortcuts.taken(step, number, COMPRESSED):
                     step.run(number, COMPRESSED)
-        stored = {name: t.to(self.dtype) if t.is_floating_point() else t for name, t in changed.items()}
-        return stored, chosen
+        return changed, chosen
+
+    def _lent(self, name: str, tensor: Tensor, store: StateStore) -> Lazy:
+        """Keep what a tensor of a lent expert has become, and have the expert run with it."""
+        kept = store.keep(tensor)
+        self.compressed.lend(name, kept.load)
+        return Lazy(tuple(tensor.shape), tensor.dtype, kept.load)
 
     def _sums(
         self, step: Step, members: Sequence[Map], shortcuts: Shortcuts | None, last: bool

@@ -24,9 +24,6 @@ from lowrank_compress.model.walk.step import Step
 from lowrank_compress.shipped.experts import SeparateExperts
 from lowrank_compress.shipped.fusion import ROLES
 
-# Bytes of the sums of those experts that are measured in one go; it changes no result.
-AT_ONCE = 1 << 30
-
 
 class ExpertMap(Protocol):
     """A matrix of an expert that is to be fitted."""
@@ -52,6 +49,7 @@ def fit_experts(
     place: str | None,
     routed: Sequence[EachMap],
     fit: Callable[[Sequence[EachMap], tuple[Sample, Sample]], None],
+    room: int,
 ) -> None:
     """Fit all routed experts of a block: what reads their inputs, and then what reads their hidden units.
 
@@ -65,6 +63,8 @@ def fit_experts(
         The matrices.
     fit
         Called with those of an expert that read the same, and their sums.
+    room
+        Bytes of the sums of those experts that are measured in one go; it changes no result.
     """
     for down in (False, True):
         own: dict[int, list[EachMap]] = {}
@@ -73,16 +73,21 @@ def fit_experts(
                 own.setdefault(each.target.expert, []).append(each)
         longest = max((max(each.target.shape) for each in routed), default=1)
         path = routed[0].target.module.rsplit(".", 2)[0].removeprefix(block)
-        for some in portions(sorted(own), longest):
+        for some in portions(sorted(own), longest, room):
             for number, halves in expert_sums(step, batches, path, place, some, down=down).items():
                 fit(own[number], halves)
 
 
-def portions(experts: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+def portions(experts: Sequence[int], size: int, room: int) -> Iterator[Sequence[int]]:
     """Divide experts into as many as are measured at once; `size` is the longest side of their matrices."""
-    count = max(1, AT_ONCE // (4 * size**2 * torch.float64.itemsize))
+    count = max(1, room // sums_bytes(size))
     for start in range(0, len(experts), count):
         yield experts[start : start + count]
+
+
+def sums_bytes(size: int) -> int:
+    """Bytes of the sums of one expert, of whose matrices `size` is the longest side."""
+    return 4 * size**2 * torch.float64.itemsize
 
 
 def expert_sums(
@@ -124,7 +129,7 @@ def expert_sums(
                 targets = _called(theirs.get_submodule(str(member)), targets)
                 targets = targets + (owed[tokens] if isinstance(owed, Tensor) else owed)
                 if theirs.fusion.biased:
-                    targets = targets - theirs.get_parameter(f"{expert}.{ROLES[-1]}.bias")
+                    targets = targets - step.parameter(f"{path}.{expert}.{ROLES[-1]}.bias")
             parts = Batch(routed.real.long(), routed.real, first=batch.first)
             sums[expert].add(parts, routed.spread(inputs), routed.spread(targets))
     return {number: each.samples() for number, each in sums.items() if number in seen}

@@ -21,7 +21,6 @@ from lowrank_compress.calibration.capture import capture
 from lowrank_compress.config import CalibrateConfig
 from lowrank_compress.methods.groups import TargetGroup, needed
 from lowrank_compress.methods.scale import decisive
-from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.resources.resources import Resources
 from lowrank_compress.stages.choice import Plan, edited
 from lowrank_compress.stages.choose import Chooser
@@ -61,7 +60,7 @@ def second_bases(plan: Plan, config: CalibrateConfig, reporter: Reporter, *, res
     missing = resources.workers.once(lambda: [block for block in subject.scopes if not bases.finished(block)])
     if missing:
         batches = calibration_batches(config, subject.checkpoint, subject.model.task)
-        dense = Skeleton(subject.checkpoint, bases.device, torch.float32)
+        dense = bases.dense()
         captured = capture(
             dense,
             with_drawn(batches, config.drawn, subject.checkpoint, subject.model.task),
@@ -100,7 +99,7 @@ def scales(plan: Plan, config: CalibrateConfig, reporter: Reporter, *, resources
     subject = plan.bases.chooser.subject
     count = max(1, few_tokens(subject.checkpoint) // config.seq_len)
     few = config.model_copy(update={"samples": min(count, config.samples)})
-    dense = Skeleton(subject.checkpoint, plan.bases.device, torch.float32)
+    dense = plan.bases.dense()
     captured = capture(
         dense,
         calibration_batches(few, subject.checkpoint, subject.model.task),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lowrank_compress.allocation.choice import Choice
-from lowrank_compress.arch.targets import Target
+from lowrank_compress.arch.targets import Resolved, Target
 from lowrank_compress.calibration.capture import boundaries
 from lowrank_compress.calibration.statistics import enough_tokens
 from lowrank_compress.evaluation.size import weight_bytes
@@ -19,9 +19,11 @@ from lowrank_compress.methods.groups import TargetGroup, needed, needs_data, pri
 from lowrank_compress.resources.resources import Resources
 from lowrank_compress.stages.bytebudget import most_bytes, original_bytes
 from lowrank_compress.stages.cachebudget import limit_of, most_stored, stock
+from lowrank_compress.stages.maps import WRITERS
 from lowrank_compress.stages.measured import TOKENS, cost, most_trials
 from lowrank_compress.stages.plan import Plan
 from lowrank_compress.stages.reach import uniform_choices
+from lowrank_compress.stages.refiningexperts import sums_bytes
 from lowrank_compress.stages.run import Run
 
 SINGLE = 4
@@ -145,10 +147,30 @@ def _bases(plan: Plan) -> Counter[int]:
     return found
 
 
-def _refining_bytes(target: Target) -> int:
-    """Bytes of the moments of a matrix's inputs and targets, in halves and together, and of what is solved."""
-    rows, columns = target.shape
-    return torch.float64.itemsize * (5 * columns**2 + 6 * rows * columns)
+def _refining_bytes(resolved: Resolved, resources: Resources) -> int:
+    """Bytes of the moments of a matrix's inputs and targets, in halves and together, and of what is solved.
+
+    Beside one expert lie the sums of others.
+    """
+
+    def of(target: Target) -> int:
+        rows, columns = target.shape
+        return torch.float64.itemsize * (5 * columns**2 + 6 * rows * columns)
+
+    longest = max((max(target.shape) for target in resolved.targets if target.expert is not None), default=0)
+    experts = max(target.experts for target in resolved.targets)
+    together = max(sums_bytes(longest), min(resources.for_sums, experts * sums_bytes(longest)))
+    return max(map(of, resolved.targets)) + together
+
+
+def _costs_bytes(resolved: Resolved) -> int:
+    """Bytes of what the gradients of a block say that errors cost, where refining takes that anew (`stages.maps`)."""
+    found = Counter[int]()
+    for target in resolved.targets:
+        rows, columns = target.shape
+        writes = target.reads in WRITERS or target.role == "down"
+        found[target.block] += (rows if writes else min(rows, columns)) ** 2
+    return torch.float64.itemsize * max(found.values())
 
 
 def beyond(plan: Plan, resources: Resources) -> str | None:
@@ -165,15 +187,14 @@ def beyond(plan: Plan, resources: Resources) -> str | None:
     )
     if _whole_blocks(plan) and any(_lent(plan, resources, whole=False)):
         text += (
-            " Where whole plans are tried, or matrices refined, all experts of a block are in memory; with a named "
-            "method, such as --method camera or --method kfac, and --no-refine, one at a time is."
+            " Weights are stored in few bits with all experts of a block in memory; without --bytes, one at a time is."
         )
     return text
 
 
 def _whole_blocks(plan: Plan) -> bool:
-    """Whether some step has all of a block in memory: whole plans are tried, and refined, in such a way."""
-    return plan.score.held_out or plan.refine is not None
+    """Whether some step has all experts of a block in memory: what stores weights in few bits does."""
+    return plan.score.bytes is not None
 
 
 def _lent(plan: Plan, resources: Resources, whole: bool) -> list[int]:
@@ -207,23 +228,25 @@ def _resident(plan: Plan, groups: Sequence[TargetGroup], resources: Resources) -
     copies = boundaries(len(resolved.blocks), wanted)
     states = {"hidden states": tokens * model.config.hidden_size * SINGLE * copies}
     spills = states["hidden states"] > resources.for_states
-    first = [group for group in groups if group.block == groups[0].block]  # others may be dense
-    beside = [group.working_bytes() for group in first if group.parallel]
-    few = plan.score.held_out and tokens < enough_tokens(
-        max(max(target.shape) for group in first for target in group.targets)
-    )
-    halves = 2 if few else 1  # of the calibration set, each with sums of its own
-    lent = _lent(plan, resources, _whole_blocks(plan))
+    blocks = defaultdict[int, list[TargetGroup]](list)
+    for group in groups:
+        blocks[group.block].append(group)
+    first = max(blocks.values(), key=statistics_bytes)  # others may have no experts, or be dense
     at_once = resources.blocks_at_once(statistics_bytes(first))
+    beside = [group.working_bytes() for group in first if group.parallel]
+    short = tokens < enough_tokens(max(max(target.shape) for group in first for target in group.targets))
+    halves = 2 if short else 1  # of the calibration set, each with sums of its own
+    statistics = at_once * statistics_bytes(first) * (halves if plan.score.held_out else 1)
+    lent = _lent(plan, resources, _whole_blocks(plan))
     resident = {
         "outside the blocks": outside * SINGLE,
         "one block": max(size - lent for size, lent in zip(sizes, lent, strict=True)) * SINGLE,
-        "statistics": halves * at_once * statistics_bytes(first),
+        "statistics": max(statistics, 0 if plan.refine is None else halves * _costs_bytes(resolved)),
         "bases": at_once * max(_bases(plan).values(), default=0) * SINGLE,
         "decompositions": max(
             resources.items_at_once(beside) * max(beside, default=0),
             *(group.working_bytes() for group in first),
-            0 if plan.refine is None else max(map(_refining_bytes, resolved.of_block(0))),
+            0 if plan.refine is None else _refining_bytes(resolved, resources),
         ),
     }
     return (resident, states) if spills else (resident | states, {})

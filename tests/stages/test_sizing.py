@@ -28,29 +28,43 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_moe("mixtral", tmp_path_factory.mktemp("wide") / "model", torch.bfloat16, **WIDE)
 
 
-def test_experts_in_turn_keep_within_a_budget_below_a_blocks_size(wide: Path, tiny: Tiny, tmp_path: Path) -> None:
-    words = [wide, "--method", "camera", "--calibration", tiny.text, "--samples", 4, "--seq-len", 16]
-    words += ["--memory-budget", "128MB", "--out", tmp_path / "run", "--json"]
-    assert sum(done("compress", *words, "--dry-run").json["memory"].values()) < 128 * MB
-    command = [sys.executable, "-m", "lowrank_compress", "compress", *map(str, words)]
-    ended = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "The run will take about" not in ended.stderr
+def peak(ended: subprocess.CompletedProcess[str]) -> int:
+    """Bytes that a command of its own took beyond its start, as it said."""
     cost = json.loads(ended.stdout)["cost"]
-    assert cost["peak_bytes"] - cost["start_bytes"] < 128 * MB
+    return cost["peak_bytes"] - cost["start_bytes"]
 
 
-def test_auto_says_that_it_has_all_experts_in_memory(wide: Path, tiny: Tiny) -> None:
+def alone(*words: object) -> subprocess.CompletedProcess[str]:
+    """Run `lrc compress` as a process."""
+    command = [sys.executable, "-m", "lowrank_compress", "compress", *map(str, words), "--json"]
+    return subprocess.run(command, capture_output=True, text=True, check=True)
+
+
+@pytest.mark.parametrize(
+    "method", [["--method", "camera"], ["--method", "auto", "--experts", "camera", "--no-refine", "--ratio", "0.3"]]
+)
+def test_experts_in_turn_keep_within_a_budget_below_a_blocks_size(
+    method: list[str], wide: Path, tiny: Tiny, tmp_path: Path
+) -> None:
+    words = [wide, *method, "--calibration", tiny.text, "--samples", 4, "--seq-len", 16]
+    words += ["--memory-budget", "128MB", "--out", tmp_path / "run"]
+    assert sum(done("compress", *words, "--dry-run", "--json").json["memory"].values()) < 128 * MB
+    ended = alone(*words)
+    assert "The run will take about" not in ended.stderr
+    assert peak(ended) < 128 * MB
+
+
+def test_a_run_says_what_it_takes_most_memory_for(wide: Path, tiny: Tiny) -> None:
     settings = {"model": str(wide), "calibration": (str(tiny.text),), "samples": 4, "seq_len": 16}
-    plan = make_plan(Recipe(method="auto", experts="auto", **settings))
+    plan = make_plan(Recipe(method="svd-llm", attention="dense", **settings))
     said = beyond(plan, Resources(128 * MB))
     assert said is not None
-    assert "(0.13 GB); most of it for " in said
-    assert "all experts of a block are in memory; with a named method, such as --method camera" in said
+    assert "more than --memory-budget allows (0.13 GB); most of it for statistics (0.13 GB)" in said
+    assert "--bytes" not in said
     assert beyond(plan, Resources(1_000_000 * MB)) is None
-    named = beyond(make_plan(Recipe(method="svd-llm", attention="dense", **settings)), Resources(128 * MB))
-    assert named is not None
-    assert "more than --memory-budget allows (0.13 GB); most of it for statistics (0.13 GB)" in named
-    assert "--method camera" not in named
+    said = beyond(make_plan(Recipe(method="svd-llm", bytes="30%", **settings)), Resources(128 * MB))
+    assert said is not None
+    assert "with all experts of a block in memory; without --bytes, one at a time is" in said
 
 
 @pytest.mark.parametrize("method", ["svd", "svd-llm", "kfac"])

@@ -7,6 +7,7 @@ import tempfile
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
 from typing import Protocol
 
@@ -33,15 +34,15 @@ class _Held:
 
 
 class _Filed:
-    """In a file, at an offset."""
+    """In a file, at an offset; the file is there as long as this is."""
 
-    def __init__(self, descriptor: int, offset: int, like: Tensor) -> None:
-        self._descriptor, self._offset = descriptor, offset
+    def __init__(self, file: FileIO, offset: int, like: Tensor) -> None:
+        self._file, self._offset = file, offset
         self._shape, self._dtype = like.shape, like.dtype
 
     def load(self) -> Tensor:
         states = torch.empty(self._shape, dtype=self._dtype)
-        _whole(os.preadv, self._descriptor, states, self._offset)
+        _whole(os.preadv, self._file.fileno(), states, self._offset)
         return states
 
 
@@ -75,7 +76,7 @@ class StateStore:
         else:
             offset, self._end = self._end, self._end + size
         _whole(os.pwritev, self._file.fileno(), states.contiguous(), offset)
-        kept = _Filed(self._file.fileno(), offset, states)
+        kept = _Filed(self._file, offset, states)
         weakref.finalize(kept, self._free[size].append, offset).atexit = False
         return kept
 

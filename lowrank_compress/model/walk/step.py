@@ -87,6 +87,11 @@ class Step:
         """Run a block as it is called in a batch, on any hidden states; nothing is put forward."""
         return self._lanes.replays[model].step(self.index, self.blocks[model], number, hidden)
 
+    def parameter(self, path: str, model: int = 0) -> Tensor:
+        """Return a parameter, by its name below the block, as the block is run with it."""
+        skeleton = self._lanes.replays[model].skeleton
+        return skeleton.parameter(f"{skeleton.resolved.blocks[self.index]}.{path}")
+
     def run(self, number: int, model: int = 0) -> tuple[Tensor, Tensor]:
         """Run a block on a batch, and put forward what leaves it; on the way back, the gradient in what enters it.
 

@@ -163,6 +163,19 @@ def _refining_bytes(resolved: Resolved, resources: Resources) -> int:
     return max(map(of, resolved.targets)) + together
 
 
+def _activation_bytes(plan: Plan) -> int:
+    """Bytes of what enters and leaves the matrices of a block in a micro-batch; hooks have it beside the graph.
+
+    Of routed experts a token sees some only.
+    """
+    resolved, widths = plan.subject.resolved, defaultdict[int, float](float)
+    chosen = getattr(plan.subject.model.model.config, "num_experts_per_tok", None) or 1
+    for target in resolved.targets:
+        widths[target.block] += sum(target.shape) * (1 if target.expert is None else chosen / target.experts)
+    tokens = min(plan.calibrate.micro_batch, plan.recipe.samples) * plan.calibrate.seq_len
+    return math.ceil(2 * tokens * max(widths.values()) * SINGLE)
+
+
 def _costs_bytes(resolved: Resolved) -> int:
     """Bytes of what the gradients of a block say that errors cost, where refining takes that anew (`stages.maps`)."""
     found = Counter[int]()
@@ -241,6 +254,7 @@ def _resident(plan: Plan, groups: Sequence[TargetGroup], resources: Resources) -
     resident = {
         "outside the blocks": outside * SINGLE,
         "one block": max(size - lent for size, lent in zip(sizes, lent, strict=True)) * SINGLE,
+        "activations": _activation_bytes(plan) if tokens else 0,
         "statistics": max(statistics, 0 if plan.refine is None else halves * _costs_bytes(resolved)),
         "bases": at_once * max(_bases(plan).values(), default=0) * SINGLE,
         "decompositions": max(

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from lowrank_compress.recipe import Recipe
 from lowrank_compress.resources.resources import Resources
 from lowrank_compress.stages.plan import make_plan
-from lowrank_compress.stages.sizing import beyond
+from lowrank_compress.stages.sizing import beyond, estimate
 from tests.moe import save_moe
 from tests.runs import Tiny, done
 
@@ -62,7 +62,7 @@ def test_a_run_says_what_it_takes_most_memory_for(wide: Path, tiny: Tiny) -> Non
     assert "more than --memory-budget allows (0.13 GB); most of it for statistics (0.13 GB)" in said
     assert "--bytes" not in said
     assert beyond(plan, Resources(1_000_000 * MB)) is None
-    said = beyond(make_plan(Recipe(method="svd-llm", bytes="30%", **settings)), Resources(128 * MB))
+    said = beyond(make_plan(Recipe(method="auto", bytes=0.3, **settings)), Resources(128 * MB))
     assert said is not None
     assert "with all experts of a block in memory; without --bytes, one at a time is" in said
 
@@ -75,3 +75,13 @@ def test_bases_are_counted_as_they_are_kept(method: str, tiny: Tiny, tmp_path: P
     kept = [load_file(path) for path in (tmp_path / "run" / "scores").glob("basis-*.safetensors")]
     # Curves and the like, of one dimension, lie beside them.
     assert said["bases"] == max(sum(t.nbytes for t in tensors.values() if t.ndim > 1) for tensors in kept)
+
+
+def test_activations_are_counted_as_far_as_tokens_go(wide: Path, tiny: Tiny) -> None:
+    """A token goes to two experts; of each matrix hooks and the graph keep what enters and leaves it."""
+    recipe = Recipe(model=str(wide), method="kfac", calibration=(str(tiny.text),), samples=4, seq_len=16, micro_batch=2)
+    hidden, inner = WIDE["hidden_size"], WIDE["intermediate_size"]
+    plan = make_plan(recipe)
+    attention = sum(sum(t.shape) for t in plan.subject.resolved.targets if t.expert is None)
+    expected = 2 * 16 * 4 * (2 * 2 * 3 * (hidden + inner) + 2 * attention)
+    assert estimate(plan, Resources()).memory["activations"] == expected

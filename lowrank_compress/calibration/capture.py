@@ -34,6 +34,7 @@ from lowrank_compress.model.walk.segments import boundary_bytes, most_kept, segm
 from lowrank_compress.model.walk.states import StateStore
 from lowrank_compress.model.walk.step import Step
 from lowrank_compress.model.walk.walk import Walk, gradient_of_loss
+from lowrank_compress.resources.memory import trim
 from lowrank_compress.resources.resources import Resources
 
 Wanted = Mapping[str, frozenset[str]]
@@ -216,6 +217,7 @@ class _Sweep:
                 found.append(Moments(targets, of_gradients(self.wanted), self.halved))
                 self.again.measure(self.walk, step, found[-1], clip)
         step.leave()
+        trim()
         return found
 
 

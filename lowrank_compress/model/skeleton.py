@@ -16,7 +16,6 @@ from lowrank_compress.model.embedding import Embedding, embedding_of
 from lowrank_compress.model.lending import Lender, Read
 from lowrank_compress.model.names import experts_of
 from lowrank_compress.model.tasks import Task
-from lowrank_compress.resources.memory import trim
 from lowrank_compress.shipped.linear import CompressedLinear
 from lowrank_compress.shipped.packed import PackedLinear
 from lowrank_compress.shipped.restore import restore_modules
@@ -216,7 +215,6 @@ class Skeleton:
             lender.close()
             self._lender = None
             block.to("meta")
-            trim()
 
     def _lending(self, index: int) -> Lender:
         """Take the experts of a block whose weights would be too many."""

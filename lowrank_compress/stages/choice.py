@@ -33,6 +33,7 @@ from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.model.walk.states import StateStore
 from lowrank_compress.model.walk.walk import Walk
+from lowrank_compress.resources.memory import trim
 from lowrank_compress.shipped.router import prune_router, restore_router
 from lowrank_compress.stages.cachebudget import choose_cache
 from lowrank_compress.stages.choose import MUCH
@@ -217,6 +218,7 @@ def divergences(skeleton: Skeleton, batches: Sequence[Batch], plans: Sequence[Pl
         for model, plan in enumerate(plans, start=1):
             with in_place_of(skeleton, replacements(plan, step.index, skeleton.device), plan.bases.files.directory):
                 step.advance(model)
+            trim()
     return divergences_at_the_end(walk)
 
 

@@ -158,6 +158,35 @@ def test_scores_and_labels_need_texts_alone(fields: dict[str, Any], labels: list
     assert type(api.load(run)).__name__ == "BertForSequenceClassification"
 
 
+@pytest.mark.parametrize(
+    ("fields", "paired", "unit"),
+    [
+        ({"num_labels": 1}, False, "½(Δs)² a score"),
+        ({"num_labels": 1}, True, "nats a pair"),
+        ({"num_labels": 3, "problem_type": "multi_label_classification"}, False, "nats a label"),
+        ({"num_labels": 3}, False, "nats an example"),
+    ],
+)
+def test_losses_have_the_unit_of_their_head(fields: dict[str, Any], paired: bool, unit: str, tmp_path: Path) -> None:
+    model, _ = saved("BertForSequenceClassification", tmp_path, **fields)
+    rows, columns = TABLES["LlamaForSequenceClassification"]
+    if not paired:
+        rows = [{"text": row["chosen"], "label": str(number % 3)} for number, row in enumerate(rows)]
+        columns = ["--text-column", "text", *(["--label-column", "label"] if fields == {"num_labels": 3} else [])]
+    table = tmp_path / "rows.jsonl"
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data, run = ["--calibration", table, *columns, "--seq-len", 40], tmp_path / "run"
+    done("compress", model, "--method", "kfac", "--ratio", 0.3, *data, "--out", run)
+    assert f"loss, {unit}" in done("show", run).out
+    assert unit in done("score", run).out
+    made = tmp_path / "quantized"
+    said = done("quantize", model, "--bits", 4, "--group", 8, *data, "--out", made).out
+    assert f" {unit}." in said
+    shown = done("show", made).out
+    assert f"loss, {unit}" in shown
+    assert " nats a token" not in said + shown
+
+
 def test_a_masked_language_model_needs_no_labels(tmp_path: Path) -> None:
     model, data = saved("BertForMaskedLM", tmp_path)
     run, other = tmp_path / "run", tmp_path / "other.txt"

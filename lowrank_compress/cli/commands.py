@@ -21,6 +21,7 @@ from lowrank_compress.errors import ArtifactError, InputError
 from lowrank_compress.methods.table import METHODS
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.locate import in_folder, locate
+from lowrank_compress.model.tasks import unit_of_loss
 from lowrank_compress.recipe import METHOD, Recipe, load_recipe
 from lowrank_compress.resources.memory import bytes_of, keep_freed
 from lowrank_compress.resources.resources import Resources
@@ -30,6 +31,7 @@ from lowrank_compress.stages import pipeline
 from lowrank_compress.stages.chain import beside, extend, original_of
 from lowrank_compress.stages.environment import compute_device
 from lowrank_compress.stages.index import read_index
+from lowrank_compress.stages.origin import Heard
 from lowrank_compress.stages.plan import Plan, make_plan
 from lowrank_compress.stages.reach import check_ratio
 from lowrank_compress.stages.refresh import checkpoint_of
@@ -137,7 +139,10 @@ def score(path: Path, given: dict[str, Any], overwrite: bool, reporter: Terminal
     with _working(run) as resources:
         manifest = pipeline.step(STAGES["score"], plan, run, reporter, resources=resources, overwrite=overwrite)
         resources.workers.once(lambda: pipeline.claim(run, plan, overwrite=True))
-    return {"run": str(run.path), "stage": "score", "id": manifest.id, **manifest.report}
+    found = {"run": str(run.path), "stage": "score", "id": manifest.id, **manifest.report}
+    if found["unit"] == "nats":
+        found["loss_unit"] = unit_of_loss(plan.subject.model.task, Heard.of(plan.calibrate).paired)
+    return found
 
 
 def factorize(path: Path, given: dict[str, Any], overwrite: bool, reporter: TerminalReporter) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def show(target: str, as_json: bool) -> None:
         print_json(report | {"spectra": spectra, "texts": texts} | routers)
         return
     if "quantize" in report:
-        print_layers(target, report["quantize"])
+        print_layers(target, report["quantize"], loss_unit(report))
     if not of_matrices:
         return
     nats = report["unit"] == "nats"

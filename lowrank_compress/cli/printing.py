@@ -70,10 +70,12 @@ def print_stage(result: dict[str, Any], as_json: bool) -> None:
         print_json(result)
         return
     plain = {name: value for name, value in result.items() if value is not None and not isinstance(value, Mapping)}
+    if "loss_unit" in plain:
+        plain["unit"] = plain.pop("loss_unit")
     rows = [[name.replace("_", " "), _plain(value)] for name, value in plain.items()]
     console().print(table(f"{result['stage']}: done", ["what", "value"], rows))
     if "refine" in result:
-        console().print(refined(result["refine"], _unit(result)))
+        console().print(refined(result["refine"], unit_of_result(result)))
     if result["stage"] == "cache" and "cache" in result:
         console().print(cached(result["cache"]))
 
@@ -91,7 +93,7 @@ def refined(found: Mapping[str, Any], unit: str) -> str:
     return said + " λ by cross-validation: " + ", ".join(f"{name} ({n}×)" for name, n in sorted(counts.items())) + "."
 
 
-def _unit(result: Mapping[str, Any]) -> str:
+def unit_of_result(result: Mapping[str, Any]) -> str:
     """Name what the losses of the checkpoint are measured in that a command has made."""
     from lowrank_compress.stages.report import REPORT
 
@@ -118,8 +120,8 @@ def cached(found: Mapping[str, Any]) -> str:
     )
 
 
-def quantized(said: Mapping[str, Any]) -> str:
-    """Say in a sentence or two what was quantized, and what it takes."""
+def quantized(said: Mapping[str, Any], unit: str) -> str:
+    """Say in a sentence or two what was quantized, and what it takes; `unit` is that of the head's losses."""
     loss = said["predicted_loss"]
     beside = said.get("residual_bytes")
     loads = "compressed-tensors" if said["format"] == "compressed-tensors" else "lowrank_compress, or remote code"
@@ -129,13 +131,13 @@ def quantized(said: Mapping[str, Any]) -> str:
         f"{said['original_bytes']:,} ({said['stored_bytes'] / said['original_bytes']:.1%}). Loads with {loads}."
         + beside_in_words(said)
         + (f" The adapter of rank {said['residual_rank']} beside takes {beside:,} bytes." if beside else "")
-        + ("" if loss is None else f" Predicted loss increase by rounding: {loss:.4g} {unit_of(said)}.")
+        + ("" if loss is None else f" Predicted loss increase by rounding: {loss:.4g} {unit_of(said, unit)}.")
     )
 
 
-def unit_of(said: Mapping[str, Any]) -> str:
-    """Name the unit of the losses of a quantization, as people read it."""
-    return "nats a token" if said["unit"] == "nats" else said["unit"]
+def unit_of(said: Mapping[str, Any], unit: str) -> str:
+    """Name the unit of the losses of a quantization, as people read it; `unit` is that of the head's."""
+    return unit if said["unit"] == "nats" else said["unit"]
 
 
 def removed(report: Mapping[str, Any]) -> str:
@@ -154,8 +156,8 @@ def print_result(result: dict[str, Any], as_json: bool) -> None:
         f"{gone}{result['claimed_elements']:,} weights became {result['stored_elements']:,} stored elements, "
         f"{became(result['claimed_bytes'], result['stored_bytes'])}.\n"
         + (f"{cached(result['cache'])}\n" if "cache" in result else "")
-        + (f"{refined(result['refine'], _unit(result))}\n" if "refine" in result else "")
-        + (f"{quantized(result['quantize'])}\n" if "quantize" in result else "")
+        + (f"{refined(result['refine'], unit_of_result(result))}\n" if "refine" in result else "")
+        + (f"{quantized(result['quantize'], unit_of_result(result))}\n" if "quantize" in result else "")
         + f"Checkpoint: {result['model']}"
     )
     if "cost" in result:

@@ -10,7 +10,7 @@ from typing import Any
 from rich import filesize
 
 from lowrank_compress.cli.commands import device_name, followed, recipe_beside
-from lowrank_compress.cli.printing import quantized, unit_of
+from lowrank_compress.cli.printing import quantized, unit_of, unit_of_result
 from lowrank_compress.cli.terminal import TerminalReporter, console, number, print_json, table
 from lowrank_compress.model.kinds import few
 from lowrank_compress.stages.quantizeconfig import QuantizeConfig, options_of
@@ -38,11 +38,11 @@ def print_result(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(result)
         return
-    console().print(f"{quantized(result['quantize'])}\nCheckpoint: {result['model']}")
+    console().print(f"{quantized(result['quantize'], unit_of_result(result))}\nCheckpoint: {result['model']}")
 
 
-def print_layers(target: str, said: Mapping[str, Any]) -> None:
-    """Print how each layer is stored."""
+def print_layers(target: str, said: Mapping[str, Any], unit: str) -> None:
+    """Print how each layer is stored; `unit` is that of the head's losses."""
     rows = []
     for name, layer in said["layers"].items():
         grid = "as it was"
@@ -59,14 +59,14 @@ def print_layers(target: str, said: Mapping[str, Any]) -> None:
                 f"{number(layer['share'])} of it" if "share" in layer else number(layer.get("loss", 0.0)),
             ]
         )
-    loss = "loss, share" if said["unit"] == "share" else f"loss, {unit_of(said)}"
+    loss = "loss, share" if said["unit"] == "share" else f"loss, {unit_of(said, unit)}"
     out = console()
     out.print(table(f"{target}: quantized", ["layer", "shape", "bits", "group", "bytes", loss], rows, left=1))
     counts = Counter(layer["bits"] for layer in said["layers"].values())
     spread = ", ".join(f"{n} with {bits or 'all their'} bits" for bits, n in sorted(counts.items(), key=str))
     left = Counter(said["left"].values())
     stay = "".join(f" Not quantized: {n} ({why})." for why, n in sorted(left.items()))
-    out.print(f"{quantized(said)}\nLayers: {spread}. Embeddings, norms and biases stay as they were.{stay}")
+    out.print(f"{quantized(said, unit)}\nLayers: {spread}. Embeddings, norms and biases stay as they were.{stay}")
     if (experts := said.get("experts")) is not None and experts["thin"]:
         tokens = Counter(experts["thin"].values())
         out.print(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from lowrank_compress.stages.decompose import bases_of
 from lowrank_compress.stages.encode import Encoder
 from lowrank_compress.stages.environment import environment
 from lowrank_compress.stages.identity import checkpoint_id
-from lowrank_compress.stages.origin import CARD, about, copy_licences
+from lowrank_compress.stages.origin import CARD, Heard, about, copy_licences
 from lowrank_compress.stages.pieces import Pieces
 from lowrank_compress.stages.ranks import RANKS, in_storage, read_ranks, require_kept
 from lowrank_compress.stages.report import REPORT, Experts, block_losses, facts, summary
@@ -62,13 +62,13 @@ class Inputs:
         The dense model.
     scores
         Directory of the score stage.
-    datasets
-        Data sets of the hub that it was calibrated on, for the model card.
+    heard
+        What it was calibrated on, for the report and the model card.
     """
 
     model: Blueprint
     scores: Path
-    datasets: tuple[str, ...] = ()
+    heard: Heard = field(default_factory=Heard)
 
 
 def scores_manifest(scores: Path) -> Manifest:
@@ -97,7 +97,7 @@ def key(config: FactorizeConfig, inputs: Inputs) -> Key:
         "checkpoint": checkpoint_id(inputs.model.checkpoint),
         "scores": scores_manifest(inputs.scores).id,
         "ranks": sha256(inputs.scores / RANKS),
-        "about": canonical_hash(about(inputs.model, inputs.datasets)),
+        "about": canonical_hash(about(inputs.model, inputs.heard)),
     }
     return Key("factorize", VERSION, config.model_dump(mode="json"), found)
 
@@ -215,7 +215,7 @@ def _write(
     write_remote_code(out_dir)
     write_companions(plan.checkpoint, out_dir)
     experts = Experts(seen, layout["dense_shapes"], leads)
-    report = summary(plan, groups, stored, losses, scores, config, about(plan, inputs.datasets), experts)
+    report = summary(plan, groups, stored, losses, scores, config, about(plan, inputs.heard), experts)
     write_json(out_dir / REPORT, report)
     copy_licences(plan.checkpoint, report, out_dir)
     write_text(out_dir / CARD, model_card(report))

@@ -9,10 +9,11 @@ from lowrank_compress.methods.groups import needs_data
 from lowrank_compress.methods.rounding import ROUNDINGS
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.stages import calibrate, factorize, score
+from lowrank_compress.stages.origin import Heard
 from lowrank_compress.stages.plan import Plan
 from lowrank_compress.stages.quantizeconfig import QuantizeConfig
 from lowrank_compress.stages.run import Run
-from lowrank_compress.stages.samples import held_out_batches, sources_of
+from lowrank_compress.stages.samples import held_out_batches
 from lowrank_compress.stages.trial import Storing
 
 
@@ -31,7 +32,7 @@ def inputs_of_score(plan: Plan, run: Run) -> score.Inputs:
     again = plan.calibrate if plan.score.second or plan.chooser.allocator.measures else None
     quantize, storing = quantize_of(plan), None
     if quantize is not None:
-        storing = Storing(plan.factorize, quantize, _datasets(plan), run.work / "trial")
+        storing = Storing(plan.factorize, quantize, _heard(plan), run.work / "trial")
     # Plans for a budget in bytes are tried whatever the method.
     tried = plan.score.held_out or storing is not None
     return score.Inputs(plan.subject, calibration, run.statistics, held_out if tried else None, again, storing)
@@ -72,12 +73,9 @@ def _calibration(plan: Plan, run: Run) -> Key:
 
 def inputs_of_factorize(plan: Plan, run: Run) -> factorize.Inputs:
     """What the factorize stage reads in this run."""
-    return factorize.Inputs(plan.subject.model, run.scores, _datasets(plan))
+    return factorize.Inputs(plan.subject.model, run.scores, _heard(plan))
 
 
-def _datasets(plan: Plan) -> tuple[str, ...]:
-    """Name the data sets of the hub that the calibration reads."""
-    if plan.calibrate.source is None or not needs_data(plan.subject.groups):
-        return ()
-    names = [source.name.split(":")[1] for source in sources_of(plan.calibrate) if source.is_hub]
-    return tuple(dict.fromkeys(names))
+def _heard(plan: Plan) -> Heard:
+    """Say what the statistics are of, where there are any."""
+    return Heard.of(plan.calibrate) if needs_data(plan.subject.groups) else Heard()

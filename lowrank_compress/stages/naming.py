@@ -6,22 +6,20 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from lowrank_compress.model.tasks import AUTO, unit_of_loss
+
 # The first number in a name is its block's; that of an expert follows.
 _BLOCK = re.compile(r"(?:.*?\.)?(\d+)[.:](.+)")
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
-# What a loss is measured in, and of what, by the class that loads the model.
-_UNITS = {
-    "AutoModel": "½‖Δe‖² a text",
-    "AutoModelForSequenceClassification": "nats an example",
-    "AutoModelForTokenClassification": "nats a word",
-    "AutoModelForQuestionAnswering": "nats an answer",
-}
-
 
 def loss_unit(report: Mapping[str, Any]) -> str:
     """Name what losses are measured in that are no shares, and of what, by a checkpoint's lowrank.json."""
-    return _UNITS.get(report.get("about", {}).get("auto_class", ""), "nats a token")
+    about, units = report.get("about", {}), dict[str, str]()
+    for task, auto in AUTO.items():
+        # Several heads may be of one class; of all but the first the report says the unit itself.
+        units.setdefault(auto.__name__, unit_of_loss(task))
+    return about.get("loss") or units.get(about.get("auto_class", ""), unit_of_loss("lm"))
 
 
 def place_of(name: str) -> tuple[int | None, str]:

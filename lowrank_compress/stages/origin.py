@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lowrank_compress.artifacts.files import read_small_text, sha256
+from lowrank_compress.calibration.labelled import prefers
+from lowrank_compress.config import CalibrationSet
 from lowrank_compress.errors import ArtifactError
 from lowrank_compress.model.blueprint import Blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
-from lowrank_compress.model.tasks import AUTO
+from lowrank_compress.model.tasks import AUTO, unit_of_loss
+from lowrank_compress.stages.reading import SCORED
+from lowrank_compress.stages.samples import sources_of
 
 CARD = "README.md"
 # Where a model of the hub lies in its cache.
@@ -27,15 +32,40 @@ _WORD = re.compile(r"[\w.+-]{1,64}")
 _LARGEST_LICENCE = 1 << 20
 
 
-def about(model: Blueprint, datasets: Sequence[str] = ()) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Heard:
+    """What a model was calibrated on.
+
+    Attributes
+    ----------
+    datasets
+        Data sets of the hub.
+    paired
+        Whether it is pairs of texts, of which one is preferred.
+    """
+
+    datasets: tuple[str, ...] = ()
+    paired: bool = False
+
+    @classmethod
+    def of(cls, config: CalibrationSet) -> Heard:
+        """Tell it from the names of the texts and of their columns."""
+        sources = [] if config.source is None else sources_of(config)
+        names = dict.fromkeys(source.name.split(":")[1] for source in sources if source.is_hub)
+        return cls(tuple(names), bool(sources) and all(map(prefers, sources)))
+
+
+def about(model: Blueprint, heard: Heard = Heard()) -> dict[str, Any]:
     """Find what a card says of the dense checkpoint that it was made from; only what there is.
+
+    Of a head whose losses the class of the model does not tell the unit of, it has that, too.
 
     Parameters
     ----------
     model
         The dense checkpoint.
-    datasets
-        Data sets of the hub that it was calibrated on.
+    heard
+        What it was calibrated on.
     """
     checkpoint = model.checkpoint
     said = _header(checkpoint.path / CARD)
@@ -52,7 +82,8 @@ def about(model: Blueprint, datasets: Sequence[str] = ()) -> dict[str, Any]:
             for each in (languages if isinstance(languages, list) else [languages])
             if isinstance(each, str) and _WORD.fullmatch(each)
         ],
-        "datasets": list(datasets),
+        "datasets": list(heard.datasets),
+        "loss": unit_of_loss(model.task, heard.paired) if model.task in SCORED else None,
     }
     return {name: value for name, value in found.items() if value}
 

@@ -28,7 +28,7 @@ from lowrank_compress.model.embedding import embedding_of
 from lowrank_compress.model.export import ShardWriter, config_json, write_companions
 from lowrank_compress.model.kinds import few
 from lowrank_compress.model.skeleton import Skeleton
-from lowrank_compress.model.tasks import AUTO
+from lowrank_compress.model.tasks import AUTO, task_of
 from lowrank_compress.resources.resources import Resources
 from lowrank_compress.shipped.fusion import FUSED
 from lowrank_compress.shipped.packed import LAYOUT
@@ -40,8 +40,9 @@ from lowrank_compress.stages.headbits import original_head_bytes
 from lowrank_compress.stages.layers import Layer
 from lowrank_compress.stages.origin import CARD, copy_licences
 from lowrank_compress.stages.quantizeconfig import NO_TEXT, QuantizeConfig, looks
-from lowrank_compress.stages.quantized import is_stock, report_of, separated
+from lowrank_compress.stages.quantized import is_stock, kind_of_loss, report_of, separated
 from lowrank_compress.stages.quantizing import Quantizer
+from lowrank_compress.stages.reading import SCORED
 from lowrank_compress.stages.report import REPORT, facts
 from lowrank_compress.stages.reporting import Reporter, Silent
 from lowrank_compress.stages.rewrite import contents_of, refuse_packed
@@ -58,6 +59,8 @@ def key(config: QuantizeConfig, inputs: Given) -> Key:
     found = contents_of(inputs.checkpoint)
     if config.source is not None:
         found["text"] = text_id(config)
+    if (task := task_of(inputs.checkpoint.config)) in SCORED:
+        found["loss"] = kind_of_loss(config, task)
     unsaid = ["head"] if config.head is None else []  # as before there was one
     return Key("quantize", VERSION, settings_of(config, *unsaid), found)
 

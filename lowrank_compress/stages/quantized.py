@@ -9,9 +9,11 @@ import torch
 
 from lowrank_compress.model import packing
 from lowrank_compress.model.names import experts_of
+from lowrank_compress.model.tasks import Task, unit_of_loss
 from lowrank_compress.stages.fitting import Way
 from lowrank_compress.stages.layers import Layer
-from lowrank_compress.stages.origin import about
+from lowrank_compress.stages.origin import Heard, about
+from lowrank_compress.stages.quantizeconfig import QuantizeConfig
 from lowrank_compress.stages.quantizing import Quantizer
 from lowrank_compress.stages.report import beyond_claimed
 
@@ -73,7 +75,7 @@ def report_of(
         "residual_rank": config.residual_rank,
         "residual_bytes": sum(_residual_bytes(layer, apart) for layer in quantizer.layers),
         "predicted_loss": sum(entry.get("loss", 0.0) for entry in layers.values()) if nats else None,
-        "unit": ("½‖Δe‖² a text" if quantizer.plan.task == "embedding" else "nats") if nats else "share",
+        "unit": kind_of_loss(config, quantizer.plan.task) if nats else "share",
         **({"beside": _beside(quantizer, chosen)} if config.aided or config.inside else {}),
         "format": packing.METHOD if is_stock(quantizer, chosen) else "lowrank",
         **_experts(quantizer),
@@ -82,8 +84,18 @@ def report_of(
         "layers": layers | _head_layer(quantizer),
     }
     if before is None:
-        return {"schema": 1, "method": "dense", "about": about(quantizer.plan), "quantize": said}
+        return {
+            "schema": 1,
+            "method": "dense",
+            "about": about(quantizer.plan, Heard(paired=Heard.of(config).paired)),
+            "quantize": said,
+        }
     return {**before, **_bytes_now(before, quantizer, stored), "quantize": said}
+
+
+def kind_of_loss(config: QuantizeConfig, task: Task) -> str:
+    """Name what losses are in; "nats" where the head says of what (`naming.loss_unit`)."""
+    return unit_of_loss(task, Heard.of(config).paired) if task in ("embedding", "scores") else "nats"
 
 
 def _experts(quantizer: Quantizer) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from lowrank_compress.errors import CheckpointError, InputError
 from lowrank_compress.evaluation.divergence import divergences
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.skeleton import Skeleton
+from lowrank_compress.model.tasks import unit_of_loss
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.model.walk.segments import boundary_bytes
 from lowrank_compress.model.walk.states import StateStore
@@ -159,8 +160,9 @@ class _Refinement:
         before, after = self._divergences()
         taken = after < before
         if not taken:
+            unit = unit_of_loss(self.dense.task, any(batch.paired for batch in self.held_out))
             self.reporter.warn(
-                f"Refined weights were no nearer to the dense model on other text ({after:.4g} nats, before "
+                f"Refined weights were no nearer to the dense model on other text ({after:.4g} {unit}, before "
                 f"{before:.4g}): the checkpoint keeps its weights."
             )
         chosen = {name: value for block in self.blocks for name, value in self.refined.notes(block)["lambdas"].items()}

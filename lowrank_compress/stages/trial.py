@@ -19,6 +19,7 @@ from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.resources.resources import Resources
 from lowrank_compress.stages import factorize, quantize
 from lowrank_compress.stages.choice import Plan, drawn_at_random
+from lowrank_compress.stages.origin import Heard
 from lowrank_compress.stages.quantizeconfig import QuantizeConfig
 from lowrank_compress.stages.reporting import Reporter, Silent
 from lowrank_compress.stages.stage import Given
@@ -32,15 +33,15 @@ class Storing:
     ----------
     factorize, quantize
         Configs of the two stages.
-    datasets
-        Data sets of the hub that the calibration reads.
+    heard
+        What the model was calibrated on.
     work
         Where candidates lie meanwhile.
     """
 
     factorize: FactorizeConfig
     quantize: QuantizeConfig
-    datasets: tuple[str, ...]
+    heard: Heard
     work: Path
 
 
@@ -106,7 +107,7 @@ def _stored(
 ) -> Checkpoint:
     scores, factors, packed = (place / name for name in ("scores", "factors", "packed"))
     commit(plan, scores)
-    inputs = factorize.Inputs(plan.bases.chooser.subject.model, scores, storing.datasets)
+    inputs = factorize.Inputs(plan.bases.chooser.subject.model, scores, storing.heard)
     made = factorize.run(storing.factorize, inputs, factors, reporter, resources=resources, overwrite=True)
     given = Given(Checkpoint(factors), made.report)
     quantize.run(storing.quantize, given, packed, reporter, resources=resources, overwrite=True)

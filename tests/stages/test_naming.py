@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lowrank_compress.stages.naming import collective, place_of, shortened
+from lowrank_compress.model.tasks import AUTO, unit_of_loss
+from lowrank_compress.stages.naming import collective, loss_unit, place_of, shortened
 
 
 def test_names_are_as_short_as_tells_them_apart() -> None:
@@ -31,3 +32,13 @@ def test_names_are_as_short_as_tells_them_apart() -> None:
 def test_places_of_names(name: str, place: tuple[int | None, str], together: str) -> None:
     assert place_of(name) == place
     assert collective(place[1]) == together
+
+
+def test_units_follow_from_the_class_but_where_several_heads_are_of_one() -> None:
+    for task, auto in AUTO.items():
+        told = loss_unit({"about": {"auto_class": auto.__name__}})
+        assert told == unit_of_loss("classification" if task in ("scores", "labels") else task)
+    assert loss_unit({"about": {"auto_class": "AutoModelForSequenceClassification", "loss": "nats a pair"}}) == (
+        unit_of_loss("scores", paired=True)
+    )
+    assert loss_unit({}) == "nats a token"

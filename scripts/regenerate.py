@@ -2,7 +2,7 @@
 
 The model is the demo's. The text is ``configs/expected/calibration.txt``, sampled from that model, because the demo's
 own text changes with the Python version. For the classifier's recipe the model has a classification head on it, and
-each line of the text is an example.
+each line of the text is an example; for that of mixtures its MLPs are cut into experts.
 
 For each recipe, each step in a process of its own:
 
@@ -41,6 +41,7 @@ MODEL = Path(demo_text.__file__).parent / "model"
 # Sums depend on the number of threads; one is to be had everywhere.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 DIFFERENT, WITHIN = 2, 3
+EXPERTS = 4
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,33 @@ def classifier(place: Path) -> Path:
     return path
 
 
+def mixture(place: Path) -> Path:
+    """Write the demo's model with its hidden units dealt out to experts, as a Mixtral; it is the same everywhere."""
+    path = place / "mixture"
+    path.mkdir(parents=True, exist_ok=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(MODEL / name, path / name)
+    settings = json.loads((MODEL / "config.json").read_text(encoding="utf-8"))
+    units, width = settings["intermediate_size"] // EXPERTS, settings["hidden_size"]
+    shape = {"num_local_experts": EXPERTS, "num_experts_per_tok": EXPERTS // 2, "intermediate_size": units}
+    settings |= {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", **shape}
+    (path / "config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    tensors = {}
+    for name, tensor in load_file(MODEL / "model.safetensors").items():
+        block, mlp, role = name.partition(".mlp.")
+        if not mlp:
+            tensors[name] = tensor
+            continue
+        leaf = {"gate_proj.weight": "w1", "up_proj.weight": "w3", "down_proj.weight": "w2"}[role]
+        for number in range(EXPERTS):
+            own = tensor[:, number::EXPERTS] if leaf == "w2" else tensor[number::EXPERTS]
+            tensors[f"{block}.block_sparse_moe.experts.{number}.{leaf}.weight"] = own.contiguous()
+        router = (torch.arange(EXPERTS * width).view(EXPERTS, width) * 37 % 101 - 50) / 512
+        tensors[f"{block}.block_sparse_moe.gate.weight"] = router
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
 def examples(place: Path, text: Path, columns: tuple[str, str]) -> Path:
     """Write the lines of a text as examples of two classes: of even and of odd length."""
     path = place / "examples.tsv"
@@ -102,6 +130,8 @@ def command(recipe: str, model: Path, text: Path, samples: int, place: Path) -> 
     if "label_column" in options:
         model = classifier(place)
         text = examples(place, text, (options["text_column"], options["label_column"]))
+    if "experts" in options:
+        model = mixture(place)
     return ["compress", model, "--config", path, "--calibration", text, "--samples", samples, "--device", "cpu"]
 
 

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from lowrank_compress.cli.main import app
 from lowrank_compress.recipe import Recipe
+from tests.moe import save_moe
 from tests.tiny import save_tiny, tiny_text
 
 RECIPES = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -33,7 +34,10 @@ def test_recipe_runs(path: Path, tmp_path: Path) -> None:
     recipe = Recipe(model="named-below", **yaml.safe_load(path.read_text(encoding="utf-8")))
     task = "lm" if recipe.label_column is None else "classification"
     # Biases, so that afm has something to restore the mean through.
-    model = save_tiny("gpt2" if task == "lm" else "bert", tmp_path / "model", task)
+    if recipe.experts is None:
+        model = save_tiny("gpt2" if task == "lm" else "bert", tmp_path / "model", task)
+    else:
+        model = save_moe("mixtral", tmp_path / "model")
     data = ["--calibration", str(_data(recipe, tmp_path)), "--samples", str(SAMPLES), "--seq-len", "32"]
     where = ["--out", str(tmp_path / "run"), "--device", "cpu", "--json"]
 

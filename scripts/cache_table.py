@@ -9,7 +9,9 @@ latent of their own each, in the Gram metric, as CSKV (2024) initialises them.
 
 With --bits there are rows whose latents are rounded besides, each number of them to the nearest of so many bits between
 the least and the largest of it in --group tokens, as KIVI (2024) rounds keys; beside them stands what is kept with the
-two times 16 bits of each group.
+two times 16 bits of each group. With --backend quanto transformers' own quantized cache rounds them, which needs
+optimum-quanto: its groups are --group numbers of a token, and perplexity is measured through that cache, with 64 tokens
+at a time or --group, whichever is more.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from typing import Any
 import torch
 from running import write_between
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, QuantizedCache
 
 from lowrank_compress.allocation.curve import make_curve
 from lowrank_compress.allocation.loss import allocate
@@ -147,6 +149,19 @@ def with_latents(plan: Plan, found: Found, window: int, bits: int | None = None,
 
 
 @torch.no_grad()
+def through_cache(model: Any, batches: list[Any], backend: str, bits: int, group: int) -> float:
+    """Return exp of the mean loss of a token, of text that goes through a quantized cache some tokens at a time."""
+    nats, tokens, step = 0.0, 0, max(group, 64)
+    for ids in (row[None] for batch in batches for row in batch.ids):
+        sizes = {"nbits": bits, "q_group_size": group, "residual_length": step}
+        cache = QuantizedCache(backend=backend, config=model.config, **sizes)
+        logits = torch.cat([model(part, past_key_values=cache).logits for part in ids.split(step, 1)], 1)
+        nats += float(nn.functional.cross_entropy(logits[0, :-1].double(), ids[0, 1:], reduction="sum"))
+        tokens += ids.shape[1] - 1
+    return math.exp(nats / tokens)
+
+
+@torch.no_grad()
 def perplexity(model: Any, batches: list[Any]) -> float:
     """Return exp of the mean loss of a token."""
     nats, tokens = 0.0, 0
@@ -167,6 +182,7 @@ def main() -> None:
     parser.add_argument("--kept", default="0.5,0.3,0.2", help="shares of the cache that are kept")
     parser.add_argument("--windows", default="0,32", help="exact positions")
     parser.add_argument("--bits", type=int, help="add rows whose latents are rounded to so many bits")
+    parser.add_argument("--backend", help="round by transformers' quantized cache of this name: quanto or hqq")
     parser.add_argument("--group", type=int, default=64, help="tokens that share a least and a largest value")
     parser.add_argument("--only", default="", help="ways with this in their names")
     parser.add_argument("--samples", type=int, default=128)
@@ -199,12 +215,20 @@ def main() -> None:
             continue
         found = [way(moments, share) for share in shares]
         for window, bits in itertools.product(windows, rounding):
-            models = (with_latents(plan, each, window, bits, options.group) for each in found)
-            cells = [f"{perplexity(model, batches):.3f}" for model in models]
+            backend = options.backend if bits is not None else None
+            models = [with_latents(plan, each, window, None if backend else bits, options.group) for each in found]
+            measured = [
+                through_cache(model, batches, backend, bits, options.group) if backend else perplexity(model, batches)
+                for model in models
+            ]
+            cells = [f"{value:.3f}" for value in measured]
             said = name
             if bits is not None:
-                stored = (bits + 32 / options.group) / 16
-                said += f"; {bits} bits ({', '.join(f'{share * stored:.1%}' for share in shares)} kept)"
+                width = 2 * options.group if backend else 1  # of which quantized caches keep whole numbers
+                numbers = [sum(-(-len(right) // width) * width for _, right in each) for each in found]
+                stored = (bits + 32 / options.group) / 16 / sum(map(len, moments.weights))
+                by = f" by {backend}" if backend else ""
+                said += f"; {bits} bits{by} ({', '.join(f'{number * stored:.1%}' for number in numbers)} kept)"
             lines.append(f"| {said} | {window or '–'} | " + " | ".join(cells) + " |")
             print(lines[-1], flush=True)
     text = "\n".join(lines)

@@ -41,7 +41,8 @@ class LatentAttention(CompressedAttention):
     Notes
     -----
     Rotation depends on the distance of two tokens alone, so that beside a cache tokens are counted as they lie in it.
-    A stock cache, of any kind, keeps z, cut in two halves, where it would keep keys and values.
+    A stock cache, of any kind, keeps z, cut in two halves, where it would keep keys and values. One that quantizes in
+    groups of numbers keeps some numbers of z twice, so that its groups divide each half.
     """
 
     lr_latent: nn.Module
@@ -63,8 +64,9 @@ class LatentAttention(CompressedAttention):
         if cache is not None:
             past = cache.get_seq_length(self.layer_idx)
             past = past.clone() if isinstance(past, Tensor) else past  # a static cache changes it in place
-            halves = latent.unsqueeze(1).tensor_split(2, -1)
-            latent = torch.cat(cache.update(*halves, self.layer_idx, *places), -1).squeeze(1)
+            rank, whole = latent.shape[-1], _filled(latent, cache, self.layer_idx)
+            halves = whole.unsqueeze(1).tensor_split(2, -1)
+            latent = torch.cat(cache.update(*halves, self.layer_idx, *places), -1).squeeze(1)[..., :rank]
         counted = past + torch.arange(new, device=hidden.device)
         of_new = of_all = tables
         if tables is not None and cache is not None:
@@ -198,6 +200,16 @@ class LatentAttention(CompressedAttention):
     def __reduce_ex__(self, protocol: Any) -> Any:
         _, _, *state = nn.Module.__reduce_ex__(self, protocol)
         return (_blank_latent, (self.lr_stock_class,), *state)
+
+
+def _filled(latent: Tensor, cache: Any, layer: int) -> Tensor:
+    """Repeat the first numbers of latents (…, rank) behind their last, where a cache quantizes them in groups."""
+    layers = getattr(cache, "layers", ())
+    group = getattr(layers[layer], "q_group_size", 1) if layer < len(layers) else 1
+    rank = latent.shape[-1]
+    if group == 1:
+        return latent
+    return latent[..., torch.arange(rank + -rank % (2 * group), device=latent.device) % rank]
 
 
 def turned(states: Tensor, tables: tuple[Tensor, ...] | None) -> Tensor:

@@ -145,10 +145,11 @@ def test_what_the_cache_keeps(window: int) -> None:
 class Unrounded(QuantizedLayer):
     """A cache that quantizes, by a backend that loses nothing."""
 
-    def __init__(self) -> None:
-        super().__init__(residual_length=3)
+    def __init__(self, group: int) -> None:
+        super().__init__(residual_length=3, q_group_size=group)
 
     def _quantize(self, tensor: Tensor, axis: int) -> Tensor:
+        assert tensor.numel() % self.q_group_size == 0  # or optimum-quanto refuses it
         return tensor.clone()
 
     def _dequantize(self, qtensor: Tensor) -> Tensor:
@@ -156,16 +157,20 @@ class Unrounded(QuantizedLayer):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("window", [0, 3])
-def test_quantized_caches_keep_latents(window: int) -> None:
-    """Once the residual is full, all is in what was quantized, and exact keys and values stay beside it."""
+@pytest.mark.parametrize(("window", "group"), [(0, 1), (3, 1), (0, 4), (3, 8)])
+def test_quantized_caches_keep_latents(window: int, group: int) -> None:
+    """Once the residual is full, all is in what was quantized, and exact keys and values stay beside it.
+
+    Groups divide both halves of latents, whatever their rank.
+    """
     model: Any
     model, _ = remembering(one("llama-lm"), 5, window)
-    cache: Any = Cache(layers=[Unrounded() for _ in range(model.config.num_hidden_layers)])
+    cache: Any = Cache(layers=[Unrounded(group) for _ in range(model.config.num_hidden_layers)])
     found = torch.cat([step(model, piece, cache) for piece in IDS.split([5, 1, 1, 4, 1], 1)], 1)
     torch.testing.assert_close(found, model(IDS).logits, rtol=0, atol=1e-9)
     for layer in cache.layers:
-        assert layer._quantized_keys.shape[-1] + layer._quantized_values.shape[-1] == 5
+        widths = [layer._quantized_keys.shape[-1], layer._quantized_values.shape[-1]]
+        assert sum(widths) == 5 if group == 1 else widths == [group, group]
     options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 94, "eos_token_id": None}
     if is_optimum_quanto_available():
         return  # what it rounds to is its own

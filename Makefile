@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 TEST_WORKERS ?= 2
+# Of each test a few cases, and none that takes long; CASES=all for every one, as CI does.
+CASES ?= few
 # --required: fail where the oldest and the newest transformers cannot be had from the package index.
 VERSIONS ?=
 
@@ -33,9 +35,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## Compress the embedded model three ways and compare, in two minutes
 	$(BIN)/lrc demo
 
-test: $(STAMP)  ## Run the tests, some on the oldest and newest transformers too: no GPU, no network but for these
-	$(THREADS) $(OFFLINE) $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadgroup $(PYTEST_OPTIONS)
-	$(THREADS) $(OFFLINE) $(BIN)/python scripts/other_versions.py $(VERSIONS) -- -n $(TEST_WORKERS)
+test: $(STAMP)  ## Run the tests, some on the oldest and newest transformers too (CASES=all: every case, half an hour)
+	$(THREADS) $(OFFLINE) $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadgroup --cases $(CASES) $(PYTEST_OPTIONS)
+	$(THREADS) $(OFFLINE) $(BIN)/python scripts/other_versions.py $(VERSIONS) -- -n $(TEST_WORKERS) --cases $(CASES)
 
 check: $(STAMP)  ## Format, lint and types; the same in the git hook and in CI
 	$(BIN)/ruff format --check .

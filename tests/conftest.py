@@ -30,6 +30,37 @@ settings.load_profile("lrc")
 ASSETS = Path(__file__).parents[1] / "../shared/assets"
 
 
+FEW = 3
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let a run of the tests be short."""
+    parser.addoption(
+        "--cases",
+        choices=("all", "few"),
+        default="all",
+        help=f"few: at most {FEW} cases of each test, evenly spread, and none of those marked slow",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what --cases few does."""
+    if config.getoption("cases") == "all":
+        return
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("slow") is None:
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    kept = {id(each[place]) for each in cases.values() for place in evenly(len(each), FEW)}
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
+    items[:] = [item for item in items if id(item) in kept]
+
+
+def evenly(count: int, most: int) -> list[int]:
+    """Choose at most so many places, the first and the last among them."""
+    return list(range(count)) if count <= most else [place * (count - 1) // (most - 1) for place in range(most)]
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keep the memo of file hashes, and all other caches, out of the user's home."""

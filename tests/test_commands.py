@@ -27,6 +27,7 @@ def marked(page: str) -> object:
     return page if page == "README.md" else pytest.param(page, marks=pytest.mark.docs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [marked(page) for page, found in RUN.items() if found])
 def test_commands_of_a_page_run(page: str, furnished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of a block one after the other; those of sentences each by itself."""

@@ -22,6 +22,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         return {result.case: result for result in found}
 
 
+@pytest.mark.slow
 def test_sample_holds(results: dict[str, Any]) -> None:
     bad = [r for r in results.values() if r.outcome not in ("same", "refused", "stricter")]
     assert not bad, "\n".join(f"{r.case} ({r.mutation}): {r.outcome}: {r.note}" for r in bad)

@@ -131,6 +131,7 @@ METHOD = LinearMethod(
 """
 
 
+@pytest.mark.slow
 def test_a_plug_in_has_options_of_its_own(tiny: Tiny, tmp_path: Path) -> None:
     points = {"allocators": {"modest": "my_package:ALLOCATOR"}, "methods": {"gram-only": "my_package:METHOD"}}
     plugged = installed(tmp_path / "site", PLUG_IN, {f"lowrank_compress.{group}": points[group] for group in points})

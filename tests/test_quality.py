@@ -50,6 +50,7 @@ def stories(assets: Path, tmp_path_factory: pytest.TempPathFactory):
     return measure
 
 
+@pytest.mark.slow
 @pytest.mark.assets
 @pytest.mark.xdist_group("stories")
 @pytest.mark.parametrize(
@@ -72,6 +73,7 @@ def test_a_collapsing_model_ranks_the_methods(stories, choice: tuple[str, str, s
     assert expected * 2 / 3 < stories(*choice) < expected * 4 / 3
 
 
+@pytest.mark.slow
 @pytest.mark.assets
 @pytest.mark.xdist_group("stories")
 def test_the_recommendation_is_the_best(stories):
@@ -95,6 +97,7 @@ def test_a_classifier_keeps_its_accuracy(assets: Path, tmp_path: Path):
     assert values["compressed"] > values["dense"] - 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.assets
 def test_conv1d_and_biases_survive_on_a_trained_model(assets: Path, tmp_path: Path):
     text, out = assets / "text", tmp_path / "run"

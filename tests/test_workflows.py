@@ -77,6 +77,7 @@ def test_regenerate_is_on_a_schedule_and_on_pull_requests():
     assert {"schedule", "pull_request"} <= set(triggers)
 
 
+@pytest.mark.slow
 def test_regenerate_keeps_report_and_checkpoints(tmp_path: Path):
     """The steps run, for one recipe, and leave what the upload steps name."""
     out = tmp_path / "runs" / "regenerate"

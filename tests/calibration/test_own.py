@@ -109,6 +109,7 @@ def test_a_model_that_does_not_fit_is_refused(tiny: Tiny, cache: Path) -> None:
         written(tiny.model, 1, memory=100_000)
 
 
+@pytest.mark.slow
 def test_from_end_to_end_alone_and_in_a_mixture(tiny: Tiny, tmp_path: Path, cache: Path) -> None:
     base = ["compress", tiny.model, "--ratio", "0.3", "--samples", "16", "--seq-len", "24"]
     own = ["--method", "kfac", "--calibration", "self"]

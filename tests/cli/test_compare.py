@@ -61,6 +61,7 @@ def test_people_see_tables(tiny: Tiny, pristine: Finished, tmp_path: Path) -> No
     assert "95 % interval: 1 to 1" in more.out
 
 
+@pytest.mark.slow
 def test_tasks_are_tested_question_by_question(tiny: Tiny, pristine: Finished, tmp_path: Path) -> None:
     rows = [{"query": f"the {word}", "choices": [" fox", " dog"], "gold": i % 2} for i, word in enumerate("abcdefgh")]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")

@@ -149,6 +149,7 @@ def test_a_changed_original_is_refused(tiny: Tiny, tmp_path: Path):
     assert "its files have changed since" in refused("eval", run, "--perplexity", tiny.heldout)
 
 
+@pytest.mark.slow
 def test_local_tasks_without_a_network(finished: Finished, tasks: Path, tmp_path: Path):
     """In a process of its own, so that whatever lm-eval writes on stdout is seen."""
     asked = ("eval", finished("auto"), "--include-path", tasks, "--json", "--tasks")
@@ -184,6 +185,7 @@ def test_tasks_need_a_language_model(tasks: Path, tmp_path: Path):
     assert "--tasks needs a causal language model" in message
 
 
+@pytest.mark.slow
 def test_processes_of_torchrun_share_the_requests(finished: Finished, tasks: Path):
     words = ["fox", "dog", "the", "over", "lazy", "quick", "brown"]
     rows = [{"query": f"the {word}", "choices": [" fox", " jumps over"], "gold": i % 2} for i, word in enumerate(words)]

@@ -117,6 +117,7 @@ COUNTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", sorted(COUNTS))
 def test_a_stock_model_of_fewer_experts_computes_the_same(kind: str, tiny: Tiny, tmp_path: Path) -> None:
     model, run, out = save_moe(kind, tmp_path / kind), tmp_path / "run", tmp_path / "native"

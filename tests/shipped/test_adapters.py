@@ -131,6 +131,7 @@ ALONE = """
 """
 
 
+@pytest.mark.slow
 def test_with_remote_code_alone(tmp_path: Path) -> None:
     """Loaded before peft is imported and after, with the code of each checkpoint."""
     places = [write(tmp_path / name, "llama")[0] for name in ("one", "two")]

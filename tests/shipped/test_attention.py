@@ -406,6 +406,7 @@ WITHOUT_PACKAGE = """
 """
 
 
+@pytest.mark.slow
 def test_remote_code_and_loud_failure_without_it(tmp_path: Path) -> None:
     places, models = [], []
     for case in ("llama-lm", "gpt2-lm"):

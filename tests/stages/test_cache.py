@@ -59,6 +59,7 @@ def cached_before(run: Path) -> int:
     return measure_size(Checkpoint(run / "model")).kv_bytes_per_token // 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [0, 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_it_makes(runs: dict[str, Path], tiny: Tiny, tmp_path: Path, kind: str, window: int) -> None:

@@ -59,6 +59,7 @@ def logits(path: Path) -> torch.Tensor:
         return loaded(path)(IDS).logits
 
 
+@pytest.mark.slow
 def test_two_budgets(runs: dict[str, Path]) -> None:
     for name, most in (("alone", 38), ("windowed", 16), ("both", 32)):
         found, said = report(runs[name]), ranks(runs[name])
@@ -115,6 +116,7 @@ def test_what_follows(runs: dict[str, Path], tiny: Tiny, tmp_path: Path) -> None
         assert model.generate(IDS, max_new_tokens=8, do_sample=False).shape == (2, 28)
 
 
+@pytest.mark.slow
 def test_saved_and_loaded_without_the_package(runs: dict[str, Path], tmp_path: Path) -> None:
     expected = {}
     for name in ("alone", "windowed"):
@@ -179,6 +181,7 @@ def test_another_ratio_from_kept_bases(runs: dict[str, Path], tmp_path: Path) ->
     assert report(run)["cache"]["asked"] == 0.8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", ["all", "low-rank"])
 def test_recovery_trains_what_rebuilds(runs: dict[str, Path], tmp_path: Path, train: str) -> None:
     run = tmp_path / "run"

@@ -39,6 +39,7 @@ def cast(run: Path, dtype: str = "bfloat16", *more: object) -> dict[str, object]
     return done("cast", run, "--dtype", dtype, "--json", *more).json
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["svd", "auto"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
 def test_every_tensor_is_rounded_and_nothing_else_changes(finished: Finished, method: str, dtype: str):
@@ -197,6 +198,7 @@ def test_what_would_be_loaded_with_it_is_seen(finished: Finished):
     assert "would be loaded with it" in refused("show", run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 def test_killed_at_each_rename(finished: Finished, tmp_path: Path, after: bool):
     run, whole = finished("svd"), tmp_path / "whole"

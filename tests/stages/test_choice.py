@@ -69,6 +69,7 @@ def test_named_methods_try_nothing(tiny: Tiny, tmp_path: Path):
     assert json.loads((tmp_path / "run" / "model" / "lowrank.json").read_text())["plans"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.assets
 @pytest.mark.parametrize("ratio", [0.3, 0.7])
 def test_auto_with_few_tokens_holds_against_named_methods(assets: Path, tmp_path: Path, ratio: float):

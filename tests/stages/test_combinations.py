@@ -94,6 +94,7 @@ def test_module_methods(tiny: Tiny, tmp_path: Path, method: str, allocate: str, 
     assert "width" in formats
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["auto", "modegpt", "svd-llm"])
 def test_ranks_round_to_a_multiple_within_the_budget(tiny: Tiny, tmp_path: Path, method: str):
     run = tmp_path / "run"
@@ -170,6 +171,7 @@ def test_a_tied_head_counts_once(tmp_path: Path, tiny: Tiny):
     assert said["reached_ratio"] == pytest.approx(1 - sum(tensor.numel() for tensor in tensors.values()) / whole)
 
 
+@pytest.mark.slow
 @pytest.mark.versions
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
 def test_output_dtype(tiny: Tiny, tmp_path: Path, dtype: str):
@@ -180,6 +182,7 @@ def test_output_dtype(tiny: Tiny, tmp_path: Path, dtype: str):
     assert AutoModelForCausalLM.from_pretrained(run / "model", dtype="auto").dtype == getattr(torch, dtype)
 
 
+@pytest.mark.slow
 def test_a_bfloat16_checkpoint_stays_one(tiny: Tiny, tmp_path: Path):
     model = save_tiny("llama", tmp_path / "model", dtype=torch.bfloat16)
     run = tmp_path / "run"
@@ -217,6 +220,7 @@ def test_fewer_tokens_than_dimensions_warn_and_stay_sensible(tiny: Tiny, tmp_pat
     assert 1 < found["compressed"] < 50 * found["dense"]
 
 
+@pytest.mark.slow
 def test_more_shards_give_the_same_tensors(tiny: Tiny, tmp_path: Path):
     run = tmp_path / "run"
     done("compress", *tiny.options(run))

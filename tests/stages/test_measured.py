@@ -90,6 +90,7 @@ def test_trials_are_whole_plans_and_cost_what_was_said(
         assert all(trial.plan.groups == first.groups for trial in trials)
 
 
+@pytest.mark.slow
 def test_points_are_chosen_by_what_was_measured(once: Path, tiny: Tiny) -> None:
     """Against corrections that are made here, of plans tried one by one."""
     plan = planned(tiny)
@@ -123,6 +124,7 @@ class _Quiet:
         pass
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_it_gives_the_same_bytes(once: Path, tiny: Tiny, tmp_path: Path) -> None:
     out = tmp_path / "run"
     write = BlockFiles.write

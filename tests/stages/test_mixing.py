@@ -40,6 +40,7 @@ def logits(path: Path) -> torch.Tensor:
         return AutoModelForCausalLM.from_pretrained(path)(IDS).logits
 
 
+@pytest.mark.slow
 def test_the_budget_holds_and_everything_follows(tiny: Tiny, run: Path, tmp_path: Path) -> None:
     chain = [(link.stage, link.directory) for link in read_index(run / "run.json").chain]
     assert chain == [("factorize", "unquantized"), ("quantize", "model")]
@@ -69,6 +70,7 @@ def test_the_best_plan_on_heldout_text_is_taken(run: Path) -> None:
     assert manifest.report["plan"] == min(totals, key=totals.__getitem__)
 
 
+@pytest.mark.slow
 def test_a_kind_of_plan_alone_is_taken_without_a_trial(tiny: Tiny, tmp_path: Path) -> None:
     mixed(tiny, tmp_path / "run", "--mix", "quantized")
     settings = json.loads((tmp_path / "run/model/config.json").read_text())
@@ -85,6 +87,7 @@ def test_a_kind_of_plan_alone_is_taken_without_a_trial(tiny: Tiny, tmp_path: Pat
     assert {entry["format"] for entry in ranks.values()} & {"pair", "pivot", "width"}
 
 
+@pytest.mark.slow
 def test_a_share_out_of_reach_names_the_smallest(tiny: Tiny, tmp_path: Path) -> None:
     text = ("--calibration", tiny.text, *FEW, "--rounding", "rtn", "--mix", "quantized", "--out", tmp_path / "run")
     message = refused("compress", tiny.model, "--bytes", 0.01, *text)
@@ -123,6 +126,7 @@ def test_what_does_not_go_with_it(tiny: Tiny, tmp_path: Path) -> None:
     assert "predicted losses in nats" in refused("compress", mixture, *text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
 def test_experts_are_part_of_the_budget(tiny: Tiny, tmp_path: Path, family: str) -> None:
     run, share = tmp_path / "run", 0.13

@@ -61,6 +61,7 @@ def test_a_dense_checkpoint_becomes_one_of_compressed_tensors(tiny: Tiny, tmp_pa
     assert torch.equal(logits(stock), logits(dense))
 
 
+@pytest.mark.slow
 def test_a_run_is_quantized_last_and_everything_follows(tiny: Tiny, finished: Finished, tmp_path: Path) -> None:
     run = finished("modegpt")  # narrower attention and MLPs
     before = results(run)
@@ -100,6 +101,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 def test_transposed_weights_and_factors_load_by_remote_code_alone(tiny: Tiny, tmp_path: Path) -> None:
     gpt = save_tiny("gpt2", tmp_path / "gpt2")
     run, dense = tmp_path / "run", tmp_path / "dense"
@@ -117,6 +119,7 @@ def test_transposed_weights_and_factors_load_by_remote_code_alone(tiny: Tiny, tm
     assert torch.equal(torch.load(tmp_path / "logits.pt"), logits(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [("--bits", 4.1), ("--bytes", 0.11)])
 def test_a_budget_is_never_exceeded_and_buys_more_than_equal_bits(
     tiny: Tiny, tmp_path: Path, budget: tuple[str, float]
@@ -211,6 +214,7 @@ def test_killed_and_repeated_it_ends_in_the_same_bytes(tiny: Tiny, tmp_path: Pat
     assert manifest.key.stage == "quantize"
 
 
+@pytest.mark.slow
 def test_a_residual_is_an_adapter_of_peft_that_makes_up_for_rounding(tiny: Tiny, tmp_path: Path) -> None:
     words = ("--bits", 2, "--residual-rank", 6, "--calibration", tiny.text, *FEW)
     out = tmp_path / "two"
@@ -232,6 +236,7 @@ def test_a_residual_is_an_adapter_of_peft_that_makes_up_for_rounding(tiny: Tiny,
     assert torch.allclose(logits(peft.PeftModel.from_pretrained(stock, out / "adapter")), mended, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_python_makes_the_same_bytes(tiny: Tiny, finished: Finished, tmp_path: Path) -> None:
     run = finished("svd")
     said = lowrank_compress.quantize(tiny.model, 3, rounding="rtn", group=16, out=tmp_path / "python")

@@ -41,6 +41,7 @@ def check_sizes(out: Path, said: dict[str, Any]) -> None:
     assert done("verify", out, "--json").json["ok"]
 
 
+@pytest.mark.slow
 def test_svdquant_is_one_checkpoint_that_everything_follows(tiny: Tiny, tmp_path: Path) -> None:
     out, plain = tmp_path / "svdquant", tmp_path / "plain"
     said = made(tiny.model, out, tiny, *SVDQUANT)
@@ -110,6 +111,7 @@ def test_llm_int8_keeps_what_large_inputs_meet(tiny: Tiny, tmp_path: Path) -> No
     assert (logits(model) - reference).norm() < 0.03 * reference.norm()
 
 
+@pytest.mark.slow
 def test_a_run_and_transposed_weights_take_it_too(tiny: Tiny, tmp_path: Path) -> None:
     gpt, run = save_tiny("gpt2", tmp_path / "gpt2"), tmp_path / "run"
     done("compress", gpt, "--method", "svd", "--ratio", 0.2, "--for", "q=dense", "--out", run)
@@ -127,6 +129,7 @@ def test_a_run_and_transposed_weights_take_it_too(tiny: Tiny, tmp_path: Path) ->
         assert torch.allclose(logits(model.dequantize()), logits(dense), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_same_twice_is_the_same_bytes(tiny: Tiny, tmp_path: Path) -> None:
     for name in ("one", "two"):
         made(tiny.model, tmp_path / name, tiny, *SVDQUANT, "--activation-bits", 4)

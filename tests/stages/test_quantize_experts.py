@@ -54,6 +54,7 @@ def with_weights_of(other: PreTrainedModel, packed: PreTrainedModel) -> PreTrain
     return other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_mixture_computes_what_the_dense_one_does_with_the_same_weights(
     tiny: Tiny, tmp_path: Path, family: str
@@ -75,6 +76,7 @@ def test_a_mixture_computes_what_the_dense_one_does_with_the_same_weights(
     assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")), logits(packed), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_symmetric_ones_are_stock_checkpoints(tmp_path: Path, family: str) -> None:
     """With groups of 8 that all columns of these experts have; and one scale for each row."""
@@ -191,6 +193,7 @@ RUNS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", RUNS)
 def test_experts_of_a_run_are_quantized_as_they_are(tiny: Tiny, tmp_path: Path, kind: str) -> None:
     family, options = RUNS[kind]
@@ -213,6 +216,7 @@ def test_experts_of_a_run_are_quantized_as_they_are(tiny: Tiny, tmp_path: Path, 
         assert torch.allclose(logits(packed.dequantize()), logits(other), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_killed_and_repeated_it_ends_in_the_same_bytes(tiny: Tiny, tmp_path: Path, monkeypatch: Any) -> None:
     source, write = save_moe("mixtral", tmp_path / "mixture"), BlockFiles.write
     made(source, tmp_path / "whole", tiny, "--bits", 3)
@@ -259,6 +263,7 @@ def test_experts_that_saw_nothing_are_rounded_to_the_nearest_and_named(
     assert "columns: 6 of 8, 6 of them none" in " ".join(done("show", out).out.split())
 
 
+@pytest.mark.slow
 def test_losses_of_experts_count_as_much_as_the_router_gives_them(choosy: Path, tiny: Tiny, tmp_path: Path) -> None:
     """Shares of what nobody is given cost nothing; nats of an expert that was not seen are those of others."""
     bits: dict[str, dict[bool, set[int]]] = {}

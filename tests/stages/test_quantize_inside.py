@@ -27,6 +27,7 @@ def dense(checkpoint: Path, place: Path) -> dict[str, torch.Tensor]:
     return load_file(place / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_it_is_the_base_and_its_adapter(tiny: Tiny, tmp_path: Path) -> None:
     options = ("--bits", 3, "--residual-rank", 2, "--rounding", "gptq", "--calibration", tiny.text, *FEW)
     apart = quantize(tiny.model, tmp_path / "apart", *options)
@@ -50,6 +51,7 @@ def test_it_is_the_base_and_its_adapter(tiny: Tiny, tmp_path: Path) -> None:
         assert torch.allclose(model(IDS).logits, plain(IDS).logits, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_under_a_budget_products_are_where_they_pay(tiny: Tiny, tmp_path: Path) -> None:
     options = ("--bytes", 0.15, "--residual-rank", 1, "--residual-inside", "--rounding", "rtn")
     said = quantize(tiny.model, tmp_path / "some", *options)
@@ -80,6 +82,7 @@ def test_of_a_run_and_what_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     assert "--residual-inside" in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [2])
 def test_compress_chooses_products_too(tiny: Tiny, tmp_path: Path, rank: int) -> None:
     options = ("--bytes", 0.15, "--mix", "quantized", "--residual-rank", rank, "--rounding", "rtn")

@@ -130,6 +130,7 @@ def test_several_processes_train_as_one(finished: Finished, tmp_path: Path):
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-4, msg=name)
 
 
+@pytest.mark.slow
 def test_text_of_ones_own_needs_no_dense_model(tiny: Tiny, finished: Finished, tmp_path: Path):
     run, plain, out = finished("svd"), tmp_path / "plain", tmp_path / "out"
     shutil.copytree(run / "model", plain)
@@ -179,6 +180,7 @@ def test_every_kind_of_model(case: str, tmp_path: Path):
     done("export", run, "--dense", tmp_path / "dense")
 
 
+@pytest.mark.slow
 def test_blocks_by_themselves(finished: Finished, tmp_path: Path):
     run, whole, both = finished("svd"), tmp_path / "whole", tmp_path / "both"
     shutil.copytree(run, whole)

@@ -56,6 +56,7 @@ def check(before: Path, after: Path) -> dict[str, object]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["svd", "kfac", "modegpt", "auto"])
 def test_a_run_is_refined_and_better(tiny: Tiny, finished: Finished, method: str):
     run = finished(method)
@@ -184,6 +185,7 @@ def test_a_killed_refinement_goes_on_to_the_same_bytes(
     assert not (run / "work").exists()
 
 
+@pytest.mark.slow
 def test_gradients_that_scoring_kept_give_the_same_bytes(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """As taken anew; and as those among statistics that were kept."""
     sent: list[bool] = []

@@ -31,6 +31,7 @@ def chain(path: Path) -> list[dict[str, str]]:
     return json.loads((path / "run.json").read_text())["chain"]
 
 
+@pytest.mark.slow
 def test_a_chain_is_made_again(finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = finished("svd-llm")
     done("recover", run, "--steps", 2, "--batch", 2, "--seq-len", 16)
@@ -70,6 +71,7 @@ def test_a_text_of_another_command_is_left_open(finished: Finished, tiny: Tiny) 
     assert commands(run)[1] == "lrc recover AGAIN --steps 1 --batch 2 --text TEXT"
 
 
+@pytest.mark.slow
 def test_all_that_a_quantization_was_told_is_said(finished: Finished) -> None:
     run = finished("svd-llm")
     asked = "--rounding quantease --bits 4 --group 8 --residual-rank 2 --smooth --outliers 3 --activation-bits 8"

@@ -75,6 +75,7 @@ def test_killed_at_random_moments(mixture: Mixture, tmp_path: Path):
         assert results(tmp_path / str(number)) == results(mixture.pristine("auto"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("way", "after"), [("prune", True), ("merge", False), ("parts", False)])
 def test_killed_at_each_rename_in_turn(mixture: Mixture, tmp_path: Path, way: str, after: bool):
     run, expected = tmp_path / "run", results(mixture.pristine(way))

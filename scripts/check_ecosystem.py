@@ -7,7 +7,8 @@ Programs may also lie in directories of PYTHONPATH. Usage, from the root of the 
     python scripts/check_ecosystem.py LLAMA TEXT --write docs/serving.md
     python scripts/check_ecosystem.py DIRECTORY/all-minilm-l6-v2 TEXT --embedding \
         --forms pair,pivot,modegpt --mark ecosystem:minilm --write docs/serving.md
-    python scripts/check_ecosystem.py DIRECTORY/qwen2.5-coder-0.5b TEXT --forms pivot --mark ecosystem:qwen
+    python scripts/check_ecosystem.py DIRECTORY/qwen2.5-coder-0.5b TEXT --checkpoint RUN/model --forms auto \
+        --only pipeline,export.export,lm_eval --mark ecosystem:qwen --write docs/serving.md
 """
 
 from __future__ import annotations
@@ -51,11 +52,11 @@ def run(words: Sequence[str], place: Path, *, installed: bool) -> str:
     return "" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no message"])[-1][:200]
 
 
-def made(form: str, model: Path, text: Path, place: Path) -> Path:
+def made(form: str, model: Path, text: Path, place: Path, samples: int) -> Path:
     """Compress a model in one form, and return the checkpoint."""
     out = place / form
     options = [*map(str, ("compress", model, "--ratio", "0.2", "--calibration", text, "--out", out)), *FORMS[form]]
-    sized = ["--samples", "32", "--seq-len", "128"]
+    sized = ["--samples", str(samples), "--seq-len", "128"]
     if problem := run(["-m", "lowrank_compress", *options, *sized], place, installed=True):
         raise SystemExit(f"{form} cannot be made: {problem}")
     if form != "native":
@@ -81,6 +82,11 @@ def main(
     only: Annotated[str, typer.Option(help="Rows of programs whose names or commands hold one of these words.")] = "",
     embedding: Annotated[bool, typer.Option("--embedding", help="Try what embedding models are for.")] = False,
     forms: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(FORMS),
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="Of that model, compressed already: try it alone, in a column of the name FORMS."),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Windows of 128 tokens to calibrate on.")] = 32,
     mark: Annotated[str, typer.Option(help="Of the table in its file.")] = "ecosystem",
     write: Annotated[Path | None, typer.Option(help="File whose table is replaced.")] = None,
 ) -> None:
@@ -97,15 +103,18 @@ def main(
         data = place / "tasks" / "check.jsonl"
         data.write_text("".join(json.dumps(one) + "\n" for one in documents), encoding="utf-8")
         (place / "tasks" / "check.yaml").write_text(TASK % data, encoding="utf-8")
-        checkpoints = {form: made(form, model.resolve(), text.resolve(), place) for form in asked}
-        for form, checkpoint in checkpoints.items() if embedding else ():
-            if problem := run(["-c", OURS, str(checkpoint), str(place / f"{form}.safetensors")], place, installed=True):
+        if checkpoint is not None:
+            checkpoints = dict.fromkeys(asked, checkpoint.resolve())
+        else:
+            checkpoints = {form: made(form, model.resolve(), text.resolve(), place, samples) for form in asked}
+        for form, path in checkpoints.items() if embedding else ():
+            if problem := run(["-c", OURS, str(path), str(place / f"{form}.safetensors")], place, installed=True):
                 raise SystemExit(f"{form} cannot be loaded: {problem}")
         rows = EMBEDDING_ROWS if embedding else ROWS
         for row in (row for row in rows if any(word in f"{row.package} {row.shown}" for word in only.split(","))):
             cells = []
             for form in asked:
-                if form not in row.forms:
+                if checkpoint is None and form not in row.forms:
                     cells.append("–")
                     continue
                 if not version_of(row.package):

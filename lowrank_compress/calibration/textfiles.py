@@ -68,8 +68,11 @@ def check_file(name: str) -> None:
             places = {0, path.stat().st_size // 2, max(0, path.stat().st_size - _LOOK)}
             blocks = [file.seek(place) * b"" + file.read(_LOOK) for place in sorted(places)]
     except (FileNotFoundError, NotADirectoryError):
+        before, _, weight = name.rpartition(":")
+        weighed = weight.replace(".", "", 1).isdigit() and not os.path.exists(before)
+        also = f", nor {before}, which could have a weight" if weighed else ""
         raise CalibrationError(
-            f"The text file {name} does not exist. Pass an existing file, or hf:NAME[:CONFIG[:SPLIT]]."
+            f"The text file {name} does not exist{also}. Pass an existing file, or hf:NAME[:CONFIG[:SPLIT]]."
         ) from None
     except (OSError, ValueError) as problem:
         raise CalibrationError(f"{name} cannot be read ({problem}). Expected a readable file.") from None

@@ -56,6 +56,11 @@ def test_a_file_without_text(text: str, tmp_path: Path) -> None:
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match="does not exist"):
         read_text(Source(str(tmp_path / "no.txt")))
+    with pytest.raises(CalibrationError, match=r"no\.txt:2 does not exist, nor .*no\.txt, which could have a weight"):
+        read_text(Source(str(tmp_path / "no.txt:2")))
+    (tmp_path / "there.txt").write_text("a")
+    with pytest.raises(CalibrationError, match=r"there\.txt:2 does not exist\. Pass"):
+        read_text(Source(str(tmp_path / "there.txt:2")))
     (tmp_path / "latin.txt").write_bytes("äöü".encode("latin-1"))
     with pytest.raises(CalibrationError, match="cannot be read as UTF-8"):
         read_text(Source(str(tmp_path / "latin.txt")))

@@ -97,3 +97,9 @@ def original_head_bytes(checkpoint: Checkpoint, before: Mapping[str, Any] | None
     if before is None or not before.get("claimed_elements"):
         return target.elements * checkpoint.dtype.itemsize
     return round(target.elements * before["claimed_bytes"] / before["claimed_elements"])
+
+
+def outside_bytes(checkpoint: Checkpoint, before: Mapping[str, Any]) -> int:
+    """Bytes of what is compressed outside of the blocks, from the report."""
+    outside = (target.name for target in blueprint(checkpoint).resolved.outside)
+    return sum(before.get("matrices", {}).get(name, {}).get("stored_bytes", 0) for name in outside)

@@ -36,7 +36,7 @@ from lowrank_compress.shipped.saving import remote_code_entries, write_remote_co
 from lowrank_compress.stages.card import PEFT_TASKS, model_card
 from lowrank_compress.stages.environment import environment
 from lowrank_compress.stages.fitting import Way
-from lowrank_compress.stages.headbits import original_head_bytes
+from lowrank_compress.stages.headbits import original_head_bytes, outside_bytes
 from lowrank_compress.stages.layers import Layer
 from lowrank_compress.stages.origin import CARD, copy_licences
 from lowrank_compress.stages.quantizeconfig import NO_TEXT, QuantizeConfig, looks
@@ -112,8 +112,8 @@ def _quantized(
 ) -> Manifest:
     checkpoint = inputs.checkpoint
     before = read_json(checkpoint.path / REPORT) if (checkpoint.path / REPORT).exists() else None
-    own = measure_size(checkpoint).block_bytes
-    original = int((before or {}).get("claimed_bytes", own))
+    now = measure_size(checkpoint).block_bytes + outside_bytes(checkpoint, before or {})
+    original = int((before or {}).get("claimed_bytes", now))
     if config.head is not None:
         original += original_head_bytes(checkpoint, before)
     computing = torch.promote_types(checkpoint.dtype, torch.float32)
@@ -133,7 +133,7 @@ def _quantized(
             "quantize, --symmetric, and a whole number of --bits; or --residual-inside or --smooth, with which it "
             "becomes part of the checkpoint."
         )
-    quantizer = Quantizer(config, skeleton, original, work_of(out_dir), identity.id, reporter, resources)
+    quantizer = Quantizer(config, skeleton, (original, now), work_of(out_dir), identity.id, reporter, resources)
     chosen = quantizer.make()
     if thin := quantizer.thin():
         reporter.warn(
@@ -142,7 +142,7 @@ def _quantized(
         )
     with replacing(out_dir, listed) as draft:
         shards = _write_tensors(quantizer, chosen, draft)
-        report = report_of(quantizer, chosen, before, own)
+        report = report_of(quantizer, chosen, before)
         _write_rest(quantizer, chosen, report, draft)
         if config.residual_rank and not (config.aided or config.inside):
             _write_adapter(quantizer, chosen, draft / ADAPTER)

@@ -53,14 +53,12 @@ def separated(quantizer: Quantizer, chosen: Mapping[str, Way]) -> dict[str, int]
     return {path: len(experts) for path, experts in found if whole or path in before or path in packed}
 
 
-def report_of(
-    quantizer: Quantizer, chosen: Mapping[str, Way], before: Mapping[str, Any] | None, own: int
-) -> dict[str, Any]:
+def report_of(quantizer: Quantizer, chosen: Mapping[str, Way], before: Mapping[str, Any] | None) -> dict[str, Any]:
     """Make lowrank.json."""
     config, layers = quantizer.config, described(quantizer, chosen)
     weights = sum(layer.weights for layer in quantizer.layers)
     taken = sum(entry["bytes"] for entry in layers.values())
-    stored = own + taken - sum(quantizer.bytes_of(layer, None) for layer in quantizer.layers) + quantizer.head_bytes
+    stored = quantizer.other_bytes + taken
     nats = quantizer.rounding.needs == "gradients"
     apart = 0 if config.aided or config.inside else config.residual_rank
     said = {

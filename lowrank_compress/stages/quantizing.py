@@ -18,7 +18,6 @@ from lowrank_compress.artifacts.tensors import BlockFiles
 from lowrank_compress.calibration.capture import numbered
 from lowrank_compress.calibration.layers import LayerMoments, layer_moments
 from lowrank_compress.errors import InputError
-from lowrank_compress.evaluation.size import measure_size
 from lowrank_compress.formats.packed import BITS, Packing, beside_bytes, packed_tensors, scale_dtype
 from lowrank_compress.linalg.quantize import Quantized, Scales
 from lowrank_compress.methods.rounding import ROUNDINGS, Problem
@@ -43,8 +42,8 @@ class Quantizer:
         How.
     skeleton
         The checkpoint's model.
-    original_bytes
-        Of all claimed weights as the original stores them.
+    claimed_bytes
+        Of all claimed weights: as the original stores them, and as they are stored now.
     work, id
         Where finished blocks lie, and of which result they are.
     reporter, resources
@@ -55,14 +54,15 @@ class Quantizer:
         self,
         config: QuantizeConfig,
         skeleton: Skeleton,
-        original_bytes: int,
+        claimed_bytes: tuple[int, int],
         work: Path,
         id: str,
         reporter: Reporter,
         resources: Resources,
     ) -> None:
         self.config, self.skeleton, self.plan = config, skeleton, skeleton.blueprint
-        self.original_bytes, self.reporter, self.resources = original_bytes, reporter, resources
+        self.original_bytes, self.bytes_now = claimed_bytes
+        self.reporter, self.resources = reporter, resources
         self.layers, self.left = layers_of(self.plan)
         if not self.layers:
             raise InputError(f"{self.plan.checkpoint.path} has no linear layer in its blocks that could be quantized.")
@@ -237,14 +237,17 @@ class Quantizer:
         beside = beside_bytes(layer.shape, self.beside(layer, way), self.scales)
         return self.packing.bytes(layer.shape, way.bits) + beside
 
+    @property
+    def other_bytes(self) -> int:
+        """Bytes of what a budget counts beside the layers."""
+        return self.bytes_now - sum(self.bytes_of(layer, None) for layer in self.layers) + self.head_bytes
+
     def _limit(self) -> int:
         """How many bytes the layers may take together."""
         config = self.config
         if config.bytes is None:
             return math.floor(Fraction(str(config.bits)) * sum(layer.weights for layer in self.layers) / 8)
-        own = sum(self.bytes_of(layer, None) for layer in self.layers)
-        others = measure_size(self.plan.checkpoint).block_bytes - own + self.head_bytes
-        return math.floor(Fraction(str(config.bytes)) * self.original_bytes) - others
+        return math.floor(Fraction(str(config.bytes)) * self.original_bytes) - self.other_bytes
 
     def _require_reachable(self) -> None:
         least = sum(self.bytes_of(layer, Way(BITS[0])) for layer in self.layers)

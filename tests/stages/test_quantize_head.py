@@ -212,6 +212,19 @@ def test_what_cannot_be_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     assert "is of low rank already; --head takes one that is stored whole" in message(run, "--head", 8)
 
 
+def test_a_head_of_low_rank_counts_among_what_is_stored(tiny: Tiny, tmp_path: Path) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    done("compress", tiny.model, "--method", "dense", "--for", "head=svd", "--ratio", 0.05, "--ratio-of", "model",
+         "--out", run)  # fmt: skip
+    done("quantize", run, "--rounding", "rtn", "--bytes", 0.45, "--out", out)
+    stored = load_file(out / "model.safetensors")
+    claimed = [tensor for name, tensor in stored.items() if "norm" not in name and "embed" not in name]
+    report = json.loads((out / "lowrank.json").read_text())
+    size = sum(tensor.nbytes for tensor in claimed)
+    assert report["quantize"]["stored_bytes"] == report["stored_bytes"] == size
+    assert 0.4 * report["claimed_bytes"] < size <= 0.45 * report["claimed_bytes"]
+
+
 def test_without_it_nothing_is_another_result(tiny: Tiny) -> None:
     from lowrank_compress.stages.quantize import key
     from lowrank_compress.stages.stage import Given

@@ -218,7 +218,9 @@ def main() -> None:
             backend = options.backend if bits is not None else None
             models = [with_latents(plan, each, window, None if backend else bits, options.group) for each in found]
             measured = [
-                through_cache(model, batches, backend, bits, options.group) if backend else perplexity(model, batches)
+                through_cache(model, batches, backend, bits, options.group)
+                if backend and bits is not None
+                else perplexity(model, batches)
                 for model in models
             ]
             cells = [f"{value:.3f}" for value in measured]

@@ -224,7 +224,7 @@ def _spanned(example: Question, tokenizer: PreTrainedTokenizerBase, seq_len: int
 
 def places_of(offsets: Sequence[tuple[int, int]], sides: Sequence[int | None]) -> list[tuple[int, int] | None]:
     """Return for each token of a question and its text from which character of the text to which it is, or None."""
-    return [tuple(place) if side == 1 else None for place, side in zip(offsets, sides, strict=True)]
+    return [(start, stop) if side == 1 else None for (start, stop), side in zip(offsets, sides, strict=True)]
 
 
 def span_of(example: Question, places: Sequence[tuple[int, int] | None], first: int) -> list[int]:

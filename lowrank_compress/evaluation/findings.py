@@ -79,7 +79,8 @@ def of_pairs(
     alike = [cosines(side[list(firsts)], side[list(seconds)]).tolist() for side in sides]
     ranks = {"spearman": of_scores(1)["spearman"]}
     near = cosines(*sides)
-    gaps = resampled(*(np.stack([each, scores], 1) for each in alike), ranks, **asdict(draws))
+    one, other = (np.stack([each, scores], 1) for each in alike)
+    gaps = resampled(one, other, ranks, **asdict(draws))
     return {
         "n": len(scores),
         "texts": len(near),

@@ -244,12 +244,12 @@ def _resident(plan: Plan, groups: Sequence[TargetGroup], resources: Resources) -
     blocks = defaultdict[int, list[TargetGroup]](list)
     for group in groups:
         blocks[group.block].append(group)
-    first = max(blocks.values(), key=statistics_bytes)  # others may have no experts, or be dense
-    at_once = resources.blocks_at_once(statistics_bytes(first))
-    beside = [group.working_bytes() for group in first if group.parallel]
-    short = tokens < enough_tokens(max(max(target.shape) for group in first for target in group.targets))
+    largest = max(blocks.values(), key=statistics_bytes)  # others may have no experts, or be dense
+    at_once = resources.blocks_at_once(statistics_bytes(largest))
+    beside = [group.working_bytes() for group in largest if group.parallel]
+    short = tokens < enough_tokens(max(max(target.shape) for group in largest for target in group.targets))
     halves = 2 if short else 1  # of the calibration set, each with sums of its own
-    statistics = at_once * statistics_bytes(first) * (halves if plan.score.held_out else 1)
+    statistics = at_once * statistics_bytes(largest) * (halves if plan.score.held_out else 1)
     lent = _lent(plan, resources, _whole_blocks(plan))
     resident = {
         "outside the blocks": outside * SINGLE,
@@ -259,7 +259,7 @@ def _resident(plan: Plan, groups: Sequence[TargetGroup], resources: Resources) -
         "bases": at_once * max(_bases(plan).values(), default=0) * SINGLE,
         "decompositions": max(
             resources.items_at_once(beside) * max(beside, default=0),
-            *(group.working_bytes() for group in first),
+            *(group.working_bytes() for group in largest),
             0 if plan.refine is None else _refining_bytes(resolved, resources),
         ),
     }

@@ -2,12 +2,14 @@
 
 Each row is a calibration set of as many windows: text of the model's domain, WikiText-2, what the model writes itself,
 and mixtures. Measured on other text of the domain, on the other half of WikiText-2, and on source code of Python's
-standard library. What is lost is ln(perplexity / dense), in nats a token.
+standard library, which is the domain of a model given by its directory. What is lost is ln(perplexity / dense), in nats
+a token.
 
-Usage, from the root of the repository (some minutes a model)::
+Usage, from the root of the repository (some minutes a small model)::
 
     python scripts/calibration_texts.py stories --write docs/calibration.md
     python scripts/calibration_texts.py demo --method svd-llm
+    python scripts/calibration_texts.py DIRECTORY/qwen2.5-coder-0.5b --method svd-llm --rows 'WikiText-2;self'
 """
 
 from __future__ import annotations
@@ -18,21 +20,24 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from real_model import texts
+from real_model import sources, texts
 from running import ASSETS, ROOT, lrc, perplexity, write_between
 
 from lowrank_compress.demo.text import write_parts
 
 TEXT = ASSETS / "text"
+# Modules of the standard library that are not measured on.
+CALIBRATED = ("csv", "email.message", "tarfile", "configparser", "difflib", "calendar", "string", "fractions")
 
 
 def main(
-    name: Annotated[str, typer.Argument(help="stories or demo.")],
+    name: Annotated[str, typer.Argument(help="stories, demo, or the directory of a model of code.")],
     method: Annotated[str, typer.Option(help="Of compression.")] = "auto",
     ratio: Annotated[float, typer.Option(help="Share to remove.")] = 0.2,
     samples: Annotated[int, typer.Option(help="Windows of 256 tokens to calibrate on.")] = 64,
     limit: Annotated[int, typer.Option(help="Windows to measure on.")] = 100,
-    write: Annotated[Path | None, typer.Option(help="File whose table `calibration:NAME` is replaced.")] = None,
+    rows: Annotated[str, typer.Option(help="Sets to calibrate on, separated by semicolons; all, if empty.")] = "",
+    write: Annotated[Path | None, typer.Option(help="File whose table `calibration:DIRECTORY` is replaced.")] = None,
 ) -> None:
     """Print the table."""
     with tempfile.TemporaryDirectory() as temporary:
@@ -41,10 +46,13 @@ def main(
         if name == "demo":
             model, parts = ROOT / "lowrank_compress" / "demo" / "model", write_parts(place / "parts")
             domain, inside = parts["calibration"], parts["heldout"]
-        else:
+        elif name == "stories":
             model = ASSETS / "models" / "stories260k-llama-gqa"
             domain, inside = TEXT / "tinystories-calibration.txt", TEXT / "tinystories-dev.txt"
-        measured = {"domain": inside, "WikiText-2": elsewhere, "code": code}
+        else:
+            model, domain, inside = Path(name), place / "modules.txt", code
+            domain.write_text(sources(CALIBRATED), encoding="utf-8")
+        measured = {"domain": inside, "WikiText-2": elsewhere} | ({"code": code} if inside != code else {})
         window = ("--seq-len", 256, "--limit", limit)
         dense = {each: perplexity(model, text, *window) for each, text in measured.items()}
         lines = [
@@ -61,6 +69,8 @@ def main(
             "domain, WikiText-2": [f"{domain}:1", f"{wiki}:1"],
         }
         for row, named in sets.items():
+            if rows and row not in rows.split(";"):
+                continue
             run = place / row.replace(", ", "-")
             words = [word for each in named for word in ("--calibration", each)]
             lrc("compress", model, "--method", method, "--ratio", ratio, *words, "--samples", samples,
@@ -71,7 +81,7 @@ def main(
             typer.echo(lines[-1], err=True)
     typer.echo("\n".join(lines))
     if write is not None:
-        write_between(write, f"calibration:{name}", "\n".join(lines))
+        write_between(write, f"calibration:{model.name}", "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,14 +31,18 @@ CODE = ("argparse", "json.decoder", "heapq", "textwrap", "bisect", "queue")
 WINDOWS = ("--seq-len", 512, "--limit", 24)
 
 
+def sources(modules: Iterable[str]) -> str:
+    """Read the source code of modules."""
+    return "\n".join(Path(__import__(name, fromlist=["_"]).__file__ or "").read_text("utf-8") for name in modules)
+
+
 def texts(text: Path, directory: Path) -> tuple[Path, Path, Path]:
     """Text to calibrate on, to measure on, and code to measure on, written below a directory."""
     whole = text.read_text(encoding="utf-8")
-    code = "\n".join(Path(__import__(name, fromlist=["_"]).__file__ or "").read_text() for name in CODE)
     parts = {
         "calibration": whole[: len(whole) // 2],
         "heldout": whole[len(whole) // 2 :][:60_000],
-        "code": code[:60_000],
+        "code": sources(CODE)[:60_000],
     }
     for name, part in parts.items():
         (directory / f"{name}.txt").write_text(part, encoding="utf-8")

@@ -16,6 +16,8 @@ from torch import Tensor
 # How far a grid may be narrower than the weights of a group: some are then cut off, and all others rounded less.
 SHRINKS = tuple(1 - 0.025 * step for step in range(25))
 MOST_BITS = 8
+# Weights whose grids are tried at once: they, and what is computed of them, stay in the cache of a core.
+AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class Quantized:
 
 def nearest(weight: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
     """Return the codes of the points that are nearest to weights, all of one shape."""
-    return ((weight / scale).round_() + zero).clamp_(grid.low, grid.high)
+    return (weight / scale).round_().add_(zero).clamp_(grid.low, grid.high)
 
 
 def rounded(weight: Tensor, scales: Scales) -> Quantized:
@@ -141,23 +143,31 @@ def searched(
     m, n = weight.shape
     if n % grid.group:
         raise ValueError(f"{n} columns cannot be cut into groups of {grid.group}")
-    grouped = weight.unflatten(1, (-1, grid.group))
     weigh = weight.new_ones(n) if importance is None else importance.to(weight)
-    weigh = weigh.view(-1, grid.group)
+    some = weight.unflatten(1, (-1, grid.group)).split(max(1, AT_ONCE // n))
+    found = [_best(rows, grid, weigh.view(-1, grid.group), dtype, shrinks) for rows in some]
+    scale, zero = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return Scales(grid, scale, zero)
+
+
+def _best(
+    grouped: Tensor, grid: Grid, weigh: Tensor, dtype: torch.dtype | None, shrinks: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """Return the scales and zero points that lose least, of groups (m, k, g) whose columns weigh (k, g)."""
     best: Tensor | None = None
-    scale = zero = weight.new_zeros(m, n // grid.group)
+    scale = zero = grouped.new_zeros(grouped.shape[:2])
     for tried_scale, tried_zero in _tried(grouped, grid, shrinks):
         stored = _storable(tried_scale, dtype)
         codes = nearest(grouped, stored[..., None], tried_zero[..., None], grid)
-        off = (codes - tried_zero[..., None]).mul_(stored[..., None]).sub_(grouped).square_()
-        loss = torch.einsum("mkg,kg->mk", off, weigh)
+        off = codes.sub_(tried_zero[..., None]).mul_(stored[..., None]).sub_(grouped)
+        loss = off.square_().mul_(weigh).sum(2)
         if best is None:
             best, scale, zero = loss, stored, tried_zero
             continue
         better = loss < best
         best = torch.where(better, loss, best)
         scale, zero = torch.where(better, stored, scale), torch.where(better, tried_zero, zero)
-    return Scales(grid, scale, zero)
+    return scale, zero
 
 
 def _tried(grouped: Tensor, grid: Grid, shrinks: Sequence[float]) -> Iterator[tuple[Tensor, Tensor]]:

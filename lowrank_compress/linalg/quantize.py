@@ -140,7 +140,7 @@ def searched(
     ValueError
         The group does not divide the columns.
     """
-    m, n = weight.shape
+    n = weight.shape[1]
     if n % grid.group:
         raise ValueError(f"{n} columns cannot be cut into groups of {grid.group}")
     weigh = weight.new_ones(n) if importance is None else importance.to(weight)

@@ -57,19 +57,22 @@ class StateStore:
     spill
         Whether to put states on disk.
     directory
-        Where; None for the system's temporary directory.
+        Where, which is made if need be; None for the system's temporary directory.
     """
 
     def __init__(self, spill: bool = False, directory: Path | None = None) -> None:
-        self._file = tempfile.TemporaryFile(dir=directory, buffering=0) if spill else None  # noqa: SIM115
+        self._spill, self._directory = spill, directory
+        self._file: FileIO | None = None  # until something is spilled
         self._end = 0
         self._free: dict[int, list[int]] = defaultdict(list)
 
     def keep(self, states: Tensor) -> State:
         """Keep (sequences, length, width) states."""
         states = states.detach().cpu()
-        if self._file is None:
+        if not self._spill:
             return _Held(states)
+        if self._file is None:
+            self._file = _temporary(self._directory)
         size = states.numel() * states.element_size()
         if self._free[size]:
             offset = self._free[size].pop()
@@ -79,6 +82,13 @@ class StateStore:
         kept = _Filed(self._file, offset, states)
         weakref.finalize(kept, self._free[size].append, offset).atexit = False
         return kept
+
+
+def _temporary(directory: Path | None) -> FileIO:
+    """Open a file without a name."""
+    if directory is not None:
+        directory.mkdir(parents=True, exist_ok=True)
+    return tempfile.TemporaryFile(dir=directory, buffering=0)  # pyright: ignore[reportReturnType]
 
 
 def _whole(transfer: Callable[..., int], descriptor: int, states: Tensor, offset: int) -> None:

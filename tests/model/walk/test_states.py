@@ -32,9 +32,9 @@ def test_spilled_states_are_the_same_and_leave_no_file(tmp_path: Path, dtype: to
 
 
 def test_the_place_of_states_nobody_refers_to_is_used_again(tmp_path: Path) -> None:
-    store = StateStore(spill=True, directory=tmp_path)
-    assert store._file is not None
+    store = StateStore(spill=True, directory=tmp_path / "made")
     kept = [store.keep(torch.full((4, 8), float(i))) for i in range(3)]
+    assert store._file is not None
     size = os.fstat(store._file.fileno()).st_size
     for i in range(10):
         kept[1] = store.keep(torch.full((4, 8), float(i)))

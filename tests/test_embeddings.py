@@ -221,7 +221,7 @@ def test_two_embedding_models_are_compared(tmp_path: Path, tiny: Tiny) -> None:
     assert "pairs.csv (8 pairs, " in said
     assert "cosine of B's embedding to A's" in said
     assert "Hidden states that leave each block" in said
-    assert "for embedding models --sts" in refused("compare", *runs, "--perplexity", table)
+    assert "of a BertModel use --sts" in refused("compare", *runs, "--perplexity", table)
     assert "a LlamaForCausalLM has a head" in refused("compare", tiny.model, tiny.model, "--sts", table)
 
 

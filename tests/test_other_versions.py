@@ -106,6 +106,6 @@ def test_make_test_runs_it_and_make_clean_removes_its_environments() -> None:
     recipe = text[text.index("\ntest:") :].split("\n\n")[0]
     assert "scripts/other_versions.py $(VERSIONS) -- -n $(TEST_WORKERS)" in recipe
     assert "$(VENV)-oldest $(VENV)-newest" in text
-    assert "make test VERSIONS=--required" in (ROOT / ".ci/run").read_text()
+    assert "make test CASES=all VERSIONS=--required" in (ROOT / ".ci/run").read_text()
     ignored = (ROOT / ".gitignore").read_text().splitlines()
     assert "/.venv-*/" in ignored

@@ -62,7 +62,8 @@ def _options(made: Manifest, recipe: Recipe, text: str | None) -> Iterator[str]:
         yield from ("--block", "--block-steps", str(config["block"]))
     defaults = {name: field.default for name, field in STAGES[stage].config.model_fields.items()}
     for name in told(stage):
-        if config[name] is not None and config[name] != defaults[name]:
+        # What is at its default may not be said, so that what was made before there was such an option is the same.
+        if config.get(name) is not None and config[name] != defaults[name]:
             yield from _option(name, config[name])
     if own is None:
         return

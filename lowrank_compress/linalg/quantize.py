@@ -82,7 +82,7 @@ class Quantized:
     scales
         Its scales.
     codes
-        c, (m, n) float64, whole numbers.
+        c, (m, n), whole numbers: float64 as they are found, int8 as they are kept.
     """
 
     scales: Scales

@@ -25,7 +25,7 @@ from lowrank_compress.stages.fitting import Fitted
 from lowrank_compress.stages.layers import Layer
 from lowrank_compress.stages.quantizeconfig import QuantizeConfig
 
-ROWS = 4096
+ROWS = 4096  # that are rounded at once
 
 
 def head_of(plan: Blueprint) -> Layer:

@@ -169,9 +169,9 @@ def _activation_bytes(plan: Plan) -> int:
     Of routed experts a token sees some only.
     """
     resolved, widths = plan.subject.resolved, defaultdict[int, float](float)
-    chosen = getattr(plan.subject.model.model.config, "num_experts_per_tok", None) or 1
     for target in resolved.targets:
-        widths[target.block] += sum(target.shape) * (1 if target.expert is None else chosen / target.experts)
+        seen = 1.0 if target.expert is None or not resolved.router else resolved.router.chosen / target.experts
+        widths[target.block] += sum(target.shape) * seen
     tokens = min(plan.calibrate.micro_batch, plan.recipe.samples) * plan.calibrate.seq_len
     return math.ceil(2 * tokens * max(widths.values()) * SINGLE)
 

@@ -88,7 +88,7 @@ def _temporary(directory: Path | None) -> FileIO:
     """Open a file without a name."""
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
-    return tempfile.TemporaryFile(dir=directory, buffering=0)  # pyright: ignore[reportReturnType]
+    return tempfile.TemporaryFile(dir=directory, buffering=0)
 
 
 def _whole(transfer: Callable[..., int], descriptor: int, states: Tensor, offset: int) -> None:

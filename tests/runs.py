@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from lowrank_compress.artifacts import files
 from lowrank_compress.artifacts.files import sha256
 from lowrank_compress.artifacts.lock import HOLDER
+from lowrank_compress.artifacts.tensors import BlockFiles
 from lowrank_compress.cli.main import app
 
 FEW = ("--samples", "8", "--seq-len", "32")
@@ -137,6 +138,22 @@ def forked(work: Callable[[], object], *, kill_after: float | None = None) -> in
         time.sleep(kill_after)
         os.kill(pid, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def cut_after_a_block(work: Callable[[], object]) -> bool:
+    """Do work in a process that ends when it has written the first file of a block; whether it came that far."""
+
+    def cut() -> None:
+        write = BlockFiles.write
+
+        def once(self: BlockFiles, *args: Any, **kwargs: Any) -> None:
+            write(self, *args, **kwargs)
+            os._exit(9)
+
+        BlockFiles.write = once
+        work()
+
+    return forked(cut) == 9
 
 
 def killed_at_rename(number: int, *, after: bool, arguments: list[str]) -> bool:

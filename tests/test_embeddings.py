@@ -122,6 +122,7 @@ def test_replacing_a_run_leaves_nothing_over_and_loses_nothing(tmp_path: Path) -
     assert len(list((run / "cast").rglob("1_Pooling*"))) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "model_type"), [("kfac", "bert"), ("fwsvd", "distilbert"), ("auto", "bert")])
 def test_gradients_are_of_the_embedding(method: str, model_type: str, tmp_path: Path) -> None:
     model, data = saved(tmp_path, model_type)
@@ -262,6 +263,7 @@ def test_pickled_modules_are_refused(tmp_path: Path) -> None:
     assert "2_Dense/pytorch_model.bin is a pickle" in said
 
 
+@pytest.mark.slow
 def test_one_budget_of_bytes(tmp_path: Path) -> None:
     """Ranks and bits are chosen by what they do to the embedding."""
     model, data = saved(tmp_path)

@@ -144,6 +144,7 @@ def test_a_router_keeps_its_dtype(tmp_path: Path) -> None:
     assert logits_of(found).isfinite().all()
 
 
+@pytest.mark.slow
 def test_it_computes_the_same_however_it_is_loaded(run: Path, tmp_path: Path) -> None:
     model = load(run / "model")
     expected = logits_of(model)
@@ -165,6 +166,7 @@ def test_it_computes_the_same_however_it_is_loaded(run: Path, tmp_path: Path) ->
     torch.testing.assert_close(logits_of(load(tmp_path / "stock")), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_without_the_package_it_loads_by_its_own_code_or_not_at_all(run: Path, tmp_path: Path) -> None:
     loads_by_its_own_code(run / "model", logits_of(load(run / "model")), tmp_path)
 

@@ -103,6 +103,7 @@ def test_it_computes_what_the_stock_model_does_with_the_same_products(run: Path,
     torch.testing.assert_close(found, logits_of(plain_model(run, place)), rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_it_is_loaded_saved_and_generates(run: Path, tmp_path: Path) -> None:
     model = load(run / "model")
     expected = logits_of(model)

@@ -137,6 +137,7 @@ def test_gradients_of_its_own_loss(name: str, method: str, count: int, tmp_path:
     assert all(0 <= found[role] <= 1 for role in ("dense", "compressed"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "labels"),
     [

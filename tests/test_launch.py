@@ -28,6 +28,7 @@ def launch(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_a_program_that_knows_nothing_of_us_loads_a_compressed_checkpoint(tmp_path: Path) -> None:
     directory, _ = write(tmp_path / "model", "llama")
     (tmp_path / "stranger.py").write_text(PROGRAM)

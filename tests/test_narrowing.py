@@ -299,6 +299,7 @@ def test_families_of_plug_ins(name: str, entry: str, tmp_path: Path, monkeypatch
     assert_cache_shrinks_and_does_not_matter(small, run, report)
 
 
+@pytest.mark.slow
 def test_a_family_whose_entry_says_too_little_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     register(monkeypatch, "PLAIN_SMOLLM3")
     model, data = write_redundant(family("smollm3"), "lm", tmp_path)

@@ -83,6 +83,7 @@ def test_the_recommendation_is_the_best(stories):
     assert recommended < 0.95 * stories("kfac", "loss", "pivot")
 
 
+@pytest.mark.slow
 @pytest.mark.assets
 def test_a_classifier_keeps_its_accuracy(assets: Path, tmp_path: Path):
     columns = ("--text-column", "sentence", "--label-column", "label")

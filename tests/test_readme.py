@@ -148,6 +148,7 @@ def test_plug_ins_are_what_the_tables_take() -> None:
         assert name in made
 
 
+@pytest.mark.slow
 def test_the_tests_of_the_tables_take_plug_ins_up_and_they_pass(tmp_path: Path) -> None:
     (code,) = (block for kind, block in BLOCKS if kind == "python" and "METHOD" in block)
     (toml,) = (block for kind, block in BLOCKS if kind == "toml")

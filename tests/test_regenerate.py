@@ -58,6 +58,7 @@ def regenerate(script: Any, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.Monk
     return start
 
 
+@pytest.mark.slow
 def test_green_where_nothing_changes_and_red_for_one_ulp(
     regenerate: Main, tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

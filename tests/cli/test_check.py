@@ -102,6 +102,7 @@ def nudge(found: dict) -> None:
         entry["norm"] *= 1 + 1e-9
 
 
+@pytest.mark.slow
 def test_last_bits_of_another_environment_are_told_and_tolerated(
     tiny: Tiny, method: str, expected: Path, tmp_path: Path
 ):
@@ -234,6 +235,7 @@ def test_options_without_meaning_are_refused(tiny: Tiny, expected: Path, options
     assert what in refused("compress", *again(tiny, "auto", *words))
 
 
+@pytest.mark.slow
 def test_a_report_replaces_a_report_and_nothing_else(tiny: Tiny, method: str, expected: Path, tmp_path: Path):
     mine, report = tmp_path / "thesis.md", tmp_path / "report.md"
     mine.write_text("# Mine\n")

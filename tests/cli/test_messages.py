@@ -128,6 +128,7 @@ def test_the_calibration_text_is_read_only_to_calibrate(tiny: Tiny, tmp_path: Pa
     assert "does not exist" in refused("compress", *tiny.options(run, "svd-llm", text=text))
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_seen_enough(tmp_path: Path):
     command = f"{sys.executable} -m lowrank_compress list methods --json | head -c 1"
     said = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, cwd=ROOT.parent)

@@ -208,6 +208,7 @@ print(json.dumps([type(model).__name__, logits.tolist()]))
 """
 
 
+@pytest.mark.slow
 def test_a_dense_export_needs_nothing_of_this_package(tiny: Tiny, tmp_path: Path):
     model, run, dense = save_tiny("gpt2", tmp_path / "model"), tmp_path / "run", tmp_path / "dense"
     done("compress", model, "--calibration", tiny.text, *FEW, "--out", run)

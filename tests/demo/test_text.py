@@ -79,6 +79,7 @@ def test_new_documents_move_no_other(library: Path) -> None:
     assert after == before
 
 
+@pytest.mark.slow
 def test_documents_are_deterministic_and_sorted() -> None:
     first = list(text.documents())
     text._corpus.cache_clear()
@@ -95,6 +96,7 @@ def test_corpus_is_large_enough() -> None:
     assert 1_000_000 < sum(map(len, contents.values())) < 4_000_000
 
 
+@pytest.mark.slow
 def test_parts_cover_every_document_once() -> None:
     by_part = {which: [content for name, content in text.documents() if text.split(name) == which] for which in PARTS}
     assert sum(map(len, by_part.values())) == len(list(text.documents()))

@@ -57,6 +57,7 @@ def test_a_head_that_is_tied_and_stored_otherwise(tmp_path: Path):
     assert "stores different values in model.embed_tokens.weight and lm_head.weight" in refused(*words)
 
 
+@pytest.mark.slow
 def test_the_form_in_which_a_config_wants_results(tiny: Tiny, tmp_path: Path):
     model = tmp_path / "model"
     shutil.copytree(tiny.model, model)

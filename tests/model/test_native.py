@@ -34,6 +34,7 @@ STOCK = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "task"),
     [("llama", "lm"), ("gpt2", "lm"), ("phi3", "lm"), ("opt", "lm"), ("gpt_neox", "lm"), ("bert", "classification")],

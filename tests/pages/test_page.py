@@ -64,6 +64,7 @@ def pages(tiny: Tiny, pristine: Finished, tmp_path_factory: pytest.TempPathFacto
     return place
 
 
+@pytest.mark.slow
 def test_the_page_is_whole_and_needs_nothing(pages: Path, tiny: Tiny) -> None:
     text = (pages / "two.html").read_text()
     parser = Balanced()

@@ -196,6 +196,7 @@ WITHOUT_PACKAGE = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("added")
 def test_a_new_file_and_entry_are_shipped_without_further_ado(tmp_path: Path) -> None:
     folder = tmp_path / "shipped"

@@ -547,6 +547,7 @@ WITHOUT_PACKAGE = """
 """
 
 
+@pytest.mark.slow
 def test_remote_code_without_the_package_and_loud_failure_without_either(
     checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
@@ -595,6 +596,7 @@ OLD_CODE = """
 """
 
 
+@pytest.mark.slow
 def test_the_package_wins_over_the_code_in_a_checkpoint(checkpoint: Checkpoint, tmp_path: Path) -> None:
     """Over code of another version, which differs visibly, whichever of the two registers first."""
     code = joined()
@@ -654,6 +656,7 @@ LAYERS_DIRECTLY = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [PACKAGE_FIRST, PACKAGE_LAST, LAYERS_DIRECTLY], ids=["first", "last", "layers"])
 def test_either_order_of_imports(checkpoint: Checkpoint, tmp_path: Path, script: str) -> None:
     assert python(script, checkpoint()[0], ROOT, cache=tmp_path).split() == ["lowrank_compress.shipped.linear"]

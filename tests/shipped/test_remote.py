@@ -66,6 +66,7 @@ PROGRAMS = """
 """
 
 
+@pytest.mark.slow
 def test_programs_that_ask_for_the_config_first(tmp_path: Path) -> None:
     directory, dense = write(tmp_path / "model", "llama", shard=3)
     tiny_tokenizer(directory)

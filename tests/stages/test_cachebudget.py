@@ -86,6 +86,7 @@ def test_two_budgets(runs: dict[str, Path]) -> None:
         assert size == report(runs[name])["stored_elements"]
 
 
+@pytest.mark.slow
 def test_a_dense_export_computes_the_same(runs: dict[str, Path], tiny: Tiny, tmp_path: Path) -> None:
     for name in ("alone", "both"):
         assert "smaller cache" not in done("export", runs[name], "--dense", tmp_path / name).text

@@ -56,6 +56,7 @@ REACHABLE = {"nystrom": 0.4, "modegpt": RATIO}
 WAYS = [(a, s) for a, entry in ALLOCATORS.items() for s in FORMATS if not entry.needs_data or s == "pivot"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("allocate", "storage"), WAYS)
 @pytest.mark.parametrize("method", [*LINEAR, "auto"])
 def test_combination(tiny: Tiny, tmp_path: Path, method: str, allocate: str, storage: str):
@@ -116,6 +117,7 @@ def labelled(path: Path, rows: int = 40) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fwsvd", "kfac", "auto", "svd-llm"])
 def test_classifier(tmp_path: Path, method: str):
     model = save_tiny("bert", tmp_path / "bert", "classification")

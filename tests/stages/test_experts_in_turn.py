@@ -46,6 +46,7 @@ class Alive:
         self.now -= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_no_byte_depends_on_how_many_experts_are_in_memory(
     way: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import lowrank_compress
 from lowrank_compress.artifacts.manifest import read_manifest
@@ -24,7 +25,7 @@ from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.shipped.packed import PackedLinear
 from lowrank_compress.stages.index import read_index
-from tests.runs import FEW, Tiny, contents, done, forked, lrc, refused, results, times
+from tests.runs import FEW, Tiny, contents, cut_after_a_block, done, lrc, refused, results, times
 from tests.tiny import save_tiny
 
 Finished = Callable[[str], Path]
@@ -80,8 +81,7 @@ def test_a_run_is_quantized_last_and_everything_follows(tiny: Tiny, finished: Fi
     assert f"take {report['quantize']['bits_per_weight']:.2f} bits each" in (out / "README.md").read_text()
     model = AutoModelForCausalLM.from_pretrained(out)
     assert sum(isinstance(module, PackedLinear) for module in model.modules()) == len(report["quantize"]["layers"])
-    model.save_pretrained(tmp_path / "again")
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), logits(model))
+    require_saved_and_loaded(model, tmp_path)
     done("export", run, "--dense", tmp_path / "dense")
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     assert torch.allclose(logits(dense), logits(model), atol=1e-4)
@@ -94,11 +94,24 @@ def test_a_run_is_quantized_last_and_everything_follows(tiny: Tiny, finished: Fi
 REMOTE = """
 import sys, torch
 sys.modules["lowrank_compress"] = sys.modules["compressed_tensors"] = None
-from transformers import AutoModelForCausalLM
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 with torch.no_grad():
     torch.save(model(torch.arange(4, 36)[None]).logits, sys.argv[2])
 """
+
+
+def logits_by_remote_code(out: Path, place: Path) -> Tensor:
+    """Compute logits where neither this package nor compressed-tensors is."""
+    subprocess.run([sys.executable, "-c", REMOTE, out, place / "logits.pt"], check=True, capture_output=True)
+    return torch.load(place / "logits.pt")
+
+
+def require_saved_and_loaded(model: PreTrainedModel, place: Path) -> None:
+    """Save a model once more, and demand the same logits."""
+    model.save_pretrained(place / "again")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(place / "again")), logits(model))
 
 
 @pytest.mark.slow
@@ -115,8 +128,7 @@ def test_transposed_weights_and_factors_load_by_remote_code_alone(tiny: Tiny, tm
         assert len(kinds) == len(json.loads((source / "lowrank.json").read_text())["quantize"]["layers"]) >= 8
         done("export", source, "--dense", dense, "--overwrite")
         assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(dense)), logits(model), atol=1e-4)
-    subprocess.run([sys.executable, "-c", REMOTE, source, tmp_path / "logits.pt"], check=True, capture_output=True)
-    assert torch.equal(torch.load(tmp_path / "logits.pt"), logits(model))
+    assert torch.equal(logits_by_remote_code(source, tmp_path), logits(model))
 
 
 @pytest.mark.slow
@@ -187,20 +199,10 @@ def test_moments_of_layers_are_those_of_autograd(tiny: Tiny) -> None:
     assert loss(torch.eye(32).double(), forwards[0][f"model.layers.0.{paths[0]}"].gram) > 0
 
 
-def test_killed_and_repeated_it_ends_in_the_same_bytes(tiny: Tiny, tmp_path: Path, monkeypatch: Any) -> None:
-    from lowrank_compress.artifacts.tensors import BlockFiles
-
+def test_killed_and_repeated_it_ends_in_the_same_bytes(tiny: Tiny, tmp_path: Path) -> None:
     words = (tiny.model, "--bits", 3, "--calibration", tiny.text, *FEW, "--out")
     quantize(*words, tmp_path / "whole")
-    write = BlockFiles.write
-
-    def once(self: Any, block: int, *args: Any, **kwargs: Any) -> None:
-        write(self, block, *args, **kwargs)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(BlockFiles, "write", once)
-        assert forked(lambda: quantize(*words, tmp_path / "cut")) != 0
+    assert cut_after_a_block(lambda: quantize(*words, tmp_path / "cut"))
     assert not (tmp_path / "cut").exists()
     assert len(list((tmp_path / "cut.work").iterdir())) == 1
     quantize(*words, tmp_path / "cut")

@@ -117,6 +117,7 @@ def mixture(family: str, place: Path) -> Path:
     return save_moe(family, place, **FAMILIES[family], num_hidden_layers=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "aid"), [("mixtral", "svdquant"), ("qwen2_moe", "lq-lora"), *(("gpt_oss", aid) for aid in AIDS)]
 )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.model.walk.batch import Batch
 from lowrank_compress.shipped.packed import PackedLinear
 from tests.runs import FEW, Tiny, contents, done, refused
-from tests.stages.test_quantize import REMOTE, logits, quantize
+from tests.stages.test_quantize import logits, logits_by_remote_code, quantize, require_saved_and_loaded
 from tests.tiny import save_tiny
 
 SVDQUANT = ("--bits", 4, "--smooth", "--residual-rank", 3, "--rounding", "gptq")
@@ -55,10 +53,8 @@ def test_svdquant_is_one_checkpoint_that_everything_follows(tiny: Tiny, tmp_path
     assert "Beside the codes there are scales that shift outliers of activations to weights, and a product" in shown
     assert "a product of rank 3; they count." in " ".join((out / "README.md").read_text().split())
     model = AutoModelForCausalLM.from_pretrained(out)
-    model.save_pretrained(tmp_path / "again")
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), logits(model))
-    subprocess.run([sys.executable, "-c", REMOTE, out, tmp_path / "logits.pt"], check=True, capture_output=True)
-    assert torch.equal(torch.load(tmp_path / "logits.pt"), logits(model))
+    require_saved_and_loaded(model, tmp_path)
+    assert torch.equal(logits_by_remote_code(out, tmp_path), logits(model))
     done("export", out, "--dense", tmp_path / "dense")
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     assert torch.allclose(logits(dense), logits(model), atol=1e-4)

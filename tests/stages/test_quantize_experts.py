@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lowrank_compress.artifacts.tensors import BlockFiles
 from lowrank_compress.calibration.layers import LayerMoments, layer_moments
 from lowrank_compress.evaluation.size import measure_size
 from lowrank_compress.model.checkpoint import Checkpoint
@@ -27,8 +24,8 @@ from lowrank_compress.stages.quantizeconfig import QuantizeConfig
 from lowrank_compress.stages.thin import made_up, thin_experts
 from tests.moe import MOE, Watched, expert_statistics, save_choosy, save_moe
 from tests.ordinary import padded, tokens
-from tests.runs import FEW, Tiny, contents, done, forked, lrc, refused
-from tests.stages.test_quantize import REMOTE, logits, quantize
+from tests.runs import FEW, Tiny, contents, cut_after_a_block, done, lrc, refused
+from tests.stages.test_quantize import logits, logits_by_remote_code, quantize, require_saved_and_loaded
 
 FAMILIES = [family for family in MOE if family != "gpt_oss"]  # whose experts have biases, and lie otherwise
 ROLES = {"lr_gating": "gate", "lr_up": "up", "lr_down": "down"}
@@ -206,28 +203,19 @@ def test_experts_of_a_run_are_quantized_as_they_are(tiny: Tiny, tmp_path: Path, 
     experts = [path for path, each in packed.named_modules() if isinstance(each, PackedLinear) and ".lr_" in path]
     assert len(experts) >= 6
     assert torch.allclose(logits(with_weights_of(other, packed)), logits(packed), atol=1e-5)
-    packed.save_pretrained(tmp_path / "again")
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), logits(packed))
+    require_saved_and_loaded(packed, tmp_path)
     assert packed.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False).shape == (1, 7)
-    subprocess.run([sys.executable, "-c", REMOTE, out, tmp_path / "logits.pt"], check=True, capture_output=True)
-    assert torch.equal(torch.load(tmp_path / "logits.pt"), logits(packed))
+    assert torch.equal(logits_by_remote_code(out, tmp_path), logits(packed))
     assert done("verify", run, "--json").json["ok"]
     if kind != "pruned":
         assert torch.allclose(logits(packed.dequantize()), logits(other), atol=1e-5)
 
 
 @pytest.mark.slow
-def test_killed_and_repeated_it_ends_in_the_same_bytes(tiny: Tiny, tmp_path: Path, monkeypatch: Any) -> None:
-    source, write = save_moe("mixtral", tmp_path / "mixture"), BlockFiles.write
+def test_killed_and_repeated_it_ends_in_the_same_bytes(tiny: Tiny, tmp_path: Path) -> None:
+    source = save_moe("mixtral", tmp_path / "mixture")
     made(source, tmp_path / "whole", tiny, "--bits", 3)
-
-    def once(self: Any, block: int, *args: Any, **kwargs: Any) -> None:
-        write(self, block, *args, **kwargs)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(BlockFiles, "write", once)
-        assert forked(lambda: made(source, tmp_path / "cut", tiny, "--bits", 3)) != 0
+    assert cut_after_a_block(lambda: made(source, tmp_path / "cut", tiny, "--bits", 3))
     assert len(list((tmp_path / "cut.work").iterdir())) == 1
     made(source, tmp_path / "cut", tiny, "--bits", 3)
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")

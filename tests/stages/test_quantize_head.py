@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from lowrank_compress.artifacts.tensors import BlockFiles
 from lowrank_compress.calibration.layers import layer_moments
 from lowrank_compress.evaluation.size import measure_size
 from lowrank_compress.linalg.quantease import loss
@@ -29,8 +25,8 @@ from lowrank_compress.stages.layers import Layer
 from lowrank_compress.stages.quantizeconfig import QuantizeConfig
 from tests.moe import save_moe
 from tests.ordinary import tokens
-from tests.runs import FEW, Tiny, contents, done, forked, refused
-from tests.stages.test_quantize import REMOTE, logits, quantize
+from tests.runs import FEW, Tiny, contents, cut_after_a_block, done, refused
+from tests.stages.test_quantize import logits, logits_by_remote_code, quantize, require_saved_and_loaded
 from tests.tiny import save_tiny
 
 HEAD = 96 * 32
@@ -92,6 +88,7 @@ def test_of_a_mixture_it_is_stock_too(tmp_path: Path, bits: int) -> None:
     assert torch.equal(logits(loaded), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")))
 
 
+@pytest.mark.slow
 def test_a_run_has_it_in_its_own_checkpoint(tiny: Tiny, tmp_path: Path) -> None:
     run = tmp_path / "run"
     done("compress", tiny.model, "--method", "svd", "--ratio", 0.2, "--ratio-of", "model", "--out", run)
@@ -107,10 +104,8 @@ def test_a_run_has_it_in_its_own_checkpoint(tiny: Tiny, tmp_path: Path) -> None:
     assert report["reached_ratio_bytes"] == pytest.approx(1 - whole[0] / whole[1], abs=1e-3)
     model = AutoModelForCausalLM.from_pretrained(out)
     assert isinstance(model.lm_head, PackedLinear)
-    model.save_pretrained(tmp_path / "again")
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), logits(model))
-    subprocess.run([sys.executable, "-c", REMOTE, out, tmp_path / "logits.pt"], check=True, capture_output=True)
-    assert torch.equal(torch.load(tmp_path / "logits.pt"), logits(model))
+    require_saved_and_loaded(model, tmp_path)
+    assert torch.equal(logits_by_remote_code(out, tmp_path), logits(model))
     done("export", run, "--dense", tmp_path / "dense")
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     assert torch.allclose(logits(dense), logits(model), atol=1e-4)
@@ -177,18 +172,10 @@ def test_a_few_rows_at_a_time_are_all_at_once(monkeypatch: pytest.MonkeyPatch) -
     assert loss(weight - whole.matrix(), x.T @ x) < loss(weight - plain.matrix(), x.T @ x)
 
 
-def test_killed_behind_the_head_it_ends_in_the_same_bytes(tiny: Tiny, tmp_path: Path, monkeypatch: Any) -> None:
-    write: Callable[..., None] = BlockFiles.write
+def test_killed_behind_the_head_it_ends_in_the_same_bytes(tiny: Tiny, tmp_path: Path) -> None:
     options = (tiny.model, tiny, "--head", 4, "--out")
     made(*options, tmp_path / "whole")
-
-    def once(self: Any, block: int, *args: Any, **kwargs: Any) -> None:
-        write(self, block, *args, **kwargs)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(BlockFiles, "write", once)
-        assert forked(lambda: made(*options, tmp_path / "cut")) != 0
+    assert cut_after_a_block(lambda: made(*options, tmp_path / "cut"))
     (kept,) = (tmp_path / "cut.work").iterdir()
     assert kept.name.endswith("-0002.safetensors")
     made(*options, tmp_path / "cut")

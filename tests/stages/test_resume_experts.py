@@ -61,6 +61,7 @@ def mixture(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Mixture:
     return Mixture(tiny, tmp_path_factory.mktemp("mixture"))
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(mixture: Mixture, tmp_path: Path):
     """Gradients need threads of their own, which no fork of this process has."""
     chooser = random.Random(2)
@@ -95,6 +96,7 @@ def test_killed_at_each_rename_in_turn(mixture: Mixture, tmp_path: Path, way: st
     done("verify", run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["auto", "prune", "merge"])
 def test_damage_to_experts_is_found_and_repaired(mixture: Mixture, tmp_path: Path, way: str):
     """One bit of a basis, and one number of what is stored for experts: weights, or which of them are left."""

@@ -87,6 +87,7 @@ def test_its_bases_are_those_of_both_fisher_matrices(once: Path, tiny: Tiny, tmp
         assert any(not torch.equal(got[name], tensor) for name, tensor in bases.files.read(block).items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("written", [0, 1], ids=["before a block", "between blocks"])
 def test_killed_and_resumed_it_gives_the_same_bytes(once: Path, tiny: Tiny, tmp_path: Path, written: int) -> None:
     out = tmp_path / "run"

@@ -40,6 +40,7 @@ def alone(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method", [["--method", "camera"], ["--method", "auto", "--experts", "camera", "--no-refine", "--ratio", "0.3"]]
 )

@@ -82,6 +82,7 @@ def test_an_option_wins_over_the_recipe(pristine: Finished, tmp_path: Path):
     assert said.json["asked_ratio"] == 0.5 <= said.json["reached_ratio"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "difference"),
     [
@@ -109,6 +110,7 @@ def test_another_recipe_is_refused_and_overwrite_replaces(
     done("verify", run)
 
 
+@pytest.mark.slow
 def test_another_ratio_reuses_the_bases(tiny: Tiny, finished: Finished, tmp_path: Path):
     run = finished("auto")
     before = {name: time for name, time in times(run / "scores").items() if name.startswith("basis")}

@@ -99,6 +99,7 @@ def test_the_table_and_the_same_again(swept: Path, tiny: Tiny) -> None:
     assert "dense" in said
 
 
+@pytest.mark.slow
 def test_what_fails_is_listed_and_what_is_added_is_made(
     swept: Path, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,6 +183,7 @@ def test_what_is_refined_knows_gradients(tiny: Tiny, tmp_path: Path, monkeypatch
         assert results(tmp_path / "out" / "runs" / f"auto-{ratio}") == results(alone)
 
 
+@pytest.mark.slow
 def test_two_processes_have_a_share_each(
     swept: Path, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

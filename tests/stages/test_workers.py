@@ -68,6 +68,7 @@ def assert_same(one: Path, other: Path) -> None:
     assert (one / "model/config.json").read_bytes() == (other / "model/config.json").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "count", "keep"), [("auto", 2, ()), ("svd-llm", 3, ("--keep-statistics",)), ("svd", 2, ())]
 )
@@ -97,6 +98,7 @@ def test_several_processes_evaluate_as_one(tiny: Tiny, tmp_path: Path) -> None:
     assert together[name]["tokens"] == values["tokens"]
 
 
+@pytest.mark.slow
 def test_after_a_process_has_died_another_number_of_them_goes_on(tiny: Tiny, tmp_path: Path) -> None:
     alone, together = tmp_path / "alone", tmp_path / "together"
     done("compress", *tiny.options(alone), *FEW)

@@ -7,8 +7,8 @@ Programs may also lie in directories of PYTHONPATH. Usage, from the root of the 
     python scripts/check_ecosystem.py LLAMA TEXT --write docs/serving.md
     python scripts/check_ecosystem.py DIRECTORY/all-minilm-l6-v2 TEXT --embedding \
         --forms pair,pivot,modegpt --mark ecosystem:minilm --write docs/serving.md
-    python scripts/check_ecosystem.py DIRECTORY/qwen2.5-coder-0.5b TEXT --checkpoint RUN/model --forms auto \
-        --only pipeline,export.export,lm_eval --mark ecosystem:qwen --write docs/serving.md
+    python scripts/check_ecosystem.py DIRECTORY/qwen2.5-coder-0.5b TEXT --checkpoint RUN/model --forms pivot \
+        --mark ecosystem:qwen --write docs/serving.md
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from ecosystem_rows import EMBEDDING_ROWS, FORMS, OURS, ROWS, TASK
+from ecosystem_rows import EMBEDDING_ROWS, FORMS, NATIVE, OURS, ROWS, TASK
 from running import write_between
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,7 +59,7 @@ def made(form: str, model: Path, text: Path, place: Path, samples: int) -> Path:
     sized = ["--samples", str(samples), "--seq-len", "128"]
     if problem := run(["-m", "lowrank_compress", *options, *sized], place, installed=True):
         raise SystemExit(f"{form} cannot be made: {problem}")
-    if form != "native":
+    if form != NATIVE:
         return out / "model"
     exported = place / "native-checkpoint"
     words = ["-m", "lowrank_compress", "export", str(out), "--native", str(exported)]
@@ -114,7 +114,7 @@ def main(
         for row in (row for row in rows if any(word in f"{row.package} {row.shown}" for word in only.split(","))):
             cells = []
             for form in asked:
-                if checkpoint is None and form not in row.forms:
+                if row.stock and form != NATIVE:
                     cells.append("–")
                     continue
                 if not version_of(row.package):

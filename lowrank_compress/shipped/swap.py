@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from operator import attrgetter
 from typing import Any
 
@@ -27,7 +27,8 @@ def swap_modules(model: nn.Module, config: LowRankConfig) -> None:
     """Replace the modules that `config` names by uninitialised ones of its shapes, on their device and in their dtype.
 
     Attention modules and routers stay the objects they are; they get a class that computes with less. Experts become
-    modules of their own, in which the other paths lead on. Paths are those of the saved model (see `find`).
+    modules of their own, in which the other paths lead on. Paths are those of the saved model (see `find`). A model
+    that has no head, as `AutoModel` loads it, forgets what `config` says of one.
 
     Raises
     ------
@@ -35,6 +36,10 @@ def swap_modules(model: nn.Module, config: LowRankConfig) -> None:
         If a path leads nowhere, or to a module that is not a linear layer of the shape that the entry replaces, or not
         an attention with such heads.
     """
+    linears = (config.factor_quantization or {}).get("linears", {})
+    for entries in (config.modules, linears):
+        for path in _of_absent_head(model, entries):
+            del entries[path]
     for path, count in config.experts.items():
         experts = separate(model, path)
         if len(experts) != count:
@@ -62,9 +67,18 @@ def swap_modules(model: nn.Module, config: LowRankConfig) -> None:
         put(model, name, new.train(old.training))
     for path, entry in config.attention.items():
         _swap_attention(model, path, entry)
-    for path, packing in (config.factor_quantization or {}).get("linears", {}).items():
+    for path, packing in linears.items():
         name, old = find(model, path)
         put(model, name, packed_like(path, old, packing))
+
+
+def _of_absent_head(model: nn.Module, paths: Iterable[str]) -> list[str]:
+    """Find the paths outside of a base model, in which it has nothing of the name that they begin with."""
+    prefix = getattr(model, "base_model_prefix", "")
+    if not prefix or getattr(model, "base_model", None) is not model:
+        return []
+    inside = {prefix, *(name for name, _ in model.named_children())}
+    return [path for path in paths if path.partition(".")[0] not in inside]
 
 
 def _swap_router(model: nn.Module, path: str, entry: Mapping[str, int]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 from lowrank_compress.formats.table import FORMATS
 from tests.runs import Tiny, done, refused
@@ -96,3 +96,24 @@ def test_a_head_is_cast_and_its_indices_are_checked(tmp_path: Path) -> None:
     tensors["lm_head.lr_index"][0] = 10_000
     save_file(tensors, alone / "model.safetensors", metadata={"format": "pt"})
     assert "lm_head.lr_index does not name distinct rows" in refused("export", alone, "--dense", tmp_path / "dense")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("kind", ["low rank", "few bits"])
+def test_a_model_without_it_is_the_base_of_that_which_has_it(model_type: str, kind: str, tmp_path: Path) -> None:
+    model, out = save_tiny(model_type, tmp_path / "model"), tmp_path / "out"
+    if kind == "low rank":
+        done("compress", model, *HEAD, "--out", tmp_path / "run")
+        out = tmp_path / "run" / "model"
+    else:
+        done("quantize", model, "--rounding", "rtn", "--bits", 8, "--head", 8, "--asymmetric", "--out", out)
+    ids = torch.arange(4, 20)[None]
+    whole = AutoModelForCausalLM.from_pretrained(out).eval()
+    base, info = AutoModel.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"]
+    expected = whole.base_model(ids).last_hidden_state
+    assert torch.equal(base.eval()(ids).last_hidden_state, expected)
+    base.save_pretrained(tmp_path / "base")
+    again, info = AutoModel.from_pretrained(tmp_path / "base", output_loading_info=True)
+    assert not any(info.values())
+    assert torch.equal(again.eval()(ids).last_hidden_state, expected)

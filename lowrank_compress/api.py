@@ -241,13 +241,14 @@ def evaluate(
     reporter
         Told about progress and warnings; None for silence, and Python warnings.
     fields
-        Any other field of `config.EvaluateConfig`, such as ``seq_len`` or ``limit``.
+        Any other field of `config.EvaluateConfig`, such as ``seq_len``, ``limit`` or ``by_position``.
 
     Returns
     -------
     dict
         ``perplexity`` and ``classification``, by text, and ``tasks``, by name and metric: the values of "dense" and
-        "compressed" (of examples with several measures, all in ``metrics``, the first of them beside); ``size``.
+        "compressed" (of examples with several measures, all in ``metrics``, the first of them beside; by position,
+        those of each part of the windows in ``positions``); ``size``.
 
     Raises
     ------

@@ -166,6 +166,7 @@ class EvaluateConfig(Strict):
     perplexity: tuple[str, ...] = ()
     classification: str | None = None
     sts: tuple[str, ...] = ()
+    by_position: bool = False
     text_column: str | None = None
     label_column: str | None = None
     tasks: tuple[str, ...] = ()

@@ -233,6 +233,14 @@ def evaluate(
         ),
     ] = None,
     sts: o.Pairs = None,
+    by_position: Annotated[
+        bool,
+        typer.Option(
+            "--by-position",
+            help="Also perplexity of tokens 0-31, 32-63, 64-127, … of a window, each by itself: what is far along it "
+            "has more context, of which a smaller cache keeps less.",
+        ),
+    ] = False,
     text_column: Annotated[list[str] | None, o.of_recipe("text_column")] = None,
     label_column: Annotated[str | None, o.of_recipe("label_column")] = None,
     tasks: o.Tasks = None,
@@ -261,6 +269,7 @@ def evaluate(
             perplexity=tuple(perplexity or ()),
             classification=classification,
             sts=tuple(sts or ()),
+            by_position=by_position,
             text_column=o.joined(text_column),
             label_column=label_column,
             tasks=tuple(name for name in (tasks or "").split(",") if name),

@@ -184,6 +184,8 @@ def print_metrics(target: str, metrics: dict[str, Any]) -> None:
             for metric, measured in values.get("metrics", {title: values}).items():
                 rows.append(_row(f"{metric} · {Path(name).name}", measured, number, note))
                 note = ""
+            for part, measured in values.get("positions", {}).items():
+                rows.append(_row(f"  of tokens {part} of a window", measured, number, f"{measured['tokens']:,} tokens"))
     for name, values in metrics.get("sts", {}).items():
         near = "" if values["cosine"] is None else f", cosine to dense {values['cosine']:.4f}"
         rows.append(_row(f"Spearman's ρ · {Path(name).name}", values, number, f"{values['n']:,} pairs{near}"))

@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
 from lowrank_compress.model.skeleton import Skeleton
-from lowrank_compress.model.walk.batch import Batch
+from lowrank_compress.model.walk.batch import IGNORED, Batch
 from lowrank_compress.model.walk.head import HEAD_TOKENS, scored_chunks, token_loss
 from lowrank_compress.model.walk.walk import Walk
 
 # Hidden states of this many bytes are carried from block to block at once; longer texts take several passes.
 CARRIED_BYTES = 2 << 30
+# Positions that are told of together by position: those below, and then twice as many each.
+FIRST_POSITIONS = 32
 
 
 @dataclass(frozen=True)
@@ -27,10 +30,13 @@ class Perplexity:
         Sum over all scored tokens.
     tokens
         Scored tokens: every token of the text exactly once (but the very first where there is no bos).
+    parts
+        The same of the tokens between bounds, where there are any; of some there may be no tokens.
     """
 
     nats: float
     tokens: int
+    parts: tuple[Perplexity, ...] = ()
 
     @property
     def value(self) -> float:
@@ -39,11 +45,20 @@ class Perplexity:
         return math.exp(mean) if mean < 700 else math.inf
 
 
+def position_bounds(seq_len: int) -> list[int]:
+    """Bounds of positions to measure apart: 0, 32, 64, 128, … up to the length of a window, the last part shorter."""
+    bounds = [0]
+    while bounds[-1] < seq_len:
+        bounds.append(min(2 * bounds[-1] or FIRST_POSITIONS, seq_len))
+    return bounds
+
+
 def perplexity(
     skeleton: Skeleton,
     batches: Sequence[Batch],
     advance: Callable[[int, int], None] = lambda done, total: None,
     *,
+    bounds: Sequence[int] = (),
     carried: int = CARRIED_BYTES,
     head_tokens: int = HEAD_TOKENS,
 ) -> Perplexity:
@@ -57,6 +72,8 @@ def perplexity(
         Windows, each scoring all its tokens but the first; or with labels at masked ones.
     advance
         Called with (blocks done, blocks in all).
+    bounds
+        Ascending positions in a window, from 0: the tokens between each two of them are told of apart, too.
     carried, head_tokens
         Bytes of hidden states, and tokens with logits, to have in memory at once.
 
@@ -66,6 +83,7 @@ def perplexity(
         A logit is NaN or infinite.
     """
     nats, tokens = 0.0, 0
+    sums, counts = [0.0] * (len(bounds) - 1), [0] * (len(bounds) - 1)
     for walk in walked(skeleton, batches, advance, carried):
         for number, batch in enumerate(walk.batches):
             hidden = walk.leaving(number)
@@ -74,8 +92,14 @@ def perplexity(
                 with torch.no_grad():
                     logits = walk.head(number, hidden, start, stop)
                 nats += token_loss(logits, labels, "the evaluation text").double().item()
+                position = start + 1 if skeleton.task == "lm" else start  # of the first that is scored
+                for part, (first, end) in enumerate(pairwise(bounds)):
+                    among = slice(max(first - position, 0), max(end - position, 0))
+                    if (scored := labels[:, among]).numel():
+                        sums[part] += token_loss(logits[:, among], scored, "the evaluation text").double().item()
+                        counts[part] += int((scored != IGNORED).sum())
             tokens += batch.terms
-    return Perplexity(nats, tokens)
+    return Perplexity(nats, tokens, tuple(map(Perplexity, sums, counts)))
 
 
 def walked(

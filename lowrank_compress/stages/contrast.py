@@ -130,6 +130,8 @@ def run(
             "There is nothing to compare on. Pass --perplexity TEXT (heads with labels: --classification TABLE; "
             "embedding models: --sts PAIRS), --tasks NAMES or --prompt TEXT."
         )
+    if config.by_position:
+        raise InputError("lrc compare does not part windows by position; lrc eval does, for each model by itself.")
     if started() > 1:
         raise InputError("lrc compare works in one process; start it without torchrun.")
     for target in targets:

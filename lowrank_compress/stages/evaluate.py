@@ -6,6 +6,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from lowrank_compress.config import EvaluateConfig
 from lowrank_compress.errors import ArtifactError, InputError
 from lowrank_compress.evaluation.exam import examined
 from lowrank_compress.evaluation.harness import harness_version, run_tasks, task_files
-from lowrank_compress.evaluation.replayed import Perplexity, perplexity
+from lowrank_compress.evaluation.replayed import Perplexity, perplexity, position_bounds
 from lowrank_compress.evaluation.size import measure_size
 from lowrank_compress.model.blueprint import blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
@@ -62,7 +63,8 @@ def key(config: EvaluateConfig, inputs: Given) -> Key:
     if config.tasks and config.include_path is not None:
         for path in task_files(Path(config.include_path)):
             found[f"task:{path}"] = sha256(path)
-    return Key("evaluate", VERSION, config.model_dump(mode="json", exclude=set() if config.sts else {"sts"}), found)
+    unasked = {name for name in ("sts", "by_position") if not getattr(config, name)}  # keys without these are older
+    return Key("evaluate", VERSION, config.model_dump(mode="json", exclude=unasked), found)
 
 
 def _ratios(inputs: Given) -> dict[str, Any]:
@@ -107,6 +109,8 @@ def run(
         Data are missing or do not fit the model, or the model gives numbers that are not finite.
     """
     reporter, workers = reporter or Silent(), resources.workers
+    if config.by_position and not config.perplexity:
+        raise InputError("--by-position parts the windows of a text: pass --perplexity TEXT, too.")
     identity = key(config, inputs)
     if out_dir is not None:
         refuse_link(out_dir)
@@ -128,6 +132,9 @@ def run(
                     _take_measures(slot, role, values["values"])
                 else:
                     slot[role] = values["value"]
+                for part, of_part in values.get("positions", {}).items():
+                    there = slot.setdefault("positions", {}).setdefault(part, {"tokens": of_part["tokens"]})
+                    there[role] = of_part["value"]
     if config.sts:
         metrics["sts"] = workers.once(lambda: similarities(config, models, reporter))
     metrics["size"] = size_report(inputs)
@@ -198,10 +205,18 @@ def _measure(
             read = text_batches if skeleton.task == "lm" else masked_text_batches
             source = Source(name, config.text_column)
             batches = read(config, tokenizer, source, seq_len, vocabulary_of(checkpoint))
-            share = perplexity(skeleton, workers.share(batches), _labelled(reporter, f"{role} perplexity"))
-            nats, scored = workers.total([share.nats, share.tokens])
-            found = Perplexity(nats, int(scored))
+            bounds = position_bounds(seq_len) if config.by_position else []
+            advance = _labelled(reporter, f"{role} perplexity")
+            share = perplexity(skeleton, workers.share(batches), advance, bounds=bounds)
+            sums = workers.total([number for each in (share, *share.parts) for number in (each.nats, each.tokens)])
+            found, *parts = (Perplexity(nats, int(scored)) for nats, scored in zip(sums[::2], sums[1::2], strict=True))
             measured["perplexity"][name] = {"value": found.value, "tokens": found.tokens}
+            if config.by_position:
+                measured["perplexity"][name]["positions"] = {
+                    f"{first}-{end - 1}": {"value": part.value, "tokens": part.tokens}
+                    for part, (first, end) in zip(parts, pairwise(bounds), strict=True)
+                    if part.tokens
+                }
         if config.classification is not None:
             exam = exam_of(config, skeleton.task, tokenizer, checkpoint, seq_len)
             advance = _labelled(reporter, f"{role} {next(iter(exam.measures))}")

@@ -177,6 +177,10 @@ def test_measures_are_those_of_the_whole_model(name: str, tmp_path: Path) -> Non
         measured = perplexity(skeleton, batches)
         assert measured.tokens == sum(terms for _, terms in parts)
         assert measured.nats == pytest.approx(float(sum(loss.detach() for loss, _ in parts)), rel=1e-6)  # pyright: ignore
+        early, late = perplexity(skeleton, batches, bounds=[0, 6, 99], head_tokens=5).parts
+        assert early.tokens == sum(int((batch.labels[:, :6] != IGNORED).sum()) for batch in batches)  # pyright: ignore
+        assert 0 < early.tokens < measured.tokens == early.tokens + late.tokens
+        assert early.nats + late.nats == pytest.approx(measured.nats, rel=1e-10)
         return
     if skeleton.task == "answers":
         return  # tests/evaluation/test_exam.py

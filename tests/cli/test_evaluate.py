@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lowrank_compress import compare
 from lowrank_compress.errors import InputError
 from lowrank_compress.evaluation import harness
 from tests.runs import Tiny, contents, done, lrc, printed, refused, times
@@ -80,6 +81,29 @@ def test_a_run_is_measured_beside_its_original(tiny: Tiny, finished: Finished):
     assert size["model"]["compressed"] == blocks["compressed"] + outside
     assert size["model"]["ratio"] == pytest.approx(1 - size["model"]["compressed"] / size["model"]["dense"])
     assert (size["asked_ratio"], size["ratio_of"]) == (0.3, "blocks")
+
+
+def test_perplexity_by_position(tiny: Tiny, finished: Finished):
+    run = finished("auto")
+    asked = ("eval", run, "--perplexity", tiny.heldout, "--seq-len", 100)
+    whole = done(*asked, "--json").json["perplexity"][str(tiny.heldout)]
+    found = done(*asked, "--by-position", "--json").json["perplexity"][str(tiny.heldout)]
+    parts = found.pop("positions")
+    assert found == whole
+    assert list(parts) == ["0-31", "32-63", "64-99"]
+    assert sum(part["tokens"] for part in parts.values()) == whole["tokens"]
+    for role in ("dense", "compressed"):
+        nats = sum(part["tokens"] * math.log(part[role]) for part in parts.values())
+        assert math.exp(nats / whole["tokens"]) == pytest.approx(whole[role], rel=1e-6)
+    assert "of tokens 32-63 of a window" in done(*asked, "--by-position").out
+    # What was measured without is not measured again, and not replaced.
+    assert done(*asked, "--json").json["perplexity"][str(tiny.heldout)] == whole
+
+
+def test_positions_are_of_texts(tiny: Tiny):
+    assert "pass --perplexity TEXT" in refused("eval", tiny.model, "--by-position")
+    with pytest.raises(InputError, match="lrc eval does"):
+        compare(tiny.model, tiny.model, perplexity=tiny.heldout, by_position=True)
 
 
 def test_a_plain_checkpoint_is_dense_and_nothing_is_written(tiny: Tiny):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from lowrank_compress.calibration.windows import evaluation_windows, window_batches
 from lowrank_compress.errors import NumericsError
 from lowrank_compress.evaluation.exam import examined, of_classes
-from lowrank_compress.evaluation.replayed import Perplexity, perplexity
+from lowrank_compress.evaluation.replayed import Perplexity, perplexity, position_bounds
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.skeleton import Skeleton
 from lowrank_compress.model.walk.batch import Batch
@@ -72,6 +72,33 @@ def test_several_passes_do_not_matter(saved: Saved) -> None:
     assert (found.nats, found.tokens) == (pytest.approx(whole.nats, rel=1e-13), whole.tokens)
     # Five windows, two at a time, through two blocks.
     assert said == [(done, 6) for done in range(1, 7)]
+
+
+@pytest.mark.parametrize("chunk", [3, 512])
+def test_positions_apart_equal_the_whole_model(chunk: int, saved: Saved) -> None:
+    """Each token's loss, taken from the logits of the whole model, goes to the part that its position lies in."""
+    ids, bounds = TEXT[:80].view(4, 20), [0, 4, 5, 13, 20]
+    with torch.no_grad():
+        scores = load(saved("llama-lm"), "lm")(input_ids=ids).logits.log_softmax(-1)
+    losses = -scores[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]  # (4, 19), of positions 1 to 19
+    found = perplexity(skeleton_of(saved, "llama-lm"), window_batches([*ids], 2), bounds=bounds, head_tokens=chunk)
+    assert [part.tokens for part in found.parts] == [12, 4, 32, 28]
+    assert [part.nats for part in found.parts] == pytest.approx(
+        [
+            losses[:, :3].sum().item(),
+            losses[:, 3].sum().item(),
+            losses[:, 4:12].sum().item(),
+            losses[:, 12:].sum().item(),
+        ],
+        rel=1e-10,
+    )
+    assert (found.tokens, found.nats) == (76, pytest.approx(losses.sum().item(), rel=1e-10))
+
+
+def test_bounds_of_positions_double_up_to_the_window() -> None:
+    assert position_bounds(256) == [0, 32, 64, 128, 256]
+    assert position_bounds(300) == [0, 32, 64, 128, 256, 300]
+    assert position_bounds(20) == [0, 20]
 
 
 def test_the_first_token_is_context(saved: Saved) -> None:

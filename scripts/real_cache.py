@@ -59,9 +59,10 @@ def main(
         lines: list[str] = []
         for cell in cells.split(","):
             ratio, _, window = cell.partition(":")
-            exact = ("--kv-window", window) if window else ()
-            lrc("compress", model, "--method", "dense", "--kv-ratio", ratio, *exact, "--calibration", f"{calibration}:1", "--calibration", f"{modules}:1", "--samples", samples,
-                "--seq-len", 512, "--out", run, "--overwrite")  # fmt: skip
+            mixed = ("--calibration", f"{calibration}:1", "--calibration", f"{modules}:1")
+            asked = ("--method", "dense", "--kv-ratio", ratio, *(("--kv-window", window) if window else ()))
+            given = (*mixed, "--samples", samples, "--seq-len", 512)
+            lrc("compress", model, *asked, *given, "--out", run, "--overwrite")
             found = lrc("eval", run, "--perplexity", held, "--seq-len", seq_len, "--limit", limit, "--by-position")
             bench = lrc("bench", run, "--batch-size", 1, "--prompt-tokens", prompts, "--new-tokens", 16, "--rounds", 3)
             other = next(name for name in bench["models"] if name != bench["base"])

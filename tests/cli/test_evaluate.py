@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -236,7 +237,7 @@ def test_examples_before_each_and_chat_templates_reach_lm_eval(
 
     heard, real = [], lm_eval.simple_evaluate
 
-    def evaluate(**options: object) -> object:
+    def evaluate(**options: Any) -> Any:
         heard.append((options["num_fewshot"], options["apply_chat_template"]))
         return real(**options)
 

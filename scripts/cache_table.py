@@ -17,6 +17,7 @@ at a time or --group, whichever is more.
 from __future__ import annotations
 
 import argparse
+import inspect
 import itertools
 import math
 import tempfile
@@ -152,10 +153,11 @@ def with_latents(plan: Plan, found: Found, window: int, bits: int | None = None,
 def through_cache(model: Any, batches: list[Any], backend: str, bits: int, group: int) -> float:
     """Return exp of the mean loss of a token, of text that goes through a quantized cache some tokens at a time."""
     nats, tokens, step = 0.0, 0, max(group, 64)
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     for ids in (row[None] for batch in batches for row in batch.ids):
         sizes = {"nbits": bits, "q_group_size": group, "residual_length": step}
         cache = QuantizedCache(backend=backend, config=model.config, **sizes)
-        logits = torch.cat([model(part, past_key_values=cache).logits for part in ids.split(step, 1)], 1)
+        logits = torch.cat([model(part, **{name: cache}).logits for part in ids.split(step, 1)], 1)
         nats += float(nn.functional.cross_entropy(logits[0, :-1].double(), ids[0, 1:], reduction="sum"))
         tokens += ids.shape[1] - 1
     return math.exp(nats / tokens)

@@ -64,7 +64,8 @@ def main(
             given = (*mixed, "--samples", samples, "--seq-len", 512)
             lrc("compress", model, *asked, *given, "--out", run, "--overwrite")
             found = lrc("eval", run, "--perplexity", held, "--seq-len", seq_len, "--limit", limit, "--by-position")
-            bench = lrc("bench", run, "--batch-size", 1, "--prompt-tokens", prompts, "--new-tokens", 16, "--rounds", 3)
+            shape = ("--batch-size", 1, "--prompt-tokens", prompts, "--new-tokens", 16, "--rounds", 2)
+            bench = lrc("bench", run, *shape, "--dtype", "float32", "--threads", 1)
             other = next(name for name in bench["models"] if name != bench["base"])
             speed = {
                 each["prompt_tokens"]: each["models"][other]["decode"]["ratio"]["median"]

@@ -56,7 +56,12 @@ def print_dry_run(found: dict[str, Any], as_json: bool) -> None:
 
 
 def _print_needs(found: Mapping[str, Any]) -> None:
-    out = console()
+    out, recipe = console(), found["recipe"]
+    if (texts := recipe["calibration"]) is not None:
+        named = texts if isinstance(texts, str) else ", ".join(f"{each['text']}:{each['weight']:g}" for each in texts)
+        out.print(
+            f"Text to calibrate on ({recipe['samples']:,} windows or examples, {recipe['seq_len']:,} tokens): {named}"
+        )
     for title in ("memory", "disk"):
         rows = [[name, filesize.decimal(size)] for name, size in found[title].items()]
         rows.append(["together", filesize.decimal(sum(found[title].values()))])

@@ -9,7 +9,7 @@ import re
 from rich.console import Console
 
 # Errors, warnings and progress go to stderr: stdout is for results, and for nothing but the object under --json.
-messages = Console(stderr=True, highlight=False)
+messages = Console(stderr=True, highlight=False, emoji=False)
 LOG = logging.getLogger("lowrank_compress")
 
 

@@ -210,8 +210,8 @@ def _finite(value: Any) -> Any:
 
 def console() -> Console:
     """Console of results; wide where stdout is no terminal, so that nothing is cut off in a file or pipe."""
-    plain = Console(highlight=False, markup=False)
-    return plain if plain.is_terminal else Console(highlight=False, markup=False, width=200)
+    plain = Console(highlight=False, markup=False, emoji=False)
+    return plain if plain.is_terminal else Console(highlight=False, markup=False, emoji=False, width=200)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> Table:

@@ -57,3 +57,19 @@ def test_opposites() -> None:
 def test_every_command_takes_both(command: str) -> None:
     names = {name for each in GROUP.commands[command].params for name in each.opts}
     assert {"-v", "--verbose", "-q", "--quiet"} <= names
+
+
+def test_what_a_user_names_is_said_as_it_is(tiny: Tiny, tmp_path: Path) -> None:
+    """Colons around a word make no picture: not in a result, a table, a title or an error."""
+    model = tmp_path / "a:train:b"
+    model.symlink_to(tiny.model)
+    said = done("eval", model, "--perplexity", tiny.heldout, "--limit", 1)
+    assert "a:train:b" in said.out.replace("\n", "")
+    shown = done(
+        "compress", tiny.model, "--calibration", "hf:some/data::train:2", "--dry-run", "--out", tmp_path / "run"
+    )
+    assert "hf:some/data::train" in shown.out.replace("\n", "")
+    assert "b:train:c does not exist" in refused("eval", tiny.model, "--perplexity", tmp_path / "b:train:c")
+    for text in (said.out, said.err, shown.out):
+        assert "\N{TRAM CAR}" not in text
+        assert "\N{RAILWAY CAR}" not in text

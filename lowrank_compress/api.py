@@ -118,8 +118,9 @@ def compress(
     method
         See ``lrc list methods``.
     calibration
-        Text to calibrate on; None for WikiText-2 from the hub. Or several, whose windows are drawn in proportion to
-        weights: ``["wiki.txt:2", {"text": "code.jsonl", "weight": 1, "text_column": "content"}]``.
+        Text to calibrate on; None for WikiText-2 from the hub and as much that the model writes itself, where it does
+        and fits in half of the memory. Or several, whose windows are drawn in proportion to weights:
+        ``["wiki.txt:2", {"text": "code.jsonl", "weight": 1, "text_column": "content"}]``.
     out
         Run directory; None for ``runs/<model>-<method>-<ratio>``.
     memory_budget

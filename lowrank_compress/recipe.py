@@ -163,7 +163,7 @@ class Recipe(Strict):
         "hf:NAME:CONFIG:SPLIT, of which parts may be empty).",
         DATA,
         "calibrate",
-        hint="hf:Salesforce/wikitext:wikitext-2-raw-v1:train",
+        hint="hf:Salesforce/wikitext:wikitext-2-raw-v1:train, with as much of self, if half the memory holds it",
         many=True,
     )
     text_column: str | None = setting(

@@ -36,10 +36,10 @@ from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.tasks import AUTO
 from lowrank_compress.resources.memory import free_memory
 
-VERSION = 1
+VERSION = 2
 STEP = "write text"
-# Tokens of the windows that are sampled side by side, and how many windows at most.
-TOKENS, ROWS = 16384, 32
+# Windows that are sampled side by side: at most so many, of no more tokens, or bytes of keys and values.
+ROWS, TOKENS, CACHED_BYTES = 32, 16384, 1 << 31
 _WORDS = "\N{SNOWMAN}words of a user\N{SNOWMAN}"
 
 
@@ -104,7 +104,7 @@ def own_windows(
     NumericsError
         A prediction is not finite.
     """
-    start, rows = start_of(tokenizer, checkpoint), max(1, min(ROWS, TOKENS // seq_len))
+    start, rows = start_of(tokenizer, checkpoint), rows_of(checkpoint, seq_len)
     if len(start) >= seq_len:
         raise InputError(
             f"A text of the model's own begins with the {len(start)} tokens of its chat template; --seq-len {seq_len} "
@@ -117,7 +117,7 @@ def own_windows(
     missing = [number for number in numbers if files is None or not files.finished(number)]
     made: dict[int, Tensor] = {}
     if missing:
-        _require_room(checkpoint, rows * seq_len, torch.device(device), memory)
+        _require_room(checkpoint, seq_len, torch.device(device), memory)
         total, done = len(missing) * (seq_len - len(start)), 0
         model = _loaded(checkpoint, device)
         for number in missing:
@@ -168,20 +168,33 @@ def _loaded(checkpoint: Checkpoint, device: str) -> Any:
     return model.to(device).eval().requires_grad_(False)
 
 
-def _require_room(checkpoint: Checkpoint, tokens: int, device: torch.device, memory: int | None) -> None:
-    """Refuse a model that does not fit beside its cache of keys and values."""
-    plan = blueprint(checkpoint)
-    weights = 4 * sum(parameter.numel() for parameter in plan.model.parameters())
+def rows_of(checkpoint: Checkpoint, seq_len: int) -> int:
+    """How many windows of a text are sampled side by side; depends on nothing but the model and their length."""
+    return max(1, min(ROWS, max(TOKENS, CACHED_BYTES // _cached_bytes(checkpoint)) // seq_len))
+
+
+def bytes_to_write(checkpoint: Checkpoint, seq_len: int) -> int:
+    """Bytes that a model and its cache take while it writes."""
+    weights = 4 * sum(parameter.numel() for parameter in blueprint(checkpoint).model.parameters())
+    return weights + rows_of(checkpoint, seq_len) * seq_len * _cached_bytes(checkpoint)
+
+
+def _cached_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of keys and values of one token, in float32."""
     config = checkpoint.config.get_text_config()
     heads = config.num_attention_heads
     groups = getattr(config, "num_key_value_heads", None) or heads
-    cached = 8 * tokens * len(plan.resolved.blocks) * config.hidden_size * groups // heads
-    has = free_memory() if memory is None else memory
+    return 8 * len(blueprint(checkpoint).resolved.blocks) * config.hidden_size * groups // heads
+
+
+def _require_room(checkpoint: Checkpoint, seq_len: int, device: torch.device, memory: int | None) -> None:
+    """Refuse a model that does not fit beside its cache of keys and values."""
+    takes, has = bytes_to_write(checkpoint, seq_len), free_memory() if memory is None else memory
     if device.type == "cuda":
         has = torch.cuda.mem_get_info(device)[0]
-    if weights + cached > has:
+    if takes > has:
         raise InputError(
-            f"--calibration self has the whole model in memory, {(weights + cached) / 1e9:.1f} GB with its cache, and "
+            f"--calibration self has the whole model in memory, {takes / 1e9:.1f} GB with its cache, and "
             f"there are {has / 1e9:.1f} GB. Name a text, which needs one block at a time; or give it more memory."
         )
 

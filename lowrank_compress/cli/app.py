@@ -76,7 +76,7 @@ app = _Program(
     The pipeline is calibrate → score → factorize → evaluate. [bold]lrc compress[/] runs the first three; each also
     runs alone on the same run directory. After any interruption the same command continues where it stopped.
 
-    [dim]lrc compress meta-llama/Llama-3.2-1B --ratio 0.3            the recommendation, calibrated on WikiText-2[/]
+    [dim]lrc compress meta-llama/Llama-3.2-1B --ratio 0.3            the recommendation[/]
 
     [dim]lrc compress ./model --method fwsvd --calibration my.txt    a paper's method, on your own text[/]
 

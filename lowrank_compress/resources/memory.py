@@ -12,6 +12,7 @@ import ctypes
 import os
 from pathlib import Path
 
+import torch
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from lowrank_compress.errors import InputError
@@ -28,7 +29,14 @@ def free_memory() -> int:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        return all_memory(torch.device("cpu")) // 2
+
+
+def all_memory(device: torch.device) -> int:
+    """Bytes of memory that a device has, free or not: the same each time that it is asked."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def bytes_of(size: int | str | None) -> int | None:

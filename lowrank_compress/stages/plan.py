@@ -9,7 +9,6 @@ from pathlib import Path
 
 from lowrank_compress.allocation.table import ALLOCATORS
 from lowrank_compress.calibration.capture import needs_gradient
-from lowrank_compress.calibration.sources import PAPERS_DATA
 from lowrank_compress.calibration.statistics import SMALL, specialises
 from lowrank_compress.calibration.tokens import load_tokenizer
 from lowrank_compress.config import DTYPES, CalibrateConfig, CalibrationSet, FactorizeConfig, RefineConfig, ScoreConfig
@@ -31,7 +30,7 @@ from lowrank_compress.stages.choose import Chooser
 from lowrank_compress.stages.environment import compute_device, micro_batch
 from lowrank_compress.stages.identity import source_id
 from lowrank_compress.stages.reading import refuse_unlabelled
-from lowrank_compress.stages.samples import check_own, check_shares, sources_of
+from lowrank_compress.stages.samples import check_own, check_shares, sources_of, usual_text
 from lowrank_compress.stages.score import check_options
 from lowrank_compress.stages.subject import Subject, subject_of
 from lowrank_compress.texts import SELF
@@ -182,14 +181,15 @@ def make_plan(recipe: Recipe, *, reads_text: bool = True) -> Plan:
     if gradients and recipe.calibration is None:
         refuse_unlabelled(recipe.method, design, ())
     reads = needs_data(groups) or refines
-    if reads and recipe.calibration is None:
-        recipe = recipe.model_copy(update={"calibration": PAPERS_DATA})
     longest = design.longest_input()
     seq_len = recipe.seq_len or min(PAPERS_SEQ_LEN, longest)
     if seq_len > longest:
         raise InputError(
             f"--seq-len {seq_len} is more than the {longest} positions of the model. Use at most {longest}."
         )
+    if reads and recipe.calibration is None:
+        usual = usual_text(design, seq_len, recipe.samples, device)
+        recipe = recipe.model_copy(update={"calibration": usual})
     if reads and reads_text:
         load_tokenizer(checkpoint.path, recipe.trust_remote_code)
     dtype = recipe.dtype or str(checkpoint.dtype).removeprefix("torch.")

@@ -6,23 +6,44 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from lowrank_compress.artifacts.documents import canonical_hash
 from lowrank_compress.calibration.capture import Advance
-from lowrank_compress.calibration.own import own_windows
+from lowrank_compress.calibration.own import bytes_to_write, own_windows, start_of
 from lowrank_compress.calibration.shares import shares
-from lowrank_compress.calibration.sources import Source
+from lowrank_compress.calibration.sources import PAPERS_DATA, Source
 from lowrank_compress.calibration.statistics import ENOUGH
 from lowrank_compress.calibration.tokens import load_tokenizer, vocabulary_of
 from lowrank_compress.calibration.windows import drawn_windows, window_batches
 from lowrank_compress.config import CalibrationSet
-from lowrank_compress.errors import InputError
+from lowrank_compress.errors import InputError, LrcError
 from lowrank_compress.methods.groups import TargetGroup
+from lowrank_compress.model.blueprint import Blueprint
 from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.tasks import Task
 from lowrank_compress.model.walk.batch import Batch
+from lowrank_compress.resources.memory import all_memory
 from lowrank_compress.stages.identity import checkpoint_id, source_id
 from lowrank_compress.stages.reading import source_batches
-from lowrank_compress.texts import TextPart
+from lowrank_compress.texts import SELF, TextPart
+
+
+def usual_text(design: Blueprint, seq_len: int, samples: int, device: str) -> str | tuple[TextPart, ...]:
+    """Name what is calibrated on where nothing is named: WikiText-2, and as much that the model writes itself.
+
+    The latter is left out where the model writes no text, or would take more than half of the memory that there is.
+    Calibrated on WikiText-2 alone a model loses more in every other domain, its own above all (docs/calibration.md).
+    """
+    checkpoint = design.checkpoint
+    if design.task != "lm" or samples < 2:
+        return PAPERS_DATA
+    try:
+        begun = start_of(load_tokenizer(checkpoint.path, checkpoint.trust_remote_code), checkpoint)
+    except LrcError:
+        return PAPERS_DATA
+    fits = bytes_to_write(checkpoint, seq_len) <= all_memory(torch.device(device)) // 2
+    return (TextPart(text=PAPERS_DATA), TextPart(text=SELF)) if fits and len(begun) < seq_len else PAPERS_DATA
 
 
 def parts_of(config: CalibrationSet) -> tuple[TextPart, ...]:

@@ -13,6 +13,7 @@ import torch
 from lowrank_compress.allocation.choice import Choice
 from lowrank_compress.arch.targets import Resolved, Target
 from lowrank_compress.calibration.capture import boundaries
+from lowrank_compress.calibration.own import bytes_to_write
 from lowrank_compress.calibration.statistics import enough_tokens
 from lowrank_compress.evaluation.size import weight_bytes
 from lowrank_compress.methods.groups import TargetGroup, needed, needs_data, price_of, statistics_bytes
@@ -25,6 +26,7 @@ from lowrank_compress.stages.plan import Plan
 from lowrank_compress.stages.reach import uniform_choices
 from lowrank_compress.stages.refiningexperts import sums_bytes
 from lowrank_compress.stages.run import Run
+from lowrank_compress.stages.samples import has_own
 
 SINGLE = 4
 COMPETING = 4
@@ -263,4 +265,8 @@ def _resident(plan: Plan, groups: Sequence[TargetGroup], resources: Resources) -
             0 if plan.refine is None else _refining_bytes(resolved, resources),
         ),
     }
-    return (resident, states) if spills else (resident | states, {})
+    resident |= {} if spills else states
+    if tokens and has_own(plan.calibrate):
+        whole = bytes_to_write(plan.checkpoint, plan.calibrate.seq_len) - sum(resident.values())
+        resident |= {"the whole model, which writes": max(0, whole)}  # before all else, in the same place
+    return resident, states if spills else {}

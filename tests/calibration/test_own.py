@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowrank_compress.artifacts.hashes import cache_directory
-from lowrank_compress.calibration.own import own_windows, sampled, start_of
+from lowrank_compress.calibration import own
+from lowrank_compress.calibration.own import bytes_to_write, own_windows, rows_of, sampled, start_of
 from lowrank_compress.errors import InputError
 from lowrank_compress.model.checkpoint import Checkpoint
 from tests.runs import Tiny, done, refused, results
@@ -61,6 +63,19 @@ def test_windows_do_not_depend_on_how_many_are_asked_for(tiny: Tiny, cache: Path
     assert torch.equal(written(tiny.model, 3, first=31), all_of_them[31:34])
     assert len({tuple(row) for row in all_of_them.tolist()}) == 40
     assert not torch.equal(written(tiny.model, 3, seed=1), all_of_them[:3])
+
+
+def test_as_many_windows_at_once_as_keys_and_values_have_room(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = Checkpoint(tiny.model)
+    with torch.no_grad():
+        cache = AutoModelForCausalLM.from_pretrained(tiny.model)(torch.full((1, 12), BOS)).past_key_values
+    weights = sum(tensor.numel() for tensor in load_file(tiny.model / "model.safetensors").values())
+    window = sum(4 * (layer.keys.numel() + layer.values.numel()) for layer in cache.layers)
+    for tokens, held, rows in ((48, 10 * window, 10), (48, 3 * window, 4), (0, window // 2, 1), (10**9, window, 32)):
+        monkeypatch.setattr(own, "TOKENS", tokens)
+        monkeypatch.setattr(own, "CACHED_BYTES", held)
+        assert rows_of(checkpoint, 12) == rows
+        assert bytes_to_write(checkpoint, 12) == 4 * weights + rows * window
 
 
 def test_what_is_there_is_used_again_and_what_is_not_is_made_anew(

@@ -10,15 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowrank_compress.allocation.table import ALLOCATORS
 from lowrank_compress.arch.table import ARCHITECTURES
+from lowrank_compress.calibration.own import bytes_to_write
+from lowrank_compress.calibration.sources import PAPERS_DATA
 from lowrank_compress.cli.terminal import duration
 from lowrank_compress.methods.table import METHODS
+from lowrank_compress.model.checkpoint import Checkpoint
 from lowrank_compress.model.dense import EXPORT
 from lowrank_compress.recipe import Recipe
 from lowrank_compress.resources.resources import Resources
+from lowrank_compress.stages import samples
 from lowrank_compress.stages.plan import make_plan
 from lowrank_compress.stages.sizing import roomy
 from lowrank_compress.stages.table import STAGES
@@ -182,10 +186,38 @@ def test_dry_run_ranks_are_those_of_the_run(tiny: Tiny, pristine: Finished):
 
 
 def test_dry_run_touches_no_data(tiny: Tiny, tmp_path: Path):
-    """The default text is a data set of the hub, which is out of reach here."""
-    found = done("compress", tiny.model, "--dry-run", "--json", "--out", tmp_path / "run").json
-    assert found["recipe"]["calibration"] == "hf:Salesforce/wikitext:wikitext-2-raw-v1:train"
+    """The default texts are a data set of the hub, which is out of reach here, and what the model writes."""
+    asked = ("compress", tiny.model, "--dry-run", "--json", "--out", tmp_path / "run")
+    found = done(*asked).json
+    wiki, own = found["recipe"]["calibration"]
+    assert wiki == {"text": "hf:Salesforce/wikitext:wikitext-2-raw-v1:train", "weight": 1.0}
+    assert own == {"text": "self", "weight": 1.0}
+    shown = done("compress", tiny.model, "--dry-run", "--out", tmp_path / "run").out
+    assert f"{wiki['text']}:1, self:1" in shown.replace("\n", "")
+    whole = found["memory"]["the whole model, which writes"]
+    named = done(*asked, "--calibration", tiny.text).json
+    assert "the whole model, which writes" not in named["memory"]
+    assert whole == max(0, bytes_to_write(Checkpoint(tiny.model), 160) - sum(named["memory"].values()))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_is_half_of_all_memory_does_not_write_its_text(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    asked = ("compress", tiny.model, "--dry-run", "--json", "--seq-len", 16, "--out", tmp_path / "run")
+    takes = bytes_to_write(Checkpoint(tiny.model), 16)
+    for has, texts in ((2 * takes, 2), (2 * takes - 1, 1)):
+        monkeypatch.setattr(samples, "all_memory", lambda device, has=has: has)
+        found = done(*asked).json["recipe"]["calibration"]
+        assert len(found) == 2 if texts == 2 else found == PAPERS_DATA
+    # Neither does one of which there would be no window, nor one whose text has nothing to begin with.
+    monkeypatch.undo()
+    assert done(*asked, "--samples", 1).json["recipe"]["calibration"] == PAPERS_DATA
+    bare = save_tiny("llama", tmp_path / "bare", bos=False, bos_token_id=None, eos_token_id=None)
+    tokenizer = AutoTokenizer.from_pretrained(bare, bos_token=None, eos_token=None)
+    tokenizer.save_pretrained(bare)
+    words = ("compress", bare, "--dry-run", "--json", "--seq-len", 16, "--out", tmp_path / "run")
+    assert done(*words).json["recipe"]["calibration"] == PAPERS_DATA
 
 
 def test_dry_run_refuses_what_the_run_would(tiny: Tiny, tmp_path: Path):

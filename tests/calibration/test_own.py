@@ -15,6 +15,7 @@ from lowrank_compress.calibration import own
 from lowrank_compress.calibration.own import bytes_to_write, own_windows, rows_of, sampled, start_of
 from lowrank_compress.errors import InputError
 from lowrank_compress.model.checkpoint import Checkpoint
+from lowrank_compress.stages import samples
 from tests.runs import Tiny, done, refused, results
 from tests.tiny import BOS, EOS, save_tiny, tiny_model, tiny_text, tiny_tokenizer
 
@@ -141,6 +142,22 @@ def test_from_end_to_end_alone_and_in_a_mixture(tiny: Tiny, tmp_path: Path, cach
     assert [(each["text"], each["windows"]) for each in texts] == [("calibration.txt", 12), ("self", 4)]
     done("eval", mixed, "--perplexity", tiny.heldout)
     done("recover", mixed, "--steps", "1", "--lr", "1e-4")
+
+
+def test_half_of_the_text_where_none_is_named(
+    tiny: Tiny, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(samples, "PAPERS_DATA", str(tiny.text))  # in place of a data set of the hub
+    run, again = tmp_path / "run", tmp_path / "again"
+    asked = ["compress", tiny.model, "--method", "svd-llm", "--ratio", "0.3", "--samples", "16", "--seq-len", "24"]
+    done(*asked, "--out", run)
+    texts = done("show", run, "--json").json["texts"]
+    assert [(each["text"], each["windows"]) for each in texts] == [("calibration.txt", 8), ("self", 8)]
+    assert "is there already" in done(*asked, "--out", run, "-v").text
+    # What the run says of itself repeats it, wherever the default changes.
+    monkeypatch.setattr(samples, "PAPERS_DATA", "nothing")
+    done("compress", "--config", run / "recipe.yaml", "--out", again)
+    assert results(again) == results(run)
 
 
 def test_a_classifier_writes_none(tmp_path: Path) -> None:

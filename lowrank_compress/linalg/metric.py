@@ -20,6 +20,9 @@ from lowrank_compress.linalg.lapack import congruence
 
 # Relative to the mean diagonal. A pivot of the root below FLOOR is rounding, not information; jitter lifts it.
 JITTERS = (0.0, 1e-12, 1e-10, 1e-8, 1e-6, 1e-4)
+# Relative to each entry of the diagonal: what sums in float32 are wrong by is relative to these, and where a few are a
+# thousand times as large as the mean (massive activations; Sun et al., COLM 2024), it is more than the jitter of all.
+OWN_JITTERS = (1e-6, 1e-5, 1e-4, 1e-3)
 FLOOR = 1e-13
 # Columns of a triangle that are multiplied at once.
 PANEL = 512
@@ -203,7 +206,7 @@ class Full:
         """Return the Cholesky factor of the damped moment.
 
         Where shrinkage alone does not make the moment positive definite, jitter is added to the diagonal and
-        escalates (a habit of linear_operator, ``utils/cholesky.py``).
+        escalates (a habit of linear_operator, ``utils/cholesky.py``); first as much to all, then to each in proportion.
 
         Raises
         ------
@@ -215,16 +218,18 @@ class Full:
         damped = torch.empty_like(moment, memory_format=torch.contiguous_format)
         # The transpose of a C-ordered symmetric matrix is the same matrix in LAPACK's order: it is factored in place.
         lower, info = damped.mT, torch.empty((), dtype=torch.int32, device=moment.device)
-        for jitter in JITTERS:
+        for jitter, own in [*((jitter, 0.0) for jitter in JITTERS), *((0.0, own) for own in OWN_JITTERS)]:
             torch.add(moment, moment.mT, out=damped).mul_((1 - self.shrinkage) / 2)
             damped.diagonal().add_((self.shrinkage + jitter) * scale)
+            if own:
+                damped.diagonal().add_(moment.diagonal(), alpha=own)
             torch.linalg.cholesky_ex(lower, out=(lower, info))
             if int(info) == 0 and bool(lower.diagonal().square().min() > FLOOR * scale):
                 return TriangularRoot(lower)
         raise NumericsError(
             f"A {len(moment)}x{len(moment)} second moment is not positive definite: expected a Cholesky factor after "
-            f"a shrinkage of {self.shrinkage:g}, got none even with {JITTERS[-1]:g} of its mean diagonal added. Use "
-            "more calibration tokens or a larger shrinkage."
+            f"a shrinkage of {self.shrinkage:g}, got none even with {JITTERS[-1]:g} of its mean diagonal added, or "
+            f"{OWN_JITTERS[-1]:g} of each entry of it. Use more calibration tokens or a larger shrinkage."
         )
 
     def inverse(self) -> Tensor:

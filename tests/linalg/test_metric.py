@@ -6,7 +6,7 @@ import torch
 
 from lowrank_compress.errors import InputError, NumericsError
 from lowrank_compress.linalg import metric as metrics
-from lowrank_compress.linalg.metric import Diagonal, Full, Identity, Metric
+from lowrank_compress.linalg.metric import JITTERS, OWN_JITTERS, Diagonal, Full, Identity, Metric
 from tests import reference
 
 SIZE = 6
@@ -133,6 +133,23 @@ def test_without_shrinkage_jitter_makes_a_rank_deficient_metric_invertible() -> 
         c = metric.root().contract(torch.eye(len(dense), dtype=torch.float64)).mT
         torch.testing.assert_close(c @ c.mT, dense.double(), rtol=1e-6, atol=1e-6)
         assert np.linalg.eigvalsh((c @ c.mT).numpy()).min() > 0
+
+
+def test_what_massive_activations_round_by_is_damped_in_proportion() -> None:
+    """Fewer tokens than dimensions, two of which are large on the same ones: rounding is relative to each entry."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(50, 200, generator=generator, dtype=torch.float64)
+    inputs[:, :2] = 300 * inputs[:, :1]
+    exact = inputs.mT @ inputs / len(inputs)
+    own = exact.diagonal().sqrt()
+    noise = torch.randn(200, 200, generator=generator, dtype=torch.float64).triu()
+    rounded = exact + 1e-5 * (noise + noise.triu(1).mT) * own * own[:, None]
+    mean = rounded.diagonal().mean()
+    assert torch.linalg.eigvalsh(rounded)[0] < -JITTERS[-1] * mean  # more than all have in common
+    c = Full(rounded, 1e-6).root().contract(torch.eye(200, dtype=torch.float64)).mT
+    added = c @ c.mT - (1 - 1e-6) * rounded - 1e-6 * mean * torch.eye(200)
+    assert (added / own / own[:, None]).abs().max() <= 1.001 * OWN_JITTERS[-1]
+    torch.testing.assert_close(added, added.diagonal().diag(), rtol=0, atol=1e-9 * mean.item())
 
 
 def test_an_indefinite_moment_names_the_last_jitter() -> None:

@@ -66,6 +66,8 @@ def _print_needs(found: Mapping[str, Any]) -> None:
         rows = [[name, filesize.decimal(size)] for name, size in found[title].items()]
         rows.append(["together", filesize.decimal(sum(found[title].values()))])
         out.print(table(title.capitalize(), ["what", "size"], rows))
+    for note in found["notes"]:
+        out.print(note)
     out.print("Nothing was written.")
 
 

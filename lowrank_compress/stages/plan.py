@@ -188,8 +188,8 @@ def make_plan(recipe: Recipe, *, reads_text: bool = True) -> Plan:
             f"--seq-len {seq_len} is more than the {longest} positions of the model. Use at most {longest}."
         )
     if reads and recipe.calibration is None:
-        usual = usual_text(design, seq_len, recipe.samples, device)
-        recipe = recipe.model_copy(update={"calibration": usual})
+        usual, said = usual_text(design, seq_len, recipe.samples, device)
+        recipe, notes = recipe.model_copy(update={"calibration": usual}), (*notes, *said)
     if reads and reads_text:
         load_tokenizer(checkpoint.path, recipe.trust_remote_code)
     dtype = recipe.dtype or str(checkpoint.dtype).removeprefix("torch.")

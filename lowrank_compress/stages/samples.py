@@ -28,22 +28,38 @@ from lowrank_compress.stages.identity import checkpoint_id, source_id
 from lowrank_compress.stages.reading import source_batches
 from lowrank_compress.texts import SELF, TextPart
 
+Usual = str | tuple[TextPart, ...]
 
-def usual_text(design: Blueprint, seq_len: int, samples: int, device: str) -> str | tuple[TextPart, ...]:
+
+def usual_text(design: Blueprint, seq_len: int, samples: int, device: str) -> tuple[Usual, tuple[str, ...]]:
     """Name what is calibrated on where nothing is named: WikiText-2, and as much that the model writes itself.
 
     The latter is left out where the model writes no text, or would take more than half of the memory that there is.
     Calibrated on WikiText-2 alone a model loses more in every other domain, its own above all (docs/calibration.md).
+
+    Returns
+    -------
+    tuple
+        The text, and why a language model writes none of it, if so.
     """
     checkpoint = design.checkpoint
     if design.task != "lm" or samples < 2:
-        return PAPERS_DATA
+        return PAPERS_DATA, ()
+    takes, has = bytes_to_write(checkpoint, seq_len), all_memory(torch.device(device))
     try:
         begun = start_of(load_tokenizer(checkpoint.path, checkpoint.trust_remote_code), checkpoint)
     except LrcError:
-        return PAPERS_DATA
-    fits = bytes_to_write(checkpoint, seq_len) <= all_memory(torch.device(device)) // 2
-    return (TextPart(text=PAPERS_DATA), TextPart(text=SELF)) if fits and len(begun) < seq_len else PAPERS_DATA
+        why = "it has nothing to begin a text with"
+    else:
+        if len(begun) < seq_len and takes <= has // 2:
+            return (TextPart(text=PAPERS_DATA), TextPart(text=SELF)), ()
+        why = f"it would take {takes / 1e9:.1f} of {has / 1e9:.1f} GB of memory, more than half"
+        if len(begun) >= seq_len:
+            why = f"its chat template takes all of --seq-len {seq_len}"
+    return PAPERS_DATA, (
+        f"No text is named, and the model writes none, as {why}: it is calibrated on WikiText-2 alone. Text of what "
+        "the model is for is better: name it with --calibration.",
+    )
 
 
 def parts_of(config: CalibrationSet) -> tuple[TextPart, ...]:

@@ -79,6 +79,7 @@ def dry_run(plan: Plan, run: Run, resources: Resources = Resources()) -> dict[st
         "ranks_need_data": plan.score.allocate != "uniform",
         "memory": need.memory,
         "disk": need.disk,
+        "notes": list(plan.notes),
     }
 
 

@@ -208,8 +208,10 @@ def test_a_model_that_is_half_of_all_memory_does_not_write_its_text(
     takes = bytes_to_write(Checkpoint(tiny.model), 16)
     for has, texts in ((2 * takes, 2), (2 * takes - 1, 1)):
         monkeypatch.setattr(samples, "all_memory", lambda device, has=has: has)
-        found = done(*asked).json["recipe"]["calibration"]
+        said = done(*asked).json
+        found, notes = said["recipe"]["calibration"], " ".join(said["notes"])
         assert len(found) == 2 if texts == 2 else found == PAPERS_DATA
+        assert ("more than half: it is calibrated on WikiText-2 alone" in notes) == (texts == 1)
     # Neither does one of which there would be no window, nor one whose text has nothing to begin with.
     monkeypatch.undo()
     assert done(*asked, "--samples", 1).json["recipe"]["calibration"] == PAPERS_DATA
@@ -217,7 +219,9 @@ def test_a_model_that_is_half_of_all_memory_does_not_write_its_text(
     tokenizer = AutoTokenizer.from_pretrained(bare, bos_token=None, eos_token=None)
     tokenizer.save_pretrained(bare)
     words = ("compress", bare, "--dry-run", "--json", "--seq-len", 16, "--out", tmp_path / "run")
-    assert done(*words).json["recipe"]["calibration"] == PAPERS_DATA
+    said = done(*words).json
+    assert said["recipe"]["calibration"] == PAPERS_DATA
+    assert "as it has nothing to begin a text with" in " ".join(said["notes"])
 
 
 def test_dry_run_refuses_what_the_run_would(tiny: Tiny, tmp_path: Path):
